@@ -1,0 +1,49 @@
+# Every target makes what it needs in a virtual environment of its own; PYTHON is the interpreter it is made with.
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+PYTEST = -m pytest
+
+.PHONY: help demo test test-slow test-oldest check format clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
+
+demo: $(VENV)/.demo ## train a captioner on real pictures in minutes, and see what it says
+	$(VENV)/bin/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.test ## the test suite
+	$(VENV)/bin/python $(PYTEST) $(ARGS)
+
+test-slow: $(VENV)/.test ## the tests that take minutes
+	$(VENV)/bin/python $(PYTEST) -m slow $(ARGS)
+
+test-oldest: $(OLDEST)/.test ## the test suite on the oldest versions that setup.cfg admits
+	$(OLDEST)/bin/python $(PYTEST) $(ARGS)
+
+check: $(VENV)/.test ## lint, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.test ## put the code into shape
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove the virtual environments
+	rm -rf $(VENV) $(OLDEST)
+
+# torch goes first: the other packages then find it, and do not fetch another build
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.%: $(VENV)/.torch setup.cfg
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	@touch $@
+
+$(OLDEST)/.test: constraints-oldest.txt setup.cfg
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	@touch $@

@@ -1,0 +1,47 @@
+"""What the Auto classes of transformers are told of this library."""
+
+
+def register_configs():
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+
+    for config in (Blip2Config, Blip2QFormerConfig, Blip2VisionConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def register_models():
+    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageTextToText
+
+    from .modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model
+    from .modeling_qformer import Blip2QFormerModel
+    from .modeling_vision import Blip2VisionModel
+
+    for model in (Blip2Model, Blip2QFormerModel, Blip2VisionModel):
+        AutoModel.register(model.config_class, model, exist_ok=True)
+    AutoModelForImageTextToText.register(
+        Blip2ForConditionalGeneration.config_class, Blip2ForConditionalGeneration, exist_ok=True
+    )
+
+
+def register_processor():
+    from transformers.models.auto.processing_auto import AutoProcessor
+
+    from .configuration_blip2 import Blip2Config
+    from .processing_blip2 import Blip2Processor
+
+    AutoProcessor.register(Blip2Config, Blip2Processor, exist_ok=True)
+
+
+def register_pipelines():
+    from .pipeline_blip2 import register_pipelines as register
+
+    register()
+
+
+REGISTRATIONS = {
+    "transformers.models.auto.configuration_auto": register_configs,
+    "transformers.models.auto.modeling_auto": register_models,
+    "transformers.models.auto.processing_auto": register_processor,
+    "transformers.pipelines": register_pipelines,
+}

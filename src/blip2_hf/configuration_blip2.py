@@ -1,0 +1,340 @@
+"""Configurations of BLIP-2: the vision tower, the Q-Former, and the two joined with a language model."""
+
+import copy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+from transformers.models.blip_2.configuration_blip_2 import Blip2Config as TransformersBlip2Config
+from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig as TransformersBlip2QFormerConfig
+from transformers.models.blip_2.configuration_blip_2 import Blip2VisionConfig as TransformersBlip2VisionConfig
+
+
+TRANSFORMERS_MODEL_TYPE = TransformersBlip2Config.model_type
+
+
+@strict
+class Blip2VisionConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`Blip2VisionModel`]. The defaults are EVA-CLIP ViT-g/14 without its last block, as in the paper
+    (section 3.1); [`Blip2VisionConfig.clip_vit_l`] gives CLIP ViT-L/14.
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 1408):
+            Width of the tower.
+        intermediate_size (`int`, *optional*, defaults to 6144):
+            Width of the hidden layer of each MLP.
+        num_hidden_layers (`int`, *optional*, defaults to 39):
+            Number of blocks that are kept.
+        num_attention_heads (`int`, *optional*, defaults to 16):
+            Number of attention heads of each block.
+        image_size (`int`, *optional*, defaults to 224):
+            Side, in pixels, of the square images that the position embeddings are made for.
+        patch_size (`int`, *optional*, defaults to 14):
+            Side, in pixels, of a patch.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLPs.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the LayerNorms inside the blocks.
+        post_layernorm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the LayerNorm between the tower and the Q-Former.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention weights.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the normal distribution that weights start from.
+        qkv_bias (`bool`, *optional*, defaults to `True`):
+            Whether the query, key and value projections have a bias.
+        use_pre_layernorm (`bool`, *optional*, defaults to `False`):
+            Whether a LayerNorm stands between the embeddings and the first block (CLIP has one).
+        interpolate_align_corners (`bool`, *optional*, defaults to `False`):
+            How position embeddings are interpolated to another image size (the authors' CLIP aligns the corners).
+    """
+
+    model_type = "blip2_vision_model"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    post_layernorm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    qkv_bias: bool = True
+    use_pre_layernorm: bool = False
+    interpolate_align_corners: bool = False
+
+    @classmethod
+    def clip_vit_l(cls, **kwargs) -> "Blip2VisionConfig":
+        """CLIP ViT-L/14 without its last block: the paper's smaller tower. Keyword arguments overrule its sizes."""
+        sizes = {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 23,
+            "num_attention_heads": 16,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "use_pre_layernorm": True,
+            "interpolate_align_corners": True,
+        }
+        return cls(**(sizes | kwargs))
+
+
+@strict
+class Blip2QFormerConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`Blip2QFormerModel`]: BERT-base with cross-attention in every other layer (section 3.1).
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 30523):
+            Size of the text vocabulary: that of bert-base-uncased and `[DEC]`.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Number of attention heads of each layer.
+        intermediate_size (`int`, *optional*, defaults to 3072):
+            Width of the hidden layer of each feed-forward network.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the feed-forward networks.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout of hidden states.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout of attention weights.
+        max_position_embeddings (`int`, *optional*, defaults to 512):
+            Longest text, in tokens.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the normal distribution that weights start from.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-12):
+            Epsilon of the LayerNorms.
+        pad_token_id (`int`, *optional*, defaults to 0):
+            Token id of padding.
+        bos_token_id (`int`, *optional*, defaults to 30522):
+            Token id of `[DEC]`, which starts a text that is generated.
+        cross_attention_frequency (`int`, *optional*, defaults to 2):
+            Every how many layers, from the first, the queries attend to the image.
+        encoder_hidden_size (`int`, *optional*, defaults to 1408):
+            Width of the image features.
+        use_qformer_text_input (`bool`, *optional*, defaults to `False`):
+            Whether the layers have the feed-forward networks for text, next to those for queries.
+    """
+
+    model_type = "blip2_qformer"
+    base_config_key = "qformer_config"
+
+    vocab_size: int = 30523
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 30522
+    cross_attention_frequency: int = 2
+    encoder_hidden_size: int = 1408
+    use_qformer_text_input: bool = False
+
+
+@strict
+class Blip2Config(PreTrainedConfig):
+    r"""
+    Configuration of the BLIP-2 models: a vision tower, a Q-Former and, after stage 1, a language model.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            [`Blip2VisionConfig`] (the default), or that of any model of `AutoModel` that returns patch features or a
+            feature map. Of a two-tower configuration (CLIP, SigLIP) the vision part is taken.
+        qformer_config (`Blip2QFormerConfig` or `dict`, *optional*):
+            Configuration of the Q-Former. Its `encoder_hidden_size` follows the tower.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            That of any model of `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`; `None` in stage 1.
+        num_query_tokens (`int`, *optional*, defaults to 32):
+            Number of learned queries.
+        image_text_hidden_size (`int`, *optional*, defaults to 256):
+            Width of the space in which images and texts are compared.
+        image_token_index (`int`, *optional*):
+            Token id of `<image>`. `None`: the queries stand in front of the text and nothing marks them.
+        vision_feature_layer (`int`, *optional*):
+            Index into the tower's `hidden_states` (0: the embeddings, -1: the last layer). `None`: the tower's
+            `last_hidden_state`.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the normal distribution that the queries and the projections start from.
+
+    Example:
+
+    ```python
+    >>> from transformers import Dinov2Config, OPTConfig
+    >>> from blip2_hf import Blip2Config, Blip2ForConditionalGeneration
+
+    >>> config = Blip2Config(vision_config=Dinov2Config(num_hidden_layers=2), text_config=OPTConfig(num_hidden_layers=2))
+    >>> model = Blip2ForConditionalGeneration(config)
+    ```"""
+
+    model_type = "blip2"
+    attribute_map = {"image_token_id": "image_token_index"}
+    sub_configs = {"vision_config": AutoConfig, "qformer_config": Blip2QFormerConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "cross_attentions",
+        "encoder_last_hidden_state",
+        "vision_outputs",
+        "qformer_outputs",
+        "language_model_outputs",
+    ]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    num_query_tokens: int = 32
+    image_text_hidden_size: int = 256
+    image_token_index: int | None = None
+    vision_feature_layer: int | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config(self.vision_config, Blip2VisionConfig)
+        self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
+        self.qformer_config = _sub_config(self.qformer_config, Blip2QFormerConfig)
+        encoder_hidden_size = tower_hidden_size(self.vision_config, self.vision_feature_layer)
+        if encoder_hidden_size is not None:
+            self.qformer_config.encoder_hidden_size = encoder_hidden_size
+        self.text_config = None if self.text_config is None else _sub_config(self.text_config, None)
+        super().__post_init__(**kwargs)
+        if self.text_config is not None:
+            text = self.text_config.get_text_config(decoder=True)
+            self.is_encoder_decoder = self.text_config.is_encoder_decoder
+            self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+            for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+                if getattr(self, name) is None:
+                    setattr(self, name, getattr(text, name, None))
+            if self.pad_token_id is None:
+                eos = self.eos_token_id
+                self.pad_token_id = eos[0] if isinstance(eos, list) else eos
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == TRANSFORMERS_MODEL_TYPE:
+            config_dict = cls.from_transformers(TransformersBlip2Config.from_dict(config_dict)).to_dict()
+        return config_dict, kwargs
+
+    @classmethod
+    def from_transformers(cls, config: TransformersBlip2Config) -> "Blip2Config":
+        """
+        The configuration of a checkpoint of transformers' own BLIP-2 (model_type `blip-2`).
+
+        Args:
+            config ([`~transformers.Blip2Config`]):
+                transformers' configuration.
+
+        Returns:
+            [`Blip2Config`]: the same model. `post_layernorm_eps` is transformers' `layer_norm_eps`, so that the
+            numbers are the same, not the authors' 1e-5.
+        """
+        vision = _own_fields(config.vision_config, Blip2VisionConfig)
+        vision["post_layernorm_eps"] = config.vision_config.layer_norm_eps
+        return cls(
+            vision_config=Blip2VisionConfig(**vision),
+            qformer_config=Blip2QFormerConfig(**_own_fields(config.qformer_config, Blip2QFormerConfig)),
+            text_config=copy.deepcopy(config.text_config),
+            num_query_tokens=config.num_query_tokens,
+            image_text_hidden_size=config.image_text_hidden_size,
+            image_token_index=config.image_token_index,
+            initializer_range=config.initializer_range,
+            architectures=config.architectures,
+            dtype=config.dtype,
+        )
+
+    def to_transformers(self) -> TransformersBlip2Config:
+        """
+        The configuration of the same model in transformers' own BLIP-2 (model_type `blip-2`).
+
+        Returns:
+            [`~transformers.Blip2Config`]: transformers' configuration.
+
+        Raises:
+            ValueError: if the tower has no counterpart there.
+        """
+        vision = self.vision_config
+        if not isinstance(vision, Blip2VisionConfig) or vision.use_pre_layernorm:
+            raise ValueError(
+                f"transformers' BLIP-2 has one vision tower, the shape of EVA-CLIP, and cannot hold a tower of type "
+                f"{vision.model_type!r}{' with a pre_layernorm' if isinstance(vision, Blip2VisionConfig) else ''}. "
+                "Save with transformers_compatible=False."
+            )
+        if self.vision_feature_layer is not None:
+            raise ValueError("transformers' BLIP-2 has no vision_feature_layer: it always takes the tower's last layer.")
+        sub_configs = {
+            "vision_config": TransformersBlip2VisionConfig(**_own_fields(vision, TransformersBlip2VisionConfig)),
+            "qformer_config": TransformersBlip2QFormerConfig(
+                **_own_fields(self.qformer_config, TransformersBlip2QFormerConfig)
+            ),
+        }
+        return TransformersBlip2Config(
+            **sub_configs,
+            text_config=copy.deepcopy(self.text_config),
+            num_query_tokens=self.num_query_tokens,
+            image_text_hidden_size=self.image_text_hidden_size,
+            image_token_index=self.image_token_index,
+            initializer_range=self.initializer_range,
+            architectures=self.architectures,
+            dtype=self.dtype,
+        )
+
+
+def tower_hidden_size(vision_config: PreTrainedConfig, vision_feature_layer: int | None = None) -> int | None:
+    """
+    Width of the features that a vision tower returns, as its configuration tells it.
+
+    Args:
+        vision_config (`PreTrainedConfig`):
+            Configuration of the tower.
+        vision_feature_layer (`int`, *optional*):
+            Index into the tower's `hidden_states`; their widths differ in a tower with stages (ConvNeXt).
+
+    Returns:
+        `int` or `None`: the width; `None` where only the model knows it (timm).
+    """
+    if hidden_sizes := getattr(vision_config, "hidden_sizes", None):
+        return ([hidden_sizes[0], *hidden_sizes])[-1 if vision_feature_layer is None else vision_feature_layer]
+    for name in ("hidden_size", "num_features"):
+        if isinstance(getattr(vision_config, name, None), int):
+            return getattr(vision_config, name)
+    return None
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, default: type[PreTrainedConfig] | None) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    config = dict(config or {})
+    model_type = config.pop("model_type", None)
+    if default is not None and model_type in (None, default.model_type):
+        return default(**config)
+    if model_type is None:
+        raise ValueError('A configuration given as a dict needs its "model_type", such as {"model_type": "opt", ...}.')
+    return CONFIG_MAPPING[model_type](**config)
+
+
+def _own_fields(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The values of those fields of `config` that the configuration class `kind` declares too."""
+    names = set(kind.__annotations__) & set(type(config).__annotations__)
+    return {name: getattr(config, name) for name in names if name not in ("model_type", "base_config_key")}

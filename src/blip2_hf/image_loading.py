@@ -1,0 +1,359 @@
+# Copyright 2026 The blip2-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures of every kind to 8-bit RGB, and errors that say which picture is broken."""
+
+import base64
+import binascii
+import io
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+_BASE64_SPECIMEN = 40  # characters of a base64 string that an error message shows
+_FLOAT_SLACK = 1e-3  # rounding and resampling leave values a little outside [0, 1]
+_USER_AGENT = "blip2-hf image loader"  # some hosts refuse the nameless default of a HTTP client
+
+
+class ImageLoadError(ValueError):
+    """A picture that cannot be read. The message names it, says what was given and what to do about it."""
+
+
+def load_image(image: Any, name: str | None = None, timeout: float | None = 30.0) -> Image.Image:
+    """
+    Loads one picture as upright 8-bit RGB: EXIF rotation applied, transparency put on white, the first frame of an
+    animation, 16-bit values scaled (not clipped).
+
+    Args:
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `dict` or binary file):
+            A path, an http(s) URL, a data URI, a base64 string, the bytes of an image file, a PIL image, a
+            `{"bytes": ..., "path": ...}` record as in `datasets`, or an array of shape `(height, width)`,
+            `(height, width, channels)` or `(channels, height, width)` with 1 to 4 channels (L, LA, RGB, RGBA), as
+            `uint8`, `uint16`, `bool` or floats in [0, 1]. If both ends of the shape could be the channels, a NumPy
+            array is taken as channels last and a tensor as channels first.
+        name (`str`, *optional*):
+            What an error calls the picture, such as `"image 3 of 8"`. The path or URL is always added.
+        timeout (`float`, *optional*, defaults to 30.0):
+            Seconds to wait for a URL. `None` waits for ever.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB, width and height as stored (after rotation).
+
+    Raises:
+        `ImageLoadError`: if the picture is missing, empty, truncated, no image, or larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` allows.
+    """
+    try:
+        return _to_rgb(_open(image, timeout))
+    except _Problem as problem:
+        source = _describe(image)
+        label = source if name is None else f"{name} ({source})"
+        raise ImageLoadError(f"{label}: {problem}") from problem.__cause__
+
+
+def load_images(images: Iterable[Any], timeout: float | None = 30.0) -> list[Image.Image]:
+    """
+    Loads a batch of pictures with [`load_image`]; an error says which one is broken: `image 3 of 8 ('x.jpg'): ...`.
+
+    Args:
+        images (iterable of anything that [`load_image`] takes):
+            The pictures. An array or tensor of shape `(batch_size, ...)` counts as `batch_size` pictures.
+        timeout (`float`, *optional*, defaults to 30.0):
+            Seconds to wait for each URL. `None` waits for ever.
+
+    Returns:
+        `list[PIL.Image.Image]`: mode RGB, in the order given.
+    """
+    if isinstance(images, (str, bytes, os.PathLike, Mapping, Image.Image)):
+        raise TypeError(f"load_images takes a list of images, got one {type(images).__name__}; use load_image for it")
+    images = list(images)
+    return [load_image(image, f"image {i} of {len(images)}", timeout) for i, image in enumerate(images, start=1)]
+
+
+class _Problem(Exception):
+    """What is wrong with a picture; `load_image` adds which picture it is."""
+
+
+def _describe(image: Any) -> str:
+    """Short words for a picture in an error message: its path or URL where it has one, else its type and shape."""
+    if isinstance(image, str):
+        if image.startswith("data:") or (len(image) > 256 and not image.startswith(("http://", "https://"))):
+            return f"{image[:_BASE64_SPECIMEN]!r}..."
+        return repr(image)
+    if isinstance(image, os.PathLike):
+        return repr(os.fspath(image))
+    if isinstance(image, Mapping) and image.get("path"):
+        return repr(image["path"])
+    if isinstance(image, Image.Image):
+        filename = getattr(image, "filename", "")
+        return repr(filename) if filename else f"PIL image, mode {image.mode}, {image.width}x{image.height}"
+    if isinstance(image, np.ndarray) or _is_tensor(image):
+        return f"{type(image).__name__} of shape {tuple(image.shape)}, {image.dtype}"
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return f"{len(image)} bytes"
+    return type(image).__name__
+
+
+def _is_tensor(image: Any) -> bool:
+    # whoever passes a tensor has imported torch
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(image, torch.Tensor)
+
+
+def _open(image: Any, timeout: float | None) -> Image.Image:
+    """Any kind of input to a PIL image of any mode, fully decoded."""
+    if isinstance(image, str):
+        return _open_string(image, timeout)
+    if isinstance(image, os.PathLike):
+        return _open_path(os.fspath(image))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _decode(bytes(image))
+    if isinstance(image, Image.Image):
+        return _decode_pil(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image, channels_last=True)
+    if _is_tensor(image):
+        tensor = image.detach().cpu()
+        # NumPy has no bfloat16
+        return _from_array((tensor.float() if tensor.is_floating_point() else tensor).numpy(), channels_last=False)
+    if isinstance(image, Mapping):
+        return _open_record(image)
+    if isinstance(image, io.IOBase):
+        return _decode(image.read())
+    raise _Problem(
+        f"cannot make an image of a {type(image).__name__}. Give a path, an http(s) URL, bytes, base64, a PIL image, "
+        "an array or a tensor"
+    )
+
+
+def _open_string(image: str, timeout: float | None) -> Image.Image:
+    if image.startswith(("http://", "https://")):
+        return _decode(_download(image, timeout))
+    if image.startswith("data:"):
+        header, comma, payload = image.partition(",")
+        if not comma or not header.endswith(";base64"):
+            raise _Problem("this data URI is not 'data:<type>;base64,<data>'. Encode the file's bytes with base64")
+        data = _from_base64(payload)
+        if data is None:
+            raise _Problem("the data URI does not hold valid base64. Encode the file's bytes again")
+        return _decode(data)
+    if os.path.exists(image):
+        return _open_path(image)
+    data = _from_base64(image)
+    # a short name such as "cat" is valid base64 too, but of no image
+    if data and (len(image) > 256 or _is_image(data)):
+        return _decode(data)
+    raise _Problem(
+        "no such file. Give the path of an existing file, a URL that starts with http:// or https://, a data URI or "
+        "a base64 string of an image file"
+    )
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Bytes of a standard or URL-safe base64 string, with or without padding and line breaks; None if it is none."""
+    compact = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _is_image(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except Exception:  # decoders raise whatever they like
+        return False
+    return True
+
+
+def _open_path(path: str | bytes) -> Image.Image:
+    if os.path.isdir(path):
+        raise _Problem("this is a folder. Give the path of one image file")
+    try:
+        with open(path, "rb") as file:
+            return _decode(file.read())
+    except FileNotFoundError:
+        raise _Problem("no such file. Check the path") from None
+    except OSError as error:
+        raise _Problem(f"cannot open the file ({error.strerror}). Check its permissions") from error
+
+
+def _open_record(record: Mapping) -> Image.Image:
+    """A `datasets` image that was not decoded: its bytes or, where they are None, its path."""
+    if record.get("bytes") is not None:
+        return _decode(record["bytes"])
+    if record.get("path") is not None:
+        return _open_path(record["path"])
+    raise _Problem(
+        f"the keys of this dict are {sorted(map(str, record))}, and neither 'bytes' nor 'path' holds an image. Pass "
+        "the image itself, or a record such as {'bytes': ..., 'path': ...}"
+    )
+
+
+def _download(url: str, timeout: float | None) -> bytes:
+    # transformers downloads with the same client: httpx, from huggingface_hub 2 on httpx2
+    from huggingface_hub.utils import httpx
+
+    try:
+        response = httpx.get(url, timeout=timeout, follow_redirects=True, headers={"user-agent": _USER_AGENT})
+        response.raise_for_status()
+    except httpx.TimeoutException as error:
+        raise _Problem(f"no answer within {timeout} seconds. Raise the timeout or try again") from error
+    except httpx.HTTPStatusError as error:
+        status = f"{error.response.status_code} {error.response.reason_phrase}"
+        raise _Problem(f"the server answered {status}. Check the URL") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _Problem(f"the download failed ({error}). Check the URL and the network") from error
+    return response.content
+
+
+def _decode(data: bytes) -> Image.Image:
+    """Bytes of an image file to a decoded PIL image, its first frame."""
+    if not data:
+        raise _Problem("the file is empty (0 bytes). Fetch or save it again")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(str(error)) from error
+    except Image.UnidentifiedImageError:
+        raise _Problem(
+            f"not an image that PIL can read ({len(data)} bytes, beginning with {data[:12]!r}). Give an image file, "
+            "or install the PIL plug-in for its format"
+        ) from None
+    except Exception as error:  # decoders raise whatever they like
+        raise _broken(error) from error
+    limit = Image.MAX_IMAGE_PIXELS
+    # PIL itself only warns up to twice its limit
+    if limit is not None and image.width * image.height > limit:
+        raise _too_large(f"{image.width}x{image.height} pixels, the limit is {limit}")
+    return _decode_pil(image)
+
+
+def _decode_pil(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(str(error)) from error
+    except Exception as error:  # decoders raise whatever they like
+        raise _broken(error) from error
+    if image.width == 0 or image.height == 0:
+        raise _Problem(f"the image has no pixels ({image.width}x{image.height}). Give one of at least 1x1")
+    return image
+
+
+def _broken(error: Exception) -> _Problem:
+    return _Problem(f"the image is broken or truncated ({type(error).__name__}: {error}). Fetch or save it again")
+
+
+def _too_large(reason: str) -> _Problem:
+    return _Problem(
+        f"the image is too large and could be a decompression bomb ({reason}). Scale it down or, if you trust the "
+        "file, raise PIL.Image.MAX_IMAGE_PIXELS"
+    )
+
+
+def _from_array(array: np.ndarray, channels_last: bool) -> Image.Image:
+    """Array of shape (height, width), (height, width, channels) or (channels, height, width) to L, LA, RGB or RGBA."""
+    if array.ndim not in (2, 3):
+        hint = ". Give the images of a batch as a list" if array.ndim == 4 else ""
+        raise _Problem(
+            f"an image has 2 or 3 dimensions, (height, width), (height, width, channels) or (channels, height, "
+            f"width), this array has {array.ndim}{hint}"
+        )
+    if array.size == 0:
+        raise _Problem("the image has no pixels. Give one of at least 1x1")
+    array = _to_uint8(array)
+    if array.ndim == 2:
+        return Image.fromarray(array)
+    last, first = array.shape[-1] <= 4, array.shape[0] <= 4
+    if not last and not first:
+        raise _Problem("neither the first nor the last dimension is a channel one. An image has 1 to 4 channels")
+    if not last or (first and not channels_last):
+        array = array.transpose(1, 2, 0)
+    if array.shape[-1] == 1:
+        array = array[..., 0]
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    """Values of any numeric type to 8 bits by what the type says: full scale for unsigned, [0, 1] for floats."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.uint16):
+        return _scale_16_bit(array)
+    low, high = array.min(), array.max()
+    if np.issubdtype(array.dtype, np.floating):
+        # not (a <= b) is true of NaN too
+        if not (low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK):
+            raise _Problem(
+                f"float values must lie in [0, 1], these span {low:g} to {high:g}. Divide by 255, or undo the "
+                "normalization, or convert to uint8"
+            )
+        return (array.clip(0, 1) * 255).round().astype(np.uint8)
+    if np.issubdtype(array.dtype, np.integer):
+        if low < 0 or high > 255:
+            raise _Problem(
+                f"{array.dtype} values must lie in 0..255, these span {low} to {high}. Convert to uint8, or to uint16 "
+                "if they are 16-bit"
+            )
+        return array.astype(np.uint8)
+    raise _Problem(f"values of type {array.dtype} are no image. Convert to uint8")
+
+
+def _scale_16_bit(array: np.ndarray) -> np.ndarray:
+    # 65535 / 255 = 257
+    return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded PIL image of any mode to upright RGB, on white where it is transparent."""
+    # older PIL opens 16-bit PNG as mode I, and PPM still is
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data that cannot be parsed says nothing about rotation
+        pass
+    if is_16_bit:
+        # convert("RGB") would clip at 255
+        return Image.fromarray(_scale_16_bit(np.asarray(image))).convert("RGB")
+    if image.mode in ("I", "F"):
+        return _wide_to_l(image).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    try:
+        if "transparency" not in image.info and image.mode not in ("RGBA", "RGBa", "LA", "PA"):
+            return image.convert("RGB")
+        image = image.convert("RGBA")
+    except ValueError as error:
+        raise _Problem(f"mode {image.mode} cannot be converted to RGB ({error}). Convert it first") from error
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _wide_to_l(image: Image.Image) -> Image.Image:
+    """Modes I (32-bit integers) and F (floats), which hold 8-bit, 16-bit or [0, 1] values, to 8-bit grey."""
+    array = np.asarray(image)
+    low, high = array.min(), array.max()
+    if image.mode == "F" and low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK:
+        return Image.fromarray(_to_uint8(array))
+    if low >= 0 and high <= 255:
+        return Image.fromarray(array.round().astype(np.uint8))
+    if low >= 0 and high <= 65535:
+        return Image.fromarray(_scale_16_bit(array.round()))
+    raise _Problem(f"values span {low:g} to {high:g}, which is neither [0, 1], 8-bit nor 16-bit. Convert to 8 bits")

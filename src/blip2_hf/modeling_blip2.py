@@ -1,0 +1,971 @@
+"""BLIP-2: a vision tower and a language model, both frozen, joined by a Q-Former."""
+
+import copy
+import inspect
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs, Blip2TextEmbeddings
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hidden_size
+from .losses import language_modeling_loss
+from .modeling_qformer import Blip2QFormerModel, copy_bert_weights, load_bert, qformer_config_from_bert
+from .modeling_vision import build_vision_model
+
+
+@dataclass
+class Blip2ForConditionalGenerationModelOutput(ModelOutput):
+    r"""
+    Output of [`Blip2ForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
+            Language-modelling loss: the mean over labels, or their sum over `num_items_in_batch`.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Scores of the next token, at the positions of `input_ids` (or of `decoder_input_ids`).
+        past_key_values (`Cache`, *optional*):
+            Keys and values of the language model.
+        hidden_states, attentions, decoder_hidden_states, decoder_attentions, cross_attentions (`tuple`, *optional*):
+            Those of the language model.
+        encoder_last_hidden_state (`torch.Tensor`, *optional*):
+            Output of the language model's encoder, where it has one.
+        vision_outputs (`ModelOutput`, *optional*):
+            Output of the vision tower, where it has run.
+        qformer_outputs (`ModelOutput`, *optional*):
+            Output of the Q-Former, where it has run.
+        language_model_outputs (`ModelOutput`, *optional*):
+            All that the language model returned.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Any | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
+    vision_outputs: ModelOutput | None = None
+    qformer_outputs: ModelOutput | None = None
+    language_model_outputs: ModelOutput | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
+
+
+class Blip2QueryTokens(nn.Module):
+    """The learned queries: a module of their own, so that PEFT and FSDP can hold them."""
+
+    def __init__(self, config: Blip2Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, config.num_query_tokens, config.qformer_config.hidden_size))
+
+    def forward(self, batch_size: int) -> torch.Tensor:
+        return self.weight.expand(batch_size, -1, -1)
+
+
+class Blip2PreTrainedModel(PreTrainedModel):
+    """What all BLIP-2 models share: initialisation, frozen parts, and transformers' own format."""
+
+    config: Blip2Config
+    config_class = Blip2Config
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+    # Kept in float32 when the model is loaded in float16, as transformers does
+    _keep_in_fp32_modules = ["query_tokens", "qformer"]
+
+    def _build_image_side(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
+        """The tower, the queries and the Q-Former, under the names that transformers' BLIP-2 gives them."""
+        qformer_config = config.qformer_config
+        self.vision_model = build_vision_model(
+            config.vision_config, qformer_config.encoder_hidden_size, config.vision_feature_layer, vision_model
+        )
+        self.query_tokens = Blip2QueryTokens(config)
+        if qformer_config.use_qformer_text_input:
+            self.embeddings = Blip2TextEmbeddings(qformer_config)
+        self.qformer = Blip2QFormerModel._from_config(qformer_config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Blip2QueryTokens):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, Blip2TextEmbeddings):
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand(1, -1))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        r"""
+        Loads a checkpoint of this library or of transformers' own BLIP-2 (model_type `blip-2`), and freezes what
+        [`~Blip2PreTrainedModel.freeze`] names. Arguments are those of
+        [`~transformers.PreTrainedModel.from_pretrained`].
+        """
+        if isinstance(config, TransformersBlip2Config):
+            config = Blip2Config.from_transformers(config)
+        # transformers' BLIP-2 holds the queries as a bare parameter
+        key_mapping = {r"^query_tokens$": "query_tokens.weight"} | (kwargs.pop("key_mapping", None) or {})
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, key_mapping=key_mapping, **kwargs
+        )
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args, transformers_compatible: bool = False, **kwargs
+    ):
+        r"""
+        Saves the model, as [`~transformers.PreTrainedModel.save_pretrained`] does.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                The folder.
+            transformers_compatible (`bool`, *optional*, defaults to `False`):
+                Whether to write a checkpoint that plain transformers loads as its own BLIP-2.
+            args, kwargs:
+                Those of [`~transformers.PreTrainedModel.save_pretrained`].
+
+        Raises:
+            ValueError: if `transformers_compatible` and the tower is not a [`Blip2VisionModel`] of EVA-CLIP's shape.
+        """
+        kwargs.setdefault("save_original_format", False)
+        if not transformers_compatible:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        config = self.config
+        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        state_dict["query_tokens"] = state_dict.pop("query_tokens.weight")
+        try:
+            self.config = config.to_transformers()
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        finally:
+            self.config = config
+
+    def freeze(self) -> "Blip2PreTrainedModel":
+        """
+        Freezes the vision tower, except the LayerNorm after it, and the language model, as in both of the paper's
+        stages. Undone by `requires_grad_(True)` on the part that is to be trained.
+
+        Returns:
+            The model.
+        """
+        self.vision_model.requires_grad_(False)
+        self.vision_model.post_layernorm.requires_grad_(True)
+        return self
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """The parts without a parameter that is trained: they stay in eval mode."""
+        return [part for part in self._freezable_parts() if not any(p.requires_grad for p in part.parameters())]
+
+    def _freezable_parts(self) -> list[nn.Module]:
+        return [child for name, child in self.vision_model.named_children() if name != "post_layernorm"]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode:
+            for part in self.frozen_parts():
+                part.eval()
+        return self
+
+    def get_image_embeds(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs
+    ) -> torch.Tensor:
+        r"""
+        The vision tower's output, before the LayerNorm that follows it: what can be computed once and stored, while
+        the tower is frozen, and given to any of the models as `image_embeds`.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
+                Images.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, features, vision hidden_size)`.
+        """
+        return self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs).last_hidden_state
+
+    def _run_tower(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs) -> ModelOutput:
+        tower_is_trained = any(
+            p.requires_grad for name, p in self.vision_model.named_parameters() if not name.startswith("post_layernorm")
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (tower_is_trained or pixel_values.requires_grad)):
+            return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+
+    def _query_image(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs,
+    ) -> tuple[torch.Tensor, ModelOutput | None, ModelOutput]:
+        """`(image_embeds, vision_outputs, qformer_outputs)` of images, or of the tower's output in their place."""
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
+        vision_outputs = None
+        if image_embeds is None:
+            if pixel_values.dim() == 5:
+                pixel_values = pixel_values.flatten(0, 1)
+            vision_outputs = self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs)
+            image_embeds = vision_outputs.last_hidden_state
+        elif image_embeds.dim() == 4:
+            image_embeds = image_embeds.flatten(0, 1)
+        layernorm = self.vision_model.post_layernorm
+        query_embeds, attention_mask = self.query_tokens(image_embeds.shape[0]), None
+        if qformer_input_ids is not None:
+            query_embeds, attention_mask = self._add_instruction(query_embeds, qformer_input_ids, qformer_attention_mask)
+        qformer_outputs = self.qformer(
+            query_embeds=query_embeds,
+            query_length=self.config.num_query_tokens,
+            attention_mask=attention_mask,
+            encoder_hidden_states=layernorm(image_embeds.to(layernorm.weight.device, layernorm.weight.dtype)),
+            **kwargs,
+        )
+        return image_embeds, vision_outputs, qformer_outputs
+
+    def _add_instruction(self, query_embeds, input_ids, attention_mask):
+        if not self.config.qformer_config.use_qformer_text_input:
+            raise ValueError("qformer_input_ids were given, but this Q-Former reads no text (use_qformer_text_input).")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        query_mask = attention_mask.new_ones(query_embeds.shape[:2])
+        embeds = self.embeddings(input_ids=input_ids, query_embeds=query_embeds)
+        return embeds, torch.cat([query_mask, attention_mask], dim=1)
+
+
+class Blip2Model(Blip2PreTrainedModel):
+    r"""
+    The image side of BLIP-2, without a language model: what `AutoModel` and `pipeline("image-feature-extraction")`
+    load. It takes the checkpoint of any of the BLIP-2 models.
+
+    Args:
+        config ([`Blip2Config`]):
+            Its configuration.
+        vision_model ([`~transformers.PreTrainedModel`], *optional*):
+            The tower; made from the configuration, with random weights, if it is not given.
+    """
+
+    input_modalities = ("image",)
+    main_input_name = "pixel_values"
+    _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\."]
+
+    def __init__(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        self._build_image_side(config, vision_model)
+        self.post_init()
+        self.freeze()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Images.
+            image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` of shape
+            `(num_images, num_query_tokens, Q-Former hidden_size)`, the output queries, and `pooler_output` of shape
+            `(num_images, Q-Former hidden_size)`, their mean.
+
+        Raises:
+            ValueError: if not exactly one of `pixel_values` and `image_embeds` is given.
+        """
+        _, _, outputs = self._query_image(
+            pixel_values, image_embeds, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.last_hidden_state.mean(dim=1),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
+    r"""
+    BLIP-2 for captioning, visual question answering and stage-2 training (section 3.3): the Q-Former's output queries,
+    projected to the language model's width, stand in the text as soft visual prompts.
+
+    Images stand where `input_ids` have `config.image_token_index` (`num_query_tokens` of them for each image), or, if
+    they have none, in front of the text, one image a sample.
+
+    The vision tower and the language model are frozen: they are in eval mode, and the tower runs without autograd.
+
+    Args:
+        config ([`Blip2Config`]):
+            Its configuration, with a `text_config`.
+        vision_model ([`~transformers.PreTrainedModel`], *optional*):
+            The tower; made from the configuration, with random weights, if it is not given.
+        language_model ([`~transformers.PreTrainedModel`], *optional*):
+            The language model; likewise.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+
+    >>> processor = Blip2Processor.from_pretrained("Salesforce/blip2-opt-2.7b")
+    >>> model = Blip2ForConditionalGeneration.from_pretrained("Salesforce/blip2-opt-2.7b", dtype="auto", device_map="auto")
+    >>> inputs = processor(images=Image.open("cats.jpg"), text="a photo of", return_tensors="pt").to(model.device)
+    >>> processor.post_process_image_text_to_text(model.generate(**inputs), input_ids=inputs["input_ids"])
+    ```"""
+
+    _can_compile_fullgraph = True
+
+    def __init__(
+        self,
+        config: Blip2Config,
+        vision_model: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        if config.text_config is None:
+            raise ValueError(
+                "Blip2ForConditionalGeneration needs a language model: give Blip2Config a `text_config` "
+                "(a stage-1 configuration has none; see `from_pretrained_parts`)."
+            )
+        super().__init__(config)
+        self._build_image_side(config, vision_model)
+        text_config = config.text_config.get_text_config(decoder=True)
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, text_config.hidden_size)
+        if language_model is None:
+            language_model = _language_model_class(config.text_config).from_config(config.text_config)
+        self.language_model = language_model
+        self.generation_config = copy.deepcopy(language_model.generation_config)
+        self.takes_position_ids = "position_ids" in inspect.signature(language_model.forward).parameters
+        self.post_init()
+        self.freeze()
+
+    def freeze(self) -> "Blip2ForConditionalGeneration":
+        super().freeze()
+        self.language_model.requires_grad_(False)
+        return self
+
+    def _freezable_parts(self) -> list[nn.Module]:
+        return [*super()._freezable_parts(), self.language_model]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        if modality is None and self.config.is_encoder_decoder:
+            return self.language_model.get_encoder()
+        return self.vision_model if modality == "image" else super().get_encoder(modality=modality)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithVisionQformerOutputs:
+        r"""
+        The Q-Former's output queries in the language model's space. Compute them once, and give them to `forward` or
+        `generate` as `image_features`, however many questions there are about an image.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Images.
+            image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
+            qformer_input_ids (`torch.Tensor` of shape `(num_images, text_length)`, *optional*):
+                An instruction for the Q-Former, where it reads text (`use_qformer_text_input`).
+            qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, *optional*):
+                0 at its padding.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+
+        Returns:
+            `BaseModelOutputWithVisionQformerOutputs`: `pooler_output` of shape
+            `(num_images, num_query_tokens, language model hidden_size)` is what the language model is given;
+            `last_hidden_state` is the tower's output; `vision_outputs` and `qformer_outputs` are the parts'.
+
+        Raises:
+            ValueError: if not exactly one of `pixel_values` and `image_embeds` is given, or the Q-Former reads no text.
+        """
+        image_embeds, vision_outputs, qformer_outputs = self._query_image(
+            pixel_values,
+            image_embeds,
+            qformer_input_ids,
+            qformer_attention_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        queries = qformer_outputs.last_hidden_state[:, : self.config.num_query_tokens]
+        return BaseModelOutputWithVisionQformerOutputs(
+            last_hidden_state=image_embeds,
+            pooler_output=self.language_projection(queries.to(self.language_projection.weight.dtype)),
+            hidden_states=None if vision_outputs is None else vision_outputs.hidden_states,
+            attentions=None if vision_outputs is None else vision_outputs.attentions,
+            vision_outputs=vision_outputs,
+            qformer_outputs=qformer_outputs,
+        )
+
+    def _image_features(self, image_features, pixel_values, image_embeds, **kwargs):
+        """`(image_features, outputs of the parts)`: as given, or computed; `(None, None)` without an image."""
+        given = [x is not None for x in (image_features, pixel_values, image_embeds)]
+        if sum(given) > 1:
+            raise ValueError("Give only one of pixel_values, image_embeds and image_features.")
+        if image_features is not None:
+            return image_features.flatten(0, -3), None
+        if not any(given):
+            return None, None
+        outputs = self.get_image_features(pixel_values=pixel_values, image_embeds=image_embeds, **kwargs)
+        return outputs.pooler_output, outputs
+
+    def _insert_image_features(
+        self,
+        image_features: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor | None]:
+        """
+        Puts the image features at their `<image>` placeholders, or in front of the text where there are none.
+
+        Returns:
+            `dict`: `inputs_embeds` of shape `(batch_size, length, hidden_size)`; `input_ids`, `attention_mask`,
+            `labels` of shape `(batch_size, length)`; `is_image`, boolean, of the same shape.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if not self._has_placeholders(input_ids):
+            batch_size, num_images = input_ids.shape[0], image_features.shape[0]
+            if num_images % batch_size:
+                raise ValueError(
+                    f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for each "
+                    "text were expected. Let Blip2Processor make input_ids, or give one image a text."
+                )
+            length = num_images // batch_size * image_features.shape[1]
+            image_index = self.config.image_token_index
+            front = input_ids.new_full((batch_size, length), -1 if image_index is None else image_index)
+            is_image = torch.cat([torch.ones_like(front), torch.zeros_like(input_ids)], dim=1).bool()
+            input_ids = torch.cat([front, input_ids], dim=1)
+            attention_mask = torch.cat([attention_mask.new_ones(front.shape), attention_mask], dim=1)
+            if labels is not None and not self.config.is_encoder_decoder:
+                labels = torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
+        else:
+            is_image = input_ids == self.config.image_token_index
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        self._check_placeholders(is_image, image_features)
+        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
+        return {
+            "inputs_embeds": inputs_embeds,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "is_image": is_image,
+        }
+
+    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
+        if self.config.image_token_index is None:
+            return False
+        # A compiled graph can't branch on values: there, Blip2Processor's placeholders are expected
+        return torch.compiler.is_compiling() or bool((input_ids == self.config.image_token_index).any())
+
+    def _check_placeholders(self, is_image: torch.Tensor, image_features: torch.Tensor):
+        expected = image_features.shape[0] * image_features.shape[1]
+        if torch.compiler.is_compiling():
+            torch._assert_async(is_image.sum() == expected, "as many `<image>` placeholders as image features")
+            return
+        found = int(is_image.sum())
+        if found != expected:
+            raise ValueError(
+                f"input_ids have {found} `<image>` placeholders (token id {self.config.image_token_index}), but "
+                f"{image_features.shape[0]} images give {image_features.shape[1]} features each, {expected} in all. "
+                "Each image needs one `<image>` in the text given to Blip2Processor, whose num_query_tokens must be "
+                f"{image_features.shape[1]}."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs,
+    ) -> tuple | Blip2ForConditionalGenerationModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)` or \
+`(batch_size, images_each, channels, height, width)`, *optional*):
+                Images, in the order of their placeholders.
+            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Text, with or without placeholders; for an encoder-decoder, that of its encoder.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 at padding, which may stand on either side.
+            image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: the tower's output (see [`~Blip2PreTrainedModel.get_image_embeds`]).
+            image_features (`torch.Tensor` of shape `(num_images, num_query_tokens, hidden_size)`, *optional*):
+                In place of both: the projected queries (see [`~Blip2ForConditionalGeneration.get_image_features`]).
+            qformer_input_ids, qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, *optional*):
+                An instruction for the Q-Former, where it reads text.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embedded text and image features, in place of all of these.
+            position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions; made from `attention_mask` if they are not given.
+            encoder_outputs (`ModelOutput`, *optional*):
+                Those of the language model's encoder, in place of all that goes into it.
+            decoder_input_ids, decoder_attention_mask (`torch.Tensor` of shape `(batch_size, target_length)`, *optional*):
+                For an encoder-decoder; made from `labels` if they are not given.
+            labels (`torch.Tensor` of shape `(batch_size, sequence_length)` or `(batch_size, target_length)`, *optional*):
+                What to learn: of the shape of `input_ids`, or, for an encoder-decoder, the target. -100 is ignored.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+            kwargs:
+                Passed to the language model.
+
+        Returns:
+            [`Blip2ForConditionalGenerationModelOutput`].
+
+        Raises:
+            ValueError: if images and placeholders do not match.
+        """
+        image_features, image_outputs = self._image_features(
+            image_features,
+            pixel_values,
+            image_embeds,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        if image_features is not None:
+            if input_ids is None:
+                input_ids = self._start_tokens(image_features)
+            merged = self._insert_image_features(image_features, input_ids, attention_mask, labels)
+            inputs_embeds, attention_mask, labels = (merged[k] for k in ("inputs_embeds", "attention_mask", "labels"))
+            input_ids = None
+        if self.config.is_encoder_decoder:
+            if labels is not None and decoder_input_ids is None:
+                decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+            kwargs |= {
+                "encoder_outputs": encoder_outputs,
+                "decoder_input_ids": decoder_input_ids,
+                "decoder_attention_mask": decoder_attention_mask,
+            }
+        elif self.takes_position_ids:
+            kwargs["position_ids"] = _position_ids(attention_mask) if position_ids is None else position_ids
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.language_model(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
+        )
+        loss = None
+        if labels is not None:
+            # A decoder-only model predicts the label of the next position
+            shift = 0 if self.config.is_encoder_decoder else 1
+            logits = outputs.logits[:, : outputs.logits.shape[1] - shift]
+            loss = language_modeling_loss(logits, labels[:, shift:], num_items_in_batch)
+        return Blip2ForConditionalGenerationModelOutput(
+            loss=loss,
+            **{name: outputs.get(name) for name in LANGUAGE_MODEL_OUTPUTS},
+            vision_outputs=None if image_outputs is None else image_outputs.vision_outputs,
+            qformer_outputs=None if image_outputs is None else image_outputs.qformer_outputs,
+            language_model_outputs=outputs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **generate_kwargs,
+    ) -> torch.Tensor | ModelOutput:
+        r"""
+        Writes text about images: [`~transformers.GenerationMixin.generate`], after one pass through the tower and the
+        Q-Former, whatever the number of beams or of returned sequences.
+
+        Args:
+            pixel_values, input_ids, attention_mask, image_embeds, image_features, qformer_input_ids, \
+qformer_attention_mask, interpolate_pos_encoding:
+                As in `forward`. Prompts may be padded on either side. Without `input_ids` the text starts from the
+                language model's first token.
+            generate_kwargs (`dict`):
+                Those of [`~transformers.GenerationMixin.generate`].
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`, or a `ModelOutput` with it as
+            `sequences`: `input_ids` and the new tokens for a decoder-only language model, the decoder's tokens for an
+            encoder-decoder. [`~Blip2Processor.post_process_image_text_to_text`] gives the new text alone.
+
+        Raises:
+            ValueError: if images and placeholders do not match.
+        """
+        image_features, _ = self._image_features(
+            image_features,
+            pixel_values,
+            image_embeds,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        if image_features is None:
+            return super().generate(input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs)
+        if input_ids is None:
+            input_ids, attention_mask = self._start_tokens(image_features), None
+        prompt = self._insert_image_features(image_features, input_ids, attention_mask)
+        if self.config.is_encoder_decoder:
+            encoder_outputs = self.language_model.get_encoder()(
+                inputs_embeds=prompt["inputs_embeds"], attention_mask=prompt["attention_mask"], return_dict=True
+            )
+            return super().generate(
+                encoder_outputs=encoder_outputs, attention_mask=prompt["attention_mask"], **generate_kwargs
+            )
+        return self._generate_after_prompt(input_ids, prompt, generate_kwargs)
+
+    def _generate_after_prompt(
+        self, input_ids: torch.Tensor, prompt: dict[str, Any], generate_kwargs: dict[str, Any]
+    ) -> torch.Tensor | ModelOutput:
+        """Generation with a decoder-only model: the new tokens follow `input_ids`, as the caller gave them."""
+        prompt = _pad_left(prompt)
+        added = prompt["input_ids"].shape[1] - input_ids.shape[1]
+        for name in ("max_length", "min_length"):
+            if generate_kwargs.get(name) is not None:
+                generate_kwargs[name] += added
+        if generate_kwargs.get("streamer") is not None:
+            generate_kwargs["streamer"] = _PromptStreamer(generate_kwargs["streamer"], input_ids)
+        self._image_positions = prompt["is_image"]
+        try:
+            outputs = super().generate(
+                input_ids=self._readable_prompt(prompt),
+                inputs_embeds=prompt["inputs_embeds"],
+                attention_mask=prompt["attention_mask"],
+                **generate_kwargs,
+            )
+        finally:
+            del self._image_positions
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        repeats = sequences.shape[0] // input_ids.shape[0]
+        given = input_ids.repeat_interleave(repeats, dim=0).to(sequences.device)
+        sequences = torch.cat([given, sequences[:, prompt["input_ids"].shape[1] :]], dim=1)
+        if isinstance(outputs, torch.Tensor):
+            return sequences
+        outputs.sequences = sequences
+        return outputs
+
+    def _start_tokens(self, image_features: torch.Tensor) -> torch.Tensor:
+        """`input_ids` for images without text: their placeholders, where there is such a token, and the first token."""
+        start = self.config.bos_token_id
+        if start is None and self.config.is_encoder_decoder:
+            # An empty text, as an encoder-decoder's tokenizer makes it
+            start = self.config.eos_token_id
+        tokens = [] if start is None else [start]
+        if self.config.image_token_index is not None:
+            tokens = [self.config.image_token_index] * image_features.shape[1] + tokens
+        return torch.tensor([tokens], dtype=torch.long, device=image_features.device).repeat(image_features.shape[0], 1)
+
+    def _readable_prompt(self, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        `input_ids` with a token of the text in place of each placeholder, whose id may lie beyond the vocabulary: what
+        repetition penalties and their like find in the prompt is then the text's tokens alone.
+        """
+        is_text = prompt["attention_mask"].bool() & ~prompt["is_image"]
+        first = prompt["input_ids"].gather(1, is_text.int().argmax(dim=1, keepdim=True))
+        fallback = self.config.bos_token_id or self.config.pad_token_id or 0
+        filler = torch.where(is_text.any(dim=1, keepdim=True), first, fallback)
+        return torch.where(prompt["is_image"], filler, prompt["input_ids"])
+
+    def _get_candidate_generator(self, *args, assistant_model: PreTrainedModel | None = None, **kwargs):
+        # The assistant has no eyes: it continues the text without the image
+        if isinstance(assistant_model, Blip2ForConditionalGeneration):
+            assistant_model = assistant_model.language_model
+        model_kwargs = {k: v for k, v in kwargs.pop("model_kwargs").items() if k in ("past_key_values", "use_cache")}
+        input_ids, is_image = kwargs.pop("input_ids"), self._image_positions[0]
+        text_ids = input_ids[:, ~is_image]
+        generator = super()._get_candidate_generator(
+            *args, input_ids=text_ids, assistant_model=assistant_model, model_kwargs=model_kwargs, **kwargs
+        )
+        get_text_candidates = generator.get_candidates
+
+        def get_candidates(input_ids: torch.Tensor, **kwargs):
+            is_text = torch.cat([~is_image, is_image.new_ones(input_ids.shape[1] - is_image.shape[0])])
+            text_ids = input_ids[:, is_text]
+            candidates, logits = get_text_candidates(text_ids, **kwargs)
+            return torch.cat([input_ids, candidates[:, text_ids.shape[1] :].to(input_ids.device)], dim=1), logits
+
+        generator.get_candidates = get_candidates
+        return generator
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        return self.language_model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode and not any(p.requires_grad for p in self.language_model.parameters()):
+            checkpoint_in_eval_mode(self.language_model)
+        return self
+
+    @classmethod
+    def from_pretrained_parts(
+        cls,
+        stage1: "str | os.PathLike | Blip2PreTrainedModel | None" = None,
+        language_model: "str | os.PathLike | PreTrainedModel | None" = None,
+        *,
+        vision_model: "str | os.PathLike | PreTrainedModel | None" = None,
+        text_encoder: "str | os.PathLike | PreTrainedModel | None" = None,
+        image_token_index: int | None = None,
+        vision_feature_layer: int | None = None,
+        num_query_tokens: int = 32,
+        **qformer_kwargs,
+    ) -> "Blip2ForConditionalGeneration":
+        r"""
+        Joins a language model to a trained Q-Former and its tower, or to a tower and a Q-Former that starts from BERT.
+
+        Args:
+            stage1 (`str`, `os.PathLike` or a BLIP-2 model, *optional*):
+                A BLIP-2 whose tower, queries and Q-Former are taken.
+            language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
+                Any causal or sequence-to-sequence language model.
+            vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
+                Without `stage1`: any tower of `AutoModel`. Of CLIP and SigLIP the vision part is taken.
+            text_encoder (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
+                Without `stage1`: any BERT, from which the Q-Former starts.
+            image_token_index (`int`, *optional*):
+                Token id of `<image>`. Taken from the language model's tokenizer where `language_model` is a folder or
+                an id: the id that [`Blip2Processor`] gives it.
+            vision_feature_layer (`int`, *optional*):
+                Without `stage1`: index into the tower's `hidden_states`.
+            num_query_tokens (`int`, *optional*, defaults to 32):
+                Without `stage1`: number of queries.
+            qformer_kwargs (`dict`):
+                Without `stage1`: fields of [`Blip2QFormerConfig`], such as `cross_attention_frequency`.
+
+        Returns:
+            [`Blip2ForConditionalGeneration`]: the tower and the language model frozen.
+
+        Raises:
+            ValueError: if the parts do not make a whole.
+
+        Example:
+
+        ```python
+        >>> model = Blip2ForConditionalGeneration.from_pretrained_parts(
+        ...     vision_model="facebook/dinov2-small",
+        ...     text_encoder="google-bert/bert-base-uncased",
+        ...     language_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        ... )
+        ```"""
+        if language_model is None:
+            raise ValueError("from_pretrained_parts needs a language_model.")
+        if (stage1 is None) == (vision_model is None or text_encoder is None):
+            raise ValueError("Give either stage1, or vision_model and text_encoder.")
+        if image_token_index is None and not isinstance(language_model, PreTrainedModel):
+            image_token_index = image_token_id(AutoTokenizer.from_pretrained(language_model))
+        language_model = _load_language_model(language_model)
+        if stage1 is None:
+            image_side = _image_side_from_parts(
+                vision_model, text_encoder, vision_feature_layer, num_query_tokens, **qformer_kwargs
+            )
+        else:
+            image_side = stage1 if isinstance(stage1, PreTrainedModel) else Blip2Model.from_pretrained(stage1)
+        config = copy.deepcopy(image_side.config)
+        config = Blip2Config(
+            vision_config=config.vision_config,
+            qformer_config=config.qformer_config,
+            text_config=language_model.config,
+            num_query_tokens=config.num_query_tokens,
+            image_text_hidden_size=config.image_text_hidden_size,
+            image_token_index=image_token_index,
+            vision_feature_layer=config.vision_feature_layer,
+        )
+        model = cls(config, vision_model=image_side.vision_model, language_model=language_model)
+        for name in ("query_tokens", "qformer", "embeddings"):
+            if hasattr(image_side, name):
+                setattr(model, name, getattr(image_side, name))
+        return model.freeze()
+
+
+LANGUAGE_MODEL_OUTPUTS = (
+    "logits",
+    "past_key_values",
+    "hidden_states",
+    "attentions",
+    "decoder_hidden_states",
+    "decoder_attentions",
+    "cross_attentions",
+    "encoder_last_hidden_state",
+)
+
+
+class _PromptStreamer(BaseStreamer):
+    """Gives a streamer the prompt as the caller wrote it, then all that follows."""
+
+    def __init__(self, streamer: BaseStreamer, input_ids: torch.Tensor):
+        self.streamer = streamer
+        self.prompt = input_ids.cpu()
+
+    def put(self, value: torch.Tensor):
+        self.streamer.put(value if self.prompt is None else self.prompt)
+        self.prompt = None
+
+    def end(self):
+        self.streamer.end()
+
+
+def image_token_id(tokenizer) -> int:
+    """The token id of `<image>`: that which the tokenizer has, or the next one free."""
+    token_id = tokenizer.get_vocab().get(getattr(tokenizer, "image_token", None) or "<image>")
+    return len(tokenizer) if token_id is None else token_id
+
+
+def _position_ids(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Positions that count tokens and not padding, as `generate` makes them."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+
+
+def _pad_left(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The same prompts with all their padding in front, where generation wants it."""
+    order = prompt["attention_mask"].bool().int().argsort(dim=1, stable=True)
+    padded = {k: prompt[k].gather(1, order) for k in ("input_ids", "attention_mask", "is_image")}
+    embeds = prompt["inputs_embeds"]
+    padded["inputs_embeds"] = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]).to(embeds.device))
+    return padded
+
+
+def checkpoint_in_eval_mode(part: nn.Module):
+    """
+    Lets activation checkpointing act on a frozen part. transformers checkpoints a layer only in training mode, which a
+    frozen part is not in, for its dropout must be off: the flag of the layers alone is set, and taken back inside.
+
+    Args:
+        part (`nn.Module`):
+            The frozen part, in eval mode.
+    """
+    for layer in part.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            layer.training = True
+            function = layer._gradient_checkpointing_func
+            if getattr(function, "func", None) is not _checkpoint_layer_in_eval_mode:
+                layer._gradient_checkpointing_func = partial(_checkpoint_layer_in_eval_mode, layer, function)
+
+
+def _checkpoint_layer_in_eval_mode(layer: nn.Module, checkpoint, forward, *args, **kwargs):
+    def forward_in_eval_mode(*args, **kwargs):
+        training, layer.training = layer.training, False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            layer.training = training
+
+    return checkpoint(forward_in_eval_mode, *args, **kwargs)
+
+
+def _language_model_class(config: PreTrainedConfig) -> type:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _load_language_model(language_model: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
+    if isinstance(language_model, PreTrainedModel):
+        return language_model
+    config = AutoConfig.from_pretrained(language_model)
+    return _language_model_class(config).from_pretrained(language_model, config=config)
+
+
+def _load_tower(vision_model: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
+    if isinstance(vision_model, PreTrainedModel):
+        return getattr(vision_model, "vision_model", vision_model)
+    config = AutoConfig.from_pretrained(vision_model)
+    if hasattr(config, "vision_config"):
+        return MODEL_MAPPING[type(config.vision_config)].from_pretrained(vision_model)
+    return AutoModel.from_pretrained(vision_model)
+
+
+def _image_side_from_parts(
+    vision_model, text_encoder, vision_feature_layer: int | None, num_query_tokens: int, **qformer_kwargs
+) -> Blip2Model:
+    """A tower, and a Q-Former that starts from BERT."""
+    tower, bert = _load_tower(vision_model), load_bert(text_encoder)
+    width = tower_hidden_size(tower.config, vision_feature_layer) or _measure_width(tower, vision_feature_layer)
+    config = Blip2Config(
+        vision_config=tower.config,
+        qformer_config=qformer_config_from_bert(bert.config, encoder_hidden_size=width, **qformer_kwargs),
+        num_query_tokens=num_query_tokens,
+        vision_feature_layer=vision_feature_layer,
+    )
+    model = Blip2Model(config, vision_model=tower)
+    copy_bert_weights(bert, model.qformer, getattr(model, "embeddings", None))
+    return model
+
+
+@torch.no_grad()
+def _measure_width(tower: PreTrainedModel, vision_feature_layer: int | None) -> int:
+    """Width of the features of a tower whose configuration does not tell (timm): a feature map's channels."""
+    size = getattr(tower.config, "image_size", None) or 224
+    pixel_values = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
+    outputs = tower(pixel_values=pixel_values, output_hidden_states=vision_feature_layer is not None, return_dict=True)
+    features = outputs.last_hidden_state if vision_feature_layer is None else outputs.hidden_states[vision_feature_layer]
+    return features.shape[1 if features.dim() == 4 else -1]
+
+
+__all__ = [
+    "Blip2ForConditionalGeneration",
+    "Blip2ForConditionalGenerationModelOutput",
+    "Blip2Model",
+    "Blip2PreTrainedModel",
+]

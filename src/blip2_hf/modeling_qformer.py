@@ -1,0 +1,400 @@
+"""The Querying Transformer (Q-Former): a BERT whose learned queries attend to an image."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel
+from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
+from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings, eager_attention_forward
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_blip2 import Blip2QFormerConfig
+
+
+KeyValues = tuple[torch.Tensor, torch.Tensor]
+
+
+class Blip2QFormerMultiHeadAttention(nn.Module):
+    """Self-attention, or cross-attention to keys and values that [`~Blip2QFormerModel.project_image`] computed."""
+
+    def __init__(self, config: Blip2QFormerConfig, is_cross_attention: bool = False):
+        super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads "
+                f"({config.num_attention_heads})."
+            )
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.attention_dropout = config.attention_probs_dropout_prob
+        key_value_width = config.encoder_hidden_size if is_cross_attention else config.hidden_size
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(key_value_width, config.hidden_size)
+        self.value = nn.Linear(key_value_width, config.hidden_size)
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def project(self, states: torch.Tensor) -> KeyValues:
+        return self.split_heads(self.key(states)), self.split_heads(self.value(states))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_values: KeyValues | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.split_heads(self.query(hidden_states))
+        key, value = self.project(hidden_states) if key_values is None else key_values
+        if attention_mask is not None:
+            # Flex attention looks the mask up by query
+            attention_mask = attention_mask.expand(-1, -1, query.shape[2], -1)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self._attn_implementation(query, attention_mask), eager_attention_forward
+        )
+        attention_output, attention_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return attention_output.reshape(*hidden_states.shape[:-1], -1), attention_weights
+
+    def _attn_implementation(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> str:
+        name = self.config._attn_implementation
+        # Flash kernels take neither float32 nor a mask between queries and text: SDPA computes the same
+        if "flash" in name and (attention_mask is not None or query.dtype == torch.float32):
+            return "sdpa"
+        return name
+
+
+class Blip2QFormerAttention(nn.Module):
+    def __init__(self, config: Blip2QFormerConfig, is_cross_attention: bool = False):
+        super().__init__()
+        self.attention = Blip2QFormerMultiHeadAttention(config, is_cross_attention)
+        self.output = BertSelfOutput(config)
+
+    def forward(self, hidden_states, attention_mask=None, key_values=None, **kwargs) -> torch.Tensor:
+        attention_output, _ = self.attention(hidden_states, attention_mask, key_values, **kwargs)
+        return self.output(attention_output, hidden_states)
+
+
+class Blip2QFormerLayer(GradientCheckpointingLayer):
+    """Self-attention over queries and text; cross-attention of the queries; a feed-forward network for each kind."""
+
+    def __init__(self, config: Blip2QFormerConfig, layer_idx: int):
+        super().__init__()
+        self.attention = Blip2QFormerAttention(config)
+        self.has_cross_attention = layer_idx % config.cross_attention_frequency == 0
+        if self.has_cross_attention:
+            self.crossattention = Blip2QFormerAttention(config, is_cross_attention=True)
+        if config.use_qformer_text_input:
+            self.intermediate = BertIntermediate(config)
+            self.output = BertOutput(config)
+        self.intermediate_query = BertIntermediate(config)
+        self.output_query = BertOutput(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_values: KeyValues | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        query_length: int = 0,
+        **kwargs,
+    ) -> torch.Tensor:
+        hidden_states = self.attention(hidden_states, attention_mask, **kwargs)
+        queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
+        outputs = []
+        if query_length > 0:
+            if self.has_cross_attention:
+                queries = self.crossattention(queries, encoder_attention_mask, key_values, **kwargs)
+            outputs.append(self.output_query(self.intermediate_query(queries), queries))
+        if text.shape[1] > 0:
+            outputs.append(self.output(self.intermediate(text), text))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+class Blip2QFormerEncoder(nn.Module):
+    def __init__(self, config: Blip2QFormerConfig):
+        super().__init__()
+        self.layer = nn.ModuleList([Blip2QFormerLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+
+class Blip2QFormerModel(PreTrainedModel):
+    r"""
+    The Q-Former (section 3.1): queries and text share the self-attention; queries attend to the image in every
+    `cross_attention_frequency`-th layer; queries and text have feed-forward networks of their own.
+
+    Args:
+        config ([`Blip2QFormerConfig`]):
+            Its configuration.
+    """
+
+    config: Blip2QFormerConfig
+    config_class = Blip2QFormerConfig
+    base_model_prefix = ""
+    main_input_name = "query_embeds"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["Blip2QFormerLayer"]
+    _can_record_outputs = {
+        "hidden_states": Blip2QFormerLayer,
+        "attentions": OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".attention"),
+        "cross_attentions": OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".crossattention"),
+    }
+
+    def __init__(self, config: Blip2QFormerConfig):
+        super().__init__(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = Blip2QFormerEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> None:
+        # Queries and embedded text come from outside
+        return None
+
+    def set_input_embeddings(self, value):
+        raise NotImplementedError("Blip2QFormerModel has no input embeddings: it is given `query_embeds`.")
+
+    def project_image(self, encoder_hidden_states: torch.Tensor) -> tuple[KeyValues, ...]:
+        r"""
+        The image's keys and values for each cross-attention layer: computed once, used with any number of texts.
+
+        Args:
+            encoder_hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)`):
+                Image features, after the LayerNorm that follows the tower.
+
+        Returns:
+            `tuple` of (key, value), one for each layer with cross-attention, each a `torch.Tensor` of shape
+            `(num_images, num_attention_heads, features, head_dim)`: the argument `encoder_key_values` of `forward`.
+        """
+        states = encoder_hidden_states.to(self.layernorm.weight.dtype)
+        return tuple(
+            layer.crossattention.attention.project(states) for layer in self.encoder.layer if layer.has_cross_attention
+        )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        query_embeds: torch.Tensor,
+        query_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        encoder_key_values: tuple[KeyValues, ...] | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPoolingAndCrossAttentions:
+        r"""
+        Args:
+            query_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                The queries, then the embedded text; either may be missing.
+            query_length (`int`, *optional*):
+                How many of them are queries. All, if it is not given; 0 for text alone.
+            attention_mask (`torch.Tensor`, *optional*):
+                1 where there is something to attend to: of shape `(batch_size, sequence_length)`, or, to say who sees
+                whom, `(batch_size, sequence_length, sequence_length)` (see [`block_attention_mask`]), or 4-D with a
+                head axis; a 4-D mask of floats is added to the scores as it is.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, features, encoder_hidden_size)`, *optional*):
+                Image features. Needed, if there are queries, unless `encoder_key_values` is given.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, features)`, *optional*):
+                0 at image features that are padding.
+            encoder_key_values (`tuple`, *optional*):
+                What [`~Blip2QFormerModel.project_image`] returned, in place of `encoder_hidden_states`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions`]: `last_hidden_state` of
+            shape `(batch_size, sequence_length, hidden_size)`; `pooler_output` is its first position.
+
+        Raises:
+            ValueError: if queries have no image to attend to, or text has no feed-forward network to go through.
+        """
+        query_length = query_embeds.shape[1] if query_length is None else query_length
+        self._check_inputs(query_embeds, query_length, encoder_hidden_states, encoder_key_values)
+        if query_length > 0 and encoder_key_values is None:
+            encoder_key_values = self.project_image(encoder_hidden_states)
+        hidden_states = self.dropout(self.layernorm(query_embeds.to(self.layernorm.weight.dtype)))
+        attention_mask = additive_mask(attention_mask, hidden_states.dtype)
+        encoder_attention_mask = additive_mask(encoder_attention_mask, hidden_states.dtype)
+        key_values = iter(encoder_key_values or ())
+        for layer in self.encoder.layer:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask,
+                next(key_values) if layer.has_cross_attention and query_length > 0 else None,
+                encoder_attention_mask,
+                query_length,
+                **kwargs,
+            )
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
+        )
+
+    def _check_inputs(self, query_embeds, query_length, encoder_hidden_states, encoder_key_values):
+        if query_length > 0 and encoder_hidden_states is None and encoder_key_values is None:
+            raise ValueError(
+                f"There are {query_length} queries but no image: pass encoder_hidden_states or encoder_key_values "
+                "(or query_length=0 for text alone)."
+            )
+        if query_embeds.shape[1] > query_length and not self.config.use_qformer_text_input:
+            raise ValueError(
+                f"The input has {query_embeds.shape[1] - query_length} text positions after {query_length} queries, "
+                "but this Q-Former has no feed-forward networks for text: make it with "
+                "Blip2QFormerConfig(use_qformer_text_input=True)."
+            )
+
+    @classmethod
+    def from_bert_pretrained(
+        cls, text_encoder: str | PreTrainedModel, encoder_hidden_size: int, **config_kwargs
+    ) -> "Blip2QFormerModel":
+        r"""
+        A Q-Former that starts from a BERT, as in the paper (section 3.1): the feed-forward network for queries starts
+        as a copy of that for text, the cross-attention from N(0, `initializer_range`).
+
+        Args:
+            text_encoder (`str` or [`~transformers.BertModel`]):
+                Any BERT checkpoint (a folder or an id on the Hub), or the model itself, with or without a head.
+            encoder_hidden_size (`int`):
+                Width of the image features.
+            config_kwargs (`dict`):
+                Other fields of [`Blip2QFormerConfig`], such as `cross_attention_frequency`.
+
+        Returns:
+            [`Blip2QFormerModel`]: in the dtype of the BERT.
+
+        Raises:
+            ValueError: if the checkpoint is not a BERT.
+        """
+        bert = load_bert(text_encoder)
+        config = qformer_config_from_bert(bert.config, encoder_hidden_size=encoder_hidden_size, **config_kwargs)
+        qformer = cls(config).to(bert.dtype)
+        copy_bert_weights(bert, qformer)
+        return qformer
+
+
+def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """
+    A mask as every attention implementation takes it.
+
+    Args:
+        mask (`torch.Tensor`, *optional*):
+            1 or `True` where attention is allowed, of shape `(batch_size, key_length)`,
+            `(batch_size, query_length, key_length)` or `(batch_size, 1 or heads, query_length, key_length)`. A 4-D mask
+            of floats is returned as it is.
+        dtype (`torch.dtype`):
+            Of the hidden states.
+
+    Returns:
+        `torch.Tensor` of 4 dimensions, 0 where attention is allowed and the lowest finite number elsewhere, or `None`.
+    """
+    if mask is None or (mask.dim() == 4 and mask.is_floating_point()):
+        return mask
+    if mask.dim() == 2:
+        mask = mask[:, None, None, :]
+    elif mask.dim() == 3:
+        mask = mask[:, None]
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~mask.bool(), torch.finfo(dtype).min)
+
+
+def block_attention_mask(query_length: int, attention_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Who sees whom in `[queries | text with [CLS] | text with [DEC]]`: one pass that gives what the contrastive and the
+    generative objective need (section 3.2, figure 2). Queries see queries; the `[CLS]` copy sees itself; the `[DEC]`
+    copy sees the queries and, causally, itself.
+
+    Args:
+        query_length (`int`):
+            Number of queries.
+        attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`):
+            1 at the tokens of the text, 0 at its padding.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch_size, length, length)`, `length` being `query_length + 2 * text_length`.
+    """
+    tokens = attention_mask.bool()
+    batch_size, text_length = tokens.shape
+    cls, dec = query_length, query_length + text_length
+    mask = tokens.new_zeros(batch_size, dec + text_length, dec + text_length)
+    mask[:, :cls, :cls] = True
+    mask[:, cls:dec, cls:dec] = tokens[:, None, :]
+    mask[:, dec:, :cls] = True
+    mask[:, dec:, dec:] = tokens[:, None, :] & torch.ones_like(mask[0, dec:, dec:]).tril()
+    return mask
+
+
+def load_bert(text_encoder: str | PreTrainedModel) -> PreTrainedModel:
+    """The [`~transformers.BertModel`] inside any BERT checkpoint or model."""
+    model = AutoModel.from_pretrained(text_encoder) if isinstance(text_encoder, str) else text_encoder
+    bert = getattr(model, "bert", model)
+    if bert.config.model_type != "bert":
+        raise ValueError(f"A Q-Former starts from a BERT; {text_encoder!r} is a {bert.config.model_type!r} model.")
+    return bert
+
+
+def qformer_config_from_bert(bert_config, **kwargs) -> Blip2QFormerConfig:
+    """The configuration of a Q-Former of the sizes of a BERT; keyword arguments overrule."""
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "max_position_embeddings",
+        "layer_norm_eps",
+        "pad_token_id",
+    )
+    # BERT has no [DEC]; who adds it to the vocabulary says so
+    return Blip2QFormerConfig(**({name: getattr(bert_config, name) for name in names} | {"bos_token_id": None} | kwargs))
+
+
+@torch.no_grad()
+def copy_bert_weights(bert: PreTrainedModel, qformer: Blip2QFormerModel, embeddings: nn.Module | None = None):
+    """
+    Copies the weights of a BERT into a Q-Former of the same sizes. Token types have no place in a Q-Former.
+
+    Args:
+        bert ([`~transformers.BertModel`]):
+            Where they come from.
+        qformer ([`Blip2QFormerModel`]):
+            Where they go: self-attention, and the feed-forward networks, those for queries as copies.
+        embeddings (`Blip2TextEmbeddings`, *optional*):
+            Text embeddings; rows beyond BERT's vocabulary keep what they have.
+    """
+    qformer.layernorm.load_state_dict(bert.embeddings.LayerNorm.state_dict())
+    for source, target in zip(bert.encoder.layer, qformer.encoder.layer, strict=True):
+        for name in ("query", "key", "value"):
+            state = getattr(source.attention.self, name).state_dict()
+            getattr(target.attention.attention, name).load_state_dict(state)
+        target.attention.output.load_state_dict(source.attention.output.state_dict())
+        for suffix in ("_query", "") if qformer.config.use_qformer_text_input else ("_query",):
+            getattr(target, f"intermediate{suffix}").load_state_dict(source.intermediate.state_dict())
+            getattr(target, f"output{suffix}").load_state_dict(source.output.state_dict())
+    if embeddings is not None:
+        for name in ("word_embeddings", "position_embeddings"):
+            weight = getattr(bert.embeddings, name).weight
+            getattr(embeddings, name).weight[: len(weight)] = weight
+
+
+__all__ = ["Blip2QFormerModel", "Blip2TextEmbeddings", "block_attention_mask"]

@@ -1,0 +1,288 @@
+"""Vision towers: the ViT of BLIP-2, and any model of `AutoModel` in its place."""
+
+import inspect
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2EncoderLayer
+from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings as TransformersBlip2VisionEmbeddings
+from transformers.utils import torch_int
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_blip2 import Blip2VisionConfig
+
+
+class Blip2VisionEmbeddings(TransformersBlip2VisionEmbeddings):
+    """Patches, the class token and position embeddings, which are interpolated to the size of the images."""
+
+    def __init__(self, config: Blip2VisionConfig):
+        super().__init__(config)
+        self.align_corners = config.interpolate_align_corners
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        if height == width == self.image_size and not torch.jit.is_tracing():
+            return self.position_embedding
+        side = torch_int(self.num_patches**0.5)
+        grid = self.position_embedding[:, 1:].reshape(1, side, side, self.embed_dim).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(
+            grid.float(),
+            size=(height // self.patch_size, width // self.patch_size),
+            mode="bicubic",
+            align_corners=self.align_corners,
+        )
+        grid = grid.to(embeddings.dtype).flatten(2).transpose(1, 2)
+        return torch.cat((self.position_embedding[:, :1].to(embeddings.dtype), grid), dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True) -> torch.Tensor:
+        height, width = pixel_values.shape[-2:]
+        if min(height, width) < self.patch_size:
+            raise ValueError(
+                f"Images of {height}x{width} pixels are smaller than one patch ({self.patch_size} pixels). "
+                "Resize them, as Blip2Processor does."
+            )
+        if not interpolate_pos_encoding and not height == width == self.image_size:
+            raise ValueError(
+                f"Images of {height}x{width} pixels do not fit position embeddings made for {self.image_size} pixels. "
+                "Resize the images, or pass interpolate_pos_encoding=True."
+            )
+        return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+
+
+class Blip2VisionEncoder(nn.Module):
+    """The blocks of the ViT, one after the other, up to `vision_feature_layer`."""
+
+    def __init__(self, config: Blip2VisionConfig, vision_feature_layer: int | None = None):
+        super().__init__()
+        self.layers = nn.ModuleList([Blip2EncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.stop_at(vision_feature_layer)
+
+    def stop_at(self, vision_feature_layer: int | None):
+        layer = -1 if vision_feature_layer is None else vision_feature_layer
+        num_hidden_states = len(self.layers) + 1
+        if not -num_hidden_states <= layer < num_hidden_states:
+            raise ValueError(f"vision_feature_layer={layer}, but the tower has {num_hidden_states} hidden states.")
+        self.num_layers_to_run = layer % num_hidden_states
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        for layer in self.layers[: self.num_layers_to_run]:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
+
+class Blip2VisionModel(PreTrainedModel):
+    r"""
+    The vision transformer of BLIP-2: EVA-CLIP ViT-g/14 or CLIP ViT-L/14, without the last block (section 3.1).
+
+    `last_hidden_state` is the output of the last block, **before** `post_layernorm`: it can be stored, since
+    `post_layernorm` is trained while the rest is frozen. The models that join the tower to a Q-Former apply it.
+
+    Args:
+        config ([`Blip2VisionConfig`]):
+            Its configuration.
+        vision_feature_layer (`int`, *optional*):
+            Index into the `hidden_states` (0: the embeddings) at which to stop. `None` or -1: the last block.
+    """
+
+    config: Blip2VisionConfig
+    config_class = Blip2VisionConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["Blip2VisionEmbeddings", "Blip2EncoderLayer"]
+    _can_record_outputs = {"hidden_states": Blip2EncoderLayer, "attentions": Blip2Attention}
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: Blip2VisionConfig, vision_feature_layer: int | None = None):
+        super().__init__(config)
+        self.embeddings = Blip2VisionEmbeddings(config)
+        self.pre_layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_pre_layernorm else nn.Identity()
+        )
+        self.encoder = Blip2VisionEncoder(config, vision_feature_layer)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.post_layernorm_eps)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Blip2VisionEmbeddings):
+            init.trunc_normal_(module.position_embedding, mean=0.0, std=self.config.initializer_range)
+            init.trunc_normal_(module.class_embedding, mean=0.0, std=self.config.initializer_range)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`):
+                Normalised images of any size of at least one patch.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to images of another size than `config.image_size`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` of shape
+            `(num_images, 1 + patches, hidden_size)`, the class token first, and `pooler_output` of shape
+            `(num_images, hidden_size)`, the class token after `post_layernorm`.
+
+        Raises:
+            ValueError: if images are smaller than a patch, or of another size and `interpolate_pos_encoding=False`.
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        hidden_states = self.encoder(self.pre_layernorm(hidden_states), **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[:, 0])
+        )
+
+
+class Blip2AutoVisionModel(PreTrainedModel):
+    r"""
+    Any model of `AutoModel` as the vision tower, followed by the LayerNorm of BLIP-2.
+
+    Towers that return a feature map (ConvNeXt, the CNNs of timm) give one feature a cell, row by row.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Configuration of the tower.
+        hidden_size (`int`):
+            Width of its features.
+        vision_feature_layer (`int`, *optional*):
+            Index into the tower's `hidden_states`; `None` takes `last_hidden_state`.
+        tower ([`~transformers.PreTrainedModel`], *optional*):
+            The tower itself; made from `config`, with random weights, if it is not given.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        hidden_size: int,
+        vision_feature_layer: int | None = None,
+        tower: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.tower = AutoModel.from_config(config) if tower is None else tower
+        self.post_layernorm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.hidden_size = hidden_size
+        self.vision_feature_layer = vision_feature_layer
+        self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.tower.get_input_embeddings()
+
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
+                Images as the tower's own image processor makes them.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Passed to towers that have this argument.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` of shape
+            `(num_images, features, hidden_size)`, before `post_layernorm`.
+
+        Raises:
+            ValueError: if the tower returns something of another width, or has not so many layers.
+        """
+        if self.interpolates:
+            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        layer = self.vision_feature_layer
+        if layer is not None:
+            kwargs["output_hidden_states"] = True
+        outputs = self.tower(pixel_values=pixel_values.to(self.tower.dtype), return_dict=True, **kwargs)
+        features = outputs.last_hidden_state if layer is None else self._hidden_state(outputs.hidden_states, layer)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=flatten_feature_map(features, self.hidden_size),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    @staticmethod
+    def _hidden_state(hidden_states: tuple[torch.Tensor, ...], layer: int) -> torch.Tensor:
+        if not -len(hidden_states) <= layer < len(hidden_states):
+            raise ValueError(f"vision_feature_layer={layer}, but the tower has {len(hidden_states)} hidden states.")
+        return hidden_states[layer]
+
+
+def flatten_feature_map(features: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """
+    The output of a vision tower as a sequence.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_images, length, hidden_size)`, `(num_images, hidden_size, height, width)`
+            or `(num_images, height, width, hidden_size)`):
+            What the tower returns.
+        hidden_size (`int`):
+            Width of the features: tells the axis.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images, length or height * width, hidden_size)`.
+
+    Raises:
+        ValueError: if no axis has that width where it should.
+    """
+    if features.dim() == 4 and features.shape[1] == hidden_size:
+        features = features.flatten(2).transpose(1, 2)
+    elif features.dim() == 4:
+        features = features.flatten(1, 2)
+    if features.dim() != 3 or features.shape[-1] != hidden_size:
+        raise ValueError(
+            f"The vision tower returned features of shape {tuple(features.shape)}; patch features of width "
+            f"{hidden_size} were expected. Set qformer_config.encoder_hidden_size to the tower's width."
+        )
+    return features
+
+
+def build_vision_model(
+    config: PreTrainedConfig,
+    hidden_size: int,
+    vision_feature_layer: int | None = None,
+    vision_model: PreTrainedModel | None = None,
+) -> Blip2VisionModel | Blip2AutoVisionModel:
+    """
+    The vision tower that `config` asks for, with the LayerNorm of BLIP-2 as its `post_layernorm`.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of the tower.
+        hidden_size (`int`):
+            Width of its features.
+        vision_feature_layer (`int`, *optional*):
+            Index into the tower's `hidden_states`.
+        vision_model (`PreTrainedModel`, *optional*):
+            The tower itself, if it has been loaded.
+
+    Returns:
+        [`Blip2VisionModel`] or [`Blip2AutoVisionModel`].
+    """
+    if isinstance(vision_model, Blip2AutoVisionModel):
+        return vision_model
+    if isinstance(config, Blip2VisionConfig):
+        if vision_model is None:
+            return Blip2VisionModel(config, vision_feature_layer)
+        vision_model.encoder.stop_at(vision_feature_layer)
+        return vision_model
+    return Blip2AutoVisionModel(config, hidden_size, vision_feature_layer, tower=vision_model)
