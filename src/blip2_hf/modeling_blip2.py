@@ -730,6 +730,10 @@ qformer_attention_mask, interpolate_pos_encoding:
         return torch.where(prompt["is_image"], filler, prompt["input_ids"])
 
     def _get_candidate_generator(self, *args, assistant_model: PreTrainedModel | None = None, **kwargs):
+        if self.config.is_encoder_decoder:
+            if assistant_model is not None:
+                raise ValueError("Assisted decoding with an assistant_model needs a decoder-only language model.")
+            return super()._get_candidate_generator(*args, assistant_model=None, **kwargs)
         # The assistant has no eyes: it continues the text without the image
         if isinstance(assistant_model, Blip2ForConditionalGeneration):
             assistant_model = assistant_model.language_model
@@ -751,6 +755,10 @@ qformer_attention_mask, interpolate_pos_encoding:
         return generator
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        if inputs_embeds is not None and kwargs.get("is_first_iteration"):
+            # Assisted decoding appends its first draft to the prompt
+            draft = input_ids[:, inputs_embeds.shape[1] :]
+            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(draft)], dim=1)
         return self.language_model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def train(self, mode: bool = True):

@@ -8,7 +8,7 @@ from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import AutoModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING, AutoModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2EncoderLayer
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings as TransformersBlip2VisionEmbeddings
 from transformers.utils import torch_int
@@ -179,6 +179,10 @@ class Blip2AutoVisionModel(PreTrainedModel):
         vision_feature_layer: int | None = None,
         tower: PreTrainedModel | None = None,
     ):
+        tower_class = MODEL_MAPPING.get(type(config), None) if tower is None else type(tower)
+        if tower_class is not None and not tower_class._supports_sdpa:
+            # A convolutional tower has no attention to choose an implementation of
+            config._attn_implementation = "eager"
         super().__init__(config)
         self.tower = AutoModel.from_config(config) if tower is None else tower
         self.post_layernorm = nn.LayerNorm(hidden_size, eps=1e-5)

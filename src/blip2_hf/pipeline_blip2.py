@@ -128,10 +128,13 @@ class _ImageTextPipeline(Pipeline):
         if self.processor is not None and not (is_blip2 and self.processor.num_query_tokens is None):
             return
         if type(self.model.config) in PROCESSOR_MAPPING:
-            # processors saved before transformers 4.46 do not know how many placeholders an image needs
-            options = {"num_query_tokens": self.model.config.num_query_tokens} if is_blip2 else {}
-            processor_class = PROCESSOR_MAPPING[type(self.model.config)]
-            self.processor = processor_class(image_processor=self.image_processor, tokenizer=self.tokenizer, **options)
+            parts = {"image_processor": self.image_processor, "tokenizer": self.tokenizer}
+            if is_blip2:
+                # processors saved before transformers 4.46 do not know how many placeholders an image needs
+                parts["num_query_tokens"] = self.model.config.num_query_tokens
+            if self.model_type == "blip2":
+                parts["is_encoder_decoder"] = self.model.config.text_config.is_encoder_decoder
+            self.processor = PROCESSOR_MAPPING[type(self.model.config)](**parts)
 
     @classmethod
     def register_for_auto_class(cls):

@@ -1,0 +1,302 @@
+import pytest
+import torch
+import transformers
+from tiny import DECODER_ONLY, LANGUAGE_MODELS, NUM_QUERIES, VOCAB_SIZE, make_model, make_pixel_values
+
+from blip2_hf import Blip2ForConditionalGeneration
+
+
+IMAGE = VOCAB_SIZE - 1
+PROMPTS = [[0, 5, 6, 7, 8, 9], [0, 30, 31], [0, 70, 71, 72]]
+
+
+def pad(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
+    length = max(map(len, rows))
+    ids, masks = [], []
+    for row in rows:
+        fill = length - len(row)
+        ids.append([1] * fill + row if side == "left" else row + [1] * fill)
+        masks.append([0] * fill + [1] * len(row) if side == "left" else [1] * len(row) + [0] * fill)
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
+
+
+def new_tokens(model, outputs: torch.Tensor, length: int) -> list[list[int]]:
+    skip = 0 if model.config.is_encoder_decoder else length
+    rows = [[t for t in row if t not in (1, 2)] for row in outputs[:, skip:].tolist()]
+    assert any(rows), "the models are so made that they write something"
+    return rows
+
+
+@pytest.mark.parametrize("placeholders", [True, False])
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_caption_is_the_same_alone_and_in_a_batch(name, placeholders):
+    model = make_model(name, image_token_index=IMAGE if placeholders else None)
+    front = [IMAGE] * NUM_QUERIES if placeholders else []
+    rows = [front + row for row in PROMPTS]
+    pixel_values = make_pixel_values(3)
+    kwargs = {"max_new_tokens": 6, "do_sample": False}
+    alone = []
+    for i, row in enumerate(rows):
+        outputs = model.generate(pixel_values=pixel_values[i : i + 1], **pad([row]), **kwargs)
+        alone += new_tokens(model, outputs, len(row))
+    for side in ("left", "right"):
+        for attn in ("eager", "sdpa"):
+            model.set_attn_implementation(attn)
+            batch = pad(rows, side)
+            outputs = model.generate(pixel_values=pixel_values, **batch, **kwargs)
+            assert new_tokens(model, outputs, batch["input_ids"].shape[1]) == alone, (side, attn)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_greedy_is_the_argmax_of_forward_step_by_step(name):
+    model = make_model(name)
+    pixel_values, row = make_pixel_values(1), [IMAGE] * NUM_QUERIES + PROMPTS[0]
+    generated = model.generate(pixel_values=pixel_values, input_ids=torch.tensor([row]), max_new_tokens=5)
+    tokens = generated[0, :1].tolist() if model.config.is_encoder_decoder else list(row)
+    for _ in range(generated.shape[1] - len(tokens)):
+        inputs = {"input_ids": torch.tensor([row])}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.tensor([tokens])
+        else:
+            inputs["input_ids"] = torch.tensor([tokens])
+        tokens.append(model(pixel_values=pixel_values, **inputs).logits[0, -1].argmax().item())
+    assert generated[0].tolist() == tokens
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_forward_sees_no_padding(name, side):
+    model = make_model(name)
+    rows = [[IMAGE] * NUM_QUERIES + row for row in PROMPTS]
+    batch, pixel_values = pad(rows, side), make_pixel_values(3)
+    decoder = {"decoder_input_ids": torch.tensor([[1, 9, 8]])} if model.config.is_encoder_decoder else {}
+    logits = model(
+        pixel_values=pixel_values, **batch, **{k: v.expand(3, -1) for k, v in decoder.items()}
+    ).logits
+    for i, row in enumerate(rows):
+        expected = model(pixel_values=pixel_values[i : i + 1], input_ids=torch.tensor([row]), **decoder).logits[0]
+        actual = logits[i] if model.config.is_encoder_decoder else logits[i][batch["attention_mask"][i].bool()]
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_and_new_tokens_are_returned_as_generation_mixin_does():
+    model = make_model("llama")
+    batch = pad([PROMPTS[0], PROMPTS[1]], "right")
+    outputs = model.generate(pixel_values=make_pixel_values(), **batch, max_new_tokens=3, num_return_sequences=2, num_beams=2)
+    assert outputs.shape[0] == 4
+    assert torch.equal(outputs[:, :6], batch["input_ids"].repeat_interleave(2, dim=0))
+
+
+def test_without_text_generation_starts_from_bos():
+    model = make_model("opt")
+    outputs = model.generate(pixel_values=make_pixel_values(), max_new_tokens=3)
+    assert outputs[0, : NUM_QUERIES + 1].tolist() == [IMAGE] * NUM_QUERIES + [0]
+    model = make_model("opt", image_token_index=None)
+    assert model.generate(pixel_values=make_pixel_values(), max_new_tokens=3)[0, 0] == 0
+
+
+def test_beams_sampling_and_several_captions():
+    model = make_model("opt")
+    inputs = {"pixel_values": make_pixel_values(2), "max_new_tokens": 6}
+    greedy, beams = model.generate(**inputs), model.generate(**inputs, num_beams=4)
+    assert greedy.shape[0] == beams.shape[0] == 2
+    several = model.generate(**inputs, num_beams=4, num_return_sequences=3)
+    assert several.shape[0] == 6
+    assert torch.equal(several[::3, : beams.shape[1]], beams[:, : several.shape[1]])
+    torch.manual_seed(1)
+    sampled = model.generate(**inputs, do_sample=True, num_return_sequences=8, top_k=50)
+    assert len({tuple(row) for row in sampled[:8].tolist()}) > 1
+
+
+def test_one_pass_through_the_tower_however_many_beams():
+    model = make_model("opt")
+    calls = []
+    model.vision_model.register_forward_hook(lambda *args: calls.append(args[1][0].shape))
+    model.generate(pixel_values=make_pixel_values(1), max_new_tokens=4, num_beams=5, num_return_sequences=5)
+    assert calls == [torch.Size([1, 3, 28, 28])]
+
+
+def test_ten_questions_cost_one_pass():
+    model = make_model("llama")
+    calls = []
+    model.vision_model.register_forward_hook(lambda *args: calls.append("tower"))
+    model.qformer.register_forward_hook(lambda *args: calls.append("qformer"))
+    pixel_values = make_pixel_values(1)
+    image_features = model.get_image_features(pixel_values).pooler_output
+    assert calls == ["tower", "qformer"]
+    questions = [[0, 10 + i, 20 + i] for i in range(10)]
+    together = model.generate(image_features=image_features.expand(10, -1, -1), **pad(questions), max_new_tokens=4)
+    assert calls == ["tower", "qformer"]
+    for i, question in enumerate(questions):
+        expected = model.generate(pixel_values=pixel_values, input_ids=torch.tensor([question]), max_new_tokens=4)
+        assert together[i, : expected.shape[1]].tolist() == expected[0].tolist()
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_image_embeds_and_image_features_stand_for_pixel_values(name):
+    model = make_model(name)
+    pixel_values, ids = make_pixel_values(), torch.tensor([[0, 5, 6], [0, 8, 9]])
+    image_embeds = model.get_image_embeds(pixel_values)
+    image_features = model.get_image_features(image_embeds=image_embeds).pooler_output
+    expected = model(pixel_values=pixel_values, input_ids=ids, labels=ids)
+    generated = model.generate(pixel_values=pixel_values, input_ids=ids, max_new_tokens=4)
+    for inputs in ({"image_embeds": image_embeds}, {"image_features": image_features}):
+        assert torch.equal(model(**inputs, input_ids=ids, labels=ids).loss, expected.loss)
+        assert torch.equal(model.generate(**inputs, input_ids=ids, max_new_tokens=4), generated)
+    with pytest.raises(ValueError, match="only one of"):
+        model(pixel_values=pixel_values, image_embeds=image_embeds, input_ids=ids)
+
+
+def test_images_stand_where_their_placeholders_are():
+    model = make_model("llama")
+    first, second = make_pixel_values(2)
+    mark = [IMAGE] * NUM_QUERIES
+    few_shot = torch.tensor([mark + [0, 5, 6] + mark + [7, 8]])
+    logits = model(pixel_values=torch.stack([first, second]), input_ids=few_shot).logits
+    features = model.get_image_features(torch.stack([first, second])).pooler_output
+    embed = model.get_input_embeddings()
+    inputs_embeds = torch.cat([features[0], embed(few_shot[0, 4:7]), features[1], embed(few_shot[0, -2:])])[None]
+    expected = model.language_model(inputs_embeds=inputs_embeds).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    swapped = model(pixel_values=torch.stack([second, first]), input_ids=few_shot).logits
+    assert not torch.allclose(swapped, logits, atol=1e-3)
+
+
+def test_rows_with_different_numbers_of_images():
+    model = make_model("llama")
+    pixel_values, mark = make_pixel_values(3), [IMAGE] * NUM_QUERIES
+    rows = [mark + [0, 5, 6] + mark + [7], mark + [0, 9]]
+    together = model.generate(pixel_values=pixel_values, **pad(rows), max_new_tokens=4)
+    first = model.generate(pixel_values=pixel_values[:2], input_ids=torch.tensor(rows[:1]), max_new_tokens=4)
+    second = model.generate(pixel_values=pixel_values[2:], input_ids=torch.tensor(rows[1:]), max_new_tokens=4)
+    length = len(rows[0])
+    assert together[0, length:].tolist()[: first.shape[1] - length] == first[0, length:].tolist()
+    assert together[1, length:].tolist()[: second.shape[1] - len(rows[1])] == second[0, len(rows[1]) :].tolist()
+
+
+def test_several_images_in_front():
+    model = make_model("llama", image_token_index=None)
+    pixel_values = make_pixel_values(4)
+    ids = torch.tensor([[0, 5], [0, 6]])
+    expected = model(pixel_values=pixel_values, input_ids=ids).logits
+    assert expected.shape[1] == 2 * NUM_QUERIES + 2
+    assert torch.equal(model(pixel_values=pixel_values.unflatten(0, (2, 2)), input_ids=ids).logits, expected)
+
+
+def test_images_and_placeholders_that_do_not_match_are_an_error():
+    model = make_model("opt")
+    with pytest.raises(ValueError, match="3 `<image>` placeholders .* 8 in all"):
+        model(pixel_values=make_pixel_values(2), input_ids=torch.tensor([[IMAGE, IMAGE, 5], [IMAGE, 6, 7]]))
+    with pytest.raises(ValueError, match="3 images for 2 texts"):
+        model(pixel_values=make_pixel_values(3), input_ids=torch.tensor([[5], [6]]))
+
+
+def test_repetition_penalty_sees_text_alone():
+    model = make_model("llama", image_token_index=VOCAB_SIZE + 7)
+    inputs = {"pixel_values": make_pixel_values(1), "input_ids": torch.tensor([[0, 5, 6]]), "max_new_tokens": 6}
+    marked = dict(inputs, input_ids=torch.tensor([[VOCAB_SIZE + 7] * NUM_QUERIES + [0, 5, 6]]))
+    options = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2}
+    penalized = model.generate(**inputs, **options)
+    assert penalized[0, 3:].tolist() == model.generate(**marked, **options)[0, 3 + NUM_QUERIES :].tolist()
+    tokens = list(inputs["input_ids"][0].tolist())
+    for _ in range(6):
+        logits = model(pixel_values=inputs["pixel_values"], input_ids=torch.tensor([tokens])).logits[0, -1].clone()
+        seen = torch.tensor(sorted(set(tokens)))
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 3.0, logits[seen] * 3.0)
+        bigrams = set(zip(tokens, tokens[1:], strict=False))
+        for second in {b for a, b in bigrams if a == tokens[-1]}:
+            logits[second] = -torch.inf
+        tokens.append(logits.argmax().item())
+    assert penalized[0].tolist() == tokens[: penalized.shape[1]]
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_assisted_decoding_writes_the_greedy_text(name):
+    model = make_model(name)
+    assistant = transformers.AutoModelForCausalLM.from_config(LANGUAGE_MODELS[name]()).eval()
+    inputs = {"pixel_values": make_pixel_values(1), "input_ids": torch.tensor([[0, 5, 6, 7]]), "max_new_tokens": 8}
+    expected = model.generate(**inputs)
+    for helper in (assistant, model):
+        assert torch.equal(model.generate(**inputs, assistant_model=helper), expected)
+    assert torch.equal(model.generate(**inputs, prompt_lookup_num_tokens=2), expected)
+
+
+class Collector(transformers.generation.streamers.BaseStreamer):
+    def __init__(self):
+        self.values, self.ended = [], False
+
+    def put(self, value):
+        self.values += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_streaming_gives_what_generate_returns(name):
+    model, streamer = make_model(name), Collector()
+    ids = torch.tensor([[0, 5, 6, 7]])
+    outputs = model.generate(pixel_values=make_pixel_values(1), input_ids=ids, max_new_tokens=5, streamer=streamer)
+    assert streamer.ended
+    assert streamer.values == outputs[0].tolist()
+
+
+def test_max_length_counts_what_is_returned():
+    for index in (IMAGE, None):
+        model = make_model("llama", image_token_index=index)
+        model.generation_config.eos_token_id = None
+        outputs = model.generate(pixel_values=make_pixel_values(1), input_ids=torch.tensor([[0, 5]]), max_length=9)
+        assert outputs.shape == (1, 9)
+    assert model.generate(pixel_values=make_pixel_values(1), max_new_tokens=3).shape == (1, 4)
+
+
+def test_return_dict_in_generate():
+    model = make_model("opt")
+    outputs = model.generate(
+        pixel_values=make_pixel_values(2),
+        input_ids=torch.tensor([[0, 5], [0, 6]]),
+        max_new_tokens=3,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_hidden_states=True,
+    )
+    assert outputs.sequences.shape == (2, 5)
+    assert len(outputs.scores) == len(outputs.hidden_states) == 3
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_compiled_forward_and_static_cache(name):
+    model = make_model(name)
+    pixel_values = make_pixel_values(1)
+    ids = torch.tensor([[IMAGE] * NUM_QUERIES + [0, 5, 6]])
+    expected = model(pixel_values=pixel_values, input_ids=ids).logits
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(pixel_values=pixel_values, input_ids=ids).logits, expected)
+    greedy = model.generate(pixel_values=pixel_values, input_ids=ids, max_new_tokens=6)
+    static = model.generate(pixel_values=pixel_values, input_ids=ids, max_new_tokens=6, cache_implementation="static")
+    assert torch.equal(static, greedy)
+    compile_config = transformers.CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True
+    static = model.generate(
+        pixel_values=pixel_values,
+        input_ids=ids,
+        max_new_tokens=6,
+        cache_implementation="static",
+        compile_config=compile_config,
+    )
+    assert torch.equal(static, greedy)
+
+
+def test_text_alone_goes_to_the_language_model():
+    model = make_model("opt")
+    ids = torch.tensor([[0, 5, 6]])
+    expected = model.language_model.generate(input_ids=ids, max_new_tokens=4)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4), expected)
+
+
+def test_a_model_needs_a_language_model():
+    from tiny import make_config
+
+    with pytest.raises(ValueError, match="needs a language model"):
+        Blip2ForConditionalGeneration(make_config(None))
