@@ -15,6 +15,7 @@
 
 import base64
 import binascii
+import contextlib
 import io
 import os
 import sys
@@ -326,10 +327,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """A decoded PIL image of any mode to upright RGB, on white where it is transparent."""
     # older PIL opens 16-bit PNG as mode I, and PPM still is
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    try:
+    with contextlib.suppress(Exception):  # EXIF data that cannot be parsed says nothing about rotation
         image = ImageOps.exif_transpose(image)
-    except Exception:  # EXIF data that cannot be parsed says nothing about rotation
-        pass
     if is_16_bit:
         # convert("RGB") would clip at 255
         return Image.fromarray(_scale_16_bit(np.asarray(image))).convert("RGB")

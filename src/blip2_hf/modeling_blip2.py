@@ -99,6 +99,8 @@ class Blip2PreTrainedModel(PreTrainedModel):
     def _build_image_side(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
         """The tower, the queries and the Q-Former, under the names that transformers' BLIP-2 gives them."""
         qformer_config = config.qformer_config
+        if vision_model is not None:
+            config.vision_config = vision_model.config
         self.vision_model = build_vision_model(
             config.vision_config, qformer_config.encoder_hidden_size, config.vision_feature_layer, vision_model
         )
@@ -240,7 +242,7 @@ class Blip2PreTrainedModel(PreTrainedModel):
             query_embeds=query_embeds,
             query_length=self.config.num_query_tokens,
             attention_mask=attention_mask,
-            encoder_hidden_states=layernorm(image_embeds.to(layernorm.weight.device, layernorm.weight.dtype)),
+            encoder_hidden_states=layernorm(image_embeds.to(layernorm.weight.dtype)),
             **kwargs,
         )
         return image_embeds, vision_outputs, qformer_outputs
@@ -363,7 +365,9 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
         self._build_image_side(config, vision_model)
         text_config = config.text_config.get_text_config(decoder=True)
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, text_config.hidden_size)
-        if language_model is None:
+        if language_model is not None:
+            config.text_config = language_model.config
+        else:
             language_model = _language_model_class(config.text_config).from_config(config.text_config)
         self.language_model = language_model
         self.generation_config = copy.deepcopy(language_model.generation_config)
@@ -830,15 +834,16 @@ qformer_attention_mask, interpolate_pos_encoding:
             )
         else:
             image_side = stage1 if isinstance(stage1, PreTrainedModel) else Blip2Model.from_pretrained(stage1)
-        config = copy.deepcopy(image_side.config)
+        # Copies: a configuration sets the attention implementation of the parts that it is made of
+        source = copy.deepcopy(image_side.config)
         config = Blip2Config(
-            vision_config=config.vision_config,
-            qformer_config=config.qformer_config,
-            text_config=language_model.config,
-            num_query_tokens=config.num_query_tokens,
-            image_text_hidden_size=config.image_text_hidden_size,
+            vision_config=source.vision_config,
+            qformer_config=source.qformer_config,
+            text_config=copy.deepcopy(language_model.config),
+            num_query_tokens=source.num_query_tokens,
+            image_text_hidden_size=source.image_text_hidden_size,
             image_token_index=image_token_index,
-            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_layer=source.vision_feature_layer,
         )
         model = cls(config, vision_model=image_side.vision_model, language_model=language_model)
         for name in ("query_tokens", "qformer", "embeddings"):
@@ -951,7 +956,7 @@ def _image_side_from_parts(
     tower, bert = _load_tower(vision_model), load_bert(text_encoder)
     width = tower_hidden_size(tower.config, vision_feature_layer) or _measure_width(tower, vision_feature_layer)
     config = Blip2Config(
-        vision_config=tower.config,
+        vision_config=copy.deepcopy(tower.config),
         qformer_config=qformer_config_from_bert(bert.config, encoder_hidden_size=width, **qformer_kwargs),
         num_query_tokens=num_query_tokens,
         vision_feature_layer=vision_feature_layer,

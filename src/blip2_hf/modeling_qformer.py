@@ -1,5 +1,6 @@
 """The Querying Transformer (Q-Former): a BERT whose learned queries attend to an image."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -263,14 +264,14 @@ class Blip2QFormerModel(PreTrainedModel):
 
     @classmethod
     def from_bert_pretrained(
-        cls, text_encoder: str | PreTrainedModel, encoder_hidden_size: int, **config_kwargs
+        cls, text_encoder: str | os.PathLike | PreTrainedModel, encoder_hidden_size: int, **config_kwargs
     ) -> "Blip2QFormerModel":
         r"""
         A Q-Former that starts from a BERT, as in the paper (section 3.1): the feed-forward network for queries starts
         as a copy of that for text, the cross-attention from N(0, `initializer_range`).
 
         Args:
-            text_encoder (`str` or [`~transformers.BertModel`]):
+            text_encoder (`str`, `os.PathLike` or [`~transformers.BertModel`]):
                 Any BERT checkpoint (a folder or an id on the Hub), or the model itself, with or without a head.
             encoder_hidden_size (`int`):
                 Width of the image features.
@@ -341,12 +342,14 @@ def block_attention_mask(query_length: int, attention_mask: torch.Tensor) -> tor
     return mask
 
 
-def load_bert(text_encoder: str | PreTrainedModel) -> PreTrainedModel:
+def load_bert(text_encoder: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
     """The [`~transformers.BertModel`] inside any BERT checkpoint or model."""
-    model = AutoModel.from_pretrained(text_encoder) if isinstance(text_encoder, str) else text_encoder
+    is_model = isinstance(text_encoder, PreTrainedModel)
+    model = text_encoder if is_model else AutoModel.from_pretrained(text_encoder)
     bert = getattr(model, "bert", model)
     if bert.config.model_type != "bert":
-        raise ValueError(f"A Q-Former starts from a BERT; {text_encoder!r} is a {bert.config.model_type!r} model.")
+        given = type(text_encoder).__name__ if is_model else text_encoder
+        raise ValueError(f"A Q-Former starts from a BERT, but {given} is a {bert.config.model_type!r} model.")
     return bert
 
 

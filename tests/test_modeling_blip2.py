@@ -1,0 +1,275 @@
+import pytest
+import torch
+import transformers
+from tiny import (
+    LANGUAGE_MODELS,
+    NUM_QUERIES,
+    QFORMER,
+    VOCAB_SIZE,
+    make_config,
+    make_model,
+    make_pixel_values,
+    make_processor,
+    make_tokenizer,
+    randomize,
+)
+
+import blip2_hf
+from blip2_hf import Blip2Config, Blip2ForConditionalGeneration, Blip2Model
+
+
+IDS = torch.tensor([[0, 5, 6, 7], [0, 8, 9, 2]])
+TRAINED = ("query_tokens.", "qformer.", "language_projection.", "vision_model.post_layernorm.")
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_what_is_trained_learns_and_what_is_frozen_is_in_eval_mode(name):
+    model = make_model(name).train()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if n.startswith(TRAINED)}
+    assert not any(m.training for part in (model.language_model, model.vision_model.encoder) for m in part.modules())
+    assert model.qformer.training
+    assert model.vision_model.post_layernorm.training
+    loss = model(pixel_values=make_pixel_values(), input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
+
+
+def test_frozen_tower_runs_without_autograd_and_a_thawed_one_with_it():
+    model = make_model().train()
+    assert not model.get_image_embeds(make_pixel_values()).requires_grad
+    model.vision_model.encoder.layers[-1].requires_grad_(True)
+    assert model.get_image_embeds(make_pixel_values()).requires_grad
+    model.train()
+    assert model.vision_model.encoder.layers[-1].training
+    pixel_values = make_pixel_values().requires_grad_(True)
+    model = make_model()
+    model(pixel_values=pixel_values, input_ids=IDS, labels=IDS).loss.backward()
+    assert pixel_values.grad.abs().sum() > 0
+
+
+def test_loaded_models_are_frozen_too(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    model = Blip2ForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(n.startswith(TRAINED) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_loss_by_hand():
+    model = make_model("llama")
+    pixel_values = make_pixel_values()
+    labels = torch.tensor([[-100, 5, 6, 7], [-100, 8, -100, 2]])
+    outputs = model(pixel_values=pixel_values, input_ids=IDS, labels=labels)
+    log_probs = outputs.logits[:, NUM_QUERIES:].log_softmax(-1)
+    wanted = [(0, 0, 5), (0, 1, 6), (0, 2, 7), (1, 0, 8), (1, 2, 2)]
+    expected = -sum(log_probs[row, position, token] for row, position, token in wanted)
+    torch.testing.assert_close(outputs.loss, expected / 5)
+    outputs = model(pixel_values=pixel_values, input_ids=IDS, labels=labels, num_items_in_batch=torch.tensor(20))
+    torch.testing.assert_close(outputs.loss, expected / 20)
+
+
+def test_loss_of_an_encoder_decoder_by_hand():
+    model = make_model("t5")
+    labels = torch.tensor([[5, 6, 2], [8, 2, -100]])
+    outputs = model(pixel_values=make_pixel_values(), input_ids=IDS, labels=labels)
+    log_probs = outputs.logits.log_softmax(-1)
+    wanted = [(0, 0, 5), (0, 1, 6), (0, 2, 2), (1, 0, 8), (1, 1, 2)]
+    expected = -sum(log_probs[row, position, token] for row, position, token in wanted) / 5
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_have_no_nan(name, attn, dtype, tmp_path):
+    # Weights as they come, not the large ones of the other tests: float16 ends at 65504
+    model = Blip2ForConditionalGeneration(make_config(name))
+    model.save_pretrained(tmp_path)
+    model = Blip2ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype, attn_implementation=attn).train()
+    assert model.language_model.dtype == dtype
+    assert model.qformer.config._attn_implementation == attn
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    inputs = {"pixel_values": make_pixel_values().to(dtype), "input_ids": IDS, "attention_mask": mask}
+    outputs = model(**inputs, labels=IDS)
+    assert torch.isfinite(outputs.loss)
+    assert torch.isfinite(outputs.logits[mask.bool()] if outputs.logits.shape[1] == 4 else outputs.logits).all()
+    outputs.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    assert model.eval().generate(**inputs, max_new_tokens=3).shape[0] == 2
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "t5"])
+def test_flex_attention(name):
+    model = make_model(name)
+    inputs = {"pixel_values": make_pixel_values(1), "input_ids": IDS[:1], "labels": IDS[:1]}
+    expected = model(**inputs).logits
+    model.set_attn_implementation({"vision_config": "flex_attention", "qformer_config": "flex_attention"})
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "t5"])
+def test_activation_checkpointing_acts_and_changes_nothing(name):
+    model = make_model(name).train()
+    inputs = {"pixel_values": make_pixel_values(), "input_ids": IDS, "labels": IDS}
+    for module in model.qformer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+    def gradients():
+        model.zero_grad()
+        calls.clear()
+        model(**inputs).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    calls = []
+    layers = [m for m in model.language_model.modules() if isinstance(m, transformers.modeling_layers.GradientCheckpointingLayer)]
+    layers[0].register_forward_pre_hook(lambda *args: calls.append("layer"))
+    norms = [m for m in layers[0].modules() if "norm" in type(m).__name__.lower()]
+    norms[0].register_forward_pre_hook(lambda *args: calls.append("norm"))
+    expected = gradients()
+    assert calls.count("norm") == 1
+    model.gradient_checkpointing_enable()
+    model.train()
+    actual = gradients()
+    assert calls.count("norm") == 2  # once more in the backward pass
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value)
+    # Dropout of the frozen language model stays off
+    dropouts = [m for m in model.language_model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert not any(m.training for m in dropouts)
+
+
+def test_device_map(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    inputs = {"pixel_values": make_pixel_values(), "input_ids": IDS}
+    expected = model.generate(**inputs, max_new_tokens=4)
+    parts = {"query_tokens": "cpu", "qformer": "cpu", "language_projection": "cpu", "language_model": "cpu"}
+    for device_map in ("cpu", "auto", {**parts, "vision_model": "disk"}):
+        loaded = Blip2ForConditionalGeneration.from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+        ).eval()
+        assert torch.equal(loaded.generate(**inputs, max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_round_trip(name, tmp_path):
+    model = make_model(name)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is Blip2ForConditionalGeneration
+    assert type(loaded.config) is Blip2Config
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
+    image_side = transformers.AutoModel.from_pretrained(tmp_path)
+    assert type(image_side) is Blip2Model
+    assert torch.equal(image_side.query_tokens.weight, model.query_tokens.weight)
+
+
+def test_config_round_trip():
+    config = make_config("t5", vision_config=transformers.Dinov2Config(hidden_size=32), vision_feature_layer=-3)
+    again = Blip2Config.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert again.is_encoder_decoder
+    assert again.qformer_config.encoder_hidden_size == 32
+    assert again.pad_token_id == config.text_config.pad_token_id
+    assert make_config(None).text_config is None
+    with pytest.raises(ValueError, match="model_type"):
+        Blip2Config(text_config={"hidden_size": 3})
+
+
+def make_parts(folder, language_model="opt"):
+    bert_config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
+    )
+    randomize(transformers.BertModel(bert_config)).save_pretrained(folder / "bert")
+    clip_config = transformers.CLIPConfig(
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+        text_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
+    )
+    randomize(transformers.CLIPModel(clip_config)).save_pretrained(folder / "clip")
+    config = LANGUAGE_MODELS[language_model]()
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    randomize(kind.from_config(config)).save_pretrained(folder / "lm")
+    make_tokenizer().save_pretrained(folder / "lm")
+    return {"vision_model": folder / "clip", "text_encoder": folder / "bert", "language_model": folder / "lm"}
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_from_pretrained_parts(name, tmp_path):
+    parts = make_parts(tmp_path, name)
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(
+        **parts, num_query_tokens=NUM_QUERIES, cross_attention_frequency=3, vision_feature_layer=-2
+    )
+    assert model.config.image_token_index == len(make_tokenizer()) == make_processor().image_token_id
+    assert model.config.qformer_config.cross_attention_frequency == 3
+    assert model.config.vision_feature_layer == -2
+    clip = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
+    bert = transformers.BertModel.from_pretrained(tmp_path / "bert")
+    assert torch.equal(
+        model.vision_model.tower.state_dict()["embeddings.patch_embedding.weight"],
+        clip.vision_model.embeddings.patch_embedding.weight,
+    )
+    layer, source = model.qformer.encoder.layer[1], bert.encoder.layer[1]
+    assert torch.equal(layer.intermediate_query.dense.weight, source.intermediate.dense.weight)
+    reloaded = type(model.language_model).from_pretrained(tmp_path / "lm").state_dict()
+    assert all(torch.equal(reloaded[key], value) for key, value in model.language_model.state_dict().items())
+    assert all(n.startswith(TRAINED) for n, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path / "blip2")
+    loaded = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "blip2")
+    pixel_values = make_pixel_values()
+    expected = model.eval()(pixel_values=pixel_values, input_ids=IDS, labels=IDS).logits
+    assert torch.equal(loaded.eval()(pixel_values=pixel_values, input_ids=IDS, labels=IDS).logits, expected)
+
+
+def test_a_trained_qformer_moves_to_another_language_model(tmp_path):
+    parts = make_parts(tmp_path)
+    source = make_model("t5")
+    source.save_pretrained(tmp_path / "source")
+    for stage1 in (source, tmp_path / "source"):
+        model = Blip2ForConditionalGeneration.from_pretrained_parts(stage1, parts["language_model"]).eval()
+        assert not model.config.is_encoder_decoder
+        pixel_values = make_pixel_values()
+        expected = source.get_image_features(pixel_values).qformer_outputs.last_hidden_state
+        assert torch.equal(model.get_image_features(pixel_values).qformer_outputs.last_hidden_state, expected)
+
+
+def test_from_pretrained_parts_says_what_is_missing():
+    with pytest.raises(ValueError, match="needs a language_model"):
+        Blip2ForConditionalGeneration.from_pretrained_parts(vision_model="x", text_encoder="y")
+    with pytest.raises(ValueError, match="Give either stage1, or"):
+        Blip2ForConditionalGeneration.from_pretrained_parts(language_model="z", vision_model="x")
+
+
+def test_qformer_that_reads_an_instruction():
+    model = make_model("opt", qformer_config={**QFORMER, "use_qformer_text_input": True})
+    pixel_values = make_pixel_values()
+    plain = model.get_image_features(pixel_values).pooler_output
+    instruction = torch.tensor([[3, 4, 5], [6, 7, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    features = model.get_image_features(
+        pixel_values, qformer_input_ids=instruction, qformer_attention_mask=mask
+    ).pooler_output
+    assert features.shape == plain.shape
+    assert not torch.allclose(features, plain, atol=1e-3)
+    alone = model.get_image_features(pixel_values[1:], qformer_input_ids=instruction[1:, :2]).pooler_output
+    torch.testing.assert_close(features[1:], alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="use_qformer_text_input"):
+        make_model().get_image_features(pixel_values, qformer_input_ids=instruction)
+
+
+def test_names_of_the_contract():
+    for name in ("Blip2Config", "Blip2VisionConfig", "Blip2QFormerConfig", "Blip2VisionModel", "Blip2QFormerModel"):
+        assert getattr(blip2_hf, name).__module__.startswith("blip2_hf.")
+    assert Blip2Config.model_type == "blip2"
+    assert blip2_hf.Blip2VisionConfig.model_type == "blip2_vision_model"
+    assert blip2_hf.Blip2QFormerConfig.model_type == "blip2_qformer"
+    assert set(blip2_hf.__all__) <= set(dir(blip2_hf))
+    with pytest.raises(AttributeError, match="no attribute 'Blip3'"):
+        blip2_hf.Blip3  # noqa: B018
+    assert VOCAB_SIZE - 1 == make_model().config.image_token_id

@@ -1,0 +1,178 @@
+"""Agreement with transformers' own BLIP-2, whose checkpoints are read and written unchanged."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from tiny import LANGUAGE_MODELS, NUM_QUERIES, QFORMER, VISION, VOCAB_SIZE, make_config, make_pixel_values, randomize
+
+import blip2_hf
+
+
+IMAGE = VOCAB_SIZE - 1
+
+
+def make_theirs(name: str) -> transformers.Blip2ForConditionalGeneration:
+    text_config = LANGUAGE_MODELS[name]()
+    text_config.bos_token_id = 0
+    config = transformers.Blip2Config(
+        vision_config={**VISION, "initializer_range": 0.02},
+        qformer_config={k: v for k, v in QFORMER.items() if k != "bos_token_id"},
+        text_config=text_config,
+        num_query_tokens=NUM_QUERIES,
+        image_token_index=IMAGE,
+    )
+    return randomize(transformers.Blip2ForConditionalGeneration(config)).eval()
+
+
+@pytest.fixture(params=["opt", "t5"])
+def pair(request, tmp_path):
+    theirs = make_theirs(request.param)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, info = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(info.values()), info
+    return theirs, ours.eval()
+
+
+def inputs():
+    ids = torch.tensor([[IMAGE] * NUM_QUERIES + [0, 5, 6, 7], [IMAGE] * NUM_QUERIES + [0, 8, 9, 10]])
+    return {"pixel_values": make_pixel_values(), "input_ids": ids}
+
+
+def test_logits_and_loss_agree(pair):
+    theirs, ours = pair
+    batch = inputs()
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
+    expected, actual = theirs(**batch, labels=labels), ours(**batch, labels=labels)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        actual.qformer_outputs.last_hidden_state, expected.qformer_outputs.last_hidden_state, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("prompted", [True, False])
+def test_the_same_tokens(pair, options, prompted):
+    theirs, ours = pair
+    batch = inputs() if prompted else {"pixel_values": make_pixel_values()}
+    expected = theirs.generate(**batch, **options, max_new_tokens=8)
+    assert torch.equal(ours.generate(**batch, **options, max_new_tokens=8), expected)
+
+
+def test_written_checkpoints_load_there_unchanged(pair, tmp_path):
+    theirs, ours = pair
+    ours.save_pretrained(tmp_path / "back", transformers_compatible=True)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "blip-2"
+    assert ours.config.model_type == "blip2"
+    again, info = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info.values()), info
+    assert again.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in theirs.state_dict().items())
+    auto = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "back")
+    assert type(auto) is transformers.Blip2ForConditionalGeneration
+
+
+def test_a_loaded_checkpoint_is_saved_in_our_format(pair, tmp_path):
+    _, ours = pair
+    ours.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "blip2"
+    again, info = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(again.query_tokens.weight, ours.query_tokens.weight)
+
+
+def test_their_config_object_is_understood(pair, tmp_path):
+    theirs, ours = pair
+    config = blip2_hf.Blip2Config.from_transformers(theirs.config)
+    assert config.vision_config.post_layernorm_eps == theirs.config.vision_config.layer_norm_eps
+    assert config.to_transformers().to_dict() == theirs.config.to_dict()
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "theirs", config=theirs.config)
+    assert torch.equal(loaded.query_tokens.weight, ours.query_tokens.weight)
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_old_config_files_without_placeholders(name, tmp_path):
+    theirs = make_theirs(name)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    # As published at first: no placeholder, fields that are gone today, text_config with generation settings
+    del config["image_token_index"]
+    config |= {"use_decoder_only_language_model": name == "opt", "initializer_factor": 1.0, "torch_dtype": "float32"}
+    config["text_config"] |= {"length_penalty": 1.0, "num_beams": 1, "torchscript": False}
+    config["vision_config"] |= {"dropout": 0.0, "projection_dim": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, info = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert ours.config.image_token_index is None
+    batch = inputs()
+    text = {**batch, "input_ids": batch["input_ids"][:, NUM_QUERIES:]}
+    expected = theirs.generate(**batch, max_new_tokens=5)
+    actual = ours.eval().generate(**text, max_new_tokens=5)
+    new = actual if name == "t5" else torch.cat([batch["input_ids"], actual[:, 4:]], dim=1)
+    assert torch.equal(new, expected)
+
+
+def test_towers_that_transformers_cannot_hold_are_refused(tmp_path):
+    config = make_config("opt", vision_config=transformers.CLIPVisionConfig(hidden_size=32, num_attention_heads=4))
+    model = blip2_hf.Blip2ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="one vision tower"):
+        model.save_pretrained(tmp_path / "x", transformers_compatible=True)
+    assert model.config is config
+
+
+# Table 1 of the paper: all parameters, trained ones. It counts FlanT5-XL as 3.0B; the published checkpoint has 2.85B.
+PAPER = {
+    "ViT-L OPT-2.7B": ("vit_l", "opt-2.7b", 3.1e9, 104e6),
+    "ViT-g OPT-2.7B": ("vit_g", "opt-2.7b", 3.8e9, 107e6),
+    "ViT-g OPT-6.7B": ("vit_g", "opt-6.7b", 7.8e9, 108e6),
+    "ViT-L FlanT5-XL": ("vit_l", "flan-t5-xl", 3.4e9, 103e6),
+    "ViT-g FlanT5-XL": ("vit_g", "flan-t5-xl", 4.1e9, 107e6),
+    "ViT-g FlanT5-XXL": ("vit_g", "flan-t5-xxl", 12.1e9, 108e6),
+}
+# Of the published checkpoints; T5's without its untied lm_head, which transformers 5 ties in a model made from a config
+LANGUAGE_MODEL_SIZES = {
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "flan-t5-xl": 2_849_757_184 - 32128 * 2048,
+    "flan-t5-xxl": 11_135_332_352 - 32128 * 4096,
+}
+
+
+def full_size_text_config(name: str):
+    if name.startswith("opt"):
+        layers, width, heads = {"opt-2.7b": (32, 2560, 32), "opt-6.7b": (32, 4096, 32)}[name]
+        return transformers.OPTConfig(
+            vocab_size=50272,
+            hidden_size=width,
+            word_embed_proj_dim=width,
+            num_hidden_layers=layers,
+            ffn_dim=4 * width,
+            num_attention_heads=heads,
+        )
+    width, heads, d_ff = {"flan-t5-xl": (2048, 32, 5120), "flan-t5-xxl": (4096, 64, 10240)}[name]
+    return transformers.T5Config(
+        vocab_size=32128,
+        d_model=width,
+        d_kv=64,
+        num_heads=heads,
+        num_layers=24,
+        d_ff=d_ff,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+
+
+@pytest.mark.parametrize("row", PAPER)
+def test_full_size_models_have_the_papers_parameter_counts(row):
+    tower, language_model, total, trainable = PAPER[row]
+    vision_config = {"vit_g": blip2_hf.Blip2VisionConfig(), "vit_l": blip2_hf.Blip2VisionConfig.clip_vit_l()}[tower]
+    config = blip2_hf.Blip2Config(vision_config=vision_config, text_config=full_size_text_config(language_model))
+    with torch.device("meta"):
+        model = blip2_hf.Blip2ForConditionalGeneration(config)
+    assert model.language_model.num_parameters() == LANGUAGE_MODEL_SIZES[language_model]
+    missing = {"flan-t5-xl": 3.0e9 - LANGUAGE_MODEL_SIZES["flan-t5-xl"]}.get(language_model, 0)
+    assert model.num_parameters() + missing == pytest.approx(total, rel=0.02)
+    assert model.num_parameters(only_trainable=True) == pytest.approx(trainable, rel=0.01)
