@@ -43,7 +43,7 @@ class _Item:
     """One thing to caption or to answer, and what an error calls its image."""
 
     image: Any
-    question: str | None = None
+    question: str = ""
     name: str | None = None
 
 
@@ -58,6 +58,8 @@ def _record_item(record: Any, name: str | None) -> _Item:
             f"{name or 'the input'}: visual question answering needs an image and a question, got {found}. Call "
             "pipe(image=..., question=...) or pipe({'image': ..., 'question': ...})"
         )
+    if not isinstance(record["question"], str):
+        raise ValueError(f"{name or 'the input'}: the question is no string, but {record['question']!r}")
     return _Item(record["image"], record["question"], name)
 
 
@@ -237,7 +239,7 @@ class _ImageTextPipeline(Pipeline):
         """Adds a length limit where neither the caller nor the model sets one; the output is always token ids."""
         config = generate_kwargs.get("generation_config")
         is_set = self.model.generation_config.to_diff_dict() | generate_kwargs
-        added = {"return_dict_in_generate": False}
+        added: dict[str, Any] = {"return_dict_in_generate": False}
         if not {"max_new_tokens", "max_length"} & (is_set | (config.to_diff_dict() if config else {})).keys():
             added["max_new_tokens"] = _DEFAULT_MAX_NEW_TOKENS
         if config is None:
@@ -467,6 +469,9 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
             raise ValueError("Cannot call the visual-question-answering pipeline without an image")
         if question is None:
             return self._run(image, _record_item, **kwargs)
+        questions = [question] if isinstance(question, str) else question
+        if not _is_sequence(questions) or not all(isinstance(entry, str) for entry in questions):
+            raise ValueError(f"`question` is a string or a list of strings, but got {question!r}")
         if _is_stream(image):
             if not isinstance(question, str):
                 raise ValueError("A generator of images can be read once, so it takes one question; give a list")
@@ -475,7 +480,6 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         if not _is_sequence(image) and isinstance(question, str):
             return self._run({"image": image, "question": question}, _record_item, **kwargs)
         images = image if _is_sequence(image) else [image]
-        questions = [question] if isinstance(question, str) else question
         return list(Pipeline.__call__(self, _ImagesTimesQuestions(images, questions), **kwargs))
 
     def preprocess(

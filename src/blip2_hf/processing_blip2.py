@@ -235,8 +235,9 @@ class Blip2HfProcessor(ProcessorMixin):
         is_prompt = [start < len(prompt) for start, _ in encoding["offset_mapping"]]
         if not prompt:
             # Without a prompt, only what the tokenizer puts in front of any text is not learned
-            is_prompt = [False] * len(ids)
-            is_prompt[: self._num_prefix_tokens()] = [True] * self._num_prefix_tokens()
+            specials = set(self.tokenizer.all_special_ids)
+            first = next((i for i, token in enumerate(ids) if token not in specials), len(ids))
+            is_prompt = [i < first for i in range(len(ids))]
         if ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
             ids, is_prompt = ids[:-1], is_prompt[:-1]
         if truncation and max_length is not None:
@@ -244,12 +245,6 @@ class Blip2HfProcessor(ProcessorMixin):
         labels = [-100 if masked else token for token, masked in zip(ids, is_prompt, strict=True)]
         end = self.tokenizer.eos_token_id
         return [*ids, end], [*labels, end]
-
-    def _num_prefix_tokens(self) -> int:
-        """How many special tokens the tokenizer puts in front of a text."""
-        specials = self.tokenizer("", add_special_tokens=True)["input_ids"]
-        # An encoder-decoder's tokenizer ends an empty text, a decoder-only one's begins it
-        return len(specials)
 
     def _encode_targets(self, targets: list[str], text_kwargs: dict[str, Any]) -> list[list[int]]:
         kwargs = {k: v for k, v in text_kwargs.items() if k not in ("return_attention_mask", "return_tensors")}
@@ -405,7 +400,7 @@ def _texts(text, text_target, groups: list[list] | None, image_token: str) -> tu
 def _as_list(text, name: str) -> list[str] | None:
     if text is None:
         return None
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = list(text) if isinstance(text, (list, tuple)) else [text]
     if not texts or not all(isinstance(t, str) for t in texts):
         raise ValueError(f"Invalid input {name}: a string or a list of strings was expected, but got {text!r}.")
     return texts

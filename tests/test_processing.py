@@ -1,0 +1,244 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import NUM_QUERIES, SENTENCES, make_image, make_image_processor, make_model, make_processor, make_tokenizer
+
+import blip2_hf
+from blip2_hf import Blip2Processor, ImageLoadError
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def processor():
+    return make_processor()
+
+
+def test_image_token_disturbs_no_existing_id(processor):
+    before = make_tokenizer().get_vocab()
+    after = processor.tokenizer.get_vocab()
+    assert {token: i for token, i in after.items() if token != "<image>"} == before
+    assert after["<image>"] == processor.image_token_id == len(before)
+    again = Blip2Processor(make_image_processor(), processor.tokenizer, num_query_tokens=NUM_QUERIES)
+    assert again.image_token_id == processor.image_token_id
+    assert len(again.tokenizer) == len(before) + 1
+
+
+def test_one_image_stands_in_front_of_the_text(processor):
+    inputs = processor(images=make_image(), text=SENTENCES[0], return_tensors="pt")
+    expected = make_tokenizer()(SENTENCES[0])["input_ids"]
+    assert inputs["input_ids"].tolist() == [[processor.image_token_id] * NUM_QUERIES + expected]
+    assert inputs["pixel_values"].shape == (1, 3, 28, 28)
+    assert set(inputs) == {"pixel_values", "input_ids", "attention_mask"}
+    marked = processor(images=make_image(), text="<image>" + SENTENCES[0], return_tensors="pt")
+    assert torch.equal(marked["input_ids"], inputs["input_ids"])
+
+
+def test_marks_give_the_places_of_several_images(processor):
+    text = "<image>a red bus.<image>a dog"
+    inputs = processor(images=[[make_image(0), make_image(1)]], text=text)
+    ids, image = inputs["input_ids"][0], processor.image_token_id
+    assert ids[:NUM_QUERIES] == [image] * NUM_QUERIES
+    assert ids.count(image) == 2 * NUM_QUERIES
+    assert processor.tokenizer.decode([t for t in ids if t != image], skip_special_tokens=True) == "a red bus.a dog"
+    start = ids.index(image, NUM_QUERIES)
+    assert processor.tokenizer.decode(ids[NUM_QUERIES + 1 : start]) == "a red bus."
+    flat = processor(images=[make_image(0), make_image(1)], text=text)
+    assert flat["input_ids"] == inputs["input_ids"]
+    unmarked = processor(images=[[make_image(0), make_image(1)]], text="a dog")
+    assert unmarked["input_ids"][0][: 2 * NUM_QUERIES + 1] == [image] * 2 * NUM_QUERIES + [0]
+
+
+def test_padding_side_is_left_for_prompts_and_right_with_targets(processor):
+    images, texts = [make_image(0), make_image(1)], ["a photo of a dog", "a"]
+    prompts = processor(images=images, text=texts, return_tensors="pt")
+    assert prompts["attention_mask"][1].tolist() == sorted(prompts["attention_mask"][1].tolist())
+    assert prompts["input_ids"][1, 0] == processor.tokenizer.pad_token_id
+    batch = processor(images=images, text=texts, text_target=["x", "y"], return_tensors="pt")
+    assert batch["attention_mask"][1].tolist() == sorted(batch["attention_mask"][1].tolist(), reverse=True)
+    assert batch["labels"][1, -1] == -100
+    forced = processor(images=images, text=texts, padding_side="right", return_tensors="pt")
+    assert forced["input_ids"][1, -1] == processor.tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of", "a photo of ", "Question: what colour? Answer:"])
+def test_prompts_are_not_learned_and_the_end_is(processor, prompt):
+    target = "a dog sitting"
+    batch = processor(images=make_image(), text=prompt, text_target=target)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    joined = f"{prompt.rstrip()} {target}" if prompt else target
+    assert ids[NUM_QUERIES:] == [*make_tokenizer()(joined)["input_ids"], 2]
+    learned = [token for token in labels if token != -100]
+    assert processor.tokenizer.decode(learned[:-1]).strip() == target
+    assert learned[-1] == 2
+    assert labels[: len(labels) - len(learned)] == [-100] * (len(labels) - len(learned))
+    # What is learned follows the prompt as generation is given it
+    given = processor(images=make_image(), text=prompt.rstrip())["input_ids"][0]
+    assert ids[: len(given)] == given
+
+
+def test_max_length_counts_text_alone_and_keeps_the_end_token(processor):
+    text = SENTENCES[3]
+    whole = make_tokenizer()(text)["input_ids"]
+    inputs = processor(images=make_image(), text=text, truncation=True, max_length=6)
+    assert inputs["input_ids"][0] == [processor.image_token_id] * NUM_QUERIES + whole[:6]
+    batch = processor(images=make_image(), text="a photo of", text_target=text, truncation=True, max_length=6)
+    assert len(batch["input_ids"][0]) == NUM_QUERIES + 6
+    assert batch["input_ids"][0][-1] == batch["labels"][0][-1] == 2
+    padded = processor(images=make_image(), text="a", padding="max_length", max_length=6, return_tensors="pt")
+    assert padded["input_ids"].shape == (1, NUM_QUERIES + 6)
+    with pytest.raises(ValueError, match="cuts off"):
+        processor(images=[make_image()], text=text + "<image>", truncation=True, max_length=3)
+
+
+def test_encoder_decoder_targets():
+    processor = make_processor(is_encoder_decoder=True)
+    batch = processor(
+        images=[make_image(0), make_image(1)],
+        text=["a photo of", "a"],
+        text_target=["a dog", "two people riding"],
+        return_tensors="pt",
+    )
+    assert batch["input_ids"][0, -1] == 2
+    assert batch["labels"][1].tolist() == processor.tokenizer("two people riding")["input_ids"]
+    assert batch["labels"][0, -1] == -100
+    cut = processor(text="a", text_target=SENTENCES[3], images=make_image(), truncation=True, max_length=5)
+    assert len(cut["labels"][0]) == 5
+    assert cut["labels"][0][-1] == 2
+
+
+def test_one_prompt_goes_with_every_image(processor):
+    inputs = processor(images=[make_image(0), make_image(1)], text="a photo of", return_tensors="pt")
+    assert inputs["input_ids"].shape[0] == inputs["pixel_values"].shape[0] == 2
+
+
+def test_images_alone_and_text_alone(processor):
+    assert set(processor(images=make_image())) == {"pixel_values"}
+    inputs = processor(text=["a", "a dog"])
+    assert processor.image_token_id not in sum(inputs["input_ids"], [])
+    with pytest.raises(ValueError, match="either images or text"):
+        processor()
+
+
+def test_images_and_texts_that_do_not_match_are_an_error(processor):
+    with pytest.raises(ValueError, match="1 images .* for 3 texts"):
+        processor(images=make_image(), text=["a", "b", "c"])
+    with pytest.raises(ValueError, match="2 `<image>` marks"):
+        processor(images=[make_image()], text="<image> and <image>")
+    with pytest.raises(ValueError, match="2 texts, but 1 text_targets"):
+        processor(images=[make_image(0), make_image(1)], text=["a", "b"], text_target="x")
+    with pytest.raises(ValueError, match="a list of strings was expected"):
+        processor(images=make_image(), text=3)
+
+
+def test_a_broken_picture_is_named(processor, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    with pytest.raises(ImageLoadError, match=r"image 2 of 2 .*broken\.jpg"):
+        processor(images=[make_image(), str(tmp_path / "broken.jpg")])
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_pictures_of_every_mode(processor, mode):
+    image = make_image() if mode != "I;16" else None
+    if image is None:
+        image = make_image().convert("L")
+        image = transformers.image_utils.PIL.Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 3, 28, 28)
+    assert torch.isfinite(pixel_values).all()
+    assert pixel_values.std() > 0.1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (600, 2), (1, 500)])
+def test_pictures_of_every_size(processor, size):
+    pixel_values = processor(images=make_image(size=size), return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 3, 28, 28)
+
+
+def test_round_trip(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["num_query_tokens"] == NUM_QUERIES
+    expected = processor(images=make_image(), text="a <image>", return_tensors="pt")
+    for loaded in (Blip2Processor.from_pretrained(tmp_path), transformers.AutoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is Blip2Processor
+        assert loaded.qformer_tokenizer is None
+        actual = loaded(images=make_image(), text="a <image>", return_tensors="pt")
+        assert all(torch.equal(actual[key], value) for key, value in expected.items())
+
+
+def test_a_saved_model_and_processor_come_back_as_ours(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    assert type(transformers.AutoProcessor.from_pretrained(tmp_path)).__module__.startswith("blip2_hf.")
+    assert type(transformers.AutoConfig.from_pretrained(tmp_path)) is blip2_hf.Blip2Config
+
+
+def test_qformer_tokenizer_round_trip(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "photo", "of"]))
+    qformer_tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    processor = make_processor(qformer_tokenizer=qformer_tokenizer)
+    images, texts = [make_image(0), make_image(1)], ["a dog", "a photo of a dog"]
+    expected = processor(images=images, text=texts, return_tensors="pt")
+    assert expected["qformer_input_ids"].tolist()[1] == qformer_tokenizer("a photo of a dog")["input_ids"]
+    assert expected["qformer_attention_mask"].sum(dim=1).tolist() == [4, 7]
+    processor.save_pretrained(tmp_path / "saved")
+    loaded = transformers.AutoProcessor.from_pretrained(tmp_path / "saved")
+    actual = loaded(images=images, text=texts, return_tensors="pt")
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+    assert set(expected) <= set(loaded.model_input_names) | {"labels"}
+
+
+def test_files_of_transformers_own_processor_load(tmp_path):
+    theirs = transformers.Blip2Processor(make_image_processor(), make_tokenizer(), num_query_tokens=NUM_QUERIES)
+    theirs.save_pretrained(tmp_path)
+    ours = Blip2Processor.from_pretrained(tmp_path)
+    expected = theirs(images=make_image(), text="a photo of", return_tensors="pt")
+    actual = ours(images=make_image(), text="a photo of", return_tensors="pt")
+    assert torch.equal(actual["input_ids"], expected["input_ids"])
+    torch.testing.assert_close(actual["pixel_values"], expected["pixel_values"])
+    # As published at first: no number of queries, an image processor with a file of its own
+    (tmp_path / "processor_config.json").unlink()
+    make_image_processor().save_pretrained(tmp_path)
+    assert Blip2Processor.from_pretrained(tmp_path).num_query_tokens == 32
+
+
+def test_new_text_alone(processor):
+    model = make_model()
+    inputs = processor(images=[make_image(0), make_image(1)], text=["a photo of", "a"], return_tensors="pt")
+    outputs = model.generate(**inputs, max_new_tokens=4, num_beams=2, num_return_sequences=2)
+    texts = processor.post_process_image_text_to_text(outputs, input_ids=inputs["input_ids"])
+    new = processor.tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert texts == [text.strip() for text in new]
+    assert len(texts) == 4
+
+
+def test_chat_template(processor):
+    processor.chat_template = TEMPLATE
+    conversation = [
+        {"role": "user", "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is it?"}]}
+    ]
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    assert text == "<s>[user]<image>What is it?[assistant]"
+    inputs = processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["pixel_values"].shape == (1, 3, 28, 28)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == NUM_QUERIES
+    assert (inputs["input_ids"] == 0).sum() == 1
+    both = processor.apply_chat_template(
+        [conversation, [{"role": "user", "content": "hello"}]], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert both["input_ids"].shape[0] == 2
+    assert make_model().generate(**both, max_new_tokens=2).shape[0] == 2
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        processor.apply_chat_template(conversation)
