@@ -70,9 +70,7 @@ def test_forward_sees_no_padding(name, side):
     rows = [[IMAGE] * NUM_QUERIES + row for row in PROMPTS]
     batch, pixel_values = pad(rows, side), make_pixel_values(3)
     decoder = {"decoder_input_ids": torch.tensor([[1, 9, 8]])} if model.config.is_encoder_decoder else {}
-    logits = model(
-        pixel_values=pixel_values, **batch, **{k: v.expand(3, -1) for k, v in decoder.items()}
-    ).logits
+    logits = model(pixel_values=pixel_values, **batch, **{k: v.expand(3, -1) for k, v in decoder.items()}).logits
     for i, row in enumerate(rows):
         expected = model(pixel_values=pixel_values[i : i + 1], input_ids=torch.tensor([row]), **decoder).logits[0]
         actual = logits[i] if model.config.is_encoder_decoder else logits[i][batch["attention_mask"][i].bool()]
@@ -82,7 +80,9 @@ def test_forward_sees_no_padding(name, side):
 def test_prompt_and_new_tokens_are_returned_as_generation_mixin_does():
     model = make_model("llama")
     batch = pad([PROMPTS[0], PROMPTS[1]], "right")
-    outputs = model.generate(pixel_values=make_pixel_values(), **batch, max_new_tokens=3, num_return_sequences=2, num_beams=2)
+    outputs = model.generate(
+        pixel_values=make_pixel_values(), **batch, max_new_tokens=3, num_return_sequences=2, num_beams=2
+    )
     assert outputs.shape[0] == 4
     assert torch.equal(outputs[:, :6], batch["input_ids"].repeat_interleave(2, dim=0))
 

@@ -124,7 +124,11 @@ def test_activation_checkpointing_acts_and_changes_nothing(name):
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     calls = []
-    layers = [m for m in model.language_model.modules() if isinstance(m, transformers.modeling_layers.GradientCheckpointingLayer)]
+    layers = [
+        m
+        for m in model.language_model.modules()
+        if isinstance(m, transformers.modeling_layers.GradientCheckpointingLayer)
+    ]
     layers[0].register_forward_pre_hook(lambda *args: calls.append("layer"))
     norms = [m for m in layers[0].modules() if "norm" in type(m).__name__.lower()]
     norms[0].register_forward_pre_hook(lambda *args: calls.append("norm"))
@@ -189,7 +193,14 @@ def make_parts(folder, language_model="opt"):
     )
     randomize(transformers.BertModel(bert_config)).save_pretrained(folder / "bert")
     clip_config = transformers.CLIPConfig(
-        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        },
         text_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
     )
     randomize(transformers.CLIPModel(clip_config)).save_pretrained(folder / "clip")
@@ -272,4 +283,4 @@ def test_names_of_the_contract():
     assert set(blip2_hf.__all__) <= set(dir(blip2_hf))
     with pytest.raises(AttributeError, match="no attribute 'Blip3'"):
         blip2_hf.Blip3  # noqa: B018
-    assert VOCAB_SIZE - 1 == make_model().config.image_token_id
+    assert make_model().config.image_token_id == VOCAB_SIZE - 1

@@ -183,7 +183,9 @@ def test_a_saved_model_and_processor_come_back_as_ours(tmp_path):
 
 
 def test_qformer_tokenizer_round_trip(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "photo", "of"]))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "photo", "of"])
+    )
     qformer_tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
     processor = make_processor(qformer_tokenizer=qformer_tokenizer)
     images, texts = [make_image(0), make_image(1)], ["a dog", "a photo of a dog"]
@@ -224,7 +226,10 @@ def test_new_text_alone(processor):
 def test_chat_template(processor):
     processor.chat_template = TEMPLATE
     conversation = [
-        {"role": "user", "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is it?"}]}
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is it?"}],
+        }
     ]
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
     assert text == "<s>[user]<image>What is it?[assistant]"

@@ -66,7 +66,9 @@ def test_written_checkpoints_load_there_unchanged(pair, tmp_path):
     ours.save_pretrained(tmp_path / "back", transformers_compatible=True)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "blip-2"
     assert ours.config.model_type == "blip2"
-    again, info = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
+    again, info = transformers.Blip2ForConditionalGeneration.from_pretrained(
+        tmp_path / "back", output_loading_info=True
+    )
     assert not any(info.values()), info
     assert again.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in theirs.state_dict().items())
@@ -132,7 +134,7 @@ PAPER = {
     "ViT-g FlanT5-XL": ("vit_g", "flan-t5-xl", 4.1e9, 107e6),
     "ViT-g FlanT5-XXL": ("vit_g", "flan-t5-xxl", 12.1e9, 108e6),
 }
-# Of the published checkpoints; T5's without its untied lm_head, which transformers 5 ties in a model made from a config
+# Of the published checkpoints; T5's without its untied lm_head, which transformers 5 ties in a new model
 LANGUAGE_MODEL_SIZES = {
     "opt-2.7b": 2_651_596_800,
     "opt-6.7b": 6_658_473_984,

@@ -78,7 +78,7 @@ DECODER_ONLY = [name for name in LANGUAGE_MODELS if name != "t5"]
 def randomize(model: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
     """Weights so large that every part has a say in the output."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = torch.randn_like(parameter) * std
             parameter.copy_(noise if parameter.dim() > 1 else parameter + noise / 2)
     model.tie_weights()

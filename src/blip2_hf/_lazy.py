@@ -37,8 +37,8 @@ def lazy_attributes(package: str, exports: dict[str, list[str]]) -> tuple[Callab
 
 class _ImportWatcher(MetaPathFinder):
     """
-    Calls back when modules have been imported, after the outermost import of the packages is done: none of their modules
-    is then half initialised.
+    Calls back when modules have been imported, after the outermost import of the packages is done: none of their
+    modules is then half initialised.
     """
 
     def __init__(self, *packages: str):

@@ -178,7 +178,8 @@ class Blip2Config(PreTrainedConfig):
     >>> from transformers import Dinov2Config, OPTConfig
     >>> from blip2_hf import Blip2Config, Blip2ForConditionalGeneration
 
-    >>> config = Blip2Config(vision_config=Dinov2Config(num_hidden_layers=2), text_config=OPTConfig(num_hidden_layers=2))
+    >>> tower, language_model = Dinov2Config(num_hidden_layers=2), OPTConfig(num_hidden_layers=2)
+    >>> config = Blip2Config(vision_config=tower, text_config=language_model)
     >>> model = Blip2ForConditionalGeneration(config)
     ```"""
 
@@ -282,7 +283,9 @@ class Blip2Config(PreTrainedConfig):
                 "Save with transformers_compatible=False."
             )
         if self.vision_feature_layer is not None:
-            raise ValueError("transformers' BLIP-2 has no vision_feature_layer: it always takes the tower's last layer.")
+            raise ValueError(
+                "transformers' BLIP-2 has no vision_feature_layer: it always takes the tower's last layer."
+            )
         sub_configs = {
             "vision_config": TransformersBlip2VisionConfig(**_own_fields(vision, TransformersBlip2VisionConfig)),
             "qformer_config": TransformersBlip2QFormerConfig(

@@ -4,28 +4,24 @@ import copy
 import inspect
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation import GenerationMixin
-from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.configuration_auto import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs, Blip2TextEmbeddings
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hidden_size
+from .frozen import checkpoint_in_eval_mode, is_frozen
+from .generation_blip2 import Blip2GenerationMixin
 from .losses import language_modeling_loss
 from .modeling_qformer import Blip2QFormerModel, copy_bert_weights, load_bert, qformer_config_from_bert
 from .modeling_vision import build_vision_model
+from .parts import image_token_id, language_model_class, load_language_model, load_tower, measure_width
 
 
 @dataclass
@@ -177,9 +173,12 @@ class Blip2PreTrainedModel(PreTrainedModel):
 
     def frozen_parts(self) -> list[nn.Module]:
         """The parts without a parameter that is trained: they stay in eval mode."""
-        return [part for part in self._freezable_parts() if not any(p.requires_grad for p in part.parameters())]
+        return [part for part in self._freezable_parts() if is_frozen(part)]
 
     def _freezable_parts(self) -> list[nn.Module]:
+        return self._tower_parts()
+
+    def _tower_parts(self) -> list[nn.Module]:
         return [child for name, child in self.vision_model.named_children() if name != "post_layernorm"]
 
     def train(self, mode: bool = True):
@@ -208,10 +207,8 @@ class Blip2PreTrainedModel(PreTrainedModel):
         return self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs).last_hidden_state
 
     def _run_tower(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs) -> ModelOutput:
-        tower_is_trained = any(
-            p.requires_grad for name, p in self.vision_model.named_parameters() if not name.startswith("post_layernorm")
-        )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (tower_is_trained or pixel_values.requires_grad)):
+        needs_grad = pixel_values.requires_grad or not all(is_frozen(part) for part in self._tower_parts())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
             return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
 
     def _query_image(
@@ -237,7 +234,9 @@ class Blip2PreTrainedModel(PreTrainedModel):
         layernorm = self.vision_model.post_layernorm
         query_embeds, attention_mask = self.query_tokens(image_embeds.shape[0]), None
         if qformer_input_ids is not None:
-            query_embeds, attention_mask = self._add_instruction(query_embeds, qformer_input_ids, qformer_attention_mask)
+            query_embeds, attention_mask = self._add_instruction(
+                query_embeds, qformer_input_ids, qformer_attention_mask
+            )
         qformer_outputs = self.qformer(
             query_embeds=query_embeds,
             query_length=self.config.num_query_tokens,
@@ -318,7 +317,7 @@ class Blip2Model(Blip2PreTrainedModel):
         )
 
 
-class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
+class Blip2ForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin):
     r"""
     BLIP-2 for captioning, visual question answering and stage-2 training (section 3.3): the Q-Former's output queries,
     projected to the language model's width, stand in the text as soft visual prompts.
@@ -343,7 +342,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
     >>> from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 
     >>> processor = Blip2Processor.from_pretrained("Salesforce/blip2-opt-2.7b")
-    >>> model = Blip2ForConditionalGeneration.from_pretrained("Salesforce/blip2-opt-2.7b", dtype="auto", device_map="auto")
+    >>> model = Blip2ForConditionalGeneration.from_pretrained("Salesforce/blip2-opt-2.7b", device_map="auto")
     >>> inputs = processor(images=Image.open("cats.jpg"), text="a photo of", return_tensors="pt").to(model.device)
     >>> processor.post_process_image_text_to_text(model.generate(**inputs), input_ids=inputs["input_ids"])
     ```"""
@@ -368,7 +367,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
         if language_model is not None:
             config.text_config = language_model.config
         else:
-            language_model = _language_model_class(config.text_config).from_config(config.text_config)
+            language_model = language_model_class(config.text_config).from_config(config.text_config)
         self.language_model = language_model
         self.generation_config = copy.deepcopy(language_model.generation_config)
         self.takes_position_ids = "position_ids" in inspect.signature(language_model.forward).parameters
@@ -432,7 +431,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
             `last_hidden_state` is the tower's output; `vision_outputs` and `qformer_outputs` are the parts'.
 
         Raises:
-            ValueError: if not exactly one of `pixel_values` and `image_embeds` is given, or the Q-Former reads no text.
+            ValueError: if not one of `pixel_values` and `image_embeds` is given, or the Q-Former reads no text.
         """
         image_embeds, vision_outputs, qformer_outputs = self._query_image(
             pixel_values,
@@ -484,8 +483,8 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
             batch_size, num_images = input_ids.shape[0], image_features.shape[0]
             if num_images % batch_size:
                 raise ValueError(
-                    f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for each "
-                    "text were expected. Let Blip2Processor make input_ids, or give one image a text."
+                    f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for "
+                    "each text were expected. Let Blip2Processor make input_ids, or give one image a text."
                 )
             length = num_images // batch_size * image_features.shape[1]
             image_index = self.config.image_token_index
@@ -561,7 +560,8 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
                 In place of `pixel_values`: the tower's output (see [`~Blip2PreTrainedModel.get_image_embeds`]).
             image_features (`torch.Tensor` of shape `(num_images, num_query_tokens, hidden_size)`, *optional*):
                 In place of both: the projected queries (see [`~Blip2ForConditionalGeneration.get_image_features`]).
-            qformer_input_ids, qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, *optional*):
+            qformer_input_ids, qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, \
+*optional*):
                 An instruction for the Q-Former, where it reads text.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embedded text and image features, in place of all of these.
@@ -569,9 +569,11 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
                 Positions; made from `attention_mask` if they are not given.
             encoder_outputs (`ModelOutput`, *optional*):
                 Those of the language model's encoder, in place of all that goes into it.
-            decoder_input_ids, decoder_attention_mask (`torch.Tensor` of shape `(batch_size, target_length)`, *optional*):
+            decoder_input_ids, decoder_attention_mask (`torch.Tensor` of shape `(batch_size, target_length)`, \
+*optional*):
                 For an encoder-decoder; made from `labels` if they are not given.
-            labels (`torch.Tensor` of shape `(batch_size, sequence_length)` or `(batch_size, target_length)`, *optional*):
+            labels (`torch.Tensor` of shape `(batch_size, sequence_length)` or `(batch_size, target_length)`, \
+*optional*):
                 What to learn: of the shape of `input_ids`, or, for an encoder-decoder, the target. -100 is ignored.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 Whether position embeddings are interpolated to the size of the images.
@@ -626,148 +628,9 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, GenerationMixin):
             language_model_outputs=outputs,
         )
 
-    @torch.no_grad()
-    def generate(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_embeds: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        qformer_input_ids: torch.Tensor | None = None,
-        qformer_attention_mask: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = True,
-        **generate_kwargs,
-    ) -> torch.Tensor | ModelOutput:
-        r"""
-        Writes text about images: [`~transformers.GenerationMixin.generate`], after one pass through the tower and the
-        Q-Former, whatever the number of beams or of returned sequences.
-
-        Args:
-            pixel_values, input_ids, attention_mask, image_embeds, image_features, qformer_input_ids, \
-qformer_attention_mask, interpolate_pos_encoding:
-                As in `forward`. Prompts may be padded on either side. Without `input_ids` the text starts from the
-                language model's first token.
-            generate_kwargs (`dict`):
-                Those of [`~transformers.GenerationMixin.generate`].
-
-        Returns:
-            `torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`, or a `ModelOutput` with it as
-            `sequences`: `input_ids` and the new tokens for a decoder-only language model, the decoder's tokens for an
-            encoder-decoder. [`~Blip2Processor.post_process_image_text_to_text`] gives the new text alone.
-
-        Raises:
-            ValueError: if images and placeholders do not match.
-        """
-        image_features, _ = self._image_features(
-            image_features,
-            pixel_values,
-            image_embeds,
-            qformer_input_ids=qformer_input_ids,
-            qformer_attention_mask=qformer_attention_mask,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-        )
-        if image_features is None:
-            return super().generate(input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs)
-        if input_ids is None:
-            input_ids, attention_mask = self._start_tokens(image_features), None
-        prompt = self._insert_image_features(image_features, input_ids, attention_mask)
-        if self.config.is_encoder_decoder:
-            encoder_outputs = self.language_model.get_encoder()(
-                inputs_embeds=prompt["inputs_embeds"], attention_mask=prompt["attention_mask"], return_dict=True
-            )
-            return super().generate(
-                encoder_outputs=encoder_outputs, attention_mask=prompt["attention_mask"], **generate_kwargs
-            )
-        return self._generate_after_prompt(input_ids, prompt, generate_kwargs)
-
-    def _generate_after_prompt(
-        self, input_ids: torch.Tensor, prompt: dict[str, Any], generate_kwargs: dict[str, Any]
-    ) -> torch.Tensor | ModelOutput:
-        """Generation with a decoder-only model: the new tokens follow `input_ids`, as the caller gave them."""
-        prompt = _pad_left(prompt)
-        added = prompt["input_ids"].shape[1] - input_ids.shape[1]
-        for name in ("max_length", "min_length"):
-            if generate_kwargs.get(name) is not None:
-                generate_kwargs[name] += added
-        if generate_kwargs.get("streamer") is not None:
-            generate_kwargs["streamer"] = _PromptStreamer(generate_kwargs["streamer"], input_ids)
-        self._image_positions = prompt["is_image"]
-        try:
-            outputs = super().generate(
-                input_ids=self._readable_prompt(prompt),
-                inputs_embeds=prompt["inputs_embeds"],
-                attention_mask=prompt["attention_mask"],
-                **generate_kwargs,
-            )
-        finally:
-            del self._image_positions
-        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
-        repeats = sequences.shape[0] // input_ids.shape[0]
-        given = input_ids.repeat_interleave(repeats, dim=0).to(sequences.device)
-        sequences = torch.cat([given, sequences[:, prompt["input_ids"].shape[1] :]], dim=1)
-        if isinstance(outputs, torch.Tensor):
-            return sequences
-        outputs.sequences = sequences
-        return outputs
-
-    def _start_tokens(self, image_features: torch.Tensor) -> torch.Tensor:
-        """`input_ids` for images without text: their placeholders, where there is such a token, and the first token."""
-        start = self.config.bos_token_id
-        if start is None and self.config.is_encoder_decoder:
-            # An empty text, as an encoder-decoder's tokenizer makes it
-            start = self.config.eos_token_id
-        tokens = [] if start is None else [start]
-        if self.config.image_token_index is not None:
-            tokens = [self.config.image_token_index] * image_features.shape[1] + tokens
-        return torch.tensor([tokens], dtype=torch.long, device=image_features.device).repeat(image_features.shape[0], 1)
-
-    def _readable_prompt(self, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
-        """
-        `input_ids` with a token of the text in place of each placeholder, whose id may lie beyond the vocabulary: what
-        repetition penalties and their like find in the prompt is then the text's tokens alone.
-        """
-        is_text = prompt["attention_mask"].bool() & ~prompt["is_image"]
-        first = prompt["input_ids"].gather(1, is_text.int().argmax(dim=1, keepdim=True))
-        fallback = self.config.bos_token_id or self.config.pad_token_id or 0
-        filler = torch.where(is_text.any(dim=1, keepdim=True), first, fallback)
-        return torch.where(prompt["is_image"], filler, prompt["input_ids"])
-
-    def _get_candidate_generator(self, *args, assistant_model: PreTrainedModel | None = None, **kwargs):
-        if self.config.is_encoder_decoder:
-            if assistant_model is not None:
-                raise ValueError("Assisted decoding with an assistant_model needs a decoder-only language model.")
-            return super()._get_candidate_generator(*args, assistant_model=None, **kwargs)
-        # The assistant has no eyes: it continues the text without the image
-        if isinstance(assistant_model, Blip2ForConditionalGeneration):
-            assistant_model = assistant_model.language_model
-        model_kwargs = {k: v for k, v in kwargs.pop("model_kwargs").items() if k in ("past_key_values", "use_cache")}
-        input_ids, is_image = kwargs.pop("input_ids"), self._image_positions[0]
-        text_ids = input_ids[:, ~is_image]
-        generator = super()._get_candidate_generator(
-            *args, input_ids=text_ids, assistant_model=assistant_model, model_kwargs=model_kwargs, **kwargs
-        )
-        get_text_candidates = generator.get_candidates
-
-        def get_candidates(input_ids: torch.Tensor, **kwargs):
-            is_text = torch.cat([~is_image, is_image.new_ones(input_ids.shape[1] - is_image.shape[0])])
-            text_ids = input_ids[:, is_text]
-            candidates, logits = get_text_candidates(text_ids, **kwargs)
-            return torch.cat([input_ids, candidates[:, text_ids.shape[1] :].to(input_ids.device)], dim=1), logits
-
-        generator.get_candidates = get_candidates
-        return generator
-
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
-        if inputs_embeds is not None and kwargs.get("is_first_iteration"):
-            # Assisted decoding appends its first draft to the prompt
-            draft = input_ids[:, inputs_embeds.shape[1] :]
-            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(draft)], dim=1)
-        return self.language_model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-
     def train(self, mode: bool = True):
         super().train(mode)
-        if mode and not any(p.requires_grad for p in self.language_model.parameters()):
+        if mode and is_frozen(self.language_model):
             checkpoint_in_eval_mode(self.language_model)
         return self
 
@@ -827,7 +690,7 @@ qformer_attention_mask, interpolate_pos_encoding:
             raise ValueError("Give either stage1, or vision_model and text_encoder.")
         if image_token_index is None and not isinstance(language_model, PreTrainedModel):
             image_token_index = image_token_id(AutoTokenizer.from_pretrained(language_model))
-        language_model = _load_language_model(language_model)
+        language_model = load_language_model(language_model)
         if stage1 is None:
             image_side = _image_side_from_parts(
                 vision_model, text_encoder, vision_feature_layer, num_query_tokens, **qformer_kwargs
@@ -864,27 +727,6 @@ LANGUAGE_MODEL_OUTPUTS = (
 )
 
 
-class _PromptStreamer(BaseStreamer):
-    """Gives a streamer the prompt as the caller wrote it, then all that follows."""
-
-    def __init__(self, streamer: BaseStreamer, input_ids: torch.Tensor):
-        self.streamer = streamer
-        self.prompt = input_ids.cpu()
-
-    def put(self, value: torch.Tensor):
-        self.streamer.put(value if self.prompt is None else self.prompt)
-        self.prompt = None
-
-    def end(self):
-        self.streamer.end()
-
-
-def image_token_id(tokenizer) -> int:
-    """The token id of `<image>`: that which the tokenizer has, or the next one free."""
-    token_id = tokenizer.get_vocab().get(getattr(tokenizer, "image_token", None) or "<image>")
-    return len(tokenizer) if token_id is None else token_id
-
-
 def _position_ids(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """Positions that count tokens and not padding, as `generate` makes them."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
@@ -892,69 +734,12 @@ def _position_ids(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
 
 
-def _pad_left(prompt: dict[str, Any]) -> dict[str, Any]:
-    """The same prompts with all their padding in front, where generation wants it."""
-    order = prompt["attention_mask"].bool().int().argsort(dim=1, stable=True)
-    padded = {k: prompt[k].gather(1, order) for k in ("input_ids", "attention_mask", "is_image")}
-    embeds = prompt["inputs_embeds"]
-    padded["inputs_embeds"] = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]).to(embeds.device))
-    return padded
-
-
-def checkpoint_in_eval_mode(part: nn.Module):
-    """
-    Lets activation checkpointing act on a frozen part. transformers checkpoints a layer only in training mode, which a
-    frozen part is not in, for its dropout must be off: the flag of the layers alone is set, and taken back inside.
-
-    Args:
-        part (`nn.Module`):
-            The frozen part, in eval mode.
-    """
-    for layer in part.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-            layer.training = True
-            function = layer._gradient_checkpointing_func
-            if getattr(function, "func", None) is not _checkpoint_layer_in_eval_mode:
-                layer._gradient_checkpointing_func = partial(_checkpoint_layer_in_eval_mode, layer, function)
-
-
-def _checkpoint_layer_in_eval_mode(layer: nn.Module, checkpoint, forward, *args, **kwargs):
-    def forward_in_eval_mode(*args, **kwargs):
-        training, layer.training = layer.training, False
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            layer.training = training
-
-    return checkpoint(forward_in_eval_mode, *args, **kwargs)
-
-
-def _language_model_class(config: PreTrainedConfig) -> type:
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def _load_language_model(language_model: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
-    if isinstance(language_model, PreTrainedModel):
-        return language_model
-    config = AutoConfig.from_pretrained(language_model)
-    return _language_model_class(config).from_pretrained(language_model, config=config)
-
-
-def _load_tower(vision_model: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
-    if isinstance(vision_model, PreTrainedModel):
-        return getattr(vision_model, "vision_model", vision_model)
-    config = AutoConfig.from_pretrained(vision_model)
-    if hasattr(config, "vision_config"):
-        return MODEL_MAPPING[type(config.vision_config)].from_pretrained(vision_model)
-    return AutoModel.from_pretrained(vision_model)
-
-
 def _image_side_from_parts(
     vision_model, text_encoder, vision_feature_layer: int | None, num_query_tokens: int, **qformer_kwargs
 ) -> Blip2Model:
     """A tower, and a Q-Former that starts from BERT."""
-    tower, bert = _load_tower(vision_model), load_bert(text_encoder)
-    width = tower_hidden_size(tower.config, vision_feature_layer) or _measure_width(tower, vision_feature_layer)
+    tower, bert = load_tower(vision_model), load_bert(text_encoder)
+    width = tower_hidden_size(tower.config, vision_feature_layer) or measure_width(tower, vision_feature_layer)
     config = Blip2Config(
         vision_config=copy.deepcopy(tower.config),
         qformer_config=qformer_config_from_bert(bert.config, encoder_hidden_size=width, **qformer_kwargs),
@@ -964,16 +749,6 @@ def _image_side_from_parts(
     model = Blip2Model(config, vision_model=tower)
     copy_bert_weights(bert, model.qformer, getattr(model, "embeddings", None))
     return model
-
-
-@torch.no_grad()
-def _measure_width(tower: PreTrainedModel, vision_feature_layer: int | None) -> int:
-    """Width of the features of a tower whose configuration does not tell (timm): a feature map's channels."""
-    size = getattr(tower.config, "image_size", None) or 224
-    pixel_values = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
-    outputs = tower(pixel_values=pixel_values, output_hidden_states=vision_feature_layer is not None, return_dict=True)
-    features = outputs.last_hidden_state if vision_feature_layer is None else outputs.hidden_states[vision_feature_layer]
-    return features.shape[1 if features.dim() == 4 else -1]
 
 
 __all__ = [

@@ -298,8 +298,8 @@ def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
     Args:
         mask (`torch.Tensor`, *optional*):
             1 or `True` where attention is allowed, of shape `(batch_size, key_length)`,
-            `(batch_size, query_length, key_length)` or `(batch_size, 1 or heads, query_length, key_length)`. A 4-D mask
-            of floats is returned as it is.
+            `(batch_size, query_length, key_length)` or `(batch_size, 1 or heads, query_length, key_length)`. A 4-D
+            mask of floats is returned as it is.
         dtype (`torch.dtype`):
             Of the hidden states.
 
@@ -369,7 +369,8 @@ def qformer_config_from_bert(bert_config, **kwargs) -> Blip2QFormerConfig:
         "pad_token_id",
     )
     # BERT has no [DEC]; who adds it to the vocabulary says so
-    return Blip2QFormerConfig(**({name: getattr(bert_config, name) for name in names} | {"bos_token_id": None} | kwargs))
+    fields = {name: getattr(bert_config, name) for name in names} | {"bos_token_id": None}
+    return Blip2QFormerConfig(**(fields | kwargs))
 
 
 @torch.no_grad()

@@ -236,8 +236,8 @@ def flatten_feature_map(features: torch.Tensor, hidden_size: int) -> torch.Tenso
     The output of a vision tower as a sequence.
 
     Args:
-        features (`torch.Tensor` of shape `(num_images, length, hidden_size)`, `(num_images, hidden_size, height, width)`
-            or `(num_images, height, width, hidden_size)`):
+        features (`torch.Tensor` of shape `(num_images, length, hidden_size)`, \
+`(num_images, hidden_size, height, width)` or `(num_images, height, width, hidden_size)`):
             What the tower returns.
         hidden_size (`int`):
             Width of the features: tells the axis.

@@ -125,8 +125,8 @@ class Blip2HfProcessor(ProcessorMixin):
                 Prompts. `<image>` marks the place of a picture; without such marks each text has its picture (or the
                 pictures of its list) in front. One text goes with every picture.
             text_target (`str` or `list[str]`, *optional*):
-                What is to be written after the prompts: returned as `labels`. For a decoder-only language model they are
-                appended to the prompts, with the end token; prompts and pictures have the label -100.
+                What is to be written after the prompts: returned as `labels`. For a decoder-only language model they
+                are appended to the prompts, with the end token; prompts and pictures have the label -100.
             kwargs (`dict`):
                 Those of the image processor and of the tokenizer. Texts are padded to the longest by default, on the
                 right with `text_target` and on the left without it, unless `padding` or `padding_side` say otherwise.
@@ -175,9 +175,9 @@ class Blip2HfProcessor(ProcessorMixin):
             return [0] * len(texts)
         if len(groups) != len(texts):
             raise ValueError(
-                f"{len(groups)} images (or lists of images) for {len(texts)} texts: one for each text was expected. To "
-                "ask several questions about an image, compute model.get_image_features(...) once, repeat it, and pass "
-                "it as image_features."
+                f"{len(groups)} images (or lists of images) for {len(texts)} texts: one for each text was expected. "
+                "To ask several questions about an image, compute model.get_image_features(...) once, repeat it, and "
+                "pass it as image_features."
             )
         return [len(group) for group in groups]
 
@@ -186,7 +186,9 @@ class Blip2HfProcessor(ProcessorMixin):
     ) -> dict[str, list]:
         text_kwargs = dict(text_kwargs)
         padding = {
-            name: text_kwargs.pop(name) for name in ("padding", "padding_side", "pad_to_multiple_of") if name in text_kwargs
+            name: text_kwargs.pop(name)
+            for name in ("padding", "padding_side", "pad_to_multiple_of")
+            if name in text_kwargs
         }
         appended = targets is not None and not self.is_encoder_decoder
         max_length = text_kwargs.get("max_length")
@@ -225,7 +227,7 @@ class Blip2HfProcessor(ProcessorMixin):
         return row
 
     def _encode_with_target(self, prompt: str, target: str, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """The prompt and the target as one text, so that tokens at the seam are those of the text written in one go."""
+        """The prompt and the target as one text, so that the tokens at the seam are those of the whole text."""
         truncation, max_length = kwargs.get("truncation"), kwargs.get("max_length")
         kwargs = {k: v for k, v in kwargs.items() if k not in ("truncation", "max_length")}
         prompt = prompt.rstrip(" ")
@@ -293,8 +295,8 @@ class Blip2HfProcessor(ProcessorMixin):
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
-                Messages with `role` and `content`: a string, or a list of parts such as `{"type": "text", "text": ...}`
-                and `{"type": "image", "image": ...}` (or `url`, `path`, `base64`).
+                Messages with `role` and `content`: a string, or a list of parts such as
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `url`, `path`, `base64`).
             tokenize (`bool`, *optional*, defaults to `False`):
                 Whether to return the inputs of the model, not text.
             return_dict (`bool`, *optional*, defaults to `False`):
@@ -327,9 +329,7 @@ class Blip2HfProcessor(ProcessorMixin):
             return texts if is_batched else texts[0]
         groups = [images for _, images in pairs]
         # The template has written the special tokens already
-        inputs = self(
-            images=groups if any(groups) else None, text=texts, add_special_tokens=False, **call_kwargs
-        )
+        inputs = self(images=groups if any(groups) else None, text=texts, add_special_tokens=False, **call_kwargs)
         return inputs if return_dict else inputs["input_ids"]
 
     def _flatten_conversation(self, messages: list[dict]) -> tuple[list[dict], list]:

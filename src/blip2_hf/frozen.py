@@ -1,0 +1,39 @@
+"""Frozen parts of a model: which they are, and activation checkpointing in them."""
+
+from functools import partial
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def is_frozen(part: nn.Module) -> bool:
+    """Whether no parameter of a part is trained."""
+    return not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def checkpoint_in_eval_mode(part: nn.Module):
+    """
+    Lets activation checkpointing act on a frozen part. transformers checkpoints a layer only in training mode, which a
+    frozen part is not in, for its dropout must be off: the flag of the layers alone is set, and taken back inside.
+
+    Args:
+        part (`nn.Module`):
+            The frozen part, in eval mode.
+    """
+    for layer in part.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            layer.training = True
+            function = layer._gradient_checkpointing_func
+            if getattr(function, "func", None) is not _checkpoint_layer_in_eval_mode:
+                layer._gradient_checkpointing_func = partial(_checkpoint_layer_in_eval_mode, layer, function)
+
+
+def _checkpoint_layer_in_eval_mode(layer: nn.Module, checkpoint, forward, *args, **kwargs):
+    def forward_in_eval_mode(*args, **kwargs):
+        training, layer.training = layer.training, False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            layer.training = training
+
+    return checkpoint(forward_in_eval_mode, *args, **kwargs)
