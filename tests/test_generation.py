@@ -191,6 +191,12 @@ def test_images_and_placeholders_that_do_not_match_are_an_error():
         model(pixel_values=make_pixel_values(3), input_ids=torch.tensor([[5], [6]]))
 
 
+def test_placeholders_that_the_model_does_not_know_are_an_error():
+    model = make_model("opt", image_token_index=None)
+    with pytest.raises(ValueError, match="image_token_index = processor.image_token_id"):
+        model(pixel_values=make_pixel_values(1), input_ids=torch.tensor([[IMAGE] * NUM_QUERIES + [0, 5]]))
+
+
 def test_repetition_penalty_sees_text_alone():
     model = make_model("llama", image_token_index=VOCAB_SIZE + 7)
     inputs = {"pixel_values": make_pixel_values(1), "input_ids": torch.tensor([[0, 5, 6]]), "max_new_tokens": 6}

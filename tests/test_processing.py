@@ -210,7 +210,11 @@ def test_files_of_transformers_own_processor_load(tmp_path):
     # As published at first: no number of queries, an image processor with a file of its own
     (tmp_path / "processor_config.json").unlink()
     make_image_processor().save_pretrained(tmp_path)
-    assert Blip2Processor.from_pretrained(tmp_path).num_query_tokens == 32
+    old = Blip2Processor.from_pretrained(tmp_path)
+    assert old.num_query_tokens is None
+    assert old(images=make_image(), text="a dog")["input_ids"] == [make_tokenizer()("a dog")["input_ids"]]
+    with pytest.raises(ValueError, match="no num_query_tokens"):
+        old(images=make_image(), text="a <image> dog")
 
 
 def test_new_text_alone(processor):

@@ -64,7 +64,9 @@ def test_the_same_tokens(pair, options, prompted):
 def test_written_checkpoints_load_there_unchanged(pair, tmp_path):
     theirs, ours = pair
     ours.save_pretrained(tmp_path / "back", transformers_compatible=True)
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "blip-2"
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["model_type"] == "blip-2"
+    assert config["architectures"] == ["Blip2ForConditionalGeneration"]
     assert ours.config.model_type == "blip2"
     again, info = transformers.Blip2ForConditionalGeneration.from_pretrained(
         tmp_path / "back", output_loading_info=True

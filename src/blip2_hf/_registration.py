@@ -11,7 +11,12 @@ def register_configs():
 
 
 def register_models():
-    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoModelForVisualQuestionAnswering,
+    )
 
     from .modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model
     from .modeling_qformer import Blip2QFormerModel
@@ -19,9 +24,8 @@ def register_models():
 
     for model in (Blip2Model, Blip2QFormerModel, Blip2VisionModel):
         AutoModel.register(model.config_class, model, exist_ok=True)
-    AutoModelForImageTextToText.register(
-        Blip2ForConditionalGeneration.config_class, Blip2ForConditionalGeneration, exist_ok=True
-    )
+    for auto_model in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForVisualQuestionAnswering):
+        auto_model.register(Blip2ForConditionalGeneration.config_class, Blip2ForConditionalGeneration, exist_ok=True)
 
 
 def register_processor():

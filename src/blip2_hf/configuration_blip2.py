@@ -1,4 +1,9 @@
-"""Configurations of BLIP-2: the vision tower, the Q-Former, and the two joined with a language model."""
+"""
+Configurations of BLIP-2: the vision tower, the Q-Former, and the two joined with a language model.
+
+transformers looks some classes up by name alone and finds its own `Blip2...` first. So the classes here, and those of
+the models and of the processor, are named `Blip2Hf...`, and `Blip2...` is what everybody calls them.
+"""
 
 import copy
 from typing import Any
@@ -15,7 +20,7 @@ TRANSFORMERS_MODEL_TYPE = TransformersBlip2Config.model_type
 
 
 @strict
-class Blip2VisionConfig(PreTrainedConfig):
+class Blip2HfVisionConfig(PreTrainedConfig):
     r"""
     Configuration of [`Blip2VisionModel`]. The defaults are EVA-CLIP ViT-g/14 without its last block, as in the paper
     (section 3.1); [`Blip2VisionConfig.clip_vit_l`] gives CLIP ViT-L/14.
@@ -86,8 +91,11 @@ class Blip2VisionConfig(PreTrainedConfig):
         return cls(**(sizes | kwargs))
 
 
+Blip2VisionConfig = Blip2HfVisionConfig
+
+
 @strict
-class Blip2QFormerConfig(PreTrainedConfig):
+class Blip2HfQFormerConfig(PreTrainedConfig):
     r"""
     Configuration of [`Blip2QFormerModel`]: BERT-base with cross-attention in every other layer (section 3.1).
 
@@ -147,8 +155,11 @@ class Blip2QFormerConfig(PreTrainedConfig):
     use_qformer_text_input: bool = False
 
 
+Blip2QFormerConfig = Blip2HfQFormerConfig
+
+
 @strict
-class Blip2Config(PreTrainedConfig):
+class Blip2HfConfig(PreTrainedConfig):
     r"""
     Configuration of the BLIP-2 models: a vision tower, a Q-Former and, after stage 1, a language model.
 
@@ -276,10 +287,11 @@ class Blip2Config(PreTrainedConfig):
             ValueError: if the tower has no counterpart there.
         """
         vision = self.vision_config
-        if not isinstance(vision, Blip2VisionConfig) or vision.use_pre_layernorm:
+        is_own = vision.model_type == Blip2VisionConfig.model_type
+        if not is_own or vision.use_pre_layernorm:
             raise ValueError(
                 f"transformers' BLIP-2 has one vision tower, the shape of EVA-CLIP, and cannot hold a tower of type "
-                f"{vision.model_type!r}{' with a pre_layernorm' if isinstance(vision, Blip2VisionConfig) else ''}. "
+                f"{vision.model_type!r}{' with a pre_layernorm' if is_own else ''}. "
                 "Save with transformers_compatible=False."
             )
         if self.vision_feature_layer is not None:
@@ -302,6 +314,9 @@ class Blip2Config(PreTrainedConfig):
             architectures=self.architectures,
             dtype=self.dtype,
         )
+
+
+Blip2Config = Blip2HfConfig
 
 
 def tower_hidden_size(vision_config: PreTrainedConfig, vision_feature_layer: int | None = None) -> int | None:

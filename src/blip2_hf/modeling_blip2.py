@@ -156,6 +156,9 @@ class Blip2PreTrainedModel(PreTrainedModel):
         try:
             self.config = config.to_transformers()
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+            # The name of this class, which super() wrote, says nothing there
+            self.config.architectures = [type(self).__name__.replace("Blip2Hf", "Blip2")]
+            self.config.save_pretrained(save_directory)
         finally:
             self.config = config
 
@@ -256,7 +259,7 @@ class Blip2PreTrainedModel(PreTrainedModel):
         return embeds, torch.cat([query_mask, attention_mask], dim=1)
 
 
-class Blip2Model(Blip2PreTrainedModel):
+class Blip2HfModel(Blip2PreTrainedModel):
     r"""
     The image side of BLIP-2, without a language model: what `AutoModel` and `pipeline("image-feature-extraction")`
     load. It takes the checkpoint of any of the BLIP-2 models.
@@ -317,7 +320,10 @@ class Blip2Model(Blip2PreTrainedModel):
         )
 
 
-class Blip2ForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin):
+Blip2Model = Blip2HfModel
+
+
+class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin):
     r"""
     BLIP-2 for captioning, visual question answering and stage-2 training (section 3.3): the Q-Former's output queries,
     projected to the language model's width, stand in the text as soft visual prompts.
@@ -510,9 +516,21 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin):
 
     def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
         if self.config.image_token_index is None:
+            self._check_unknown_placeholders(input_ids)
             return False
         # A compiled graph can't branch on values: there, Blip2Processor's placeholders are expected
         return torch.compiler.is_compiling() or bool((input_ids == self.config.image_token_index).any())
+
+    def _check_unknown_placeholders(self, input_ids: torch.Tensor):
+        front = input_ids[:, : self.config.num_query_tokens]
+        if torch.compiler.is_compiling() or front.numel() < 2 or front.shape[1] < self.config.num_query_tokens:
+            return
+        if bool((front == front[0, 0]).all()) and int(front[0, 0]) != self.config.pad_token_id:
+            raise ValueError(
+                f"All texts begin with {front.shape[1]} tokens of id {int(front[0, 0])}, which look like placeholders "
+                "of an image, but config.image_token_index is None. If a Blip2Processor made them, set "
+                "model.config.image_token_index = processor.image_token_id."
+            )
 
     def _check_placeholders(self, is_image: torch.Tensor, image_features: torch.Tensor):
         expected = image_features.shape[0] * image_features.shape[1]
@@ -713,6 +731,9 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin):
             if hasattr(image_side, name):
                 setattr(model, name, getattr(image_side, name))
         return model.freeze()
+
+
+Blip2ForConditionalGeneration = Blip2HfForConditionalGeneration
 
 
 LANGUAGE_MODEL_OUTPUTS = (

@@ -135,7 +135,7 @@ class Blip2QFormerEncoder(nn.Module):
         self.gradient_checkpointing = False
 
 
-class Blip2QFormerModel(PreTrainedModel):
+class Blip2HfQFormerModel(PreTrainedModel):
     r"""
     The Q-Former (section 3.1): queries and text share the self-attention; queries attend to the image in every
     `cross_attention_frequency`-th layer; queries and text have feed-forward networks of their own.
@@ -291,6 +291,9 @@ class Blip2QFormerModel(PreTrainedModel):
         return qformer
 
 
+Blip2QFormerModel = Blip2HfQFormerModel
+
+
 def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """
     A mask as every attention implementation takes it.
@@ -344,11 +347,12 @@ def block_attention_mask(query_length: int, attention_mask: torch.Tensor) -> tor
 
 def load_bert(text_encoder: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
     """The [`~transformers.BertModel`] inside any BERT checkpoint or model."""
-    is_model = isinstance(text_encoder, PreTrainedModel)
-    model = text_encoder if is_model else AutoModel.from_pretrained(text_encoder)
+    if isinstance(text_encoder, PreTrainedModel):
+        model, given = text_encoder, type(text_encoder).__name__
+    else:
+        model, given = AutoModel.from_pretrained(text_encoder), str(text_encoder)
     bert = getattr(model, "bert", model)
     if bert.config.model_type != "bert":
-        given = type(text_encoder).__name__ if is_model else text_encoder
         raise ValueError(f"A Q-Former starts from a BERT, but {given} is a {bert.config.model_type!r} model.")
     return bert
 

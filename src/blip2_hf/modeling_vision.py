@@ -75,7 +75,7 @@ class Blip2VisionEncoder(nn.Module):
         return hidden_states
 
 
-class Blip2VisionModel(PreTrainedModel):
+class Blip2HfVisionModel(PreTrainedModel):
     r"""
     The vision transformer of BLIP-2: EVA-CLIP ViT-g/14 or CLIP ViT-L/14, without the last block (section 3.1).
 
@@ -145,6 +145,9 @@ class Blip2VisionModel(PreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[:, 0])
         )
+
+
+Blip2VisionModel = Blip2HfVisionModel
 
 
 class Blip2AutoVisionModel(PreTrainedModel):
@@ -284,9 +287,10 @@ def build_vision_model(
     """
     if isinstance(vision_model, Blip2AutoVisionModel):
         return vision_model
-    if isinstance(config, Blip2VisionConfig):
-        if vision_model is None:
-            return Blip2VisionModel(config, vision_feature_layer)
+    # By model_type: each file of remote code has a copy of the class of its own
+    if vision_model is None and config.model_type == Blip2VisionConfig.model_type:
+        return Blip2VisionModel(config, vision_feature_layer)
+    if isinstance(vision_model, Blip2VisionModel):
         vision_model.encoder.stop_at(vision_feature_layer)
         return vision_model
     return Blip2AutoVisionModel(config, hidden_size, vision_feature_layer, tower=vision_model)

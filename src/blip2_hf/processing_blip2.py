@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
 from .image_loading import load_images
@@ -15,6 +15,10 @@ from .image_loading import load_images
 
 IMAGE_TOKEN = "<image>"
 QFORMER_TOKENIZER = "qformer_tokenizer"
+
+
+class Blip2ProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"return_token_type_ids": False}}
 
 
 class Blip2HfProcessor(ProcessorMixin):
@@ -31,8 +35,9 @@ class Blip2HfProcessor(ProcessorMixin):
             The tokenizer of the language model.
         qformer_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of a Q-Former that reads the text too.
-        num_query_tokens (`int`, *optional*, defaults to 32):
-            Number of queries, and so of placeholders, an image.
+        num_query_tokens (`int`, *optional*):
+            Number of queries, and so of placeholders, an image. `None`, as in the first published checkpoints, whose
+            `image_token_index` is `None` too: no placeholders, the model puts the image in front.
         is_encoder_decoder (`bool`, *optional*, defaults to `False`):
             Whether the language model is an encoder-decoder: `text_target` is then not appended to `text`.
 
@@ -45,14 +50,14 @@ class Blip2HfProcessor(ProcessorMixin):
     ```"""
 
     valid_kwargs = ["num_query_tokens", "is_encoder_decoder"]
-    text_kwargs = {"return_token_type_ids": False}
+    valid_processor_kwargs = Blip2ProcessorKwargs
 
     def __init__(
         self,
         image_processor,
         tokenizer,
         qformer_tokenizer=None,
-        num_query_tokens: int | None = 32,
+        num_query_tokens: int | None = None,
         is_encoder_decoder: bool = False,
         **kwargs,
     ):
@@ -63,8 +68,7 @@ class Blip2HfProcessor(ProcessorMixin):
             tokenizer.pad_token = tokenizer.eos_token
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        # Checkpoints from before the placeholders say null: their models have 32 queries
-        self.num_query_tokens = 32 if num_query_tokens is None else num_query_tokens
+        self.num_query_tokens = num_query_tokens
         self.is_encoder_decoder = is_encoder_decoder
         self.qformer_tokenizer = qformer_tokenizer
         super().__init__(image_processor, tokenizer, **kwargs)
@@ -144,11 +148,13 @@ class Blip2HfProcessor(ProcessorMixin):
         """
         if images is None and text is None and text_target is None:
             raise ValueError("You have to specify either images or text.")
-        output_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        output_kwargs = self._merge_kwargs(
+            Blip2ProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         text_kwargs = output_kwargs["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
         groups = None if images is None else _group(images)
-        data = {}
+        data: dict[str, Any] = {}
         if text is not None or text_target is not None:
             texts, targets = _texts(text, text_target, groups, self.image_token)
             counts = self._images_in_front(texts, groups)
@@ -164,6 +170,11 @@ class Blip2HfProcessor(ProcessorMixin):
     def _images_in_front(self, texts: list[str], groups: list[list] | None) -> list[int]:
         """How many pictures stand in front of each text: those that no `<image>` inside it marks."""
         marks = [text.count(self.image_token) for text in texts]
+        if self.num_query_tokens is None and any(marks):
+            raise ValueError(
+                f"This processor has no num_query_tokens, and can't make room for the `{self.image_token}` of a text. "
+                "Set processor.num_query_tokens, and model.config.image_token_index = processor.image_token_id."
+            )
         if groups is None:
             return [0] * len(texts)
         if any(marks):
@@ -192,9 +203,10 @@ class Blip2HfProcessor(ProcessorMixin):
         }
         appended = targets is not None and not self.is_encoder_decoder
         max_length = text_kwargs.get("max_length")
+        suffixes = targets if targets is not None and appended else [None] * len(texts)
         rows = [
-            self._encode_one(text, targets[i] if appended else None, counts[i], text_kwargs)
-            for i, text in enumerate(texts)
+            self._encode_one(text, suffix, count, text_kwargs)
+            for text, suffix, count in zip(texts, suffixes, counts, strict=True)
         ]
         if not appended:
             padding.setdefault("padding_side", "right" if self.is_encoder_decoder else "left")
@@ -219,8 +231,9 @@ class Blip2HfProcessor(ProcessorMixin):
             raise ValueError(
                 f"max_length={text_kwargs.get('max_length')} cuts off an `{self.image_token}` of {text!r}. Allow more."
             )
-        repeats = [self.num_query_tokens if token == self.image_token_id else 1 for token in ids]
-        front = self.num_query_tokens * count
+        num_query_tokens = self.num_query_tokens or 0
+        repeats = [num_query_tokens if token == self.image_token_id else 1 for token in ids]
+        front = num_query_tokens * count
         row = {"input_ids": [self.image_token_id] * front + _repeat(ids, repeats)}
         if labels is not None:
             row["labels"] = [-100] * front + _repeat(labels, repeats)
@@ -278,7 +291,7 @@ class Blip2HfProcessor(ProcessorMixin):
         multiple = padding.get("pad_to_multiple_of") or 1
         length = -(-length // multiple) * multiple
         fill = {"input_ids": self.tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
-        data = {name: [] for name in (*rows[0], "attention_mask")}
+        data: dict[str, list] = {name: [] for name in (*rows[0], "attention_mask")}
         for row in rows:
             row["attention_mask"] = [1] * len(row["input_ids"])
             missing = 0 if strategy in (False, "do_not_pad") else length - len(row["input_ids"])
@@ -391,7 +404,7 @@ def _texts(text, text_target, groups: list[list] | None, image_token: str) -> tu
     if texts is None:
         texts = [""] * len(targets)
     if len(texts) == 1 and image_token not in texts[0]:
-        texts *= max(len(groups or [None]), len(targets or [None]))
+        texts *= max(len(groups or [[]]), len(targets or [""]))
     if targets is not None and len(texts) != len(targets):
         raise ValueError(f"{len(texts)} texts, but {len(targets)} text_targets: as many were expected.")
     return texts, targets

@@ -1,0 +1,68 @@
+"""What `import blip2_hf` does, and does not, in a fresh process."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_costs_no_more_than_transformers():
+    code = """
+        import sys
+        import transformers
+        before = set(sys.modules)
+        import blip2_hf
+        print(sorted(name for name in set(sys.modules) - before if not name.startswith("blip2_hf")))
+        print("torch" in sys.modules)
+    """
+    assert run(code).splitlines() == ["[]", "False"]
+
+
+def test_import_alone_brings_no_heavy_module():
+    code = """
+        import sys
+        import blip2_hf
+        print([name for name in ("torch", "transformers", "numpy", "PIL") if name in sys.modules])
+    """
+    assert run(code) == "[]"
+
+
+ORDERS = {
+    "theirs in the middle of an import": "import blip2_hf; from transformers import Blip2ForConditionalGeneration",
+    "their configuration": "import blip2_hf; from transformers import Blip2Config",
+    "generation": "import blip2_hf; from transformers.generation import GenerationMixin",
+    "pipelines": "import blip2_hf; from transformers import pipeline",
+    "our model": "from blip2_hf.modeling_qformer import Blip2QFormerModel; import blip2_hf",
+    "our processor": "from blip2_hf import Blip2Processor; import blip2_hf",
+    "all of theirs": "from transformers import Trainer, pipeline, AutoModel, AutoProcessor; import blip2_hf",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_know_ours_whatever_is_imported_first(order):
+    code = (
+        ORDERS[order]
+        + "\n"
+        + textwrap.dedent(
+            """
+        from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+        from transformers.pipelines import PIPELINE_REGISTRY
+        config = AutoConfig.for_model("blip2")
+        assert type(config) is blip2_hf.Blip2Config
+        for auto, ours in ((AutoModel, "Blip2Model"), (AutoModelForImageTextToText, "Blip2ForConditionalGeneration")):
+            assert auto._model_mapping[type(config)] is getattr(blip2_hf, ours)
+        assert PROCESSOR_MAPPING[type(config)] is blip2_hf.Blip2Processor
+        assert "image-to-text" in PIPELINE_REGISTRY.get_supported_tasks()
+        print("ok")
+        """
+        )
+    )
+    assert run(code) == "ok"
