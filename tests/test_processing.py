@@ -21,6 +21,14 @@ def processor():
     return make_processor()
 
 
+def assert_same_inputs(actual, expected):
+    assert set(actual) == set(expected)
+    for key, value in expected.items():
+        # Where torchvision is installed, transformers loads the image processor that uses it: it rounds otherwise
+        tolerance = 0.05 if key == "pixel_values" else 0
+        torch.testing.assert_close(actual[key], value, rtol=0, atol=tolerance)
+
+
 def test_image_token_disturbs_no_existing_id(processor):
     before = make_tokenizer().get_vocab()
     after = processor.tokenizer.get_vocab()
@@ -171,8 +179,7 @@ def test_round_trip(processor, tmp_path):
     for loaded in (Blip2Processor.from_pretrained(tmp_path), transformers.AutoProcessor.from_pretrained(tmp_path)):
         assert type(loaded) is Blip2Processor
         assert loaded.qformer_tokenizer is None
-        actual = loaded(images=make_image(), text="a <image>", return_tensors="pt")
-        assert all(torch.equal(actual[key], value) for key, value in expected.items())
+        assert_same_inputs(loaded(images=make_image(), text="a <image>", return_tensors="pt"), expected)
 
 
 def test_a_saved_model_and_processor_come_back_as_ours(tmp_path):
@@ -194,8 +201,7 @@ def test_qformer_tokenizer_round_trip(tmp_path):
     assert expected["qformer_attention_mask"].sum(dim=1).tolist() == [4, 7]
     processor.save_pretrained(tmp_path / "saved")
     loaded = transformers.AutoProcessor.from_pretrained(tmp_path / "saved")
-    actual = loaded(images=images, text=texts, return_tensors="pt")
-    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+    assert_same_inputs(loaded(images=images, text=texts, return_tensors="pt"), expected)
     assert set(expected) <= set(loaded.model_input_names) | {"labels"}
 
 
@@ -205,8 +211,7 @@ def test_files_of_transformers_own_processor_load(tmp_path):
     ours = Blip2Processor.from_pretrained(tmp_path)
     expected = theirs(images=make_image(), text="a photo of", return_tensors="pt")
     actual = ours(images=make_image(), text="a photo of", return_tensors="pt")
-    assert torch.equal(actual["input_ids"], expected["input_ids"])
-    torch.testing.assert_close(actual["pixel_values"], expected["pixel_values"])
+    assert_same_inputs(actual, expected)
     # As published at first: no number of queries, an image processor with a file of its own
     (tmp_path / "processor_config.json").unlink()
     make_image_processor().save_pretrained(tmp_path)

@@ -203,6 +203,8 @@ class Blip2HfConfig(PreTrainedConfig):
         "attentions",
         "cross_attentions",
         "encoder_last_hidden_state",
+        "encoder_hidden_states",
+        "encoder_attentions",
         "vision_outputs",
         "qformer_outputs",
         "language_model_outputs",

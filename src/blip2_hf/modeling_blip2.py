@@ -13,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs, Blip2TextEmbeddings
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hidden_size
 from .frozen import checkpoint_in_eval_mode, is_frozen
@@ -57,6 +58,8 @@ class Blip2ForConditionalGenerationModelOutput(ModelOutput):
     decoder_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
+    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    encoder_attentions: tuple[torch.Tensor, ...] | None = None
     vision_outputs: ModelOutput | None = None
     qformer_outputs: ModelOutput | None = None
     language_model_outputs: ModelOutput | None = None
@@ -104,6 +107,11 @@ class Blip2PreTrainedModel(PreTrainedModel):
         if qformer_config.use_qformer_text_input:
             self.embeddings = Blip2TextEmbeddings(qformer_config)
         self.qformer = Blip2QFormerModel._from_config(qformer_config)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # For code that does not initialise through transformers' functions; it would leave out part of T5's
+        return cls.is_remote_code()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -563,7 +571,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         decoder_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = True,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | Blip2ForConditionalGenerationModelOutput:
         r"""
         Args:
@@ -613,6 +621,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         if image_features is not None:
+            if inputs_embeds is not None:
+                raise ValueError("inputs_embeds hold text and image features already: give no image with them.")
             if input_ids is None:
                 input_ids = self._start_tokens(image_features)
             merged = self._insert_image_features(image_features, input_ids, attention_mask, labels)
@@ -629,6 +639,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         elif self.takes_position_ids:
             kwargs["position_ids"] = _position_ids(attention_mask) if position_ids is None else position_ids
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.language_model(
             input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
         )
@@ -636,8 +647,11 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         if labels is not None:
             # A decoder-only model predicts the label of the next position
             shift = 0 if self.config.is_encoder_decoder else 1
-            logits = outputs.logits[:, : outputs.logits.shape[1] - shift]
-            loss = language_modeling_loss(logits, labels[:, shift:], num_items_in_batch)
+            if shift_labels is None:
+                logits, targets = outputs.logits[:, : outputs.logits.shape[1] - shift], labels[:, shift:]
+            else:
+                logits, targets = outputs.logits[:, -shift_labels.shape[1] :], shift_labels
+            loss = language_modeling_loss(logits, targets, num_items_in_batch)
         return Blip2ForConditionalGenerationModelOutput(
             loss=loss,
             **{name: outputs.get(name) for name in LANGUAGE_MODEL_OUTPUTS},
@@ -745,6 +759,8 @@ LANGUAGE_MODEL_OUTPUTS = (
     "decoder_attentions",
     "cross_attentions",
     "encoder_last_hidden_state",
+    "encoder_hidden_states",
+    "encoder_attentions",
 )
 
 

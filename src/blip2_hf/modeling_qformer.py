@@ -11,6 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings, eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -157,7 +159,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
     _no_split_modules = ["Blip2QFormerLayer"]
     _can_record_outputs = {
         "hidden_states": Blip2QFormerLayer,
-        "attentions": OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".attention"),
+        "attentions": OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".attention.attention"),
         "cross_attentions": OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".crossattention"),
     }
 
@@ -202,7 +204,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_key_values: tuple[KeyValues, ...] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPoolingAndCrossAttentions:
         r"""
         Args:

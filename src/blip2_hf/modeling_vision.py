@@ -11,7 +11,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, AutoModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2EncoderLayer
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings as TransformersBlip2VisionEmbeddings
-from transformers.utils import torch_int
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, torch_int
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -123,7 +124,10 @@ class Blip2HfVisionModel(PreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
         Args:

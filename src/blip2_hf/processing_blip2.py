@@ -17,7 +17,7 @@ IMAGE_TOKEN = "<image>"
 QFORMER_TOKENIZER = "qformer_tokenizer"
 
 
-class Blip2ProcessorKwargs(ProcessingKwargs, total=False):
+class Blip2HfProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"return_token_type_ids": False}}
 
 
@@ -50,7 +50,7 @@ class Blip2HfProcessor(ProcessorMixin):
     ```"""
 
     valid_kwargs = ["num_query_tokens", "is_encoder_decoder"]
-    valid_processor_kwargs = Blip2ProcessorKwargs
+    valid_processor_kwargs = Blip2HfProcessorKwargs
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class Blip2HfProcessor(ProcessorMixin):
         qformer_tokenizer=None,
         num_query_tokens: int | None = None,
         is_encoder_decoder: bool = False,
+        chat_template: str | None = None,
         **kwargs,
     ):
         image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
@@ -71,7 +72,7 @@ class Blip2HfProcessor(ProcessorMixin):
         self.num_query_tokens = num_query_tokens
         self.is_encoder_decoder = is_encoder_decoder
         self.qformer_tokenizer = qformer_tokenizer
-        super().__init__(image_processor, tokenizer, **kwargs)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         if self.chat_template is None:
             self.chat_template = tokenizer.chat_template
 
@@ -117,7 +118,6 @@ class Blip2HfProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
-        text_target: str | Sequence[str] | None = None,
         **kwargs,
     ) -> BatchFeature:
         r"""
@@ -146,10 +146,11 @@ class Blip2HfProcessor(ProcessorMixin):
             ValueError: if there is nothing to process, or pictures and texts do not match.
             ImageLoadError: if a picture can't be read; the message names it.
         """
+        text_target = kwargs.pop("text_target", None)
         if images is None and text is None and text_target is None:
             raise ValueError("You have to specify either images or text.")
         output_kwargs = self._merge_kwargs(
-            Blip2ProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+            Blip2HfProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
         text_kwargs = output_kwargs["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
