@@ -256,6 +256,27 @@ def test_max_length_counts_what_is_returned():
     assert model.generate(pixel_values=make_pixel_values(1), max_new_tokens=3).shape == (1, 4)
 
 
+def test_limits_in_a_generation_config_count_the_same():
+    model = make_model("llama", image_token_index=None)
+    model.generation_config.eos_token_id = None
+    inputs = {"pixel_values": make_pixel_values(1), "input_ids": torch.tensor([[0, 5]])}
+    config = transformers.GenerationConfig(max_length=9, pad_token_id=1)
+    assert model.generate(**inputs, generation_config=config).shape == (1, 9)
+    assert config.max_length == 9
+    model.generation_config.max_length = 7
+    assert model.generate(**inputs).shape == (1, 7)
+
+
+def test_labels_are_not_shown_to_generate():
+    model = make_model("llama")
+    pixel_values, ids = make_pixel_values(1), torch.tensor([[0, 5, 6, 7, 8, 2]])
+    labels = torch.tensor([[-100, -100, -100, 7, 8, 2]])
+    actual = model.generate(pixel_values=pixel_values, input_ids=ids, labels=labels, max_new_tokens=4)
+    expected = model.generate(pixel_values=pixel_values, input_ids=ids[:, :3], max_new_tokens=4)
+    assert actual[0, :6].tolist() == [0, 5, 6, 1, 1, 1]
+    assert actual[0, 6:].tolist() == expected[0, 3:].tolist()
+
+
 def test_return_dict_in_generate():
     model = make_model("opt")
     outputs = model.generate(
@@ -298,6 +319,7 @@ def test_text_alone_goes_to_the_language_model():
     model = make_model("opt")
     ids = torch.tensor([[0, 5, 6]])
     expected = model.language_model.generate(input_ids=ids, max_new_tokens=4)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, prompt_lookup_num_tokens=2), expected)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4), expected)
 
 

@@ -250,7 +250,61 @@ def test_a_trained_qformer_moves_to_another_language_model(tmp_path):
         assert torch.equal(model.get_image_features(pixel_values).qformer_outputs.last_hidden_state, expected)
 
 
+def test_language_models_with_narrow_embeddings():
+    text_config = LANGUAGE_MODELS["opt"]()
+    text_config.word_embed_proj_dim = 16
+    model = randomize(Blip2ForConditionalGeneration(make_config(text_config=text_config))).eval()
+    pixel_values = make_pixel_values()
+    features = model.get_image_features(pixel_values).pooler_output
+    assert features.shape == (2, NUM_QUERIES, 16)
+    assert torch.isfinite(model(pixel_values=pixel_values, input_ids=IDS, labels=IDS).loss)
+    with pytest.raises(ValueError, match="32 wide, the language model's embeddings 16"):
+        model(image_features=torch.zeros(2, NUM_QUERIES, 32), input_ids=IDS)
+    with pytest.raises(ValueError, match="image_features of shape"):
+        model(image_features=torch.zeros(2, 16), input_ids=IDS)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_forward_with_a_cache_and_a_mask_of_the_whole_length(name):
+    model = make_model(name)
+    ids = torch.tensor([[0, 5, 6, 7, 8]])
+    expected = model(input_ids=ids).logits[:, -1:]
+    cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+    mask = torch.ones(1, 5, dtype=torch.long)
+    actual = model(input_ids=ids[:, 4:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_frozen_parts_are_in_eval_mode_from_the_start(name):
+    model = Blip2ForConditionalGeneration(make_config(name))
+    assert not any(m.training for part in model.frozen_parts() for m in part.modules())
+    assert model.language_model in model.frozen_parts()
+
+
+def test_labels_for_the_other_kind_of_language_model_are_an_error():
+    pixel_values = make_pixel_values()
+    with pytest.raises(ValueError, match="is_encoder_decoder must be False"):
+        make_model("opt")(pixel_values=pixel_values, input_ids=IDS, labels=IDS[:, :2])
+    with pytest.raises(ValueError, match="is_encoder_decoder is True"):
+        labels = torch.tensor([[-100, 5, 6, 7], [-100, 8, 9, 2]])
+        make_model("t5")(pixel_values=pixel_values, input_ids=IDS, labels=labels)
+
+
+def test_later_tokens_do_not_change_earlier_logits(tmp_path):
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(**make_parts(tmp_path), num_query_tokens=4).eval()
+    pixel_values, changed = make_pixel_values(), IDS.clone()
+    changed[:, -1] = 11
+    logits = [model(pixel_values=pixel_values, input_ids=ids).logits[:, :-1] for ids in (IDS, changed)]
+    assert torch.equal(*logits)
+
+
 def test_from_pretrained_parts_says_what_is_missing():
+    with pytest.raises(ValueError, match="num_query_tokens: stage1 has its own"):
+        Blip2ForConditionalGeneration.from_pretrained_parts(
+            make_model(), make_model().language_model, num_query_tokens=3
+        )
+
     with pytest.raises(ValueError, match="needs a language_model"):
         Blip2ForConditionalGeneration.from_pretrained_parts(vision_model="x", text_encoder="y")
     with pytest.raises(ValueError, match="Give either stage1, or"):

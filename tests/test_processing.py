@@ -222,6 +222,39 @@ def test_files_of_transformers_own_processor_load(tmp_path):
         old(images=make_image(), text="a <image> dog")
 
 
+def test_the_kind_of_language_model_is_found_out(tmp_path):
+    assert not Blip2Processor(make_image_processor(), make_tokenizer()).is_encoder_decoder
+    assert Blip2Processor(make_image_processor(), make_tokenizer(bos=False, eos=True)).is_encoder_decoder
+    # transformers' own files do not say it, the model's configuration beside them does
+    make_model("t5").save_pretrained(tmp_path)
+    theirs = transformers.Blip2Processor(make_image_processor(), make_tokenizer(), num_query_tokens=NUM_QUERIES)
+    theirs.save_pretrained(tmp_path)
+    assert Blip2Processor.from_pretrained(tmp_path).is_encoder_decoder
+
+
+def test_files_for_transformers_own_processor(processor, tmp_path):
+    processor.save_pretrained(tmp_path, transformers_compatible=True)
+    make_model().save_pretrained(tmp_path, transformers_compatible=True)
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert type(theirs) is transformers.Blip2Processor
+    actual = theirs(images=make_image(), text="a photo of", return_tensors="pt")
+    assert_same_inputs(actual, processor(images=make_image(), text="a photo of", return_tensors="pt"))
+
+
+def test_the_tokenizers_own_padding_side_does_not_matter():
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    processor = Blip2Processor(make_image_processor(), tokenizer, num_query_tokens=NUM_QUERIES)
+    prompts = processor(images=[make_image(0), make_image(1)], text=["a photo of a dog", "a"])
+    assert prompts["attention_mask"][1][0] == 0
+
+
+def test_marks_of_one_text_do_not_take_the_images_of_another(processor):
+    images = [[make_image(0), make_image(1)], [make_image(2)]]
+    with pytest.raises(ValueError, match=r"3 images \(\[2, 1\]\)"):
+        processor(images=images, text=["<image>x", "<image>y<image>z"])
+
+
 def test_new_text_alone(processor):
     model = make_model()
     inputs = processor(images=[make_image(0), make_image(1)], text=["a photo of", "a"], return_tensors="pt")
@@ -253,6 +286,8 @@ def test_chat_template(processor):
     )
     assert both["input_ids"].shape[0] == 2
     assert make_model().generate(**both, max_new_tokens=2).shape[0] == 2
+    with pytest.raises(ValueError, match="'image_url'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}])
     processor.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         processor.apply_chat_template(conversation)

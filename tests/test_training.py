@@ -156,6 +156,8 @@ def test_seq2seq_trainer_predicts_with_generate(name, tmp_path):
     )
     trainer.train()
     assert trainer.evaluate()["eval_count"] == len(CAPTIONS) == len(seen)
+    # The answer in the prompt would be a perfect score
+    assert not any(caption in text for caption, text in zip(CAPTIONS, seen, strict=True)), seen
 
 
 def test_checkpoints_resume(tmp_path):

@@ -351,6 +351,8 @@ def _sub_config(config: dict | PreTrainedConfig | None, default: type[PreTrained
         return default(**config)
     if model_type is None:
         raise ValueError('A configuration given as a dict needs its "model_type", such as {"model_type": "opt", ...}.')
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers knows no configuration of model_type {model_type!r}.")
     return CONFIG_MAPPING[model_type](**config)
 
 

@@ -1,5 +1,6 @@
 """Generation: one pass over the image, then text from the language model."""
 
+import copy
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from transformers.utils import ModelOutput
 class Blip2GenerationMixin(GenerationMixin):
     """`generate` of [`Blip2ForConditionalGeneration`]: transformers' own, once the image stands in the prompt."""
 
+    # Where the prompt in generation has images, while there is one
+    _image_positions: torch.Tensor | None = None
+
     @torch.no_grad()
     def generate(
         self,
@@ -23,6 +27,7 @@ class Blip2GenerationMixin(GenerationMixin):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = True,
+        labels: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.Tensor | ModelOutput:
         r"""
@@ -34,6 +39,8 @@ class Blip2GenerationMixin(GenerationMixin):
 qformer_attention_mask, interpolate_pos_encoding:
                 As in `forward`. Prompts may be padded on either side. Without `input_ids` the text starts from the
                 language model's first token.
+            labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                What `Seq2SeqTrainer` passes along: a decoder-only model is not shown what it has to write.
             generate_kwargs (`dict`):
                 Those of [`~transformers.GenerationMixin.generate`].
 
@@ -57,6 +64,10 @@ qformer_attention_mask, interpolate_pos_encoding:
             return super().generate(input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs)
         if input_ids is None:
             input_ids, attention_mask = self._start_tokens(image_features), None
+        elif labels is not None and not self.config.is_encoder_decoder:
+            is_prompt = labels == -100
+            attention_mask = is_prompt.long() if attention_mask is None else attention_mask * is_prompt
+            input_ids = input_ids.masked_fill(~is_prompt, self.config.pad_token_id)
         prompt = self._insert_image_features(image_features, input_ids, attention_mask)
         if self.config.is_encoder_decoder:
             encoder_outputs = self.language_model.get_encoder()(
@@ -73,9 +84,8 @@ qformer_attention_mask, interpolate_pos_encoding:
         """Generation with a decoder-only model: the new tokens follow `input_ids`, as the caller gave them."""
         prompt = _pad_left(prompt)
         added = prompt["input_ids"].shape[1] - input_ids.shape[1]
-        for name in ("max_length", "min_length"):
-            if generate_kwargs.get(name) is not None:
-                generate_kwargs[name] += added
+        if added:
+            generate_kwargs = self._with_longer_limits(generate_kwargs, added)
         if generate_kwargs.get("streamer") is not None:
             generate_kwargs["streamer"] = _PromptStreamer(generate_kwargs["streamer"], input_ids)
         self._image_positions = prompt["is_image"]
@@ -87,7 +97,7 @@ qformer_attention_mask, interpolate_pos_encoding:
                 **generate_kwargs,
             )
         finally:
-            del self._image_positions
+            self._image_positions = None
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         repeats = sequences.shape[0] // input_ids.shape[0]
         given = input_ids.repeat_interleave(repeats, dim=0).to(sequences.device)
@@ -97,12 +107,26 @@ qformer_attention_mask, interpolate_pos_encoding:
         outputs.sequences = sequences
         return outputs
 
+    def _with_longer_limits(self, generate_kwargs: dict[str, Any], added: int) -> dict[str, Any]:
+        """Limits of length count what the caller gave and gets; the images that were put in front come on top."""
+        names = ("max_length", "min_length")
+        limits = {name: generate_kwargs[name] + added for name in names if generate_kwargs.get(name) is not None}
+        config = generate_kwargs.get("generation_config") or self.generation_config
+        in_config = {name: getattr(config, name) for name in names if name not in limits and getattr(config, name)}
+        if in_config and "max_new_tokens" not in generate_kwargs:
+            config = copy.deepcopy(config)
+            for name, limit in in_config.items():
+                setattr(config, name, limit + added)
+            limits["generation_config"] = config
+        return generate_kwargs | limits
+
     def _start_tokens(self, image_features: torch.Tensor) -> torch.Tensor:
         """`input_ids` for images without text: their placeholders, where there is such a token, and a first token."""
         start = self.config.bos_token_id
         if start is None and self.config.is_encoder_decoder:
             # An empty text, as an encoder-decoder's tokenizer makes it
-            start = self.config.eos_token_id
+            eos = self.config.eos_token_id
+            start = eos[0] if isinstance(eos, list) else eos
         tokens = [] if start is None else [start]
         if self.config.image_token_index is not None:
             tokens = [self.config.image_token_index] * image_features.shape[1] + tokens
@@ -124,6 +148,8 @@ qformer_attention_mask, interpolate_pos_encoding:
             if assistant_model is not None:
                 raise ValueError("Assisted decoding with an assistant_model needs a decoder-only language model.")
             return super()._get_candidate_generator(*args, assistant_model=None, **kwargs)
+        if self._image_positions is None:
+            return super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)
         # The assistant has no eyes: it continues the text without the image
         if isinstance(assistant_model, Blip2GenerationMixin):
             assistant_model = assistant_model.language_model

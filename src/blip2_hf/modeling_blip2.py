@@ -92,8 +92,8 @@ class Blip2PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
-    # Kept in float32 when the model is loaded in float16, as transformers does
-    _keep_in_fp32_modules = ["query_tokens", "qformer"]
+    # Kept in float32 when the model is loaded in float16, and out of quantisation: it is what is trained
+    _keep_in_fp32_modules = ["query_tokens", "qformer", "language_projection"]
 
     def _build_image_side(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
         """The tower, the queries and the Q-Former, under the names that transformers' BLIP-2 gives them."""
@@ -180,6 +180,8 @@ class Blip2PreTrainedModel(PreTrainedModel):
         """
         self.vision_model.requires_grad_(False)
         self.vision_model.post_layernorm.requires_grad_(True)
+        for part in self.frozen_parts():
+            part.eval()
         return self
 
     def frozen_parts(self) -> list[nn.Module]:
@@ -215,6 +217,8 @@ class Blip2PreTrainedModel(PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(num_images, features, vision hidden_size)`.
         """
+        if pixel_values.dim() == 5:
+            pixel_values = pixel_values.flatten(0, 1)
         return self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs).last_hidden_state
 
     def _run_tower(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs) -> ModelOutput:
@@ -376,12 +380,13 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             )
         super().__init__(config)
         self._build_image_side(config, vision_model)
-        text_config = config.text_config.get_text_config(decoder=True)
-        self.language_projection = nn.Linear(config.qformer_config.hidden_size, text_config.hidden_size)
         if language_model is not None:
             config.text_config = language_model.config
         else:
             language_model = language_model_class(config.text_config).from_config(config.text_config)
+        # Of the embeddings, which in some models (OPT-350m) are narrower than the hidden states
+        width: int = tuple(language_model.get_input_embeddings().weight.shape)[1]
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.language_model = language_model
         self.generation_config = copy.deepcopy(language_model.generation_config)
         self.takes_position_ids = "position_ids" in inspect.signature(language_model.forward).parameters
@@ -389,8 +394,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         self.freeze()
 
     def freeze(self) -> "Blip2ForConditionalGeneration":
-        super().freeze()
         self.language_model.requires_grad_(False)
+        super().freeze()
         return self
 
     def _freezable_parts(self) -> list[nn.Module]:
@@ -458,12 +463,16 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         queries = qformer_outputs.last_hidden_state[:, : self.config.num_query_tokens]
         return BaseModelOutputWithVisionQformerOutputs(
             last_hidden_state=image_embeds,
-            pooler_output=self.language_projection(queries.to(self.language_projection.weight.dtype)),
+            pooler_output=self._project_queries(queries),
             hidden_states=None if vision_outputs is None else vision_outputs.hidden_states,
             attentions=None if vision_outputs is None else vision_outputs.attentions,
             vision_outputs=vision_outputs,
             qformer_outputs=qformer_outputs,
         )
+
+    def _project_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        weight = self.language_projection.weight
+        return self.language_projection(queries.to(weight.dtype) if weight.is_floating_point() else queries)
 
     def _image_features(self, image_features, pixel_values, image_embeds, **kwargs):
         """`(image_features, outputs of the parts)`: as given, or computed; `(None, None)` without an image."""
@@ -471,6 +480,11 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         if sum(given) > 1:
             raise ValueError("Give only one of pixel_values, image_embeds and image_features.")
         if image_features is not None:
+            if image_features.dim() < 3:
+                raise ValueError(
+                    f"image_features of shape {tuple(image_features.shape)} were given; (num_images, "
+                    "num_query_tokens, hidden_size) was expected, as get_image_features(...).pooler_output has."
+                )
             return image_features.flatten(0, -3), None
         if not any(given):
             return None, None
@@ -512,8 +526,13 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             is_image = input_ids == self.config.image_token_index
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        self._check_placeholders(is_image, image_features)
+        self._check_placeholders(is_image, image_features, inputs_embeds.shape[2])
         inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
+        if self.config.is_encoder_decoder:
+            # Relative positions: padding between image and text would move them apart
+            order = (attention_mask == 0).int().argsort(dim=1, stable=True)
+            attention_mask = attention_mask.gather(1, order)
+            inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds).to(inputs_embeds.device))
         return {
             "inputs_embeds": inputs_embeds,
             "input_ids": input_ids,
@@ -523,25 +542,46 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         }
 
     def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
-        if self.config.image_token_index is None:
-            self._check_unknown_placeholders(input_ids)
-            return False
+        index = self.config.image_token_index
         # A compiled graph can't branch on values: there, Blip2Processor's placeholders are expected
-        return torch.compiler.is_compiling() or bool((input_ids == self.config.image_token_index).any())
+        if index is not None and (torch.compiler.is_compiling() or bool((input_ids == index).any())):
+            return True
+        self._check_unknown_placeholders(input_ids)
+        return False
+
+    def _check_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None):
+        if labels is None or input_ids is None or torch.compiler.is_compiling():
+            return
+        if not self.config.is_encoder_decoder and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} for input_ids of shape {tuple(input_ids.shape)}: a "
+                "decoder-only language model learns at the positions of input_ids. Make both with one "
+                "Blip2Processor call, whose is_encoder_decoder must be False."
+            )
+        if self.config.is_encoder_decoder and bool((labels[:, 0] == -100).all()):
+            raise ValueError(
+                "All labels begin with -100: an encoder-decoder learns the target alone, not behind the prompt. Make "
+                "them with a Blip2Processor whose is_encoder_decoder is True."
+            )
 
     def _check_unknown_placeholders(self, input_ids: torch.Tensor):
         front = input_ids[:, : self.config.num_query_tokens]
-        if torch.compiler.is_compiling() or front.numel() < 2 or front.shape[1] < self.config.num_query_tokens:
+        if torch.compiler.is_compiling() or not 2 <= self.config.num_query_tokens == front.shape[1]:
             return
         if bool((front == front[0, 0]).all()) and int(front[0, 0]) != self.config.pad_token_id:
             raise ValueError(
                 f"All texts begin with {front.shape[1]} tokens of id {int(front[0, 0])}, which look like placeholders "
-                "of an image, but config.image_token_index is None. If a Blip2Processor made them, set "
-                "model.config.image_token_index = processor.image_token_id."
+                f"of an image, but config.image_token_index is {self.config.image_token_index}. If a Blip2Processor "
+                "made them, set model.config.image_token_index = processor.image_token_id."
             )
 
-    def _check_placeholders(self, is_image: torch.Tensor, image_features: torch.Tensor):
+    def _check_placeholders(self, is_image: torch.Tensor, image_features: torch.Tensor, width: int):
         expected = image_features.shape[0] * image_features.shape[1]
+        if image_features.shape[2] != width:
+            raise ValueError(
+                f"image_features are {image_features.shape[2]} wide, the language model's embeddings {width}: "
+                "give what get_image_features(...).pooler_output returned."
+            )
         if torch.compiler.is_compiling():
             torch._assert_async(is_image.sum() == expected, "as many `<image>` placeholders as image features")
             return
@@ -620,6 +660,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             qformer_attention_mask=qformer_attention_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
+        self._check_labels(labels, input_ids)
         if image_features is not None:
             if inputs_embeds is not None:
                 raise ValueError("inputs_embeds hold text and image features already: give no image with them.")
@@ -637,7 +678,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 "decoder_attention_mask": decoder_attention_mask,
             }
         elif self.takes_position_ids:
-            kwargs["position_ids"] = _position_ids(attention_mask) if position_ids is None else position_ids
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            kwargs["position_ids"] = _position_ids(attention_mask, length) if position_ids is None else position_ids
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.language_model(
@@ -676,7 +718,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         text_encoder: "str | os.PathLike | PreTrainedModel | None" = None,
         image_token_index: int | None = None,
         vision_feature_layer: int | None = None,
-        num_query_tokens: int = 32,
+        num_query_tokens: int | None = None,
         **qformer_kwargs,
     ) -> "Blip2ForConditionalGeneration":
         r"""
@@ -696,8 +738,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 an id: the id that [`Blip2Processor`] gives it.
             vision_feature_layer (`int`, *optional*):
                 Without `stage1`: index into the tower's `hidden_states`.
-            num_query_tokens (`int`, *optional*, defaults to 32):
-                Without `stage1`: number of queries.
+            num_query_tokens (`int`, *optional*):
+                Without `stage1`: number of queries, 32 if it is not given.
             qformer_kwargs (`dict`):
                 Without `stage1`: fields of [`Blip2QFormerConfig`], such as `cross_attention_frequency`.
 
@@ -720,12 +762,16 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             raise ValueError("from_pretrained_parts needs a language_model.")
         if (stage1 is None) == (vision_model is None or text_encoder is None):
             raise ValueError("Give either stage1, or vision_model and text_encoder.")
-        if image_token_index is None and not isinstance(language_model, PreTrainedModel):
+        own = {"vision_feature_layer": vision_feature_layer, "num_query_tokens": num_query_tokens, **qformer_kwargs}
+        if stage1 is not None and any(value is not None for value in own.values()):
+            given = sorted(name for name, value in own.items() if value is not None)
+            raise ValueError(f"{', '.join(given)}: stage1 has its own; they go with vision_model and text_encoder.")
+        if image_token_index is None and isinstance(language_model, (str, os.PathLike)):
             image_token_index = image_token_id(AutoTokenizer.from_pretrained(language_model))
         language_model = load_language_model(language_model)
         if stage1 is None:
             image_side = _image_side_from_parts(
-                vision_model, text_encoder, vision_feature_layer, num_query_tokens, **qformer_kwargs
+                vision_model, text_encoder, vision_feature_layer, num_query_tokens or 32, **qformer_kwargs
             )
         else:
             image_side = stage1 if isinstance(stage1, PreTrainedModel) else Blip2Model.from_pretrained(stage1)
@@ -764,11 +810,11 @@ LANGUAGE_MODEL_OUTPUTS = (
 )
 
 
-def _position_ids(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Positions that count tokens and not padding, as `generate` makes them."""
+def _position_ids(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Positions of the last `length` tokens, that count tokens and not padding, as `generate` makes them."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return None
-    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)[:, -length:]
 
 
 def _image_side_from_parts(

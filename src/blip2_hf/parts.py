@@ -28,7 +28,7 @@ def language_model_class(config: PreTrainedConfig) -> type:
 
 def load_language_model(language_model: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
     """A causal or sequence-to-sequence language model, from a folder or an id on the Hub if it is not there yet."""
-    if isinstance(language_model, PreTrainedModel):
+    if not isinstance(language_model, (str, os.PathLike)):
         return language_model
     config = AutoConfig.from_pretrained(language_model)
     return language_model_class(config).from_pretrained(language_model, config=config)

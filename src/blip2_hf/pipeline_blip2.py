@@ -131,7 +131,7 @@ class _ImageTextPipeline(Pipeline):
             return
         if type(self.model.config) in PROCESSOR_MAPPING:
             parts = {"image_processor": self.image_processor, "tokenizer": self.tokenizer}
-            if is_blip2:
+            if is_blip2 and self.model.config.image_token_index is not None:
                 # processors saved before transformers 4.46 do not know how many placeholders an image needs
                 parts["num_query_tokens"] = self.model.config.num_query_tokens
             if self.model_type == "blip2":
@@ -173,8 +173,8 @@ class _ImageTextPipeline(Pipeline):
 
     def _encode(self, image: Any, text: str | None, **text_kwargs) -> dict[str, torch.Tensor]:
         """One image and its text to the model's inputs, tensors with a batch dimension of 1."""
-        if self.model_type == "blip-2" and text is None:
-            # without text, its generate() looks for a bos token, which T5 does not have
+        if self.model_type in _BLIP2 and text is None:
+            # the tokenizer says what an empty text begins with; generate() could only guess
             text = ""
         if text is None:
             encode = self.image_processor if self.processor is None else self.processor
@@ -507,8 +507,8 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         if "sequences" in model_outputs:
             return [{"answer": text} for text in self._decode(model_outputs["sequences"])]
         scores = model_outputs["logits"][0].float().sigmoid()
-        best = scores.topk(min(top_k, self.model.config.num_labels))
-        labels = self.model.config.id2label
+        labels: dict[int, str] = dict(self.model.config.id2label)
+        best = scores.topk(min(top_k, len(labels)))
         return [
             {"score": score, "answer": labels[index]}
             for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)

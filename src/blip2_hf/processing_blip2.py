@@ -1,11 +1,14 @@
 """Processor of BLIP-2: pictures and text to the inputs of the models, and generated tokens back to text."""
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
@@ -38,8 +41,10 @@ class Blip2HfProcessor(ProcessorMixin):
         num_query_tokens (`int`, *optional*):
             Number of queries, and so of placeholders, an image. `None`, as in the first published checkpoints, whose
             `image_token_index` is `None` too: no placeholders, the model puts the image in front.
-        is_encoder_decoder (`bool`, *optional*, defaults to `False`):
-            Whether the language model is an encoder-decoder: `text_target` is then not appended to `text`.
+        is_encoder_decoder (`bool`, *optional*):
+            Whether the language model is an encoder-decoder: `text_target` is then not appended to `text`. If it is
+            not given, `from_pretrained` looks into config.json; without one, a tokenizer that ends each text with
+            the end token is taken for an encoder-decoder's.
 
     Example:
 
@@ -58,7 +63,7 @@ class Blip2HfProcessor(ProcessorMixin):
         tokenizer,
         qformer_tokenizer=None,
         num_query_tokens: int | None = None,
-        is_encoder_decoder: bool = False,
+        is_encoder_decoder: bool | None = None,
         chat_template: str | None = None,
         **kwargs,
     ):
@@ -70,6 +75,9 @@ class Blip2HfProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.num_query_tokens = num_query_tokens
+        if is_encoder_decoder is None:
+            # A text that is to be continued does not end with the end token
+            is_encoder_decoder = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.is_encoder_decoder = is_encoder_decoder
         self.qformer_tokenizer = qformer_tokenizer
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -92,15 +100,48 @@ class Blip2HfProcessor(ProcessorMixin):
             output[QFORMER_TOKENIZER] = QFORMER_TOKENIZER
         return output
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        transformers_compatible: bool = False,
+        **kwargs,
+    ) -> list[str]:
+        r"""
+        Saves the processor, as [`~transformers.ProcessorMixin.save_pretrained`] does.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Whether to push it to the Hub.
+            transformers_compatible (`bool`, *optional*, defaults to `False`):
+                Whether plain transformers is to load its own processor from the files.
+        """
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
-        return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        if not transformers_compatible:
+            return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        files = super().save_pretrained(str(save_directory), **kwargs)
+        for name in ("processor_config.json", "tokenizer_config.json"):
+            path = Path(save_directory) / name
+            content = json.loads(path.read_text()) | {"processor_class": "Blip2Processor"}
+            content.pop("is_encoder_decoder", None)
+            path.write_text(json.dumps(content, indent=2))
+        return files
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         args = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        subfolder = (processor_dict or {}).pop(QFORMER_TOKENIZER, None)
+        processor_dict = {} if processor_dict is None else processor_dict
+        if processor_dict.get("is_encoder_decoder") is None:
+            # Files of transformers' own processor do not say; its model's configuration does
+            try:
+                config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+                processor_dict["is_encoder_decoder"] = config.get_text_config(decoder=True).is_encoder_decoder
+            except (OSError, ValueError):
+                processor_dict.pop("is_encoder_decoder", None)
+        subfolder = processor_dict.pop(QFORMER_TOKENIZER, None)
         if subfolder is not None:
             kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), subfolder)
             args.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
@@ -154,6 +195,10 @@ class Blip2HfProcessor(ProcessorMixin):
         )
         text_kwargs = output_kwargs["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
+        caller_side = kwargs.get("padding_side") or (kwargs.get("text_kwargs") or {}).get("padding_side")
+        text_kwargs.pop("padding_side", None)  # the tokenizer's own, which knows nothing of training and generation
+        if caller_side is not None:
+            text_kwargs["padding_side"] = caller_side
         groups = None if images is None else _group(images)
         data: dict[str, Any] = {}
         if text is not None or text_target is not None:
@@ -161,7 +206,8 @@ class Blip2HfProcessor(ProcessorMixin):
             counts = self._images_in_front(texts, groups)
             data |= self._encode(texts, targets, counts, text_kwargs)
             if self.qformer_tokenizer is not None:
-                data |= self._encode_instructions(texts, groups, text_kwargs)
+                repeats = [count or text.count(self.image_token) for text, count in zip(texts, counts, strict=True)]
+                data |= self._encode_instructions(texts, repeats if groups is not None else None, text_kwargs)
         if groups is not None:
             pictures = load_images([image for group in groups for image in group])
             image_kwargs = output_kwargs["images_kwargs"] | {"return_tensors": return_tensors}
@@ -179,10 +225,12 @@ class Blip2HfProcessor(ProcessorMixin):
         if groups is None:
             return [0] * len(texts)
         if any(marks):
-            if sum(marks) != sum(map(len, groups)):
+            sizes = [len(group) for group in groups]
+            nested = len(groups) == len(texts) and max(sizes) > 1
+            if sum(marks) != sum(sizes) or (nested and marks != sizes):
                 raise ValueError(
                     f"The texts have {sum(marks)} `{self.image_token}` marks ({marks}), but there are "
-                    f"{sum(map(len, groups))} images. Each image needs one mark, or no text any."
+                    f"{sum(sizes)} images ({sizes}). Each image needs one mark in its text, or no text any."
                 )
             return [0] * len(texts)
         if len(groups) != len(texts):
@@ -220,6 +268,9 @@ class Blip2HfProcessor(ProcessorMixin):
         """`input_ids` (and `labels`) of one sample: pictures in front, then the text with its pictures inside."""
         while text.startswith(self.image_token):
             text, count = text[len(self.image_token) :], count + 1
+        if target is None and not self.is_encoder_decoder:
+            # As in training, where the space belongs to the first token of what follows
+            text = text.rstrip(" ")
         marks = text.count(self.image_token)
         kwargs = {k: v for k, v in text_kwargs.items() if k not in ("return_attention_mask", "return_tensors")}
         if kwargs.get("max_length") is not None:
@@ -269,13 +320,12 @@ class Blip2HfProcessor(ProcessorMixin):
         return [row + [-100] * (longest - len(row)) for row in rows]
 
     def _encode_instructions(
-        self, texts: list[str], groups: list[list] | None, text_kwargs: dict[str, Any]
+        self, texts: list[str], repeats: list[int] | None, text_kwargs: dict[str, Any]
     ) -> dict[str, list]:
         names = ("padding", "pad_to_multiple_of", "truncation", "max_length")
         kwargs = {name: text_kwargs[name] for name in names if name in text_kwargs}
         # One instruction for each picture of the text
-        repeats = [1] * len(texts) if groups is None else [len(group) for group in groups]
-        plain = _repeat([text.replace(self.image_token, " ").strip() for text in texts], repeats)
+        plain = _repeat([text.replace(self.image_token, " ").strip() for text in texts], repeats or [1] * len(texts))
         encoding = self.qformer_tokenizer(plain, **({"padding": True} | kwargs))
         return {f"qformer_{name}": encoding[name] for name in ("input_ids", "attention_mask")}
 
@@ -349,11 +399,16 @@ class Blip2HfProcessor(ProcessorMixin):
     def _flatten_conversation(self, messages: list[dict]) -> tuple[list[dict], list]:
         flat, images = [], []
         for message in messages:
-            content = message["content"]
+            content = message["content"] or ""
             if not isinstance(content, str):
                 for part in content:
                     if part["type"] == "image":
                         images += [part[k] for k in ("image", "url", "path", "base64") if part.get(k) is not None][:1]
+                    elif part["type"] != "text":
+                        raise ValueError(
+                            f"A message has a part of type {part['type']!r}; 'text' and 'image' (with 'image', 'url', "
+                            "'path' or 'base64') are understood."
+                        )
                 content = "".join(self.image_token if p["type"] == "image" else p.get("text", "") for p in content)
             flat.append(message | {"content": content})
         return flat, images
@@ -377,13 +432,20 @@ class Blip2HfProcessor(ProcessorMixin):
         Returns:
             `list[str]`: one text a sequence, stripped of the white-space around it.
         """
-        if input_ids is not None and not self.is_encoder_decoder:
-            generated_outputs = generated_outputs[:, len(input_ids[0]) :]
+        if input_ids is not None:
+            generated_outputs = _without_prompt(torch.as_tensor(generated_outputs), torch.as_tensor(input_ids))
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [text.strip() for text in texts]
 
 
 Blip2Processor = Blip2HfProcessor
+
+
+def _without_prompt(generated: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """New tokens: a decoder-only model repeats the prompt in front of them, an encoder-decoder does not."""
+    prompt = prompt.to(generated.device).repeat_interleave(generated.shape[0] // prompt.shape[0], dim=0)
+    length = prompt.shape[1]
+    return generated[:, length:] if torch.equal(generated[:, :length], prompt) else generated
 
 
 def _repeat(values: list, repeats: list[int]) -> list:
