@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=6, help="crops of each picture")
     parser.add_argument("--size", type=int, default=112, help="side of the crops, in pixels")
     parser.add_argument("--align-steps", type=int, default=250, help="steps without the language model")
-    parser.add_argument("--steps", type=int, default=300, help="steps through the language model")
+    parser.add_argument("--steps", type=int, default=200, help="steps through the language model")
     parser.add_argument("--hub", action="store_true", help="take the pretrained parts from the Hub")
     parser.add_argument("--retrain", action="store_true", help="train again, although there is a trained model")
     return parser.parse_args()
@@ -112,8 +112,8 @@ class Features(torch.utils.data.Dataset):
 
 class NamingTrainer(Trainer):
     """
-    Contrasts the mean of an image's projected queries with the word embeddings of all names; and, once the batch has
-    text, lets the language model write the name.
+    Contrasts each of an image's projected queries with the word embeddings of all names; and, once the batch has text,
+    lets the language model write the name.
     """
 
     def set_names(self, names: list[str], tokenizer):
@@ -125,7 +125,8 @@ class NamingTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         image_embeds, targets = inputs.pop("image_embeds"), inputs.pop("targets")
         features = model.get_image_features(image_embeds=image_embeds).pooler_output
-        similarity = normalize(features.mean(dim=1), dim=-1) @ self.words.T
+        similarity = (normalize(features, dim=-1) @ self.words.T).transpose(1, 2)
+        targets = targets[:, None].expand(-1, features.shape[1])
         loss = cross_entropy(similarity / 0.07, targets, label_smoothing=0.1)
         return loss + model(image_features=features, **inputs).loss if inputs else loss
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -476,7 +476,8 @@ def _texts(text, text_target, groups: list[list] | None, image_token: str) -> tu
 def _as_list(text, name: str) -> list[str] | None:
     if text is None:
         return None
-    texts = list(text) if isinstance(text, (list, tuple)) else [text]
+    # A column of a data set is iterable too
+    texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
     if not texts or not all(isinstance(t, str) for t in texts):
         raise ValueError(f"Invalid input {name}: a string or a list of strings was expected, but got {text!r}.")
     return texts
