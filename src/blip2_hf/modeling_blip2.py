@@ -549,20 +549,19 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         self._check_unknown_placeholders(input_ids)
         return False
 
-    def _check_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None):
-        if labels is None or input_ids is None or torch.compiler.is_compiling():
-            return
-        if not self.config.is_encoder_decoder and labels.shape != input_ids.shape:
+    def _match_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Labels of the shape of `input_ids`: those of the text alone are filled up at the placeholders before it."""
+        if labels is None or input_ids is None or self.config.is_encoder_decoder or labels.shape == input_ids.shape:
+            return labels
+        front = input_ids[:, : input_ids.shape[1] - labels.shape[1]]
+        index = self.config.image_token_index
+        if labels.shape[1] > input_ids.shape[1] or index is None or not bool((front == index).all()):
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} for input_ids of shape {tuple(input_ids.shape)}: a "
                 "decoder-only language model learns at the positions of input_ids. Make both with one "
                 "Blip2Processor call, whose is_encoder_decoder must be False."
             )
-        if self.config.is_encoder_decoder and bool((labels[:, 0] == -100).all()):
-            raise ValueError(
-                "All labels begin with -100: an encoder-decoder learns the target alone, not behind the prompt. Make "
-                "them with a Blip2Processor whose is_encoder_decoder is True."
-            )
+        return torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
 
     def _check_unknown_placeholders(self, input_ids: torch.Tensor):
         front = input_ids[:, : self.config.num_query_tokens]
@@ -660,7 +659,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             qformer_attention_mask=qformer_attention_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        self._check_labels(labels, input_ids)
+        labels = self._match_labels(labels, input_ids)
         if image_features is not None:
             if inputs_embeds is not None:
                 raise ValueError("inputs_embeds hold text and image features already: give no image with them.")

@@ -268,9 +268,6 @@ class Blip2HfProcessor(ProcessorMixin):
         """`input_ids` (and `labels`) of one sample: pictures in front, then the text with its pictures inside."""
         while text.startswith(self.image_token):
             text, count = text[len(self.image_token) :], count + 1
-        if target is None and not self.is_encoder_decoder:
-            # As in training, where the space belongs to the first token of what follows
-            text = text.rstrip(" ")
         marks = text.count(self.image_token)
         kwargs = {k: v for k, v in text_kwargs.items() if k not in ("return_attention_mask", "return_tensors")}
         if kwargs.get("max_length") is not None:
@@ -295,23 +292,29 @@ class Blip2HfProcessor(ProcessorMixin):
         """The prompt and the target as one text, so that the tokens at the seam are those of the whole text."""
         truncation, max_length = kwargs.get("truncation"), kwargs.get("max_length")
         kwargs = {k: v for k, v in kwargs.items() if k not in ("truncation", "max_length")}
-        prompt = prompt.rstrip(" ")
-        seam = "" if not prompt or prompt[-1].isspace() or target[:1].isspace() else " "
-        encoding = self.tokenizer(prompt + seam + target, return_offsets_mapping=True, **kwargs)
-        ids = encoding["input_ids"]
-        is_prompt = [start < len(prompt) for start, _ in encoding["offset_mapping"]]
-        if not prompt:
-            # Without a prompt, only what the tokenizer puts in front of any text is not learned
-            specials = set(self.tokenizer.all_special_ids)
-            first = next((i for i, token in enumerate(ids) if token not in specials), len(ids))
-            is_prompt = [i < first for i in range(len(ids))]
-        if ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
-            ids, is_prompt = ids[:-1], is_prompt[:-1]
-        if truncation and max_length is not None:
-            ids, is_prompt = ids[: max_length - 1], is_prompt[: max_length - 1]
-        labels = [-100 if masked else token for token, masked in zip(ids, is_prompt, strict=True)]
         end = self.tokenizer.eos_token_id
+        if prompt.endswith(" "):
+            # Generation is given this space as a token of its own: what follows has none
+            ids = self._without_end(self.tokenizer(prompt, **kwargs)["input_ids"])
+            prompt_length = len(ids)
+            ids = ids + self.tokenizer(target, **(kwargs | {"add_special_tokens": False}))["input_ids"]
+        else:
+            seam = "" if not prompt or prompt[-1].isspace() or target[:1].isspace() else " "
+            encoding = self.tokenizer(prompt + seam + target, return_offsets_mapping=True, **kwargs)
+            ids = self._without_end(encoding["input_ids"])
+            starts = [start for start, _ in encoding["offset_mapping"][: len(ids)]]
+            prompt_length = sum(start < len(prompt) for start in starts)
+            if not prompt:
+                # Only what the tokenizer puts in front of any text is not learned
+                specials = set(self.tokenizer.all_special_ids)
+                prompt_length = next((i for i, token in enumerate(ids) if token not in specials), len(ids))
+        if truncation and max_length is not None:
+            ids = ids[: max_length - 1]
+        labels = [-100] * min(prompt_length, len(ids)) + ids[prompt_length:]
         return [*ids, end], [*labels, end]
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _encode_targets(self, targets: list[str], text_kwargs: dict[str, Any]) -> list[list[int]]:
         kwargs = {k: v for k, v in text_kwargs.items() if k not in ("return_attention_mask", "return_tensors")}
