@@ -3,7 +3,7 @@ Teach a small BLIP-2 the names of things, from two drawings of each, and let it 
 
 A frozen DINOv2-small looks, a frozen SmolLM2-135M speaks, and a Q-Former between them learns in minutes on a CPU:
 
-1. the frozen tower's features are computed once, several crops a picture, and kept;
+1. the frozen tower's features are computed once, several versions of each picture, and kept;
 2. the queries are pulled towards the language model's word embeddings of the names, without running the language model
    (a stand-in for the paper's stage 1);
 3. stage 2: the language model, frozen, reads the queries and has to write the name.
@@ -25,6 +25,7 @@ import datasets
 import torch
 import transformers
 from contact_sheet import Card, Section, draw_contact_sheet
+from PIL import Image, ImageEnhance, ImageOps
 from real_assets import cache_folder, real_assets
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, normalize
@@ -45,10 +46,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the model and the sheet")
     parser.add_argument("--concepts", type=int, default=120, help="how many things to learn the names of")
-    parser.add_argument("--views", type=int, default=6, help="crops of each picture")
-    parser.add_argument("--size", type=int, default=112, help="side of the crops, in pixels")
+    parser.add_argument("--views", type=int, default=6, help="versions of each picture")
+    parser.add_argument("--size", type=int, default=112, help="side of the pictures, in pixels")
     parser.add_argument("--align-steps", type=int, default=250, help="steps without the language model")
-    parser.add_argument("--steps", type=int, default=200, help="steps through the language model")
+    parser.add_argument("--steps", type=int, default=220, help="steps through the language model")
     parser.add_argument("--hub", action="store_true", help="take the pretrained parts from the Hub")
     parser.add_argument("--retrain", action="store_true", help="train again, although there is a trained model")
     return parser.parse_args()
@@ -68,12 +69,20 @@ def load_pictures(num_concepts: int, tokenizer) -> tuple[datasets.Dataset, datas
     return pictures["train"].select(keep["train"]), pictures["test"].select(keep["test"])
 
 
-def random_view(image, generator: random.Random):
-    """A crop of 60 to 100% of the picture, mirrored half of the time."""
-    side = int(min(image.size) * generator.uniform(0.75, 1.0))
-    x, y = generator.randint(0, image.width - side), generator.randint(0, image.height - side)
-    image = image.crop((x, y, x + side, y + side))
-    return image.transpose(0) if generator.random() < 0.5 else image
+def random_view(image: Image.Image, generator: random.Random) -> Image.Image:
+    """The picture mirrored or not, turned a little, nearer or farther, in other colours: as another hand might draw it."""
+    white, side = (255, 255, 255), 160
+    image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    image = ImageOps.mirror(image) if generator.random() < 0.5 else image
+    image = image.rotate(generator.uniform(-15, 15), Image.Resampling.BICUBIC, fillcolor=white)
+    zoom = generator.uniform(0.8, 1.25)
+    x, y = (side / 2 + generator.uniform(-0.1, 0.1) * side - zoom * side / 2 for _ in range(2))
+    window = (zoom, 0, x, 0, zoom, y)
+    image = image.transform(image.size, Image.Transform.AFFINE, window, Image.Resampling.BICUBIC, fillcolor=white)
+    changes = ((ImageEnhance.Color, 0.6, 1.4), (ImageEnhance.Brightness, 0.8, 1.1), (ImageEnhance.Contrast, 0.8, 1.2))
+    for change, low, high in changes:
+        image = change(image).enhance(generator.uniform(low, high))
+    return image
 
 
 @torch.no_grad()
@@ -87,7 +96,9 @@ def tower_features(model, processor, pictures: datasets.Dataset, views: int) -> 
 
 
 def cached_features(model, processor, pictures, views: int, size: int) -> torch.Tensor:
-    what = json.dumps([pictures._fingerprint, views, size, TOWER, model.vision_model.config.to_dict()], default=str)
+    what = json.dumps(
+        ["views 2", pictures._fingerprint, views, size, TOWER, model.vision_model.config.to_dict()], default=str
+    )
     file = cache_folder() / "features" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
