@@ -70,7 +70,7 @@ def load_pictures(num_concepts: int, tokenizer) -> tuple[datasets.Dataset, datas
 
 
 def random_view(image: Image.Image, generator: random.Random) -> Image.Image:
-    """The picture mirrored or not, turned a little, nearer or farther, in other colours: as another hand might draw it."""
+    """The picture, mirrored or not, turned a little, nearer or farther, in other colours."""
     white, side = (255, 255, 255), 160
     image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     image = ImageOps.mirror(image) if generator.random() < 0.5 else image
