@@ -96,9 +96,7 @@ def tower_features(model, processor, pictures: datasets.Dataset, views: int) -> 
 
 
 def cached_features(model, processor, pictures, views: int, size: int) -> torch.Tensor:
-    what = json.dumps(
-        ["views 2", pictures._fingerprint, views, size, TOWER, model.vision_model.config.to_dict()], default=str
-    )
+    what = json.dumps([pictures._fingerprint, views, size, TOWER, model.vision_model.config.to_dict()], default=str)
     file = cache_folder() / "features" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
