@@ -241,8 +241,8 @@ def report(
         print(f"{name:44} {values['exact']:8.1%} {values['shares a word']:12.1%}")
     cards = [Card(row["image"], text, row["name"]) for row, text in zip(test, captions, strict=True)]
     right = sum(card.right for card in cards)
-    note = f"{right} of {len(cards)} named exactly; the first {min(48, len(cards))} are here"
-    section = Section("Drawings of a hand that it has not seen", note, cards[:48])
+    note = f"{right} of {len(cards)} named exactly; the first {min(40, len(cards))} are here"
+    section = Section("Drawings of a hand that it has not seen", note, cards[:40])
     sheet = draw_contact_sheet("What is it?", "DINOv2-small, a Q-Former trained in minutes, SmolLM2-135M", [section])
     sheet.save(arguments.output / "captions.png")
     print(f"\nThe sheet: {arguments.output / 'captions.png'}")
@@ -266,7 +266,8 @@ def main():
     print("\nCaptioning the pictures that it has not seen:")
     images = (row["image"] for row in tqdm(test, unit="picture"))
     outputs = captioner(images, prompt=PROMPT, max_new_tokens=8, batch_size=16)
-    captions = [output[0]["generated_text"] for output in outputs]
+    # A name is one line
+    captions = [output[0]["generated_text"].split("\n")[0].strip() for output in outputs]
 
     model = captioner.model
     train_features = cached_features(model, processor, pictures, arguments.views, arguments.size)
