@@ -17,3 +17,9 @@ transformers.utils.logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def likeliest_negatives(monkeypatch):
+    """Hard negatives without chance: the likeliest is drawn."""
+    monkeypatch.setattr(torch, "multinomial", lambda weights, *args, **kwargs: weights.argmax(-1, keepdim=True))

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import transformers
 from tiny import LANGUAGE_MODELS, make_image, make_image_processor, make_model, make_processor, make_tokenizer
+from train_stage1 import Processor
 
 import blip2_hf
 
@@ -38,6 +39,7 @@ def fill_hub_cache(cache: Path):
 
     bert = add_to_hub_cache(cache, "google-bert/bert-base-uncased")
     transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=64)).save_pretrained(bert)
+    Processor().tokenizer.save_pretrained(bert)
 
     language_model = add_to_hub_cache(cache, "HuggingFaceTB/SmolLM2-135M-Instruct")
     transformers.LlamaForCausalLM(LANGUAGE_MODELS["llama"]()).save_pretrained(language_model)

@@ -11,7 +11,9 @@ __version__ = "0.1.0.dev0"
 _EXPORTS = {
     "configuration_blip2": ["Blip2Config", "Blip2QFormerConfig", "Blip2VisionConfig"],
     "image_loading": ["ImageLoadError", "load_image", "load_images"],
+    "convert.lavis": ["load_lavis_checkpoint"],
     "modeling_blip2": ["Blip2ForConditionalGeneration", "Blip2Model", "Blip2PreTrainedModel"],
+    "modeling_pretraining": ["Blip2ForPreTraining"],
     "modeling_qformer": ["Blip2QFormerModel", "block_attention_mask"],
     "modeling_vision": ["Blip2VisionModel"],
     "pipeline_blip2": ["ImageToTextPipeline", "VisualQuestionAnsweringPipeline"],
@@ -21,8 +23,10 @@ __getattr__, __dir__, __all__ = lazy_attributes(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
     from .configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+    from .convert.lavis import load_lavis_checkpoint
     from .image_loading import ImageLoadError, load_image, load_images
     from .modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model, Blip2PreTrainedModel
+    from .modeling_pretraining import Blip2ForPreTraining
     from .modeling_qformer import Blip2QFormerModel, block_attention_mask
     from .modeling_vision import Blip2VisionModel
     from .pipeline_blip2 import ImageToTextPipeline, VisualQuestionAnsweringPipeline

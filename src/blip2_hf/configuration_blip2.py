@@ -126,6 +126,8 @@ class Blip2HfQFormerConfig(PreTrainedConfig):
             Token id of padding.
         bos_token_id (`int`, *optional*, defaults to 30522):
             Token id of `[DEC]`, which starts a text that is generated.
+        eos_token_id (`int`, *optional*):
+            Token id of `[SEP]`, which ends a text: 102 where the vocabulary is that of bert-base-uncased.
         cross_attention_frequency (`int`, *optional*, defaults to 2):
             Every how many layers, from the first, the queries attend to the image.
         encoder_hidden_size (`int`, *optional*, defaults to 1408):
@@ -150,9 +152,15 @@ class Blip2HfQFormerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     bos_token_id: int | None = 30522
+    eos_token_id: int | None = None
     cross_attention_frequency: int = 2
     encoder_hidden_size: int = 1408
     use_qformer_text_input: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.eos_token_id is None and self.vocab_size in (30522, 30523):
+            self.eos_token_id = 102
 
 
 Blip2QFormerConfig = Blip2HfQFormerConfig
@@ -180,6 +188,8 @@ class Blip2HfConfig(PreTrainedConfig):
         vision_feature_layer (`int`, *optional*):
             Index into the tower's `hidden_states` (0: the embeddings, -1: the last layer). `None`: the tower's
             `last_hidden_state`.
+        has_vision_tower (`bool`, *optional*, defaults to `True`):
+            Whether the model has its tower, or learns from the tower's stored output alone.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal distribution that the queries and the projections start from.
 
@@ -208,6 +218,15 @@ class Blip2HfConfig(PreTrainedConfig):
         "vision_outputs",
         "qformer_outputs",
         "language_model_outputs",
+        "loss_itc",
+        "loss_itm",
+        "loss_itg",
+        "logits_per_image",
+        "logits_per_text",
+        "itm_logits",
+        "itg_logits",
+        "negative_image_index",
+        "negative_text_index",
     ]
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -217,6 +236,7 @@ class Blip2HfConfig(PreTrainedConfig):
     image_text_hidden_size: int = 256
     image_token_index: int | None = None
     vision_feature_layer: int | None = None
+    has_vision_tower: bool = True
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -288,6 +308,8 @@ class Blip2HfConfig(PreTrainedConfig):
         Raises:
             ValueError: if the tower has no counterpart there.
         """
+        if not self.has_vision_tower:
+            raise ValueError("transformers' BLIP-2 has its tower in it: call attach_vision_tower first.")
         vision = self.vision_config
         is_own = vision.model_type == Blip2VisionConfig.model_type
         if not is_own or vision.use_pre_layernorm:

@@ -1,7 +1,7 @@
 """Objectives of BLIP-2, as pure functions of tensors."""
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 
 def language_modeling_loss(
@@ -25,3 +25,121 @@ def language_modeling_loss(
     labels = labels.to(logits.device)
     loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction)
     return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+
+
+def image_text_similarity(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+    """
+    Similarity of images and texts (section 3.2, ITC): the highest of the cosines of an image's queries with a text.
+
+    Args:
+        image_features (`torch.Tensor` of shape `(num_images, num_query_tokens, dim)`):
+            Projected queries, of length 1.
+        text_features (`torch.Tensor` of shape `(num_texts, dim)`):
+            Projected [CLS] of the texts, of length 1.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images, num_texts)`.
+    """
+    # In half precision near similarities would be the same
+    with torch.autocast(image_features.device.type, enabled=False):
+        return (image_features @ text_features.T).amax(dim=1)
+
+
+def image_text_contrastive_loss(
+    logits_per_image: torch.Tensor,
+    logits_per_text: torch.Tensor,
+    is_match: torch.Tensor,
+    label_smoothing: float = 0.1,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    Image-text contrastive loss, ITC (section 3.2): each image is to find its text among those of the batch, and each
+    text its image. All that match share the target evenly, and `label_smoothing` of it is spread over everything.
+
+    Args:
+        logits_per_image (`torch.Tensor` of shape `(batch_size, num_texts)`):
+            Similarities of images with all texts, over the temperature.
+        logits_per_text (`torch.Tensor` of shape `(batch_size, num_images)`):
+            Similarities of texts with all images, over the temperature.
+        is_match (`torch.BoolTensor` of shape `(batch_size, num_texts)`):
+            Which pairs belong together. Every row has one.
+        label_smoothing (`float`, *optional*, defaults to 0.1):
+            As in [`torch.nn.functional.cross_entropy`].
+        num_items (`torch.Tensor` or `int`, *optional*):
+            What the sum over rows is divided by. Their number, if it is not given.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the mean of both directions.
+    """
+    targets = is_match.to(logits_per_image.dtype)
+    targets = targets / targets.sum(dim=1, keepdim=True)
+    targets = (1 - label_smoothing) * targets + label_smoothing / targets.shape[1]
+    per_row = sum(-(targets * log_softmax(logits, dim=1)).sum(dim=1) for logits in (logits_per_image, logits_per_text))
+    return per_row.sum() / 2 / (len(per_row) if num_items is None else num_items)
+
+
+@torch.no_grad()
+def draw_hard_negatives(logits: torch.Tensor, is_match: torch.Tensor) -> torch.Tensor:
+    """
+    Draws one hard negative for each row (section 3.2, ITM): a pair that does not belong together is drawn the more
+    often, the more alike it looks.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_candidates)`):
+            Similarities over the temperature.
+        is_match (`torch.BoolTensor` of shape `(batch_size, num_candidates)`):
+            Which pairs belong together, and so are no negatives. A row in which all do is given one of them.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`: index of the candidate.
+    """
+    has_negative = ~is_match.all(dim=1, keepdim=True)
+    weights = logits.masked_fill(is_match & has_negative, float("-inf")).softmax(dim=1)
+    return torch.multinomial(weights, 1).squeeze(1)
+
+
+def image_text_matching_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """
+    Image-text matching loss, ITM (section 3.2): do image and text belong together?
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_pairs, 2)`):
+            Scores of no (0) and yes (1), each the mean over queries of a linear map of the query.
+        labels (`torch.LongTensor` of shape `(num_pairs,)`):
+            1 where they do, -100 where it is not asked.
+        num_items (`torch.Tensor` or `int`, *optional*):
+            What the sum over pairs is divided by. Their number, if it is not given.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the cross-entropy.
+    """
+    loss = cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return loss / ((labels != -100).sum() if num_items is None else num_items)
+
+
+def image_grounded_text_generation_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.1,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    Image-grounded text generation loss, ITG (section 3.2): the next token, from the queries and the tokens before it.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_labels, vocab_size)`):
+            Scores of the next token, at label positions alone.
+        labels (`torch.LongTensor` of shape `(num_labels,)`):
+            Token ids.
+        label_smoothing (`float`, *optional*, defaults to 0.1):
+            As in [`torch.nn.functional.cross_entropy`]. The paper does not mention it; the authors' code has it.
+        num_items (`torch.Tensor` or `int`, *optional*):
+            What the sum over labels is divided by. Their number, if it is not given.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the cross-entropy.
+    """
+    loss = cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    return loss / (len(labels) if num_items is None else num_items)

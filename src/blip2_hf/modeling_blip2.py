@@ -20,9 +20,22 @@ from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hid
 from .frozen import checkpoint_in_eval_mode, is_frozen
 from .generation_blip2 import Blip2GenerationMixin
 from .losses import language_modeling_loss
-from .modeling_qformer import Blip2QFormerModel, copy_bert_weights, load_bert, qformer_config_from_bert
+from .modeling_qformer import (
+    Blip2ImageStates,
+    Blip2QFormerModel,
+    copy_bert_weights,
+    load_bert,
+    qformer_config_from_bert,
+)
 from .modeling_vision import build_vision_model
-from .parts import image_token_id, language_model_class, load_language_model, load_tower, measure_width
+from .parts import (
+    image_token_id,
+    language_model_class,
+    load_language_model,
+    load_tower,
+    load_tower_config,
+    measure_width,
+)
 
 
 @dataclass
@@ -93,16 +106,14 @@ class Blip2PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
     # Kept in float32 when the model is loaded in float16, and out of quantisation: it is what is trained
-    _keep_in_fp32_modules = ["query_tokens", "qformer", "language_projection"]
+    _keep_in_fp32_modules = ["query_tokens", "qformer"]
 
     def _build_image_side(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
         """The tower, the queries and the Q-Former, under the names that transformers' BLIP-2 gives them."""
         qformer_config = config.qformer_config
         if vision_model is not None:
             config.vision_config = vision_model.config
-        self.vision_model = build_vision_model(
-            config.vision_config, qformer_config.encoder_hidden_size, config.vision_feature_layer, vision_model
-        )
+        self.vision_model = build_vision_model(config, vision_model)
         self.query_tokens = Blip2QueryTokens(config)
         if qformer_config.use_qformer_text_input:
             self.embeddings = Blip2TextEmbeddings(qformer_config)
@@ -169,6 +180,34 @@ class Blip2PreTrainedModel(PreTrainedModel):
             self.config.save_pretrained(save_directory)
         finally:
             self.config = config
+
+    def attach_vision_tower(self, vision_model: str | os.PathLike | PreTrainedModel) -> "Blip2PreTrainedModel":
+        r"""
+        Puts a tower into a model that was made without (`has_vision_tower=False`): one that learned from the tower's
+        stored output. The LayerNorm after the tower stays.
+
+        Args:
+            vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
+                The tower that the output came from.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: if the tower has another shape than that which the model was made for.
+        """
+        tower = load_tower(vision_model)
+        expected, given = self.config.vision_config, tower.config
+        names = ("model_type", "hidden_size", "hidden_sizes", "num_hidden_layers", "patch_size")
+        differing = [name for name in names if getattr(expected, name, None) != getattr(given, name, None)]
+        if differing:
+            wanted, found = ({name: getattr(c, name, None) for name in differing} for c in (expected, given))
+            raise ValueError(f"This model was made for a tower of {wanted}, but the one given has {found}.")
+        layernorm = self.vision_model.post_layernorm
+        self.config.has_vision_tower = True
+        self.vision_model = build_vision_model(self.config, tower.to(layernorm.weight.device))
+        self.vision_model.post_layernorm = layernorm
+        return self.freeze()
 
     def freeze(self) -> "Blip2PreTrainedModel":
         """
@@ -256,7 +295,7 @@ class Blip2PreTrainedModel(PreTrainedModel):
             query_embeds=query_embeds,
             query_length=self.config.num_query_tokens,
             attention_mask=attention_mask,
-            encoder_hidden_states=layernorm(image_embeds.to(layernorm.weight.dtype)),
+            encoder_hidden_states=Blip2ImageStates.after_layernorm(image_embeds, layernorm),
             **kwargs,
         )
         return image_embeds, vision_outputs, qformer_outputs
@@ -285,7 +324,9 @@ class Blip2HfModel(Blip2PreTrainedModel):
 
     input_modalities = ("image",)
     main_input_name = "pixel_values"
-    _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\."]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(language_model|language_projection|lm_head|vision_projection|text_projection|itm_head|temperature)\."
+    ]
 
     def __init__(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
         super().__init__(config)
@@ -366,6 +407,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
     ```"""
 
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules = [*Blip2PreTrainedModel._keep_in_fp32_modules, "language_projection"]
 
     def __init__(
         self,
@@ -725,11 +767,12 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
 
         Args:
             stage1 (`str`, `os.PathLike` or a BLIP-2 model, *optional*):
-                A BLIP-2 whose tower, queries and Q-Former are taken.
+                A BLIP-2 whose tower, queries and Q-Former are taken, such as a [`Blip2ForPreTraining`].
             language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
                 Any causal or sequence-to-sequence language model.
             vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
-                Without `stage1`: any tower of `AutoModel`. Of CLIP and SigLIP the vision part is taken.
+                Without `stage1`, or for one that has no tower: any tower of `AutoModel`. Of CLIP and SigLIP the vision
+                part is taken.
             text_encoder (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
                 Without `stage1`: any BERT, from which the Q-Former starts.
             image_token_index (`int`, *optional*):
@@ -759,7 +802,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         ```"""
         if language_model is None:
             raise ValueError("from_pretrained_parts needs a language_model.")
-        if (stage1 is None) == (vision_model is None or text_encoder is None):
+        if (stage1 is None) == (text_encoder is None) or (stage1 is None and vision_model is None):
             raise ValueError("Give either stage1, or vision_model and text_encoder.")
         own = {"vision_feature_layer": vision_feature_layer, "num_query_tokens": num_query_tokens, **qformer_kwargs}
         if stage1 is not None and any(value is not None for value in own.values()):
@@ -769,11 +812,12 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             image_token_index = image_token_id(AutoTokenizer.from_pretrained(language_model))
         language_model = load_language_model(language_model)
         if stage1 is None:
-            image_side = _image_side_from_parts(
+            image_side = image_side_from_parts(
                 vision_model, text_encoder, vision_feature_layer, num_query_tokens or 32, **qformer_kwargs
             )
         else:
             image_side = stage1 if isinstance(stage1, PreTrainedModel) else Blip2Model.from_pretrained(stage1)
+            _attach_tower_if_missing(image_side, vision_model)
         # Copies: a configuration sets the attention implementation of the parts that it is made of
         source = copy.deepcopy(image_side.config)
         config = Blip2Config(
@@ -816,19 +860,41 @@ def _position_ids(attention_mask: torch.Tensor | None, length: int) -> torch.Ten
     return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)[:, -length:]
 
 
-def _image_side_from_parts(
-    vision_model, text_encoder, vision_feature_layer: int | None, num_query_tokens: int, **qformer_kwargs
-) -> Blip2Model:
-    """A tower, and a Q-Former that starts from BERT."""
-    tower, bert = load_tower(vision_model), load_bert(text_encoder)
-    width = tower_hidden_size(tower.config, vision_feature_layer) or measure_width(tower, vision_feature_layer)
+def _attach_tower_if_missing(stage1: Blip2PreTrainedModel, vision_model):
+    if stage1.config.has_vision_tower and vision_model is not None:
+        raise ValueError("vision_model: stage1 has its own tower.")
+    if not stage1.config.has_vision_tower:
+        if vision_model is None:
+            raise ValueError("stage1 was trained from stored features and has no tower: give its vision_model.")
+        stage1.attach_vision_tower(vision_model)
+
+
+def image_side_from_parts(
+    vision_model,
+    text_encoder,
+    vision_feature_layer: int | None,
+    num_query_tokens: int,
+    *,
+    model_class: type[Blip2PreTrainedModel] = Blip2Model,
+    load_vision_tower: bool = True,
+    image_text_hidden_size: int = 256,
+    **qformer_kwargs,
+) -> Blip2PreTrainedModel:
+    """A tower, or what its configuration tells of it, and a Q-Former that starts from BERT."""
+    tower, bert = load_tower(vision_model) if load_vision_tower else None, load_bert(text_encoder)
+    vision_config = load_tower_config(vision_model) if tower is None else tower.config
+    width = tower_hidden_size(vision_config, vision_feature_layer)
+    if width is None:
+        width = measure_width(load_tower(vision_model) if tower is None else tower, vision_feature_layer)
     config = Blip2Config(
-        vision_config=copy.deepcopy(tower.config),
+        vision_config=copy.deepcopy(vision_config),
         qformer_config=qformer_config_from_bert(bert.config, encoder_hidden_size=width, **qformer_kwargs),
         num_query_tokens=num_query_tokens,
+        image_text_hidden_size=image_text_hidden_size,
         vision_feature_layer=vision_feature_layer,
+        has_vision_tower=load_vision_tower,
     )
-    model = Blip2Model(config, vision_model=tower)
+    model = model_class(config, vision_model=tower)
     copy_bert_weights(bert, model.qformer, getattr(model, "embeddings", None))
     return model
 

@@ -2,14 +2,18 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm, linear
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
-from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
+from transformers.models.bert.modeling_bert import BertForMaskedLM, BertIntermediate, BertOutput, BertSelfOutput
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings, eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -20,12 +24,97 @@ from .configuration_blip2 import Blip2QFormerConfig
 
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
+ImageKeyValues = tuple[KeyValues, ...]
+
+
+@dataclass
+class Blip2ImageStates:
+    r"""
+    Image features after the LayerNorm that follows the tower, as the keys and values of the cross-attention need them.
+
+    A frozen tower leaves that LayerNorm's weight and bias as all that its output is differentiated for. They are then
+    folded into the key and value weights, for `(x * g + b) W' = x (W * g)' + b W'`: no gradient flows into the
+    features, and one product of three in the backward of each projection falls away.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)`):
+            The features.
+        weight, bias (`torch.Tensor` of shape `(encoder_hidden_size,)`, *optional*):
+            What is left to be done to them: multiplied and added.
+    """
+
+    hidden_states: torch.Tensor
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @classmethod
+    def after_layernorm(cls, image_embeds: torch.Tensor, layernorm: nn.LayerNorm) -> "Blip2ImageStates":
+        """Of the tower's output, and the LayerNorm that follows it."""
+        image_embeds = image_embeds.to(layernorm.weight.dtype)
+        if torch.is_grad_enabled() and layernorm.weight.requires_grad and not image_embeds.requires_grad:
+            normalized = layer_norm(image_embeds, layernorm.normalized_shape, eps=layernorm.eps)
+            return cls(normalized, layernorm.weight, layernorm.bias)
+        return cls(layernorm(image_embeds))
+
+    def to(self, dtype: torch.dtype) -> "Blip2ImageStates":
+        tensors = (self.hidden_states, self.weight, self.bias)
+        return Blip2ImageStates(*(tensor if tensor is None else tensor.to(dtype) for tensor in tensors))
+
+    def unfolded(self) -> "Blip2ImageStates":
+        """With nothing left to be done to the features."""
+        return self if self.weight is None else Blip2ImageStates(self.hidden_states * self.weight + self.bias)
+
+    def autocast(self) -> "Blip2ImageStates":
+        """With features in the type that autocast multiplies in: cast once, not for each projection."""
+        kind = self.hidden_states.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self
+        return Blip2ImageStates(self.hidden_states.to(torch.get_autocast_dtype(kind)), self.weight, self.bias)
+
+    def project(self, projection: nn.Module) -> torch.Tensor:
+        """What a linear map makes of the features."""
+        if self.weight is None:
+            return projection(self.hidden_states)
+        return projection(self.hidden_states, self.weight, self.bias)
+
+
+class Blip2ImageProjection(nn.Linear):
+    """From image features to keys or values; FSDP wraps it by itself, for it is called outside its layer."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of `hidden_states * scale + shift`, without a gradient into `hidden_states` if they need none."""
+        if scale is None:
+            return super().forward(hidden_states)
+        return linear(hidden_states, self.weight * scale, linear(shift, self.weight, self.bias))
+
+
+@dataclass
+class Blip2QFormerText:
+    """
+    What text already written has left behind, for the next token (see [`Blip2QFormerModel`]).
+
+    Args:
+        query_key_values (`torch.Tensor` of shape `(batch_size, layers, 2, heads, num_query_tokens, head_dim)`):
+            Keys and values of the queries in the self-attention.
+        cache (`Cache`):
+            Keys and values of the text.
+    """
+
+    query_key_values: torch.Tensor
+    cache: Cache
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> KeyValues:
+        key, value = self.cache.update(key, value, layer_idx)
+        query_key, query_value = self.query_key_values[:, layer_idx].unbind(1)
+        return torch.cat([query_key, key], dim=2), torch.cat([query_value, value], dim=2)
 
 
 class Blip2QFormerMultiHeadAttention(nn.Module):
     """Self-attention, or cross-attention to keys and values that [`~Blip2QFormerModel.project_image`] computed."""
 
-    def __init__(self, config: Blip2QFormerConfig, is_cross_attention: bool = False):
+    def __init__(self, config: Blip2QFormerConfig, layer_idx: int, is_cross_attention: bool = False):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
@@ -33,37 +122,77 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
                 f"({config.num_attention_heads})."
             )
         self.config = config
+        self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.attention_dropout = config.attention_probs_dropout_prob
-        key_value_width = config.encoder_hidden_size if is_cross_attention else config.hidden_size
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(key_value_width, config.hidden_size)
-        self.value = nn.Linear(key_value_width, config.hidden_size)
+        if is_cross_attention:
+            self.key = Blip2ImageProjection(config.encoder_hidden_size, config.hidden_size)
+            self.value = Blip2ImageProjection(config.encoder_hidden_size, config.hidden_size)
+        else:
+            self.key = nn.Linear(config.hidden_size, config.hidden_size)
+            self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-    def project(self, states: torch.Tensor) -> KeyValues:
-        return self.split_heads(self.key(states)), self.split_heads(self.value(states))
+    @property
+    def image_projections(self) -> tuple[nn.Module, nn.Module]:
+        return self.key, self.value
+
+    def project_image(self, image_states: Blip2ImageStates) -> KeyValues:
+        key, value = (image_states.project(projection) for projection in self.image_projections)
+        return self.split_heads(key), self.split_heads(value)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        key_values: KeyValues | None = None,
+        key_values: tuple[KeyValues, ...] | None = None,
+        past_key_values: Blip2QFormerText | Cache | None = None,
+        output_length: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self.split_heads(self.query(hidden_states))
-        key, value = self.project(hidden_states) if key_values is None else key_values
+        query = self.split_heads(self.query(hidden_states[:, :output_length]))
+        if key_values is None:
+            key, value = self.split_heads(self.key(hidden_states)), self.split_heads(self.value(hidden_states))
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            attention_output, attention_weights = self._attend(query, key, value, attention_mask, **kwargs)
+        else:
+            # Each set of images serves as many rows as the others
+            attended = [
+                self._attend_to_images(rows, key, value, mask, **kwargs)
+                for rows, (key, value), mask in zip(
+                    query.chunk(len(key_values)), key_values, _chunk_mask(attention_mask, len(key_values)), strict=True
+                )
+            ]
+            attention_output = torch.cat([output for output, _ in attended]) if len(attended) > 1 else attended[0][0]
+            attention_weights = attended[0][1] if len(attended) == 1 else None
+        return attention_output.reshape(*attention_output.shape[:2], -1), attention_weights
+
+    def _attend_to_images(self, query, key, value, attention_mask, **kwargs):
+        """Attention of rows, of which each image serves as many as the others, next to one another."""
+        rows, heads, query_length, head_dim = query.shape
+        if key.shape[0] == rows:
+            return self._attend(query, key, value, attention_mask, **kwargs)
+        if attention_mask is not None:
+            raise ValueError("encoder_attention_mask needs keys and values of one image for each row of the batch.")
+        images, per_image = key.shape[0], rows // key.shape[0]
+        query = query.view(images, per_image, heads, query_length, head_dim).transpose(1, 2)
+        output, _ = self._attend(query.reshape(images, heads, -1, head_dim), key, value, None, **kwargs)
+        return output.reshape(rows, query_length, heads, head_dim), None
+
+    def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         if attention_mask is not None:
             # Flex attention looks the mask up by query
             attention_mask = attention_mask.expand(-1, -1, query.shape[2], -1)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self._attn_implementation(query, attention_mask), eager_attention_forward
         )
-        attention_output, attention_weights = attention_interface(
+        return attention_interface(
             self,
             query,
             key,
@@ -73,7 +202,6 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return attention_output.reshape(*hidden_states.shape[:-1], -1), attention_weights
 
     def _attn_implementation(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> str:
         name = self.config._attn_implementation
@@ -83,15 +211,21 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         return name
 
 
+def _chunk_mask(attention_mask: torch.Tensor | None, chunks: int) -> tuple[torch.Tensor | None, ...]:
+    if attention_mask is None or attention_mask.shape[0] == 1:
+        return (attention_mask,) * chunks
+    return attention_mask.chunk(chunks)
+
+
 class Blip2QFormerAttention(nn.Module):
-    def __init__(self, config: Blip2QFormerConfig, is_cross_attention: bool = False):
+    def __init__(self, config: Blip2QFormerConfig, layer_idx: int, is_cross_attention: bool = False):
         super().__init__()
-        self.attention = Blip2QFormerMultiHeadAttention(config, is_cross_attention)
+        self.attention = Blip2QFormerMultiHeadAttention(config, layer_idx, is_cross_attention)
         self.output = BertSelfOutput(config)
 
-    def forward(self, hidden_states, attention_mask=None, key_values=None, **kwargs) -> torch.Tensor:
-        attention_output, _ = self.attention(hidden_states, attention_mask, key_values, **kwargs)
-        return self.output(attention_output, hidden_states)
+    def forward(self, hidden_states, attention_mask=None, **kwargs) -> torch.Tensor:
+        attention_output, _ = self.attention(hidden_states, attention_mask, **kwargs)
+        return self.output(attention_output, hidden_states[:, : attention_output.shape[1]])
 
 
 class Blip2QFormerLayer(GradientCheckpointingLayer):
@@ -99,10 +233,10 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: Blip2QFormerConfig, layer_idx: int):
         super().__init__()
-        self.attention = Blip2QFormerAttention(config)
+        self.attention = Blip2QFormerAttention(config, layer_idx)
         self.has_cross_attention = layer_idx % config.cross_attention_frequency == 0
         if self.has_cross_attention:
-            self.crossattention = Blip2QFormerAttention(config, is_cross_attention=True)
+            self.crossattention = Blip2QFormerAttention(config, layer_idx, is_cross_attention=True)
         if config.use_qformer_text_input:
             self.intermediate = BertIntermediate(config)
             self.output = BertOutput(config)
@@ -113,17 +247,22 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        key_values: KeyValues | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         query_length: int = 0,
+        past_key_values: Blip2QFormerText | Cache | None = None,
+        output_length: int | None = None,
+        *image_keys_and_values: torch.Tensor,
         **kwargs,
     ) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, attention_mask, **kwargs)
+        hidden_states = self.attention(
+            hidden_states, attention_mask, past_key_values=past_key_values, output_length=output_length, **kwargs
+        )
         queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
         outputs = []
         if query_length > 0:
             if self.has_cross_attention:
-                queries = self.crossattention(queries, encoder_attention_mask, key_values, **kwargs)
+                key_values = tuple(zip(image_keys_and_values[::2], image_keys_and_values[1::2], strict=True))
+                queries = self.crossattention(queries, encoder_attention_mask, key_values=key_values, **kwargs)
             outputs.append(self.output_query(self.intermediate_query(queries), queries))
         if text.shape[1] > 0:
             outputs.append(self.output(self.intermediate(text), text))
@@ -156,7 +295,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["Blip2QFormerLayer"]
+    _no_split_modules = ["Blip2QFormerLayer", "Blip2ImageProjection"]
     _can_record_outputs = {
         "hidden_states": Blip2QFormerLayer,
         "attentions": OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".attention.attention"),
@@ -177,22 +316,30 @@ class Blip2HfQFormerModel(PreTrainedModel):
     def set_input_embeddings(self, value):
         raise NotImplementedError("Blip2QFormerModel has no input embeddings: it is given `query_embeds`.")
 
-    def project_image(self, encoder_hidden_states: torch.Tensor) -> tuple[KeyValues, ...]:
+    def project_image(self, encoder_hidden_states: torch.Tensor | Blip2ImageStates) -> ImageKeyValues:
         r"""
         The image's keys and values for each cross-attention layer: computed once, used with any number of texts.
 
         Args:
-            encoder_hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)`):
+            encoder_hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)` or \
+`Blip2ImageStates`):
                 Image features, after the LayerNorm that follows the tower.
 
         Returns:
             `tuple` of (key, value), one for each layer with cross-attention, each a `torch.Tensor` of shape
             `(num_images, num_attention_heads, features, head_dim)`: the argument `encoder_key_values` of `forward`.
         """
-        states = encoder_hidden_states.to(self.layernorm.weight.dtype)
-        return tuple(
-            layer.crossattention.attention.project(states) for layer in self.encoder.layer if layer.has_cross_attention
-        )
+        states = encoder_hidden_states
+        if isinstance(states, torch.Tensor):
+            states = Blip2ImageStates(states)
+        states = states.to(self.layernorm.weight.dtype)
+        attentions = [layer.crossattention.attention for layer in self.encoder.layer if layer.has_cross_attention]
+        projections = [projection for attention in attentions for projection in attention.image_projections]
+        if not all(isinstance(projection, Blip2ImageProjection) for projection in projections):
+            # An adapter, a quantised map or FSDP stands in the place of one
+            states = states.unfolded()
+        states = states.autocast()
+        return tuple(attention.project_image(states) for attention in attentions)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -201,9 +348,11 @@ class Blip2HfQFormerModel(PreTrainedModel):
         query_embeds: torch.Tensor,
         query_length: int | None = None,
         attention_mask: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | Blip2ImageStates | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        encoder_key_values: tuple[KeyValues, ...] | None = None,
+        encoder_key_values: ImageKeyValues | list[ImageKeyValues] | None = None,
+        past_key_values: Cache | Blip2QFormerText | None = None,
+        output_length: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPoolingAndCrossAttentions:
         r"""
@@ -216,16 +365,23 @@ class Blip2HfQFormerModel(PreTrainedModel):
                 1 where there is something to attend to: of shape `(batch_size, sequence_length)`, or, to say who sees
                 whom, `(batch_size, sequence_length, sequence_length)` (see [`block_attention_mask`]), or 4-D with a
                 head axis; a 4-D mask of floats is added to the scores as it is.
-            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, features, encoder_hidden_size)`, *optional*):
+            encoder_hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)` or \
+`Blip2ImageStates`, *optional*):
                 Image features. Needed, if there are queries, unless `encoder_key_values` is given.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, features)`, *optional*):
                 0 at image features that are padding.
             encoder_key_values (`tuple`, *optional*):
-                What [`~Blip2QFormerModel.project_image`] returned, in place of `encoder_hidden_states`.
+                What [`~Blip2QFormerModel.project_image`] returned, in place of `encoder_hidden_states`; or a list of
+                such, among which the rows of the batch are divided evenly. Each image serves as many rows as the
+                others, next to one another: `batch_size` may be a multiple of the number of images.
+            past_key_values (`Cache` or `Blip2QFormerText`, *optional*):
+                Takes the keys and values of the self-attention, and gives those before them.
+            output_length (`int`, *optional*):
+                How many of the first positions the last layer computes. All, if it is not given.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions`]: `last_hidden_state` of
-            shape `(batch_size, sequence_length, hidden_size)`; `pooler_output` is its first position.
+            shape `(batch_size, output_length, hidden_size)`; `pooler_output` is its first position.
 
         Raises:
             ValueError: if queries have no image to attend to, or text has no feed-forward network to go through.
@@ -237,14 +393,19 @@ class Blip2HfQFormerModel(PreTrainedModel):
         hidden_states = self.dropout(self.layernorm(query_embeds.to(self.layernorm.weight.dtype)))
         attention_mask = additive_mask(attention_mask, hidden_states.dtype)
         encoder_attention_mask = additive_mask(encoder_attention_mask, hidden_states.dtype)
-        key_values = iter(encoder_key_values or ())
-        for layer in self.encoder.layer:
+        image_sets = encoder_key_values if isinstance(encoder_key_values, list) else [encoder_key_values or ()]
+        key_values = zip(*image_sets, strict=True)
+        for index, layer in enumerate(self.encoder.layer):
+            images = next(key_values) if layer.has_cross_attention and query_length > 0 else ()
             hidden_states = layer(
                 hidden_states,
                 attention_mask,
-                next(key_values) if layer.has_cross_attention and query_length > 0 else None,
                 encoder_attention_mask,
                 query_length,
+                past_key_values,
+                output_length if index == len(self.encoder.layer) - 1 else None,
+                # One by one: activation checkpointing of the older kind does not look into tuples
+                *(tensor for key_value in images for tensor in key_value),
                 **kwargs,
             )
         return BaseModelOutputWithPoolingAndCrossAttentions(
@@ -357,6 +518,18 @@ def load_bert(text_encoder: str | os.PathLike | PreTrainedModel) -> PreTrainedMo
     if bert.config.model_type != "bert":
         raise ValueError(f"A Q-Former starts from a BERT, but {given} is a {bert.config.model_type!r} model.")
     return bert
+
+
+def load_bert_with_head(text_encoder: str | os.PathLike | PreTrainedModel) -> tuple[PreTrainedModel, nn.Module | None]:
+    """The [`~transformers.BertModel`] inside any BERT, and its masked-language-modelling head where it has one."""
+    if isinstance(text_encoder, PreTrainedModel):
+        head = getattr(getattr(text_encoder, "cls", None), "predictions", None)
+        return load_bert(text_encoder), head
+    bert = load_bert(text_encoder)
+    loaded: Any = BertForMaskedLM.from_pretrained(text_encoder, output_loading_info=True)
+    model, info = loaded
+    has_head = not any(name.startswith("cls.predictions.transform") for name in info["missing_keys"])
+    return bert, model.cls.predictions if has_head else None
 
 
 def qformer_config_from_bert(bert_config, **kwargs) -> Blip2QFormerConfig:

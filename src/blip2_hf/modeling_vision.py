@@ -16,7 +16,7 @@ from transformers.utils import TransformersKwargs, torch_int
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_blip2 import Blip2VisionConfig
+from .configuration_blip2 import Blip2Config, Blip2VisionConfig
 
 
 class Blip2VisionEmbeddings(TransformersBlip2VisionEmbeddings):
@@ -267,34 +267,61 @@ def flatten_feature_map(features: torch.Tensor, hidden_size: int) -> torch.Tenso
     return features
 
 
+class Blip2AbsentVisionModel(PreTrainedModel):
+    r"""
+    In place of a tower whose output has been computed and stored: the LayerNorm that follows it, which is trained.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Configuration of the tower.
+        hidden_size (`int`):
+            Width of its features.
+    """
+
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PreTrainedConfig, hidden_size: int):
+        super().__init__(config)
+        is_own = config.model_type == Blip2VisionConfig.model_type
+        self.post_layernorm = nn.LayerNorm(hidden_size, eps=config.post_layernorm_eps if is_own else 1e-5)
+        self.post_init()
+
+    def forward(self, *args, **kwargs):
+        raise ValueError(
+            "This model has no vision tower: give image_embeds, the tower's stored output, or put the tower in with "
+            "attach_vision_tower."
+        )
+
+
 def build_vision_model(
-    config: PreTrainedConfig,
-    hidden_size: int,
-    vision_feature_layer: int | None = None,
-    vision_model: PreTrainedModel | None = None,
-) -> Blip2VisionModel | Blip2AutoVisionModel:
+    config: Blip2Config, vision_model: PreTrainedModel | None = None
+) -> Blip2VisionModel | Blip2AutoVisionModel | Blip2AbsentVisionModel:
     """
     The vision tower that `config` asks for, with the LayerNorm of BLIP-2 as its `post_layernorm`.
 
     Args:
-        config (`PreTrainedConfig`):
-            Configuration of the tower.
-        hidden_size (`int`):
-            Width of its features.
-        vision_feature_layer (`int`, *optional*):
-            Index into the tower's `hidden_states`.
+        config ([`Blip2Config`]):
+            Configuration of the whole model.
         vision_model (`PreTrainedModel`, *optional*):
             The tower itself, if it has been loaded.
 
     Returns:
-        [`Blip2VisionModel`] or [`Blip2AutoVisionModel`].
+        [`Blip2VisionModel`], [`Blip2AutoVisionModel`] or [`Blip2AbsentVisionModel`].
     """
-    if isinstance(vision_model, Blip2AutoVisionModel):
+    vision_config, layer = config.vision_config, config.vision_feature_layer
+    hidden_size = config.qformer_config.encoder_hidden_size
+    if vision_model is None and not config.has_vision_tower:
+        return Blip2AbsentVisionModel(vision_config, hidden_size)
+    if isinstance(vision_model, (Blip2AutoVisionModel, Blip2AbsentVisionModel)):
         return vision_model
     # By model_type: each file of remote code has a copy of the class of its own
-    if vision_model is None and config.model_type == Blip2VisionConfig.model_type:
-        return Blip2VisionModel(config, vision_feature_layer)
+    if vision_model is None and vision_config.model_type == Blip2VisionConfig.model_type:
+        return Blip2VisionModel(vision_config, layer)
     if isinstance(vision_model, Blip2VisionModel):
-        vision_model.encoder.stop_at(vision_feature_layer)
+        vision_model.encoder.stop_at(layer)
         return vision_model
-    return Blip2AutoVisionModel(config, hidden_size, vision_feature_layer, tower=vision_model)
+    return Blip2AutoVisionModel(vision_config, hidden_size, layer, tower=vision_model)

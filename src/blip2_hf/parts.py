@@ -44,6 +44,14 @@ def load_tower(vision_model: str | os.PathLike | PreTrainedModel) -> PreTrainedM
     return AutoModel.from_pretrained(vision_model)
 
 
+def load_tower_config(vision_model: str | os.PathLike | PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of what [`load_tower`] loads, without its weights."""
+    if isinstance(vision_model, PreTrainedModel):
+        return load_tower(vision_model).config
+    config = AutoConfig.from_pretrained(vision_model)
+    return getattr(config, "vision_config", config)
+
+
 @torch.no_grad()
 def measure_width(tower: PreTrainedModel, vision_feature_layer: int | None) -> int:
     """Width of the features of a tower whose configuration does not tell (timm): a feature map's channels."""

@@ -69,6 +69,14 @@ class EncoderDecoderTest(TrainedInFull, suites.EncoderDecoderSuite, unittest.Tes
     family = blip2_hf
 
 
+class PreTrainingTest(TrainedInFull, suites.PreTrainingSuite, unittest.TestCase):
+    family = blip2_hf
+
+    def test_model_main_input_name(self):
+        """The mixin wants it first in `forward`. There stand pictures, or their features; a text is always there."""
+        self.assertEqual(self.all_model_classes[0].main_input_name, "input_ids")
+
+
 class ProcessorTest(suites.ProcessorSuite, unittest.TestCase):
     family = blip2_hf
 

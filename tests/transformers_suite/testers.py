@@ -121,6 +121,33 @@ class DecoderOnlyTester:
         return self.get_config(), self.prepare_image_and_text()
 
 
+class PreTrainingTester:
+    """Pictures, and a text for each."""
+
+    is_training = True
+    batch_size, text_length = BATCH, 7
+    seq_length = QUERIES + 2 * text_length
+    hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
+
+    def __init__(self, parent, family):
+        self.parent, self.family = parent, family
+        self.vision_model_tester = VisionTester(parent, family)
+        self.qformer_model_tester = QFormerTester(parent, family)
+
+    def get_config(self):
+        return self.family.Blip2Config(
+            vision_config=self.vision_model_tester.get_config(),
+            qformer_config=self.qformer_model_tester.get_config(use_qformer_text_input=True, bos_token_id=98),
+            num_query_tokens=QUERIES,
+            image_text_hidden_size=16,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        _, vision_inputs = self.vision_model_tester.prepare_config_and_inputs_for_common()
+        text = ids_tensor([self.batch_size, self.text_length], 98)
+        return self.get_config(), {**vision_inputs, "input_ids": text, "attention_mask": torch.ones_like(text)}
+
+
 class EncoderDecoderTester(DecoderOnlyTester):
     """T5: placeholders and text to the encoder, the answer to the decoder."""
 

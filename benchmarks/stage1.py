@@ -1,0 +1,220 @@
+"""
+One step of stage 1, AdamW included: two passes of the Q-Former against the four that the authors' code makes.
+
+    python benchmarks/stage1.py                                     # on a CPU thread
+    python benchmarks/stage1.py --device cuda --batch-size 256 --dtype bfloat16 [--compile]
+
+The two are timed in turn, on the same model and data: stored tower features [batch, 257, 1408], a Q-Former of
+BERT-base's size with 32 queries, captions of about 12 tokens, dropout 0.1. The four-pass computation, that of
+tests/naive_stage1.py, pads texts to 32 tokens, projects the image anew in each pass that reads it, and has AdamW as
+torch makes it by default. Prints one line of JSON; a speed_ratio above 1 and a memory_ratio below 1 are in favour of
+two passes.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from blip2_hf import Blip2Config, Blip2ForPreTraining, Blip2QFormerConfig
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from naive_stage1 import naive_stage1  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of autocast")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed; the median counts")
+    parser.add_argument("--compile", action="store_true", help="compile both")
+    parser.add_argument("--memory-of", choices=["two_pass", "four_pass"], help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make_model(device: str) -> Blip2ForPreTraining:
+    """A BERT-base Q-Former that reads the features of EVA-CLIP ViT-g, without the tower itself."""
+    torch.manual_seed(0)
+    config = Blip2Config(qformer_config=Blip2QFormerConfig(use_qformer_text_input=True), has_vision_tower=False)
+    return Blip2ForPreTraining(config).to(device).train()
+
+
+def make_batch(batch_size: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Captions of 9 to 15 tokens, 12 on average, [CLS] and [SEP] included."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.arange(batch_size) * 6 // max(batch_size - 1, 1) + 9
+    length = int(lengths.max())
+    input_ids = torch.randint(1000, 30000, (batch_size, length), generator=generator)
+    attention_mask = (torch.arange(length) < lengths[:, None]).long()
+    input_ids[:, 0] = 101
+    input_ids[torch.arange(batch_size), lengths - 1] = 102
+    batch = {
+        "image_embeds": torch.randn(batch_size, 257, 1408, generator=generator),
+        "input_ids": input_ids * attention_mask,
+        "attention_mask": attention_mask,
+    }
+    batch["image_embeds"] = batch["image_embeds"].to(dtype)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+class Step:
+    """Forward, backward and AdamW of one of the two."""
+
+    def __init__(self, model, batch, arguments, naive: bool):
+        self.model, self.batch, self.device = model, batch, arguments.device
+        self.dtype = getattr(torch, arguments.dtype)
+        self.forward = (lambda **inputs: naive_stage1(model, pad_to=32, **inputs)) if naive else model
+        if arguments.compile:
+            self.forward = torch.compile(self.forward, dynamic=False)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        options = {} if naive else {"fused": True}
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.98), weight_decay=0.05, **options)
+
+    def loss(self) -> torch.Tensor:
+        low = self.dtype != torch.float32
+        with torch.autocast(self.device.split(":")[0], self.dtype) if low else nullcontext():
+            return self.forward(**self.batch)["loss"]
+
+    def __call__(self, set_to_none: bool = True):
+        self.optimizer.zero_grad(set_to_none)
+        self.loss().backward()
+        self.optimizer.step()
+
+
+def synchronize(device: str):
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def seconds(run, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def matmul_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of some large matrix products."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    torch.matmul(a, b)
+    return 2 * size**3 / min(seconds(lambda: torch.matmul(a, b), device) for _ in range(10))
+
+
+def peak_memory(step: Step) -> int:
+    """Bytes that a step needs at most, above parameters, gradients and the optimizer's state."""
+    step(set_to_none=False)
+    gc.collect()
+    if step.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(set_to_none=False)
+        return torch.cuda.max_memory_allocated() - before
+    before = resident("VmRSS")
+    # Linux: the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")
+    step(set_to_none=False)
+    return resident("VmHWM") - before
+
+
+def peak_memory_of_fresh_process(name: str) -> int:
+    """On a CPU: in a process in which memory that is freed goes back at once, so that the resident size tells."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    command = [sys.executable, *sys.argv, "--memory-of", name]
+    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+def resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def flops(step: Step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step.loss().backward()
+    return counter.get_total_flops()
+
+
+def largest_difference(two: Step, four: Step) -> dict[str, float]:
+    """
+    Of losses, and of gradients by their norms, without dropout and with the likeliest negatives. The gradient of a
+    key's bias is zero but for rounding, and is left out.
+    """
+    model, draw = two.model.eval(), torch.multinomial
+    torch.multinomial = lambda weights, *args: weights.argmax(-1, keepdim=True)
+    losses, gradients = [], []
+    for step in (two, four):
+        step.optimizer.zero_grad()
+        losses.append(step.loss())
+        losses[-1].backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    torch.multinomial = draw
+    model.train()
+    names = [name for name in gradients[1] if not name.endswith("key.bias")]
+    worst = max((gradients[0][name] - gradients[1][name]).norm() / gradients[1][name].norm() for name in names)
+    loss = (losses[0] - losses[1]).detach().abs() / losses[1].detach()
+    return {"loss": float(loss), "gradient": float(worst)}
+
+
+def main():
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    model, batch = make_model(arguments.device), make_batch(arguments.batch_size, arguments.device, dtype)
+    if arguments.memory_of:
+        print(peak_memory(Step(model, batch, arguments, naive=arguments.memory_of == "four_pass")))
+        return
+    steps = {"two_pass": Step(model, batch, arguments, naive=False), "four_pass": Step(model, batch, arguments, True)}
+    difference = largest_difference(*steps.values())
+    results: dict[str, dict] = {name: {} for name in steps}
+    for name, step in steps.items():
+        step()
+        peak = peak_memory_of_fresh_process(name) if arguments.device == "cpu" else peak_memory(step)
+        results[name]["peak_memory_mib"] = round(peak / 2**20, 1)
+        if not arguments.compile:
+            results[name]["gflop"] = round(flops(step) / 1e9, 1)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    peak = matmul_peak(arguments.device, dtype)
+    for _ in range(arguments.repeats):
+        for name, step in steps.items():
+            times[name].append(seconds(step, arguments.device))
+    peak = max(peak, matmul_peak(arguments.device, dtype))
+    for name, result in results.items():
+        median = sorted(times[name])[len(times[name]) // 2]
+        result |= {"seconds": round(median, 4), "pairs_per_second": round(arguments.batch_size / median, 2)}
+        if "gflop" in result:
+            result["share_of_matmul_peak"] = round(result["gflop"] * 1e9 / median / peak, 3)
+    two, four = results["two_pass"], results["four_pass"]
+    is_cpu = arguments.device == "cpu"
+    print(
+        json.dumps(
+            {
+                "device": f"{arguments.threads} CPU threads" if is_cpu else torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "batch_size": arguments.batch_size,
+                "dtype": arguments.dtype,
+                "compiled": arguments.compile,
+                "matmul_peak_gflops": round(peak / 1e9, 1),
+                **results,
+                "speed_ratio": round(four["seconds"] / two["seconds"], 3),
+                "memory_ratio": round(two["peak_memory_mib"] / four["peak_memory_mib"], 3),
+                "largest_relative_difference": difference,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""
+Stage 1 of BLIP-2: a Q-Former learns from a frozen vision tower, by contrast, matching and captioning (ITC, ITM, ITG).
+
+    python examples/pretrain_stage1.py --data pictures.parquet --vision_model facebook/dinov2-small --output_dir run
+
+    # In several processes, with the paper's batch and a tower whose output has been stored
+    blip2-hf cache-features pictures.parquet --vision-model facebook/dinov2-small --output features
+    accelerate launch examples/pretrain_stage1.py --data features --vision_model facebook/dinov2-small \\
+        --per_device_train_batch_size 100 --bf16 --report_to tensorboard --output_dir run
+
+    # WebDataset's tar files, as a stream
+    python examples/pretrain_stage1.py --data "shards/*.tar" --image_column jpg --text_column txt --streaming \\
+        --validation held_out.tar ...
+
+Validation, by loss and by recall: --eval_strategy steps --eval_steps 1000, on held-out images.
+
+All options of transformers' `TrainingArguments` are there; their defaults are the paper's. The same command, given
+again after a stop, goes on from the last checkpoint that is whole.
+"""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+
+from blip2_hf import Blip2ForPreTraining, Blip2Processor
+from blip2_hf.data import (
+    ImageTextCollator,
+    ImageTextPairs,
+    ImageTextStream,
+    RandomResizedCropAndFlip,
+    load_cached_features,
+)
+from blip2_hf.evaluation import contrastive_retrieval_metrics
+from blip2_hf.training import Blip2Trainer, Stage1Arguments, last_complete_checkpoint
+
+
+@dataclass
+class PretrainingArguments:
+    """Data and parts."""
+
+    data: str = field(metadata={"help": "File (parquet, json, csv, tar), Hub id, or folder of cached features."})
+    vision_model: str = field(metadata={"help": "Any tower of AutoModel: folder or id on the Hub."})
+    text_encoder: str = field(default="google-bert/bert-base-uncased", metadata={"help": "BERT to start from."})
+    vision_feature_layer: int | None = field(default=None, metadata={"help": "Index into the tower's hidden states."})
+    num_query_tokens: int = field(default=32, metadata={"help": "Number of queries."})
+    image_size: int = field(default=224, metadata={"help": "Side of the pictures, in pixels."})
+    image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
+    text_column: str = field(default="caption", metadata={"help": "Column of the texts, or of lists of texts."})
+    id_column: str | None = field(default=None, metadata={"help": "Column that tells which rows show the same image."})
+    held_out: float = field(default=0.02, metadata={"help": "Share, or number, of images to validate on."})
+    validation: str | None = field(default=None, metadata={"help": "Data to validate on, in place of held_out."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data as a stream."})
+
+
+def read_rows(data: str, streaming: bool = False):
+    """A data set with its length, or a stream."""
+    if (Path(data) / "cache.json").exists():
+        return load_cached_features(data)
+    builder = {".tar": "webdataset", ".jsonl": "json"}.get(Path(data).suffix, Path(data).suffix[1:])
+    files = {"data_files": data} if builder else {}
+    return load_dataset(builder or data, split="train", streaming=streaming, **files)
+
+
+def make_datasets(options: PretrainingArguments, seed: int):
+    """What is learned from, and what is held out: all rows of some images, or other data."""
+    rows = read_rows(options.data, options.streaming)
+    is_cached = "image_embeds" in (rows.column_names or [])
+    held_out = read_rows(options.validation) if options.validation else None
+    columns = {name: getattr(options, name) for name in ("image_column", "text_column", "id_column")}
+    transform = None if is_cached else RandomResizedCropAndFlip(options.image_size)
+    learning = {**columns, "seed": seed, "transform": transform}
+    if options.streaming:
+        train = ImageTextStream(rows.shuffle(seed=seed, buffer_size=10_000), repeat=True, **learning)
+    else:
+        if held_out is None:
+            held_out, rows = split_by_image(rows, options, seed)
+        train = ImageTextPairs(rows, **learning)
+    return train, ImageTextPairs(held_out, train=False, **columns) if held_out else None, is_cached
+
+
+def split_by_image(rows, options: PretrainingArguments, seed: int):
+    """The rows of some images, and those of all others."""
+    ids = rows[options.id_column] if options.id_column else range(len(rows))
+    images = sorted(set(ids))
+    count = int(options.held_out if options.held_out >= 1 else options.held_out * len(images))
+    chosen = set(random.Random(seed).sample(images, count))
+    parts = [[], []]
+    for row, image in enumerate(ids):
+        parts[image not in chosen].append(row)
+    return [rows.select(part) for part in parts]
+
+
+def main():
+    options, arguments = HfArgumentParser((PretrainingArguments, Stage1Arguments)).parse_args_into_dataclasses()
+    train, held_out, is_cached = make_datasets(options, arguments.seed)
+    model = Blip2ForPreTraining.from_encoders_pretrained(
+        options.vision_model,
+        options.text_encoder,
+        vision_feature_layer=options.vision_feature_layer,
+        num_query_tokens=options.num_query_tokens,
+        load_vision_tower=not is_cached,
+    )
+    square = {"height": options.image_size, "width": options.image_size}
+    tokenizer = AutoTokenizer.from_pretrained(options.text_encoder)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    processor = Blip2Processor(
+        AutoImageProcessor.from_pretrained(options.vision_model, size=square, do_center_crop=False), tokenizer
+    )
+    trainer = Blip2Trainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=ImageTextCollator(processor),
+        compute_metrics=contrastive_retrieval_metrics,
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    if held_out is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()

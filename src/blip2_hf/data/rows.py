@@ -1,0 +1,90 @@
+"""Rows of data sets of every kind: their columns, their pictures, and the randomness that belongs to each."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import datasets
+import fsspec
+import torch
+from PIL import Image
+
+from ..image_loading import ImageLoadError, load_image
+
+
+def stable_hash(text: str) -> int:
+    """63 bits that are the same in every process and on every machine."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seeded_generator(*parts: int) -> torch.Generator:
+    """A generator of its own for each tuple of integers, such as (seed, epoch, row)."""
+    return torch.Generator().manual_seed(stable_hash(repr(parts)))
+
+
+def get_column(row: Mapping, column: str) -> Any:
+    """The value of a column, or, where none has a name such as `json.caption`, of the field `caption` of `json`."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise ValueError(f"The rows have no column {column!r}; theirs are {sorted(map(str, row))}.")
+        value = value[name]
+    return value
+
+
+def select_columns(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
+    """
+    The columns of a data set that are read, with pictures as they are stored: `open_image` decodes them, and can say
+    whose picture is broken. What is no data set of `datasets`, or makes its rows on the fly, stays as it is.
+    """
+    names = column_names(dataset)
+    if names is None:
+        return dataset
+    wanted = [column if column in names else column.split(".")[0] for column in columns]
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(f"The data set has no column {missing[0]!r}; its columns are {sorted(names)}.")
+    dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
+    if image_column is not None and isinstance(dataset.features.get(image_column), datasets.Image):
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset
+
+
+def column_names(dataset: Any) -> list[str] | None:
+    """Names of the columns, where they can be known without a row."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.column_names
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+        return dataset.column_names
+    return None
+
+
+def open_image(value: Any, name: str) -> Image.Image:
+    """
+    A picture of a row, of any kind that [`~image_loading.load_image`] takes, or a file that `datasets` refers to.
+
+    Args:
+        value:
+            What the row holds.
+        name (`str`):
+            What an error calls the picture, such as `"row 3"`.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB.
+
+    Raises:
+        ImageLoadError: if it can't be read.
+    """
+    if isinstance(value, Mapping) and value.get("bytes") is None and "://" in str(value.get("path")):
+        path = value["path"]
+        if path.startswith(("http://", "https://")):
+            return load_image(path, name)
+        try:
+            # A file on the Hub, or inside an archive
+            with fsspec.open(path, "rb") as file:
+                value = {"bytes": file.read(), "path": path}
+        except (OSError, ValueError, KeyError) as error:
+            raise ImageLoadError(f"{name} ({path!r}): cannot read the file ({error}). Check the path.") from error
+    return load_image(value, name)

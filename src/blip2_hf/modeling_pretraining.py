@@ -1,0 +1,659 @@
+"""Stage 1 of BLIP-2: a Q-Former learns from a frozen vision tower, by three objectives at once (section 3.2)."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.bert.modeling_bert import BertLMPredictionHead
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+
+from .configuration_blip2 import Blip2Config
+from .distributed import GlobalBatch
+from .generation_qformer import Blip2QFormerGenerationMixin
+from .losses import (
+    draw_hard_negatives,
+    image_grounded_text_generation_loss,
+    image_text_contrastive_loss,
+    image_text_matching_loss,
+    image_text_similarity,
+)
+from .modeling_blip2 import Blip2PreTrainedModel, image_side_from_parts
+from .modeling_qformer import Blip2ImageStates, ImageKeyValues, block_attention_mask, load_bert_with_head
+
+
+@dataclass
+class Blip2ForPreTrainingOutput(ModelOutput):
+    r"""
+    Output of [`Blip2ForPreTraining`]. `world_size` batches make the global one; without torch.distributed it is the
+    batch.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`):
+            The sum of the three.
+        loss_itc, loss_itm, loss_itg (`torch.Tensor` of shape `()`):
+            Image-text contrastive, image-text matching and image-grounded text generation loss. Their mean over
+            processes is the loss of the global batch.
+        logits_per_image (`torch.Tensor` of shape `(batch_size, global_batch_size)`):
+            Similarities of the images with the texts of all processes, over the temperature.
+        logits_per_text (`torch.Tensor` of shape `(batch_size, global_batch_size)`):
+            Similarities of the texts with the images of all processes, over the temperature.
+        itm_logits (`torch.Tensor` of shape `(3 * batch_size, 2)`):
+            Scores of no and yes: for the pairs, for a negative image with each text, for a negative text with each
+            image.
+        itg_logits (`torch.Tensor` of shape `(num_labels, vocab_size)`):
+            Scores of the next token where there is one, row by row. Not kept with gradient caching.
+        negative_image_index, negative_text_index (`torch.LongTensor` of shape `(batch_size,)`):
+            Which image of the global batch was drawn for each text, and which text for each image.
+        image_features (`torch.Tensor` of shape `(batch_size, num_query_tokens, image_text_hidden_size)`):
+            Projected queries, of length 1.
+        text_features (`torch.Tensor` of shape `(batch_size, image_text_hidden_size)`):
+            Projected [CLS] of the texts, of length 1.
+        hidden_states, attentions, cross_attentions (`tuple[torch.Tensor]`, *optional*):
+            Those of the first pass, over `[queries | text with [CLS] | text with [DEC]]`. Not with gradient caching.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_itg: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
+    itg_logits: torch.Tensor | None = None
+    negative_image_index: torch.Tensor | None = None
+    negative_text_index: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    text_features: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class Blip2Temperature(nn.Module):
+    """The learned temperature of the contrastive objective; of one dimension, for FSDP takes no scalars."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 0.07))
+
+    def forward(self, similarity: torch.Tensor) -> torch.Tensor:
+        return similarity / self.weight
+
+
+@dataclass
+class _Texts:
+    """
+    Embedded texts, all padding behind them: as they are, and with [DEC] in place of [CLS]. `labels` are the tokens to
+    be written, `label_index` the position before each, counted over all rows.
+    """
+
+    embeds: torch.Tensor
+    decoder_embeds: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    label_index: torch.Tensor
+
+
+class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
+    r"""
+    BLIP-2 in stage 1 (section 3.2): image-text contrast (ITC), image-text matching (ITM) and image-grounded text
+    generation (ITG), on a Q-Former that reads a frozen vision tower.
+
+    Two passes of the Q-Former over one projection of the image give what the authors' code computes in four: one over
+    `[queries | text with [CLS] | text with [DEC]]` under a block mask, for ITC and ITG, and one over pairs of image
+    and text, for ITM, with hard negatives drawn from the similarities of the first.
+
+    In several processes, the texts and images of all of them are contrasted, and negatives are drawn from all of them;
+    gradients flow through what is gathered. The mean over processes of losses and gradients, which data parallelism
+    takes, is that of the whole batch in one process.
+
+    Args:
+        config ([`Blip2Config`]):
+            Its configuration, with `qformer_config.use_qformer_text_input=True`. A `text_config` is not used.
+        vision_model ([`~transformers.PreTrainedModel`], *optional*):
+            The tower; made from the configuration, with random weights, if it is not given.
+
+    Example:
+
+    ```python
+    >>> from blip2_hf import Blip2ForPreTraining
+
+    >>> model = Blip2ForPreTraining.from_encoders_pretrained("facebook/dinov2-small", "google-bert/bert-base-uncased")
+    >>> outputs = model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask)
+    >>> outputs.loss.backward()
+    ```"""
+
+    main_input_name = "input_ids"
+    _tied_weights_keys = {
+        "lm_head.decoder.weight": "embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    }
+    _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\."]
+    # What is trained stays in float32, also where the rest is bfloat16
+    _keep_in_fp32_modules_strict = [
+        *Blip2PreTrainedModel._keep_in_fp32_modules,
+        "word_embeddings",
+        "vision_projection",
+        "text_projection",
+        "itm_head",
+        "lm_head",
+        "temperature",
+    ]
+    # Each loss is a mean of its own over the batch: Trainer is to average them over accumulation steps
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
+        qformer_config = config.qformer_config
+        if not qformer_config.use_qformer_text_input:
+            raise ValueError(
+                "Blip2ForPreTraining reads text with the Q-Former: make its configuration with "
+                "Blip2QFormerConfig(use_qformer_text_input=True)."
+            )
+        if qformer_config.bos_token_id is None or not qformer_config.bos_token_id < qformer_config.vocab_size:
+            raise ValueError(
+                f"qformer_config.bos_token_id, the id of [DEC], is {qformer_config.bos_token_id} in a vocabulary of "
+                f"{qformer_config.vocab_size}: add [DEC] to the vocabulary and give its id."
+            )
+        # The head for ITG has the word embeddings for its weight, as BERT's has
+        config.tie_word_embeddings = True
+        super().__init__(config)
+        self._build_image_side(config, vision_model)
+        self.vision_projection = nn.Linear(qformer_config.hidden_size, config.image_text_hidden_size)
+        self.text_projection = nn.Linear(qformer_config.hidden_size, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(qformer_config.hidden_size, 2)
+        self.temperature = Blip2Temperature()
+        self.lm_head = BertLMPredictionHead(qformer_config)
+        self.gradient_caching_chunk_size: int | None = None
+        self.post_init()
+        self.freeze()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Blip2Temperature):
+            init.constant_(module.weight, 0.07)
+        elif isinstance(module, BertLMPredictionHead):
+            init.zeros_(module.bias)
+
+    def freeze(self) -> "Blip2ForPreTraining":
+        super().freeze()
+        for parameter in self.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embeddings.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.lm_head.decoder = new_embeddings
+        self.lm_head.bias = new_embeddings.bias
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        # transformers sets the vocab_size of a language model's configuration
+        self.config.qformer_config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
+    def gradient_caching_enable(self, chunk_size: int):
+        r"""
+        Lets a contrastive batch be larger than memory: features of all pairs are computed first, without a graph, and
+        the graph then chunk by chunk, in the backward pass. Losses and gradients are those of the whole batch.
+
+        Args:
+            chunk_size (`int`):
+                How many pairs have a graph at a time.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}: it is a number of pairs, at least 1.")
+        self.gradient_caching_chunk_size = chunk_size
+
+    def gradient_caching_disable(self):
+        """Undoes [`~Blip2ForPreTraining.gradient_caching_enable`]."""
+        self.gradient_caching_chunk_size = None
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        What texts are compared with.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Images.
+            image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` of shape
+            `(num_images, num_query_tokens, image_text_hidden_size)`, the projected queries, each of length 1;
+            `last_hidden_state` of shape `(num_images, num_query_tokens, hidden_size)`, the queries before;
+            `hidden_states` and `attentions` are the tower's.
+        """
+        _, vision_outputs, qformer_outputs = self._query_image(
+            pixel_values, image_embeds, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        queries = qformer_outputs.last_hidden_state
+        return BaseModelOutputWithPooling(
+            last_hidden_state=queries,
+            pooler_output=_unit(self.vision_projection(queries)),
+            hidden_states=None if vision_outputs is None else vision_outputs.hidden_states,
+            attentions=None if vision_outputs is None else vision_outputs.attentions,
+        )
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        What images are compared with.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`):
+                Texts; the first token is [CLS].
+            attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*):
+                0 at padding, which may stand on either side.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` of shape
+            `(num_texts, image_text_hidden_size)`, the projected [CLS], each of length 1; `last_hidden_state` of shape
+            `(num_texts, text_length, hidden_size)`, padding behind the texts.
+        """
+        input_ids, attention_mask = _pad_right(input_ids, attention_mask)
+        embeds = self.embeddings(input_ids=input_ids)
+        outputs = self.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=_unit(self.text_projection(outputs.last_hidden_state[:, 0])),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+        return_loss: bool = True,
+        interpolate_pos_encoding: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | Blip2ForPreTrainingOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
+                Images.
+            image_embeds (`torch.Tensor` of shape `(batch_size, features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
+            input_ids (`torch.LongTensor` of shape `(batch_size, text_length)`):
+                The text of each image, in the Q-Former's tokens, [CLS] first. The copy that starts with [DEC] is made
+                here.
+            attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
+                0 at padding, which may stand on either side.
+            image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Which image it is: pairs of the same image share the target of ITC and are no negatives of each other,
+                in all processes. All images differ, if it is not given. A pair without a negative in the batch counts
+                for matching as it is, without one.
+            return_loss (`bool`, *optional*, defaults to `True`):
+                Whether the losses are computed, or only features and similarities, of the pairs of this process.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+            kwargs:
+                `output_hidden_states` and `output_attentions`, of the first pass.
+
+        Returns:
+            [`Blip2ForPreTrainingOutput`].
+
+        Raises:
+            ValueError: if there is nothing to contrast with: a batch, over all processes, of one pair.
+        """
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
+        if image_embeds is None:
+            image_embeds = self._chunked_image_embeds(pixel_values, interpolate_pos_encoding)
+        if input_ids is None or len(input_ids) != len(image_embeds):
+            given = "none" if input_ids is None else str(len(input_ids))
+            raise ValueError(f"There are {len(image_embeds)} images and {given} texts: give input_ids, one text each.")
+        input_ids, attention_mask = _pad_right(input_ids, attention_mask)
+        if not return_loss:
+            # Of this process alone: others may be doing something else
+            image_features = self.get_image_features(image_embeds=image_embeds).pooler_output
+            text_features = self.get_text_features(input_ids, attention_mask).pooler_output
+            own = GlobalBatch([len(input_ids)], rank=0, length=input_ids.shape[1])
+            return Blip2ForPreTrainingOutput(**self._compare(own, image_features, text_features))
+        batch = GlobalBatch.of(len(input_ids), input_ids.shape[1], input_ids.device)
+        is_match = self._matches(batch, image_ids, input_ids.device)
+        if batch.size == 1:
+            raise ValueError(
+                "Stage 1 contrasts each pair with the others of the batch, and the batch has one pair: give at least "
+                "two. (An incomplete last batch is left out by dataloader_drop_last=True.)"
+            )
+        compute = self._losses if self.gradient_caching_chunk_size is None else self._losses_by_chunks
+        outputs = compute(batch, image_embeds, input_ids, attention_mask, is_match, **kwargs)
+        outputs.loss = outputs.loss_itc + outputs.loss_itm + outputs.loss_itg
+        return outputs
+
+    def _chunked_image_embeds(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+        run = partial(self.get_image_embeds, interpolate_pos_encoding=interpolate_pos_encoding)
+        if self.gradient_caching_chunk_size is None:
+            return run(pixel_values)
+        chunks = pixel_values.split(self.gradient_caching_chunk_size)
+        return torch.cat([checkpoint(run, chunk, use_reentrant=False) for chunk in chunks])
+
+    @staticmethod
+    def _matches(batch: GlobalBatch, image_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """`(batch_size, global_batch_size)`: which pairs are of the same image."""
+        if image_ids is None:
+            own = torch.arange(batch.start, batch.start + batch.rows[batch.rank], device=device)
+            return own[:, None] == torch.arange(batch.size, device=device)
+        image_ids = torch.as_tensor(image_ids, device=device)
+        return image_ids[:, None] == batch.gather(image_ids)
+
+    def _losses(self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs) -> Blip2ForPreTrainingOutput:
+        """Both passes with their graph at once; an image is projected to keys and values once."""
+        texts = self._embed_texts(input_ids, attention_mask)
+        images = self.qformer.project_image(self._image_states(image_embeds))
+        image_features, text_features, itg_logits, passed = self._first_pass(images, texts, **kwargs)
+        compared = self._compare(batch, image_features, text_features)
+        negatives = self._draw_negatives(compared, is_match)
+        if batch.world_size == 1:
+            negative_images = _select(images, negatives["negative_image_index"])
+            index = negatives["negative_text_index"]
+            negative_texts = texts.embeds.index_select(0, index), texts.mask[index]
+        else:
+            negative_images = self._fetch_images(batch, image_embeds, negatives["negative_image_index"])
+            negative_texts = self._fetch_texts(batch, input_ids, attention_mask, negatives["negative_text_index"])
+        itm_logits = self._second_pass(images, negative_images, texts.embeds, texts.mask, *negative_texts)
+        num_items = batch.mean_share(torch.tensor(len(texts.labels), device=itg_logits.device))
+        return Blip2ForPreTrainingOutput(
+            loss_itg=image_grounded_text_generation_loss(itg_logits, texts.labels, num_items=num_items),
+            itg_logits=itg_logits,
+            hidden_states=passed.hidden_states,
+            attentions=passed.attentions,
+            cross_attentions=passed.cross_attentions,
+            **self._pair_losses(batch, compared, itm_logits, is_match),
+            **compared,
+            **negatives,
+        )
+
+    def _losses_by_chunks(
+        self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs
+    ) -> Blip2ForPreTrainingOutput:
+        """The same, each chunk's passes under a checkpoint: their graphs are made again in the backward pass."""
+        run = partial(checkpoint, use_reentrant=False)
+        size: int = self.gradient_caching_chunk_size
+        chunks = [slice(start, start + size) for start in range(0, len(input_ids), size)]
+
+        def encode(image_embeds, input_ids, attention_mask):
+            texts = self._embed_texts(input_ids, attention_mask)
+            images = self.qformer.project_image(self._image_states(image_embeds))
+            image_features, text_features, itg_logits, _ = self._first_pass(images, texts)
+            loss_sum = image_grounded_text_generation_loss(itg_logits, texts.labels, num_items=1)
+            return image_features, text_features, loss_sum
+
+        encoded = [run(encode, image_embeds[rows], input_ids[rows], attention_mask[rows]) for rows in chunks]
+        image_features, text_features = (torch.cat([chunk[i] for chunk in encoded]) for i in (0, 1))
+        compared = self._compare(batch, image_features, text_features)
+        negatives = self._draw_negatives(compared, is_match)
+        drawn, image_index = negatives["negative_image_index"].unique(return_inverse=True)
+        drawn_embeds = batch.fetch(image_embeds, drawn)
+        all_ids, all_masks = self._gather_texts(batch, input_ids, attention_mask)
+        negative_ids, negative_mask = (tensor[negatives["negative_text_index"]] for tensor in (all_ids, all_masks))
+
+        def match(image_embeds, drawn_embeds, rows):
+            # Looked up inside: what goes into a checkpoint is kept
+            negative_embeds = drawn_embeds[image_index[rows]]
+            images, negative_images = (
+                self.qformer.project_image(self._image_states(embeds))
+                for embeds in (image_embeds[rows], negative_embeds)
+            )
+            texts, negative_texts = (self.embeddings(input_ids=ids[rows]) for ids in (input_ids, negative_ids))
+            masks = attention_mask[rows], negative_mask[rows]
+            return self._second_pass(images, negative_images, texts, masks[0], negative_texts, masks[1])
+
+        # Three thirds a chunk, as in the whole batch
+        matched = [run(match, image_embeds, drawn_embeds, rows).chunk(3) for rows in chunks]
+        itm_logits = torch.cat([chunk[third] for third in range(3) for chunk in matched])
+        num_items = batch.mean_share(attention_mask[:, 1:].ne(0).sum())
+        return Blip2ForPreTrainingOutput(
+            loss_itg=sum(chunk[2] for chunk in encoded) / num_items,
+            **self._pair_losses(batch, compared, itm_logits, is_match),
+            **compared,
+            **negatives,
+        )
+
+    def _image_states(self, image_embeds: torch.Tensor) -> Blip2ImageStates:
+        return Blip2ImageStates.after_layernorm(image_embeds, self.vision_model.post_layernorm)
+
+    def _embed_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Texts:
+        """One look-up for both copies of the texts: the gradient of a vocabulary is large."""
+        length = input_ids.shape[1]
+        dec = torch.full_like(input_ids[:, :1], self.config.qformer_config.bos_token_id)
+        positions = torch.arange(length + 1, device=input_ids.device) % length
+        embeds = self.embeddings(input_ids=torch.cat([input_ids, dec], dim=1), position_ids=positions[None])
+        embeds, dec_embeds = embeds[:, :length], embeds[:, length:]
+        decoder_embeds = torch.cat([dec_embeds, embeds[:, 1:]], dim=1)
+        row, position = attention_mask[:, 1:].nonzero(as_tuple=True)
+        labels = input_ids[row, position + 1]
+        return _Texts(embeds, decoder_embeds, attention_mask, labels, row * length + position)
+
+    def _first_pass(
+        self, images: ImageKeyValues, texts: _Texts, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ModelOutput]:
+        """`(image_features, text_features, itg_logits, outputs)` of queries and both copies of the text."""
+        query_length, text_length = self.config.num_query_tokens, texts.embeds.shape[1]
+        outputs = self.qformer(
+            query_embeds=torch.cat([self.query_tokens(len(texts.embeds)), texts.embeds, texts.decoder_embeds], dim=1),
+            query_length=query_length,
+            attention_mask=block_attention_mask(query_length, texts.mask),
+            encoder_key_values=images,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        image_features = _unit(self.vision_projection(hidden_states[:, :query_length]))
+        text_features = _unit(self.text_projection(hidden_states[:, query_length]))
+        decoded = hidden_states[:, query_length + text_length :].flatten(0, 1)
+        itg_logits = self.lm_head(decoded[texts.label_index])
+        return image_features, text_features, _at_least_float32(itg_logits), outputs
+
+    def _compare(
+        self, batch: GlobalBatch, image_features: torch.Tensor, text_features: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        similarity = image_text_similarity(image_features, batch.gather(text_features))
+        if batch.world_size == 1:
+            similarity_per_text = similarity.T
+        else:
+            similarity_per_text = image_text_similarity(batch.gather(image_features), text_features).T
+        return {
+            "logits_per_image": self.temperature(similarity),
+            "logits_per_text": self.temperature(similarity_per_text),
+            "image_features": image_features,
+            "text_features": text_features,
+        }
+
+    @staticmethod
+    def _draw_negatives(compared: dict[str, torch.Tensor], is_match: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "negative_image_index": draw_hard_negatives(compared["logits_per_text"], is_match),
+            "negative_text_index": draw_hard_negatives(compared["logits_per_image"], is_match),
+        }
+
+    def _fetch_images(self, batch: GlobalBatch, image_embeds: torch.Tensor, index: torch.Tensor) -> ImageKeyValues:
+        """Keys and values of images of any process: the tower's output travels, once to each process that drew it."""
+        unique, inverse = index.unique(return_inverse=True)
+        states = self._image_states(batch.fetch(image_embeds, unique))
+        return _select(self.qformer.project_image(states), inverse)
+
+    @staticmethod
+    def _gather_texts(batch: GlobalBatch, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+        """The texts of all processes: a few numbers each."""
+        return batch.gather_padded(torch.stack([input_ids, attention_mask], dim=2)).unbind(2)
+
+    def _fetch_texts(self, batch, input_ids, attention_mask, index) -> tuple[torch.Tensor, torch.Tensor]:
+        input_ids, attention_mask = self._gather_texts(batch, input_ids, attention_mask)
+        return self.embeddings(input_ids=input_ids[index]), attention_mask[index]
+
+    def _second_pass(
+        self,
+        images: ImageKeyValues,
+        negative_images: ImageKeyValues,
+        text_embeds: torch.Tensor,
+        text_mask: torch.Tensor,
+        negative_embeds: torch.Tensor,
+        negative_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """`itm_logits` of the pairs, of negative images with the texts, and of the images with negative texts."""
+        query_length = self.config.num_query_tokens
+        embeds = _cat_padded([text_embeds, text_embeds, negative_embeds])
+        mask = _cat_padded([text_mask, text_mask, negative_mask])
+        hidden_states = self.qformer(
+            query_embeds=torch.cat([self.query_tokens(len(embeds)), embeds], dim=1),
+            query_length=query_length,
+            attention_mask=torch.cat([mask.new_ones(len(mask), query_length), mask], dim=1),
+            encoder_key_values=[images, negative_images, images],
+            output_length=query_length,
+        ).last_hidden_state
+        return _at_least_float32(self.itm_head(hidden_states).mean(dim=1))
+
+    @staticmethod
+    def _pair_losses(batch, compared, itm_logits, is_match) -> dict[str, torch.Tensor]:
+        share = batch.size / batch.world_size
+        # Own pairs, then negative images and negative texts, where a pair has any
+        negatives = is_match.all(dim=1).long() * -100
+        labels = torch.cat([torch.ones_like(negatives), negatives, negatives])
+        return {
+            "loss_itc": image_text_contrastive_loss(
+                compared["logits_per_image"], compared["logits_per_text"], is_match, num_items=share
+            ),
+            "loss_itm": image_text_matching_loss(itm_logits, labels, batch.mean_share(labels.ne(-100).sum())),
+            "itm_logits": itm_logits,
+        }
+
+    @classmethod
+    def from_encoders_pretrained(
+        cls,
+        vision_model: str | os.PathLike | PreTrainedModel,
+        text_encoder: str | os.PathLike | PreTrainedModel,
+        *,
+        vision_feature_layer: int | None = None,
+        num_query_tokens: int = 32,
+        image_text_hidden_size: int = 256,
+        load_vision_tower: bool = True,
+        **qformer_kwargs,
+    ) -> "Blip2ForPreTraining":
+        r"""
+        Where stage 1 begins: a tower that stays as it is, and a Q-Former that starts from BERT.
+
+        Args:
+            vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
+                Any tower of `AutoModel`. Of CLIP and SigLIP the vision part is taken.
+            text_encoder (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
+                Any BERT. Its masked-language-modelling head, where it has one, starts the head for ITG. [DEC] is the
+                token after those of its tokenizer: `tokenizer.add_special_tokens({"bos_token": "[DEC]"})`.
+            vision_feature_layer (`int`, *optional*):
+                Index into the tower's `hidden_states`.
+            num_query_tokens (`int`, *optional*, defaults to 32):
+                Number of queries.
+            image_text_hidden_size (`int`, *optional*, defaults to 256):
+                Width of the space in which images and texts are compared.
+            load_vision_tower (`bool`, *optional*, defaults to `True`):
+                `False` leaves the tower out, for training from its stored output alone (see
+                [`~Blip2PreTrainedModel.attach_vision_tower`]).
+            qformer_kwargs (`dict`):
+                Fields of [`Blip2QFormerConfig`], such as `cross_attention_frequency`.
+
+        Returns:
+            [`Blip2ForPreTraining`].
+
+        Raises:
+            ValueError: if `text_encoder` is not a BERT.
+        """
+        bert, head = load_bert_with_head(text_encoder)
+        model: Any
+        dec, sep = bert.config.vocab_size, None
+        if not isinstance(text_encoder, PreTrainedModel):
+            tokenizer = AutoTokenizer.from_pretrained(text_encoder)
+            dec, sep = len(tokenizer), tokenizer.sep_token_id
+        own = {
+            "use_qformer_text_input": True,
+            "bos_token_id": dec,
+            "eos_token_id": sep,
+            "vocab_size": max(bert.config.vocab_size, dec + 1),
+        } | qformer_kwargs
+        model = image_side_from_parts(
+            vision_model,
+            bert,
+            vision_feature_layer,
+            num_query_tokens,
+            model_class=cls,
+            load_vision_tower=load_vision_tower,
+            image_text_hidden_size=image_text_hidden_size,
+            **own,
+        )
+        if head is not None:
+            model.lm_head.transform.load_state_dict(head.transform.state_dict())
+            with torch.no_grad():
+                model.lm_head.bias[: len(head.bias)] = head.bias
+        return model
+
+
+Blip2ForPreTraining = Blip2HfForPreTraining
+
+
+def _pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same texts with all their padding behind them."""
+    if attention_mask is None:
+        return input_ids, torch.ones_like(input_ids)
+    order = attention_mask.eq(0).int().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def _cat_padded(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of several tensors, zeros behind those that are shorter in their second axis."""
+    length = max(tensor.shape[1] for tensor in tensors)
+    trailing = (0, 0) * (tensors[0].dim() - 2)
+    return torch.cat([nn.functional.pad(tensor, (*trailing, 0, length - tensor.shape[1])) for tensor in tensors])
+
+
+def _select(images: ImageKeyValues, index: torch.Tensor) -> ImageKeyValues:
+    return tuple((key.index_select(0, index), value.index_select(0, index)) for key, value in images)
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    """Of length 1; not in half precision, in which near similarities would be the same."""
+    return normalize(_at_least_float32(features), dim=-1)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+__all__ = ["Blip2ForPreTraining", "Blip2ForPreTrainingOutput"]

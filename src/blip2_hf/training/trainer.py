@@ -1,0 +1,159 @@
+"""`Trainer`, told what is particular to BLIP-2: what decays, which losses there are, which epoch it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer import Trainer
+
+from ..data.callbacks import SetEpochCallback
+from ..data.pairs import ImageTextStream
+from ..frozen import is_frozen
+from ..modeling_pretraining import Blip2ForPreTraining
+
+
+# Beside biases and norms, which Trainer leaves out by itself; under PEFT the names go on after these
+WITHOUT_WEIGHT_DECAY = ("query_tokens.", "temperature.")
+
+
+class Blip2Trainer(Trainer):
+    r"""
+    [`~transformers.Trainer`] for BLIP-2. The models also learn in `Trainer` itself; here
+
+    - queries and temperature have no weight decay, as biases and norms;
+    - evaluation counts every held-out row, whatever `dataloader_drop_last` says;
+    - each loss of a model's output (`loss_itc`, ...) is logged beside their sum, for training and for evaluation;
+    - what is trained and what is frozen is printed when training begins;
+    - [`~data.ImageTextPairs`] learn which epoch it is, and an [`~data.ImageTextStream`] that repeats is shared out
+      among processes, each of which reads no more than its rows;
+    - `gradient_caching_chunk_size` of [`Stage1Arguments`] is heeded.
+
+    Args:
+        args, kwargs:
+            Those of [`~transformers.Trainer`].
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(SetEpochCallback())
+        self._losses: dict[str, _MeanLosses] = {"train": _MeanLosses(), "eval": _MeanLosses()}
+        chunk_size = getattr(self.args, "gradient_caching_chunk_size", None)
+        if chunk_size is not None and isinstance(self._bare_model(), Blip2ForPreTraining):
+            self._bare_model().gradient_caching_enable(chunk_size)
+
+    def _bare_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def train(self, *args, **kwargs):
+        if self.is_world_process_zero():
+            print(describe_trained_parts(self._bare_model()))
+        return super().train(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not any(part in name for part in WITHOUT_WEIGHT_DECAY)]
+
+    def get_train_dataloader(self) -> DataLoader:
+        stream = self.train_dataset
+        if self.args.world_size == 1 or not isinstance(stream, ImageTextStream) or not stream.repeat:
+            return super().get_train_dataloader()
+        # accelerate would have each process read all rows, or one of them read for all
+        return DataLoader(
+            stream.shared_out(self.args.process_index, self.args.world_size),
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        with self._last_batch_kept():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        with self._last_batch_kept():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _last_batch_kept(self) -> Iterator[None]:
+        """Held-out rows all count; `dataloader_drop_last` is for the negatives that training needs."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        is_stage1 = isinstance(self._bare_model(), Blip2ForPreTraining)
+        if not is_stage1 or len(inputs["input_ids"]) * self.args.world_size > 1:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # The last pair alone has no negatives, and so no loss
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            outputs = model(**inputs, return_loss=False)
+        return None, (outputs.image_features, outputs.text_features), inputs.get("image_ids")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        losses = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
+        self._losses["train" if model.training else "eval"].add(losses, rows=len(next(iter(inputs.values()))))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._losses["train"].take(self.accelerator)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._losses["eval"] = _MeanLosses()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        losses = self._losses["eval"].take(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
+        return output
+
+
+class _MeanLosses:
+    """The mean of each loss over rows, kept where it was computed until it is asked for."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.rows = 0
+
+    def add(self, losses: dict[str, torch.Tensor], rows: int):
+        self.rows += rows
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value * rows
+
+    def take(self, accelerator) -> dict[str, float]:
+        """The means over all processes; begins anew."""
+        means = {name: accelerator.gather(total / self.rows).mean().item() for name, total in self.sums.items()}
+        self.__init__()
+        return means
+
+
+def describe_trained_parts(model: nn.Module) -> str:
+    """
+    Which parts of a model are trained, with numbers of parameters.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+
+    Returns:
+        `str`: a line for each part.
+    """
+    lines = []
+    for name, part in model.named_children():
+        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in part.parameters())
+        if total:
+            share = "frozen" if is_frozen(part) else "trained" if trained == total else f"{trained:,} trained"
+            lines.append(f"{name:24} {total:>13,}  {share}")
+    return "\n".join(["Parameters:", *lines])
+
+
+__all__ = ["Blip2Trainer", "describe_trained_parts"]

@@ -1,0 +1,276 @@
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from stage1 import gradients, make_inputs, make_stage1
+from train_stage1 import Processor, make_pairs
+
+from blip2_hf.data import ImageTextCollator, ImageTextPairs
+from blip2_hf.evaluation import contrastive_retrieval_metrics, retrieval_recall
+from blip2_hf.training import Blip2Trainer, Stage1Arguments, describe_trained_parts, last_complete_checkpoint
+
+
+PROGRAM = Path(__file__).with_name("train_stage1.py")
+
+
+def make_arguments(folder, **kwargs) -> Stage1Arguments:
+    fields = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    return Stage1Arguments(str(folder), **(fields | kwargs))
+
+
+def make_trainer(folder, trainer_class=Blip2Trainer, model=None, **kwargs):
+    rows = make_pairs(12)
+    return trainer_class(
+        make_stage1() if model is None else model,
+        make_arguments(folder, **kwargs),
+        train_dataset=ImageTextPairs(rows),
+        eval_dataset=ImageTextPairs(rows, train=False),
+        data_collator=ImageTextCollator(Processor()),
+        compute_metrics=contrastive_retrieval_metrics,
+    )
+
+
+def test_plain_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, transformers.Trainer)
+    before = trainer.model.query_tokens.weight.clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.query_tokens.weight, before)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    assert 0 <= metrics["eval_image_to_text_r1"] <= metrics["eval_image_to_text_r10"] <= 1
+
+
+def test_losses_are_logged_apart(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.evaluate()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 3
+    for entry in steps:
+        assert entry["loss_itc"] + entry["loss_itm"] + entry["loss_itg"] == pytest.approx(entry["loss"], abs=1e-4)
+    (evaluation,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    parts = [evaluation[f"eval_loss_{name}"] for name in ("itc", "itm", "itg")]
+    assert sum(parts) == pytest.approx(evaluation["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 11])
+def test_every_held_out_row_counts(tmp_path, batch_size):
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=batch_size)
+    prediction = trainer.predict(trainer.eval_dataset)
+    image_features, text_features = prediction.predictions
+    assert image_features.shape == (12, 4, 16) and text_features.shape == (12, 16)
+    assert sorted(prediction.label_ids.tolist()) == list(range(12))
+    assert prediction.metrics["test_loss"] > 0 and trainer.args.dataloader_drop_last
+
+
+def test_defaults_are_those_of_the_paper(tmp_path):
+    arguments = Stage1Arguments(str(tmp_path))
+    assert (arguments.learning_rate, arguments.weight_decay, arguments.max_steps) == (1e-4, 0.05, 250_000)
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.get_warmup_steps(250_000)) == (0.9, 0.98, 2000)
+    trainer = make_trainer(tmp_path, max_steps=250_000)
+    trainer.create_optimizer_and_scheduler(250_000)
+    rate = trainer.lr_scheduler.lr_lambdas[0]
+    rates = [1e-4 * rate(step) for step in (0, 2000, 126_000, 250_000)]
+    assert rates == pytest.approx([1e-6, 1e-4, 5.5e-5, 1e-5], rel=1e-3)
+    assert Stage1Arguments(str(tmp_path), num_train_epochs=10).max_steps == -1
+    linear = make_trainer(tmp_path, lr_scheduler_type="linear", warmup_steps=0)
+    linear.create_optimizer_and_scheduler(100)
+    assert linear.lr_scheduler.lr_lambdas[0](50) == pytest.approx(0.5)
+
+
+def test_what_decays(tmp_path):
+    trainer = make_trainer(tmp_path)
+    decay, no_decay = trainer.create_optimizer().param_groups
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    decayed = {names[id(parameter)] for parameter in decay["params"]}
+    others = {names[id(parameter)] for parameter in no_decay["params"]}
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.05, 0.0)
+    assert {"query_tokens.weight", "temperature.weight", "itm_head.bias", "qformer.layernorm.weight"} <= others
+    assert {"itm_head.weight", "embeddings.word_embeddings.weight"} <= decayed
+    assert not any(name.endswith("bias") or "ayer_norm" in name or "LayerNorm" in name for name in decayed)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert decayed | others == trained
+
+
+@pytest.mark.usefixtures("likeliest_negatives")
+def test_accumulation_is_the_mean_of_the_batches(tmp_path):
+    model = make_stage1().train()
+    batches = [make_inputs(4, seed=seed) for seed in (0, 1)]
+    expected = gradients(model, sum(model(**batch).loss for batch in batches) / 2)
+    model.zero_grad()
+    trainer = make_trainer(tmp_path, model=model, gradient_accumulation_steps=2)
+    trainer.current_gradient_accumulation_steps = 2
+    for batch in batches:
+        trainer.training_step(model, batch)
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("likeliest_negatives")
+def test_gradient_caching_is_an_argument(tmp_path):
+    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    cached = make_trainer(tmp_path, gradient_caching_chunk_size=2, **options)
+    # What would be accumulated is contrasted as a whole
+    assert (cached.args.per_device_train_batch_size, cached.args.gradient_accumulation_steps) == (6, 1)
+    whole = make_trainer(tmp_path, model=copy.deepcopy(cached.model), per_device_train_batch_size=6)
+    whole.model.gradient_caching_disable()
+    for trainer in (cached, whole):
+        trainer.train()
+    expected, actual = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, cached))
+    assert len(actual) == 3 and actual == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_trained_is_said():
+    lines = {line.split()[0]: line for line in describe_trained_parts(make_stage1()).splitlines()[1:]}
+    assert lines["qformer"].endswith(" trained") and lines["vision_model"].endswith("64 trained")
+
+
+def test_recall_by_hand():
+    similarity = torch.tensor([[0.9, 0.8, 0.1], [0.5, 0.4, 0.2], [0.1, 0.2, 0.3]])
+    recall = retrieval_recall(similarity, torch.eye(3, dtype=torch.bool), k=(1, 2))
+    assert recall == {
+        "image_to_text_r1": pytest.approx(2 / 3),
+        "image_to_text_r2": 1.0,
+        "text_to_image_r1": pytest.approx(2 / 3),
+        "text_to_image_r2": 1.0,
+    }
+
+
+def test_recall_with_several_texts_of_an_image():
+    features = torch.eye(4)[:, None].numpy()
+    prediction = transformers.EvalPrediction(
+        predictions=(features[[0, 0, 1]], torch.eye(4)[[2, 0, 1]].numpy()), label_ids=torch.tensor([7, 7, 9]).numpy()
+    )
+    metrics = contrastive_retrieval_metrics(prediction)
+    assert metrics["image_to_text_r1"] == 1.0  # one of the two texts is enough
+    assert metrics["text_to_image_r1"] == pytest.approx(1.0)
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None
+    for step in (5, 10, 15, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        torch.save({}, folder / "rng_state.pth")
+    (tmp_path / "checkpoint-20" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-15" / "trainer_state.json").write_text('{"global_st')
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    # In another number of processes it goes on all the same
+    assert last_complete_checkpoint(tmp_path, world_size=2) == str(tmp_path / "checkpoint-10")
+    state = (tmp_path / "checkpoint-10" / "rng_state.pth").read_bytes()
+    (tmp_path / "checkpoint-10" / "rng_state.pth").write_bytes(state[:-10])
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+
+
+def test_a_checkpoint_of_some_of_the_processes_is_passed_over(tmp_path):
+    for step, processes in ((5, 2), (10, 1)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for rank in range(processes):
+            torch.save({}, tmp_path / f"checkpoint-{step}" / f"rng_state_{rank}.pth")
+    assert last_complete_checkpoint(tmp_path, world_size=2) == str(tmp_path / "checkpoint-5")
+
+
+def command(folder, *options: str, processes: int = 1) -> list[str]:
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    common = "--warmup_steps 2 --learning_rate 1e-3 --logging_steps 1 --report_to none --use_cpu --disable_tqdm True"
+    return [*start, str(PROGRAM), "--output_dir", str(folder), *common.split(), *options]
+
+
+def run(folder, *options: str, processes: int = 1):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command(folder, *options, processes=processes), env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return losses(folder)
+
+
+def losses(folder) -> dict[int, list[float]]:
+    log = json.loads((folder / "log.json").read_text())
+    names = ("loss", "loss_itc", "loss_itm", "loss_itg", "eval_loss")
+    return {
+        (entry["step"], "eval_loss" in entry): [entry[name] for name in names if name in entry]
+        for entry in log
+        if "loss" in entry or "eval_loss" in entry
+    }
+
+
+@pytest.mark.parametrize("options", [(), ("--stream",)], ids=["rows", "stream"])
+def test_killed_and_resumed(tmp_path, options):
+    options = (
+        *options,
+        *["--max_steps", "16", "--save_steps", "3", "--save_total_limit", "2", "--per_device_train_batch_size", "4"],
+        *["--eval_strategy", "steps", "--eval_steps", "5"],
+    )
+    expected = run(tmp_path / "whole", *options)
+    folder = tmp_path / "killed"
+    # Once as soon as a second checkpoint has begun to be written, and once some time after the next
+    for checkpoint, delay in (("checkpoint-6", 0.0), ("checkpoint-12", 0.05)):
+        process = subprocess.Popen(
+            command(folder, *options),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not (folder / checkpoint).exists():
+            assert process.poll() is None, "ended before it was killed"
+            time.sleep(0.0005)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "log.json").exists()
+    assert run(folder, *options) == expected
+
+
+def test_a_stream_in_two_processes(tmp_path):
+    options = ("--stream", "--max_steps", "4", "--save_strategy", "no", "--per_device_train_batch_size", "4")
+    assert len(run(tmp_path, *options, processes=2)) == 4
+
+
+def test_joined_data_sets_want_names(tmp_path):
+    rows = make_pairs(6)
+    named = [ImageTextPairs(rows, source=name) for name in ("first", "second")]
+    assert named[0][3]["image_id"] != named[1][3]["image_id"]
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = torch.utils.data.ConcatDataset(named)
+    trainer.train()
+    trainer.train_dataset = torch.utils.data.ConcatDataset([ImageTextPairs(rows), ImageTextPairs(rows)])
+    with pytest.raises(ValueError, match="source="):
+        trainer.train()
+
+
+def test_held_out_texts_of_one_image(tmp_path):
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)
+    rows = make_pairs(5).add_column("id", [0, 0, 1, 1, 1])
+    metrics = trainer.evaluate(ImageTextPairs(rows, id_column="id", train=False))
+    assert metrics["eval_loss"] > 0
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    options = ("--max_steps", "5", "--save_strategy", "no", "--without-chance")
+    one = run(tmp_path / "one", *options, "--per_device_train_batch_size", "8")
+    two = run(tmp_path / "two", *options, "--per_device_train_batch_size", "4", processes=2)
+    assert one.keys() == two.keys() and len(one) == 5
+    for step in one:
+        assert two[step] == pytest.approx(one[step], abs=2e-4)
