@@ -140,6 +140,7 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
     }
     _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\."]
     # What is trained stays in float32, also where the rest is bfloat16
+    _keep_in_fp32_modules = None
     _keep_in_fp32_modules_strict = [
         *Blip2PreTrainedModel._keep_in_fp32_modules,
         "word_embeddings",
