@@ -139,11 +139,12 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
         "lm_head.decoder.bias": "lm_head.bias",
     }
     _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\."]
-    # What is trained stays in float32, also where the rest is bfloat16
+    # What is trained stays in float32, also where the rest is bfloat16; patterns, for towers use the same names inside
     _keep_in_fp32_modules = None
     _keep_in_fp32_modules_strict = [
         *Blip2PreTrainedModel._keep_in_fp32_modules,
-        "word_embeddings",
+        r"^vision_model\.post_layernorm",
+        r"^embeddings",
         "vision_projection",
         "text_projection",
         "itm_head",
