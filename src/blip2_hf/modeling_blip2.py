@@ -19,7 +19,8 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hidden_size
 from .frozen import checkpoint_in_eval_mode, is_frozen
 from .generation_blip2 import Blip2GenerationMixin
-from .losses import language_modeling_loss
+from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labels
+from .losses import language_modeling_loss, mean_over_labels
 from .modeling_qformer import (
     Blip2ImageStates,
     Blip2QFormerModel,
@@ -431,6 +432,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.language_model = language_model
         self.generation_config = copy.deepcopy(language_model.generation_config)
+        # Known once it has been tried: whether nothing is done to the scores that leave its head
+        self._head_is_last: bool | None = None
         self.takes_position_ids = "position_ids" in inspect.signature(language_model.forward).parameters
         self.post_init()
         self.freeze()
@@ -652,6 +655,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         decoder_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = True,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | Blip2ForConditionalGenerationModelOutput:
         r"""
@@ -684,6 +688,9 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 What to learn: of the shape of `input_ids`, or, for an encoder-decoder, the target. -100 is ignored.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 Whether position embeddings are interpolated to the size of the images.
+            skip_logits (`bool`, *optional*):
+                Whether the loss alone is wanted: scores are then computed at labels, some at a time, and `logits` is
+                `None`. If it is not given: in the training steps of `Trainer`, which passes `num_items_in_batch`.
             kwargs:
                 Passed to the language model.
 
@@ -723,24 +730,53 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             kwargs["position_ids"] = _position_ids(attention_mask, length) if position_ids is None else position_ids
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
-        outputs = self.language_model(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
-        )
-        loss = None
-        if labels is not None:
-            # A decoder-only model predicts the label of the next position
-            shift = 0 if self.config.is_encoder_decoder else 1
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
+        if labels is None:
+            loss, outputs = None, self.language_model(**inputs, return_dict=True)
+        else:
             if shift_labels is None:
-                logits, targets = outputs.logits[:, : outputs.logits.shape[1] - shift], labels[:, shift:]
-            else:
-                logits, targets = outputs.logits[:, -shift_labels.shape[1] :], shift_labels
-            loss = language_modeling_loss(logits, targets, num_items_in_batch)
+                # A decoder-only model predicts the label of the next position
+                shift_labels = labels if self.config.is_encoder_decoder else _shift(labels)
+            if skip_logits is None:
+                skip_logits = self.training and num_items_in_batch is not None
+            # Keys and values are for generation
+            inputs = {"use_cache": False} | inputs
+            loss, outputs = self._loss(inputs, shift_labels, num_items_in_batch, skip_logits)
         return Blip2ForConditionalGenerationModelOutput(
             loss=loss,
             **{name: outputs.get(name) for name in LANGUAGE_MODEL_OUTPUTS},
             vision_outputs=None if image_outputs is None else image_outputs.vision_outputs,
             qformer_outputs=None if image_outputs is None else image_outputs.qformer_outputs,
             language_model_outputs=outputs,
+        )
+
+    def _loss(
+        self,
+        inputs: dict[str, Any],
+        shift_labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+        skip_logits: bool,
+    ) -> tuple[torch.Tensor, ModelOutput]:
+        """The loss, `shift_labels` being what each position predicts, and what the language model returned."""
+        if skip_logits and self._scores_labels_alone():
+            head = self.get_output_embeddings()
+            with states_at_labels(self.language_model, shift_labels) as states:
+                outputs = self.language_model(**inputs, return_dict=True)
+            if self._head_is_last is None:
+                self._head_is_last = states.are_all(head, outputs.logits)
+            if self._head_is_last:
+                total = loss_at_labels(head, states.hidden_states, states.labels)
+                outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+                return mean_over_labels(total, len(states.labels), num_items_in_batch), outputs
+        outputs = self.language_model(**inputs, return_dict=True)
+        logits = outputs.logits[:, -shift_labels.shape[1] :]
+        return language_modeling_loss(logits, shift_labels, num_items_in_batch), outputs
+
+    def _scores_labels_alone(self) -> bool:
+        return (
+            self._head_is_last is not False
+            and not torch.compiler.is_compiling()
+            and can_score_labels_alone(self.language_model)
         )
 
     def train(self, mode: bool = True):
@@ -858,6 +894,11 @@ def _position_ids(attention_mask: torch.Tensor | None, length: int) -> torch.Ten
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return None
     return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)[:, -length:]
+
+
+def _shift(labels: torch.Tensor) -> torch.Tensor:
+    """What each position predicts: the label of the next one."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def _attach_tower_if_missing(stage1: Blip2PreTrainedModel, vision_model):
