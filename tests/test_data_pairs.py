@@ -71,7 +71,7 @@ def identity(items):
 def test_an_item(rows, dataset):
     for source in (rows, dataset):
         item = ImageTextPairs(source)[1]
-        assert set(item) == {"image", "text", "image_id"}
+        assert set(item) == {"row", "image", "text", "image_id"}
         np.testing.assert_array_equal(np.asarray(item["image"]), np.asarray(rows[1]["image"]))
         assert item["text"] == "a red bus"
         assert item["image_id"] == 1
@@ -262,6 +262,14 @@ def test_processes_share_a_stream(kind, num_shards, dataset):
         items += share
     assert len({item["image_id"] for item in items}) == 8
     assert len({np.asarray(item["image"]).tobytes() for item in items}) == 8
+
+
+@pytest.mark.parametrize("kind", ["datasets", "iterable"])
+def test_a_share_is_a_copy(kind, dataset):
+    stream = ImageTextStream(sharded(dataset) if kind == "datasets" else Again(8))
+    shares = [stream.shared_out(rank, 2) for rank in range(2)]
+    assert [len(list(share)) for share in shares] == [4, 4]
+    assert (stream.rank, stream.world_size, len(list(stream))) == (0, 1, 8)
 
 
 @pytest.mark.parametrize("kind", ["datasets", "iterable"])

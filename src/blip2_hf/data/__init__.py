@@ -1,23 +1,30 @@
 """Data for training: pictures with texts, batches of them, and the vision tower's features, computed once."""
 
+from .bad_rows import BadRow, BadRowError, check_pairs, report_bad_rows
 from .callbacks import SetEpochCallback
-from .collators import ImageTextCollator
+from .collators import ImageTextCollator, LanguageModelCollator
 from .feature_cache import VisionTower, cache_features, load_cached_features, read_cached_features
 from .pairs import ImageTextPairs, ImageTextStream
-from .text import clean_caption, clean_question
+from .text import clean_caption, clean_question, split_prefix
 from .transforms import RandomResizedCropAndFlip
 
 
 __all__ = [
+    "BadRow",
+    "BadRowError",
     "ImageTextCollator",
     "ImageTextPairs",
     "ImageTextStream",
+    "LanguageModelCollator",
     "RandomResizedCropAndFlip",
     "SetEpochCallback",
     "VisionTower",
     "cache_features",
+    "check_pairs",
     "clean_caption",
     "clean_question",
     "load_cached_features",
     "read_cached_features",
+    "report_bad_rows",
+    "split_prefix",
 ]

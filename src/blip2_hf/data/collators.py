@@ -5,6 +5,11 @@ from typing import Any
 
 import torch
 
+from .bad_rows import NOTHING_TO_LEARN, TEXT_TOO_LONG, BadRowError, shorten
+
+
+_LONGEST_INSTRUCTION = 128  # tokens that the Q-Former reads
+
 
 class ImageTextCollator:
     r"""
@@ -43,10 +48,8 @@ class ImageTextCollator:
         Raises:
             ValueError: if rows lack something, or mix pictures and features, or features differ in shape or type.
         """
-        batch = self._images(rows)
-        missing = [name for name in ("text", "image_id") if any(name not in row for row in rows)]
-        if missing:
-            raise ValueError(f"Rows without {missing[0]!r}. {_EXPECTED}")
+        batch = _stack_images(rows, self.processor)
+        _check_names(rows, "text", "image_id")
         texts = self.processor.tokenizer(
             [row["text"] for row in rows],
             padding=True,
@@ -62,24 +65,142 @@ class ImageTextCollator:
         image_ids = torch.tensor([row["image_id"] for row in rows], dtype=torch.int64)
         return {**batch, **texts, "image_ids": image_ids}
 
-    def _images(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        with_features = sum("image_embeds" in row for row in rows)
-        if with_features == 0:
-            if any("image" not in row for row in rows):
-                raise ValueError(f"Rows without 'image' and 'image_embeds'. {_EXPECTED}")
-            pictures = self.processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
-            return {"pixel_values": pictures["pixel_values"]}
-        if with_features < len(rows):
-            raise ValueError(
-                f"{with_features} of the {len(rows)} rows of a batch have features, the others pictures. Store the "
-                "features of all, with cache_features, or of none."
-            )
-        features = [row["image_embeds"] for row in rows]
-        kinds = {(tuple(f.shape), str(f.dtype)) for f in features}
-        if len(kinds) > 1:
-            found = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds))
-            raise ValueError(f"The features of a batch differ ({found}). One tower, size and dtype have to make all.")
-        return {"image_embeds": torch.stack(features)}
+
+class LanguageModelCollator:
+    r"""
+    Makes a batch for [`Blip2ForConditionalGeneration`] of the items of [`ImageTextPairs`] or [`ImageTextStream`]. The
+    picture stands in front of the prompt, `text` behind it, with the end token. Prompts and pictures have the label
+    -100.
+
+    A prompt or text that spells a special token, such as `<image>` or `</s>`, is text.
+
+    Args:
+        processor ([`Blip2Processor`]):
+            The model's. If it has a `qformer_tokenizer`, the Q-Former reads the `instruction` of each item, or its
+            prompt if there is none.
+        max_length (`int`, *optional*):
+            Most tokens of prompt and text, for an encoder-decoder of each of them; pictures are not counted. What is
+            cut is the end of the text, never the end token. `None` cuts nothing.
+        max_positions (`int`, *optional*):
+            Positions of the language model, for queries (if `processor.num_query_tokens` is set), prompt and text: a
+            row that needs more is an error. `None`, for models without such a limit, does not look.
+
+    Example:
+
+    ```python
+    >>> pairs = ImageTextPairs(dataset, text_column="answers", prompt="Question: {} Answer:", prompt_column="question")
+    >>> collator = LanguageModelCollator(processor, max_positions=model.config.text_config.max_position_embeddings)
+    >>> loss = model(**collator([pairs[0], pairs[1]])).loss
+    ```"""
+
+    def __init__(self, processor: Any, max_length: int | None = None, max_positions: int | None = None):
+        self.processor = processor
+        self.max_length = max_length
+        self.max_positions = max_positions
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        r"""
+        Args:
+            rows (`list[dict]`):
+                Items with `image` or `image_embeds`, `text` and, if there are any, `prompt`, `instruction` and `row`,
+                by which errors name them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `pixel_values` of shape `(batch_size, channels, height, width)`, or
+            `image_embeds` of shape `(batch_size, features, width)` in the type that was stored; `input_ids` and
+            `attention_mask` of shape `(batch_size, length)`; `labels` of the same shape or, for an encoder-decoder,
+            of shape `(batch_size, target_length)`; `qformer_input_ids` and `qformer_attention_mask` of shape
+            `(batch_size, instruction_length)`, if the Q-Former reads text.
+
+        Raises:
+            BadRowError: if a row needs more positions than there are, or is cut until nothing is left to learn.
+            ValueError: if rows lack something, or mix pictures and features, or features differ in shape or type.
+        """
+        batch = _stack_images(rows, self.processor)
+        _check_names(rows, "text")
+        text_kwargs: dict[str, Any] = {"split_special_tokens": True}
+        if self.max_length is not None:
+            text_kwargs |= {"truncation": True, "max_length": self.max_length}
+        batch |= self.processor(
+            text=[self._with_placeholder(row.get("prompt", "")) for row in rows],
+            text_target=[row["text"] for row in rows],
+            text_kwargs=text_kwargs,
+            return_tensors="pt",
+        )
+        self._check_lengths(rows, batch)
+        if self.processor.qformer_tokenizer is not None:
+            batch |= self._instructions(rows)
+        return batch
+
+    def _with_placeholder(self, prompt: str) -> str:
+        """The prompt behind its picture: stored features have placeholders too."""
+        token = self.processor.image_token
+        # The processor would take a mark inside the prompt for the place of a picture
+        prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
+        return prompt if self.processor.num_query_tokens is None else token + prompt
+
+    def _instructions(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.qformer_tokenizer
+        encoding = tokenizer(
+            [row.get("instruction", row.get("prompt", "")) for row in rows],
+            padding=True,
+            truncation=True,
+            max_length=min(_LONGEST_INSTRUCTION, tokenizer.model_max_length),
+            split_special_tokens=True,
+            return_tensors="pt",
+        )
+        return {f"qformer_{name}": encoding[name] for name in ("input_ids", "attention_mask")}
+
+    def _check_lengths(self, rows: Sequence[dict[str, Any]], batch: dict[str, torch.Tensor]):
+        num_labels = (batch["labels"] != -100).sum(dim=1)
+        positions = batch["attention_mask"].sum(dim=1)
+        if self.processor.is_encoder_decoder:
+            positions = torch.maximum(positions, num_labels)
+        for i, (row, length, count) in enumerate(zip(rows, positions.tolist(), num_labels.tolist(), strict=True)):
+            name = row.get("row", f"row {i} of the batch")
+            if self.max_positions is not None and length > self.max_positions:
+                raise BadRowError(
+                    f"{name} takes {length} positions, of which the model has {self.max_positions}. Give a smaller "
+                    "max_length than that, to cut long texts, or leave the row out: check_pairs finds all such rows.",
+                    name,
+                    TEXT_TOO_LONG,
+                )
+            # One label is the end token
+            if count <= 1:
+                raise BadRowError(
+                    f"{name} has nothing left to learn: max_length={self.max_length} cuts all of its text, "
+                    f"{shorten(row['text'])}, behind the prompt {shorten(row.get('prompt', ''))}. Allow more, or "
+                    "leave the row out: check_pairs finds all such rows.",
+                    name,
+                    NOTHING_TO_LEARN,
+                )
+
+
+def _stack_images(rows: Sequence[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
+    """`pixel_values` or `image_embeds` of a batch."""
+    with_features = sum("image_embeds" in row for row in rows)
+    if with_features == 0:
+        if any("image" not in row for row in rows):
+            raise ValueError(f"Rows without 'image' and 'image_embeds'. {_EXPECTED}")
+        pictures = processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
+        return {"pixel_values": pictures["pixel_values"]}
+    if with_features < len(rows):
+        raise ValueError(
+            f"{with_features} of the {len(rows)} rows of a batch have features, the others pictures. Store the "
+            "features of all, with cache_features, or of none."
+        )
+    features = [row["image_embeds"] for row in rows]
+    kinds = {(tuple(f.shape), str(f.dtype)) for f in features}
+    if len(kinds) > 1:
+        found = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds))
+        raise ValueError(f"The features of a batch differ ({found}). One tower, size and dtype have to make all.")
+    return {"image_embeds": torch.stack(features)}
+
+
+def _check_names(rows: Sequence[dict[str, Any]], *names: str):
+    missing = [name for name in names if any(name not in row for row in rows)]
+    if missing:
+        raise ValueError(f"Rows without {missing[0]!r}. {_EXPECTED}")
 
 
 _EXPECTED = (

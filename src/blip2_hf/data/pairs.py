@@ -3,6 +3,7 @@
 import copy
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,27 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.distributed import split_dataset_by_node
+from PIL import Image
 from transformers.utils import logging
 
 from ..image_loading import ImageLoadError
+from ..processing_blip2 import IMAGE_TOKEN
+from .bad_rows import (
+    PICTURE_MISSING,
+    PICTURE_UNREADABLE,
+    TEXT_EMPTY,
+    TEXT_MISSING,
+    BadPictureError,
+    BadRow,
+    BadRowError,
+    RowName,
+    count_kinds,
+    find_file,
+    shorten,
+)
 from .feature_cache import EMBEDS, FEATURE_COLUMNS, SHAPE, read_cached_features
 from .rows import column_names, get_column, open_image, seeded_generator, select_columns, stable_hash
-from .text import clean_caption
+from .text import clean_caption, clean_question, split_prefix
 
 
 logger = logging.get_logger(__name__)
@@ -28,6 +44,7 @@ class _Pairs:
     def __init__(
         self,
         dataset: Any,
+        *,
         image_column: str,
         text_column: str,
         transform: Callable | None,
@@ -36,14 +53,26 @@ class _Pairs:
         seed: int,
         train: bool,
         source: str | None,
+        prompt: str | None,
+        prompt_column: str | None,
+        prefix_lm: bool,
+        images: Any = None,
+        images_column: str = "image",
     ):
-        columns = column_names(dataset)
+        _check_prompt(prompt, prompt_column)
+        columns = column_names(dataset if images is None else images)
         self.has_features = columns is not None and EMBEDS in columns
         if self.has_features and transform is not None:
             raise ValueError(_TRANSFORM_OF_FEATURES)
-        image_columns = FEATURE_COLUMNS if self.has_features else (image_column,)
-        text_columns = (text_column,) if id_column is None else (text_column, id_column)
-        self.dataset = select_columns(dataset, (*image_columns, *text_columns), image_column)
+        self.picture_column = image_column if images is None else images_column
+        picture_columns = FEATURE_COLUMNS if self.has_features else (self.picture_column,)
+        columns_of_row = [name for name in (text_column, id_column, prompt_column) if name is not None]
+        if images is None:
+            self.dataset = _select(dataset, [*picture_columns, *columns_of_row], image_column)
+            self.images = None
+        else:
+            self.dataset = _select(dataset, [image_column, *columns_of_row], None)
+            self.images = _select(images, picture_columns, images_column)
         self.image_column = image_column
         self.text_column = text_column
         self.transform = transform
@@ -52,11 +81,15 @@ class _Pairs:
         self.seed = seed
         self.train = train
         self.source = source
+        self.prompt = prompt
+        self.prompt_column = prompt_column
+        self.prefix_lm = prefix_lm
         # Shared memory: workers that outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __setstate__(self, state: dict[str, Any]):
-        self.__dict__ = state
+        # copy.copy hands over the very dict of the original
+        self.__dict__.update(state)
         self._epoch.share_memory_()
 
     @property
@@ -77,16 +110,24 @@ class _Pairs:
 
     def _item(self, row: Mapping, number: int, epoch: int) -> dict[str, Any]:
         generator = seeded_generator(self.seed, epoch, number if self.source is None else f"{self.source}/{number}")
-        item: dict[str, Any] = {}
-        if EMBEDS in row:
-            item["image_embeds"] = self._features(row, generator)
+        picture_row, image_id = self._picture_row(row, number)
+        picture = None if EMBEDS in picture_row else get_column(picture_row, self.picture_column)
+        name = RowName(number, find_file(row, picture), self.source)
+        item: dict[str, Any] = {"row": name}
+        if EMBEDS in picture_row:
+            item["image_embeds"] = self._features(picture_row, generator)
         else:
-            image = open_image(get_column(row, self.image_column), f"row {number}")
+            image = self._open(picture, name)
             item["image"] = image if self.transform is None else self.transform(image, generator)
-        item["text"] = self._text(row, number, generator)
-        image_id = number if self.id_column is None else get_column(row, self.id_column)
+        item |= self._texts(row, name, generator)
+        if self.id_column is not None:
+            image_id = get_column(row, self.id_column)
         item["image_id"] = _image_id(image_id if self.source is None else f"{self.source}/{image_id}", number)
         return item
+
+    def _picture_row(self, row: Mapping, number: int) -> tuple[Mapping, int]:
+        """The row that has the picture, and its number."""
+        return row, number
 
     def _features(self, row: Mapping, generator: torch.Generator) -> torch.Tensor:
         if self.transform is not None:
@@ -94,15 +135,55 @@ class _Pairs:
         views = row[SHAPE][0]
         return read_cached_features(row, int(torch.randint(views, (), generator=generator)) if self.train else 0)
 
-    def _text(self, row: Mapping, number: int, generator: torch.Generator) -> str:
-        text = get_column(row, self.text_column)
-        if isinstance(text, Sequence) and not isinstance(text, (str, bytes)) and len(text) > 0:
-            text = text[int(torch.randint(len(text), (), generator=generator)) if self.train else 0]
-        if not isinstance(text, str):
-            raise ValueError(
-                f"Row {number} has {text!r} in column {self.text_column!r}; a text, or a list of texts, was expected."
+    def _open(self, picture: Any, name: RowName) -> Image.Image:
+        is_record = isinstance(picture, Mapping)
+        if picture is None or (is_record and picture.get("bytes") is None and picture.get("path") is None):
+            raise BadPictureError(
+                f"{name.at_start} has no picture in column {self.picture_column!r}.", name, PICTURE_MISSING
             )
-        return clean_caption(text) if self.clean_text else text
+        try:
+            return open_image(picture, RowName(name.number, source=self.source))
+        except ImageLoadError as error:
+            message = str(error)
+            if name.file is not None and repr(name.file) not in message:
+                message = f"{name.file}: {message}"
+            raise BadPictureError(message, name, PICTURE_UNREADABLE) from error
+
+    def _texts(self, row: Mapping, name: RowName, generator: torch.Generator) -> dict[str, str]:
+        """`text` and, if there are any, `prompt` and `instruction`."""
+        value = get_column(row, self.text_column)
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            texts = [self._clean(text, self.text_column, name, clean_caption) for text in value or [value]]
+            text = texts[int(torch.randint(len(texts), (), generator=generator)) if self.train else 0]
+        else:
+            text = self._clean(value, self.text_column, name, clean_caption)
+        if self.prompt is None and not self.prefix_lm:
+            return {"text": text}
+        prompt, fields = self.prompt or "", {}
+        if self.prompt_column is not None:
+            value = get_column(row, self.prompt_column)
+            fields["instruction"] = self._clean(value, self.prompt_column, name, clean_question)
+            prompt = prompt.replace("{}", fields["instruction"])
+        if self.prefix_lm and self.train:
+            prefix, text = split_prefix(text, generator)
+            prompt = f"{prompt.rstrip()} {prefix}".lstrip() if prefix else prompt
+        return {"text": text, "prompt": prompt, **fields}
+
+    def _clean(self, text: Any, column: str, name: RowName, clean: Callable[[str], str]) -> str:
+        if not isinstance(text, str):
+            expected = "a text, or a list of texts," if column == self.text_column else "a text"
+            raise BadRowError(
+                f"{name.at_start} has {shorten(text)} in column {column!r}; {expected} was expected.",
+                name,
+                TEXT_MISSING,
+            )
+        cleaned = clean(text) if self.clean_text else text
+        if not cleaned.strip():
+            what = f"{shorten(text)}, of which cleaning leaves nothing," if text.strip() else "an empty text"
+            raise BadRowError(
+                f"{name.at_start} has {what} in column {column!r}; a word at least was expected.", name, TEXT_EMPTY
+            )
+        return cleaned
 
 
 class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
@@ -112,7 +193,9 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
     however many workers, sees what it would have seen.
 
     An item holds `image` (`PIL.Image.Image`, mode RGB) or `image_embeds` (`torch.Tensor` of shape `(features, width)`,
-    in the type that was stored; its memory is not to be written to), `text` (`str`) and `image_id` (`int`).
+    in the type that was stored; its memory is not to be written to), `text` (`str`), `image_id` (`int`) and `row`
+    (`str`), by which errors name it, such as `row 17 (dogs/17.jpg)`; with a prompt or prefixes `prompt` (`str`), what
+    stands in front of the text; with `prompt_column` `instruction` (`str`), the bare question.
 
     `Trainer` and accelerate tell the epoch to a data set only in one process, in a run that was not resumed: add
     [`SetEpochCallback`] to the `Trainer`, or call `set_epoch` in a loop of your own.
@@ -139,17 +222,33 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             the first text and view 0, the picture itself.
         source (`str`, *optional*):
             Name of the data set, where several are joined: images of one are then told from those of another.
+        prompt (`str`, *optional*):
+            What stands in front of the text: `"a photo of"` or, with `{}` for the value of `prompt_column`,
+            `"Question: {} Answer:"`.
+        prompt_column (`str`, *optional*):
+            Column of the questions: a string each, which goes through [`clean_question`] if `clean_text`.
+        prefix_lm (`bool`, *optional*, defaults to `False`):
+            Whether to move the beginning of the text, up to a random word, behind the prompt ([`split_prefix`]): for
+            encoder-decoders. With `train=False` nothing is moved.
+        images (`datasets.Dataset` or sequence of `dict`, *optional*):
+            Where the pictures lie, or the features of [`load_cached_features`] (of a cache that left out no row), if
+            rows share them. `image_column` of `dataset` then holds the number of a row of `images`, which is also its
+            `image_id`: rows with one picture are no negatives of each other.
+        images_column (`str`, *optional*, defaults to `"image"`):
+            Column of the pictures in `images`.
 
     Raises:
-        ValueError: if a column is missing or holds something else.
-        ImageLoadError: if a picture can't be read; the message names its row.
+        BadRowError: if the picture of a row is missing, or a text, any one of several, is missing or empty; the
+            message names row and file.
+        ImageLoadError: if a picture is missing or can't be read: a `BadRowError` too.
+        ValueError: if a column is missing, or arguments do not fit.
 
     Example:
 
     ```python
     >>> pairs = ImageTextPairs(load_dataset("parquet", data_files="pictures.parquet", split="train"))
     >>> pairs[0]
-    {'image': <PIL.Image.Image image mode=RGB size=640x480>, 'text': 'a dog on the grass', 'image_id': 0}
+    {'row': 'row 0', 'image': <PIL.Image.Image image mode=RGB size=640x480>, 'text': 'a dog', 'image_id': 0}
     ```"""
 
     def __init__(
@@ -163,26 +262,105 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         seed: int = 0,
         train: bool = True,
         source: str | None = None,
+        prompt: str | None = None,
+        prompt_column: str | None = None,
+        prefix_lm: bool = False,
+        images: datasets.Dataset | Sequence[Mapping] | None = None,
+        images_column: str = "image",
     ):
-        if isinstance(dataset, datasets.IterableDataset):
+        if isinstance(dataset, datasets.IterableDataset) or isinstance(images, datasets.IterableDataset):
             raise ValueError("A datasets.IterableDataset has no length and no rows by number: use ImageTextStream.")
-        super().__init__(dataset, image_column, text_column, transform, id_column, clean_text, seed, train, source)
-        if self.has_features:
+        super().__init__(
+            dataset,
+            image_column=image_column,
+            text_column=text_column,
+            transform=transform,
+            id_column=id_column,
+            clean_text=clean_text,
+            seed=seed,
+            train=train,
+            source=source,
+            prompt=prompt,
+            prompt_column=prompt_column,
+            prefix_lm=prefix_lm,
+            images=images,
+            images_column=images_column,
+        )
+        if self.has_features and self.images is not None:
+            self.images = self.images.with_format("arrow")
+        elif self.has_features:
             self.dataset = self.dataset.with_format("arrow")
+        self._kept: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number = operator.index(index)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"There is no row {number}: the data set has {len(self)}.")
-        number %= len(self)
-        row = self.dataset[number]
-        if self.has_features:
-            # Features stay in the file that is mapped into memory
-            row = {n: _stored_bytes(row[n]) if n == EMBEDS else row[n][0].as_py() for n in row.column_names}
-        return self._item(row, number, self.epoch)
+        number = self.row_number(index)
+        return self._item(_read_row(self.dataset, number), number, self.epoch)
+
+    def row_number(self, index: int) -> int:
+        """
+        Number of a row in the data set: not its index, once rows before it are left out.
+
+        Args:
+            index (`int`):
+                Index of an item; a negative one counts from the end.
+
+        Returns:
+            `int`: the number.
+
+        Raises:
+            IndexError: if there is no such item.
+        """
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There is no row {index}: the data set has {len(self)}.")
+        return index % len(self) if self._kept is None else int(self._kept[index])
+
+    def without(self, bad: Iterable[BadRow | int]) -> "ImageTextPairs":
+        """
+        The same rows but for some. Those that are left keep their numbers, and so their ids and all that is drawn.
+
+        Args:
+            bad (iterable of [`BadRow`] or `int`):
+                What [`check_pairs`] found, or numbers of rows.
+
+        Returns:
+            [`ImageTextPairs`]: a copy, whose epoch is set apart from that of this one.
+
+        Raises:
+            ValueError: if the data set has no such row, or no row is left.
+        """
+        left_out = {row.row if isinstance(row, BadRow) else operator.index(row) for row in bad}
+        size = len(self.dataset)
+        if unknown := sorted(number for number in left_out if not 0 <= number < size):
+            raise ValueError(f"There is no row {unknown[0]}: the data set has {size}. Check this very data set.")
+        numbers = np.arange(size) if self._kept is None else self._kept
+        kept = numbers[~np.isin(numbers, list(left_out))]
+        if len(kept) == 0:
+            raise ValueError(f"All {len(self)} rows are bad, none is left. report_bad_rows says why.")
+        pairs = copy.copy(self)
+        pairs._kept, pairs._epoch = kept, self._epoch.clone().share_memory_()
+        return pairs
+
+    def _picture_row(self, row: Mapping, number: int) -> tuple[Mapping, int]:
+        if self.images is None:
+            return row, number
+        value = get_column(row, self.image_column)
+        name = RowName(number, find_file(row, None), self.source)
+        try:
+            image_number = operator.index(value)
+        except TypeError:
+            image_number = -1
+        if not 0 <= image_number < len(self.images):
+            raise BadPictureError(
+                f"{name.at_start} has {value!r} in column {self.image_column!r}; the number of a row of images, "
+                f"0 to {len(self.images) - 1}, was expected.",
+                name,
+                PICTURE_MISSING,
+            )
+        return _read_row(self.images, image_number), image_number
 
 
 class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
@@ -203,19 +381,21 @@ class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
     Args:
         dataset (`datasets.IterableDataset` or iterable of `dict`):
             The rows. It is iterated over once an epoch.
-        image_column, text_column, transform, id_column, clean_text, seed, train, source:
+        image_column, text_column, transform, id_column, clean_text, seed, train, source, prompt, prompt_column, \
+prefix_lm:
             As in [`ImageTextPairs`]. Without `id_column`, `image_id` is the running number of the row, which no other
             worker or process uses.
         skip_broken (`bool`, *optional*, defaults to `False`):
-            Whether rows whose picture can't be read are left out, with a warning that counts them.
+            Whether rows that raise [`BadRowError`] are left out, with a warning that counts them by kind.
         repeat (`bool`, *optional*, defaults to `False`):
             Whether the rows begin again, as those of the next epoch, without end.
         rank (`int`, *optional*, defaults to 0), world_size (`int`, *optional*, defaults to 1):
             Number of this process, and of all, in a loop of your own: each process then reads its share.
 
     Raises:
-        ValueError: if the rows can be read but once, or a column is missing or holds something else.
-        ImageLoadError: if a picture can't be read; the message has the running number of its row.
+        BadRowError: if the picture of a row is missing or can't be read, or its text is missing or empty; the message
+            has the running number of the row, and its file or, of WebDataset, shard and key.
+        ValueError: if the rows can be read but once, or a column is missing, or arguments do not fit.
     """
 
     def __init__(
@@ -233,6 +413,9 @@ class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
         repeat: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        prompt: str | None = None,
+        prompt_column: str | None = None,
+        prefix_lm: bool = False,
     ):
         if isinstance(dataset, Iterator):
             raise ValueError(
@@ -243,7 +426,20 @@ class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
             raise ValueError(f"rank={rank} of world_size={world_size}: 0 to {world_size - 1} was expected.")
         if isinstance(dataset, datasets.IterableDataset) and world_size > 1:
             dataset = split_dataset_by_node(dataset, rank, world_size)
-        super().__init__(dataset, image_column, text_column, transform, id_column, clean_text, seed, train, source)
+        super().__init__(
+            dataset,
+            image_column=image_column,
+            text_column=text_column,
+            transform=transform,
+            id_column=id_column,
+            clean_text=clean_text,
+            seed=seed,
+            train=train,
+            source=source,
+            prompt=prompt,
+            prompt_column=prompt_column,
+            prefix_lm=prefix_lm,
+        )
         self.skip_broken = skip_broken
         self.repeat = repeat
         self.rank = rank
@@ -281,15 +477,15 @@ class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
                 return
 
     def _items(self, epoch: int) -> Iterator[dict[str, Any]]:
-        skipped = 0
+        skipped: Counter = Counter()
         for number, row in self._numbered_rows():
             try:
                 item = self._item(row, number, epoch)
-            except ImageLoadError as error:
+            except BadRowError as error:
                 if not self.skip_broken:
                     raise
-                skipped += 1
-                logger.warning(f"Left out {skipped} so far; the last one: {error}")
+                skipped[error.kind] += 1
+                logger.warning(f"Left out {skipped.total()} so far ({count_kinds(skipped)}); the last one: {error}")
             else:
                 yield item
 
@@ -312,6 +508,38 @@ _TRANSFORM_OF_FEATURES = (
     "The rows have features in place of pictures, which a transform can't change. Give none; cache_features stores "
     "several views of each picture."
 )
+
+
+def _check_prompt(prompt: str | None, prompt_column: str | None):
+    has_place = prompt is not None and "{}" in prompt
+    if has_place and prompt_column is None:
+        raise ValueError(
+            f"prompt={prompt!r} has a place, {{}}, for which no prompt_column was given. Name the column."
+        )
+    if prompt_column is not None and not has_place:
+        raise ValueError(
+            f"prompt_column={prompt_column!r} was given with prompt={prompt!r}, which has no place, {{}}, for it. "
+            "Give a prompt such as 'Question: {} Answer:'."
+        )
+    if prompt is not None and IMAGE_TOKEN in prompt:
+        raise ValueError(
+            f"prompt={prompt!r} has a mark, {IMAGE_TOKEN}. Leave it out: the picture stands in front of the prompt."
+        )
+
+
+def _select(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
+    """The columns that are read, and those that say where a row of WebDataset comes from."""
+    known = column_names(dataset) or []
+    origin = [name for name in ("__key__", "__url__") if name in known]
+    return select_columns(dataset, [*columns, *origin], image_column)
+
+
+def _read_row(rows: Any, number: int) -> Mapping:
+    row = rows[number]
+    if not isinstance(row, pa.Table):
+        return row
+    # Features stay in the file that is mapped into memory
+    return {n: _stored_bytes(row[n]) if n == EMBEDS else row[n][0].as_py() for n in row.column_names}
 
 
 def _stored_bytes(column: pa.ChunkedArray) -> pa.Buffer:

@@ -1,10 +1,13 @@
-"""Captions and questions as BLIP-2 was trained on them: the steps of LAVIS, in its order."""
+"""Captions and questions as BLIP-2 was trained on them: the steps of LAVIS, in its order, and its prefixes."""
 
 import re
+
+import torch
 
 
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 _SPACES = re.compile(r"\s{2,}")
+_WORD = re.compile(r"\S+")
 
 
 def clean_caption(text: str, max_words: int = 50) -> str:
@@ -40,6 +43,31 @@ def clean_question(text: str, max_words: int = 50) -> str:
         `str`: the question.
     """
     return _first_words(_PUNCTUATION.sub("", text.lower()).rstrip(" "), max_words)
+
+
+def split_prefix(text: str, generator: torch.Generator) -> tuple[str, str]:
+    """
+    Splits a text in front of a random word, each with the same probability: what an encoder reads, and what the
+    decoder writes after it.
+
+    Args:
+        text (`str`):
+            The text.
+        generator (`torch.Generator`):
+            Where all randomness comes from.
+
+    Returns:
+        `tuple[str, str]`: prefix, which may be empty, and suffix, which has a word at least, without the white space
+        between them.
+
+    Raises:
+        ValueError: if the text has no word.
+    """
+    starts = [word.start() for word in _WORD.finditer(text)]
+    if not starts:
+        raise ValueError(f"A text with at least one word was expected, got {text!r}.")
+    start = starts[int(torch.randint(len(starts), (), generator=generator))]
+    return text[:start].rstrip(), text[start:]
 
 
 def _first_words(text: str, max_words: int) -> str:

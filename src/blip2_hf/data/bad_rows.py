@@ -1,0 +1,204 @@
+"""Rows that can't be learned from: errors that name them, a check before training, a report."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from transformers.utils import logging
+
+from ..image_loading import ImageLoadError
+
+
+if TYPE_CHECKING:
+    from .pairs import ImageTextPairs
+
+
+PICTURE_MISSING = "picture missing"
+PICTURE_UNREADABLE = "picture unreadable"
+TEXT_MISSING = "text missing"
+TEXT_EMPTY = "text empty"
+TEXT_TOO_LONG = "text too long"
+NOTHING_TO_LEARN = "nothing to learn"
+
+_LONGEST_PATH = 256  # characters; a longer string is a picture in base64
+_LONGEST_VALUE = 80  # characters of a value that a message shows
+_SHOWN = 5  # rows that a report tells of
+
+
+class RowName(str):
+    r"""
+    What messages call a row, such as `row 17 of coco (dogs/17.jpg)`.
+
+    Args:
+        number (`int`):
+            Number of the row in its data set.
+        file (`str`, *optional*):
+            Where the row comes from.
+        source (`str`, *optional*):
+            Name of the data set.
+    """
+
+    number: int
+    file: str | None
+
+    def __new__(cls, number: int, file: str | None = None, source: str | None = None):
+        of_source = "" if source is None else f" of {source}"
+        name = super().__new__(cls, f"row {number}{of_source}" + ("" if file is None else f" ({file})"))
+        name.number, name.file, name._arguments = number, file, (number, file, source)
+        return name
+
+    def __getnewargs__(self) -> tuple:
+        return self._arguments
+
+    @property
+    def at_start(self) -> str:
+        """The name at the start of a sentence; `capitalize` would change the file."""
+        return f"R{self[1:]}"
+
+
+class BadRowError(ValueError):
+    r"""
+    A row that can't be learned from. The message names the row and its file, says what it has and what was expected.
+
+    Args:
+        message (`str`):
+            The message.
+        name (`str`, *optional*):
+            What items have as `row`.
+        kind (`str`, *optional*, defaults to `"other"`):
+            `"picture missing"`, `"picture unreadable"`, `"text missing"`, `"text empty"`, `"text too long"` or
+            `"nothing to learn"`.
+
+    Attributes:
+        row (`int`, *optional*):
+            Number of the row. Like the others, a worker of a `DataLoader` does not pass it on.
+        file (`str`, *optional*):
+            Path or address of the picture, or shard and key of a row of WebDataset.
+        kind (`str`):
+            As given.
+    """
+
+    # A DataLoader makes the error of a worker again of its message alone
+    def __init__(self, message: str, name: str | None = None, kind: str = "other"):
+        super().__init__(message)
+        self.row: int | None = getattr(name, "number", None)
+        self.file: str | None = getattr(name, "file", None)
+        self.kind = kind
+
+
+class BadPictureError(BadRowError, ImageLoadError):
+    """A [`BadRowError`] of a picture, for those who expect an [`~image_loading.ImageLoadError`]."""
+
+
+@dataclass
+class BadRow:
+    r"""
+    What [`check_pairs`] finds.
+
+    Args:
+        row (`int`):
+            Number of the row in the data set.
+        file (`str`, *optional*):
+            Path or address of the picture, or shard and key of a row of WebDataset.
+        reason (`str`):
+            The message of the [`BadRowError`].
+        kind (`str`):
+            Its kind.
+    """
+
+    row: int
+    file: str | None
+    reason: str
+    kind: str
+
+
+def check_pairs(pairs: "ImageTextPairs", collator: Callable | None = None, show_progress: bool = True) -> list[BadRow]:
+    r"""
+    Reads every row once, as the present epoch has it, to find those that training would stop at. Lengths are those of
+    the text, and of the split, that this epoch draws.
+
+    Args:
+        pairs ([`ImageTextPairs`]):
+            The rows.
+        collator (`Callable`, *optional*):
+            Is given each row alone: [`LanguageModelCollator`] finds texts that are too long, or that are cut until
+            nothing is left to learn.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        `list[BadRow]`: the bad rows, for [`report_bad_rows`] and [`ImageTextPairs.without`]; empty if there are none.
+
+    Example:
+
+    ```python
+    >>> bad = check_pairs(pairs, collator)
+    >>> print(report_bad_rows(bad, "bad_rows.jsonl"))
+    >>> pairs = pairs.without(bad)
+    ```"""
+    bad = []
+    for index in logging.tqdm(range(len(pairs)), desc="Rows", unit="row", disable=not show_progress):
+        try:
+            item = pairs[index]
+            if collator is not None:
+                collator([item])
+        except BadRowError as error:
+            bad.append(BadRow(pairs.row_number(index), error.file, str(error), error.kind))
+    return bad
+
+
+def report_bad_rows(bad: Sequence[BadRow], path: str | os.PathLike | None = None) -> str:
+    r"""
+    Says how many rows of which kind are bad, and why the first few are.
+
+    Args:
+        bad (`list[BadRow]`):
+            What [`check_pairs`] found.
+        path (`str` or `os.PathLike`, *optional*):
+            File that all of them are written to, one JSON object (`row`, `file`, `reason`, `kind`) a line.
+
+    Returns:
+        `str`: the report.
+    """
+    if path is not None:
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in bad))
+        os.replace(temporary, path)
+    if not bad:
+        return "No bad rows."
+    lines = [f"{len(bad):,} bad {'row' if len(bad) == 1 else 'rows'}: {count_kinds(Counter(r.kind for r in bad))}."]
+    lines += [f"  {row.reason}" for row in bad[:_SHOWN]]
+    if len(bad) > _SHOWN:
+        lines.append(f"  ... and {len(bad) - _SHOWN:,} more" + ("." if path is None else f", all of them in {path}."))
+    return "\n".join(lines)
+
+
+def count_kinds(counts: Counter) -> str:
+    """Such as `3 text empty, 1 picture missing`."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+
+
+def shorten(value: Any) -> str:
+    """What a message shows of a value."""
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
+
+
+def find_file(row: Mapping, picture: Any) -> str | None:
+    """Where a row comes from: shard and key of WebDataset, or the path or address of its picture, if it is known."""
+    if row.get("__key__") is not None:
+        return "::".join(str(row[name]) for name in ("__url__", "__key__") if row.get(name) is not None)
+    if isinstance(picture, Image.Image):
+        picture = getattr(picture, "filename", None)
+    elif isinstance(picture, Mapping):
+        picture = picture.get("path")
+    if not isinstance(picture, (str, os.PathLike)):
+        return None
+    path = str(picture)
+    return path if 0 < len(path) <= _LONGEST_PATH and not path.startswith("data:") else None

@@ -1,0 +1,313 @@
+"""Rows that can't be learned from are named, counted, reported, and left out only when asked."""
+
+import io
+import json
+import logging
+import pickle
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+import transformers
+from tiny import make_image, make_processor
+from torch.utils.data import DataLoader
+
+from blip2_hf.data import (
+    BadRow,
+    BadRowError,
+    ImageTextPairs,
+    ImageTextStream,
+    LanguageModelCollator,
+    RandomResizedCropAndFlip,
+    check_pairs,
+    report_bad_rows,
+)
+from blip2_hf.data.bad_rows import RowName
+from blip2_hf.image_loading import ImageLoadError
+
+
+def encode(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six pictures in files, of which number 4 is cut off."""
+    folder = tmp_path_factory.mktemp("Pictures")
+    for i in range(6):
+        data = encode(make_image(i))
+        (folder / f"{i}.png").write_bytes(data[:60] if i == 4 else data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """Rows 1, 2, 3, 4 and 6 are bad, each in its way."""
+    captions = ["a dog", "...", None, "a cat", "a bus", "a red bus", [], "two people"]
+    pictures = [0, 1, 2, None, 4, 5, 0, 1]
+    return [
+        {"image": None if number is None else str(folder / f"{number}.png"), "caption": caption}
+        for number, caption in zip(pictures, captions, strict=True)
+    ]
+
+
+KINDS = {
+    1: "text empty",
+    2: "text missing",
+    3: "picture missing",
+    4: "picture unreadable",
+    6: "text missing",
+}
+
+
+def contents(item):
+    return np.asarray(item["image"]).tobytes(), item["text"], item["image_id"], item["row"]
+
+
+def test_an_item_knows_its_name(rows, folder):
+    name = ImageTextPairs(rows)[0]["row"]
+    assert name == f"row 0 ({folder}/0.png)"
+    assert (name.number, name.file) == (0, f"{folder}/0.png")
+    assert ImageTextPairs(rows, source="coco")[5]["row"] == f"row 5 of coco ({folder}/5.png)"
+    stored = datasets.Dataset.from_list(rows[:1]).cast_column("image", datasets.Image())
+    assert ImageTextPairs(stored)[0]["row"] == f"row 0 ({folder}/0.png)"
+    for picture in (make_image(), encode(make_image()), np.zeros((4, 4, 3), np.uint8)):
+        assert ImageTextPairs([{"image": picture, "caption": "a"}])[0]["row"] == "row 0"
+    again = pickle.loads(pickle.dumps(name))
+    assert again == name and type(again) is RowName and (again.number, again.file) == (0, f"{folder}/0.png")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (1, r"^Row 1 \(.*Pictures.*/1\.png\) has '\.\.\.', of which cleaning leaves nothing, in column 'caption'"),
+        (2, r"^Row 2 \(.*Pictures.*/2\.png\) has None in column 'caption'; a text, or a list of texts, was expected"),
+        (3, "^Row 3 has no picture in column 'image'"),
+        (4, r"^row 4 \('.*Pictures.*/4\.png'\): the image is broken or truncated"),
+        (6, r"^Row 6 \(.*\) has \[\] in column 'caption'"),
+    ],
+)
+def test_bad_rows_say_what_they_have(row, words, rows):
+    for train in (True, False):
+        with pytest.raises(BadRowError, match=words) as error:
+            ImageTextPairs(rows, train=train)[row]
+        assert (error.value.row, error.value.kind) == (row, KINDS[row])
+        picture = rows[row]["image"]
+        assert error.value.file == picture
+        assert isinstance(error.value, ImageLoadError) == KINDS[row].startswith("picture")
+
+
+@pytest.mark.parametrize(
+    ("caption", "kind"),
+    [
+        ("", "text empty"),
+        (" \n", "text empty"),
+        (3, "text missing"),
+        (b"a", "text missing"),
+        (["a dog", ""], "text empty"),
+        (["a dog", None], "text missing"),
+        ([["a dog"]], "text missing"),
+    ],
+)
+def test_a_text_that_is_none(caption, kind):
+    # Whichever of several texts is drawn
+    for clean_text in (True, False):
+        with pytest.raises(BadRowError, match="Row 0 has") as error:
+            ImageTextPairs([{"image": make_image(), "caption": caption}], clean_text=clean_text)[0]
+        assert error.value.kind == kind
+    assert ImageTextPairs([{"image": make_image(), "caption": "..."}], clean_text=False)[0]["text"] == "..."
+
+
+@pytest.mark.parametrize("question", [None, "", "(!)"])
+def test_a_question_that_is_none(question):
+    pairs = ImageTextPairs(
+        [{"image": make_image(), "caption": "a", "question": question}], prompt="{}", prompt_column="question"
+    )
+    with pytest.raises(BadRowError, match="Row 0 has .* in column 'question'") as error:
+        pairs[0]
+    assert error.value.kind == ("text missing" if question is None else "text empty")
+
+
+def test_pictures_that_are_none():
+    for picture in (None, {"bytes": None, "path": None}):
+        with pytest.raises(ImageLoadError, match="Row 0 has no picture"):
+            ImageTextPairs([{"image": picture, "caption": "a"}])[0]
+    stored = datasets.Dataset.from_list([{"image": make_image(), "caption": "a"}, {"image": None, "caption": "b"}])
+    with pytest.raises(BadRowError, match="Row 1 has no picture"):
+        ImageTextPairs(stored)[1]
+
+
+def test_numbers_of_pictures_that_are_none():
+    images = [{"image": make_image()}, {"image": b"no picture"}]
+    rows = [{"picture": number, "caption": "a"} for number in (0, None, 2, -1, "0", 1)]
+    pairs = ImageTextPairs(rows, image_column="picture", images=images)
+    assert pairs[0]["image_id"] == 0
+    for row in (1, 2, 3, 4):
+        with pytest.raises(ImageLoadError, match=f"Row {row} has .* in column 'picture'.*0 to 1") as error:
+            pairs[row]
+        assert error.value.kind == "picture missing"
+    with pytest.raises(BadRowError, match="row 5.*not an image"):
+        pairs[5]
+
+
+def test_what_is_shown_of_a_value_is_short():
+    with pytest.raises(BadRowError) as error:
+        ImageTextPairs([{"image": make_image(), "caption": b"a" * 10_000}])[0]
+    assert len(str(error.value)) < 250
+
+
+def test_workers_name_the_row(rows):
+    loader = DataLoader(ImageTextPairs(rows), batch_size=None, num_workers=1, sampler=[0, 2])
+    with pytest.raises(BadRowError, match="Row 2 .*in column 'caption'"):
+        list(loader)
+    loader = DataLoader(ImageTextPairs(rows), batch_size=None, num_workers=1, sampler=[4])
+    with pytest.raises(ImageLoadError, match="row 4 .*broken"):
+        list(loader)
+
+
+def test_a_check_finds_every_bad_row(rows, capsys, monkeypatch):
+    # Other tests run without progress bars
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
+    bad = check_pairs(ImageTextPairs(rows), show_progress=False)
+    assert {row.row: row.kind for row in bad} == KINDS
+    assert [row.file for row in bad] == [rows[row.row]["image"] for row in bad]
+    assert all(f"ow {row.row} " in row.reason for row in bad)
+    assert capsys.readouterr().err == ""
+    assert check_pairs(ImageTextPairs(rows)) == bad
+    assert "8/8" in capsys.readouterr().err
+    assert check_pairs(ImageTextPairs([rows[0], rows[5]]), show_progress=False) == []
+
+
+def test_a_check_with_a_collator(rows):
+    long = [*rows, dict(rows[5], caption=" ".join(["dog"] * 30)), dict(rows[0], caption="a dog")]
+    prompted = {"prompt": "a photo of"}
+    collator = LanguageModelCollator(make_processor(), max_positions=40)
+    bad = check_pairs(ImageTextPairs(long, **prompted), collator, show_progress=False)
+    assert {row.row: row.kind for row in bad} == KINDS | {8: "text too long"}
+    assert bad[-1].file == rows[5]["image"] and "has 40" in bad[-1].reason
+    cut = LanguageModelCollator(make_processor(), max_length=4)
+    kinds = {row.row: row.kind for row in check_pairs(ImageTextPairs(long, **prompted), cut, show_progress=False)}
+    assert kinds == dict.fromkeys((0, 5, 7, 8, 9), "nothing to learn") | KINDS
+
+
+def test_errors_of_another_kind_are_not_bad_rows(rows):
+    with pytest.raises(ValueError, match="no column 'text'"):
+        check_pairs(ImageTextPairs(rows[:1], text_column="text"), show_progress=False)
+
+
+def test_a_report(rows, tmp_path):
+    bad = check_pairs(ImageTextPairs(rows), show_progress=False)
+    path = tmp_path / "bad.jsonl"
+    path.write_text("of the last run")
+    report = report_bad_rows(bad, path)
+    first, *others = report.splitlines()
+    assert first == "5 bad rows: 2 text missing, 1 text empty, 1 picture missing, 1 picture unreadable."
+    assert [line.strip() for line in others] == [row.reason for row in bad]
+    assert [BadRow(**json.loads(line)) for line in path.read_text().splitlines()] == bad
+    assert list(tmp_path.iterdir()) == [path]
+    assert report_bad_rows(bad) == report
+
+
+def test_a_report_of_many_rows_and_of_none(tmp_path):
+    bad = [BadRow(i, None, f"Row {i} is bad", "text empty") for i in range(1200)]
+    path = tmp_path / "bad.jsonl"
+    lines = report_bad_rows(bad, str(path)).splitlines()
+    assert lines[0] == "1,200 bad rows: 1,200 text empty."
+    assert len(lines) == 7 and "1,195 more" in lines[-1] and str(path) in lines[-1]
+    assert len(path.read_text().splitlines()) == 1200
+    assert report_bad_rows([], path) == "No bad rows."
+    assert path.read_text() == ""
+    assert report_bad_rows(bad[:1]).splitlines() == ["1 bad row: 1 text empty.", "  Row 0 is bad"]
+
+
+def test_the_rows_that_are_left_stay_what_they_were(rows):
+    pairs = ImageTextPairs(rows, transform=RandomResizedCropAndFlip(16))
+    pairs.set_epoch(3)
+    good = pairs.without(check_pairs(pairs, show_progress=False))
+    assert (len(good), len(pairs)) == (3, 8)
+    assert [good.row_number(i) for i in range(3)] == [0, 5, 7]
+    expected = [contents(pairs[number]) for number in (0, 5, 7)]
+    assert [contents(good[i]) for i in range(3)] == expected
+    assert contents(good[-1]) == expected[-1]
+    assert [contents(item) for item in DataLoader(good, batch_size=None, num_workers=2)] == expected
+    with pytest.raises(IndexError, match="no row 3"):
+        good[3]
+    assert check_pairs(good, show_progress=False) == []
+
+
+def test_rows_are_left_out_again_and_by_number(rows):
+    pairs = ImageTextPairs(rows)
+    good = pairs.without([1, 2]).without([2, 3, BadRow(4, None, "", ""), 6])
+    assert [good.row_number(i) for i in range(len(good))] == [0, 5, 7]
+    assert len(pairs.without([])) == 8
+    with pytest.raises(ValueError, match="no row 8: the data set has 8"):
+        pairs.without([8])
+    with pytest.raises(ValueError, match="none is left"):
+        pairs.without(range(8))
+
+
+def test_a_copy_has_an_epoch_of_its_own(rows):
+    pairs = ImageTextPairs(rows)
+    good = pairs.without([1])
+    good.set_epoch(2)
+    assert (pairs.epoch, good.epoch) == (0, 2)
+
+
+def test_the_number_is_that_of_the_data_set_in_a_second_check(rows):
+    good = ImageTextPairs(rows).without([1, 2])
+    assert [row.row for row in check_pairs(good, show_progress=False)] == [3, 4, 6]
+
+
+def test_a_stream_leaves_out_what_is_bad_when_asked(rows, caplog):
+    with caplog.at_level(logging.WARNING):
+        items = list(ImageTextStream(rows, skip_broken=True))
+    assert [item["image_id"] for item in items] == [0, 5, 7]
+    assert [contents(item) for item in items] == [contents(ImageTextPairs(rows)[i]) for i in (0, 5, 7)]
+    last = caplog.messages[-1]
+    assert "Left out 5 so far (2 text missing, 1 text empty, 1 picture missing, 1 picture unreadable)" in last
+    assert "Row 6 " in last
+    for row, kind in KINDS.items():
+        with pytest.raises(BadRowError) as error:
+            list(ImageTextStream(rows[row : row + 1]))
+        assert error.value.kind == kind
+
+
+def test_a_stream_does_not_leave_out_mistakes(rows):
+    with pytest.raises(ValueError, match="no column 'text'"):
+        list(ImageTextStream(rows, text_column="text", skip_broken=True))
+
+
+def test_a_stream_of_bad_rows_ends(rows):
+    assert list(ImageTextStream(rows[1:5], skip_broken=True, repeat=True)) == []
+
+
+def test_a_row_of_webdataset_is_named_by_shard_and_key(tmp_path):
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path, "w") as tar:
+        for i, text in enumerate((b"a dog", b"", b"a cat")):
+            picture = encode(make_image(i))
+            for name, data in ((f"{i:03d}.png", picture[:60] if i == 2 else picture), (f"{i:03d}.txt", text)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    source = datasets.load_dataset("webdataset", data_files=[str(path)], split="train", streaming=True)
+    stream = iter(ImageTextStream(source, image_column="png", text_column="txt"))
+    assert next(stream)["row"] == f"row 0 ({path}::000)"
+    with pytest.raises(BadRowError, match="Row 1 .*00000.tar::001.*empty text") as error:
+        next(stream)
+    assert error.value.file == f"{path}::001"
+    stream = ImageTextStream(source.skip(2), image_column="png", text_column="txt")
+    with pytest.raises(ImageLoadError, match="00000.tar::002: row 0 .*broken") as error:
+        list(stream)
+    assert error.value.file == f"{path}::002"
+
+
+def test_features_with_a_bad_text(tmp_path):
+    stored = {"image_embeds": np.zeros((1, 2, 3), np.float32).tobytes(), "image_embeds_shape": [1, 2, 3]}
+    stored["image_embeds_dtype"] = "float32"
+    dataset = datasets.Dataset.from_list([stored | {"caption": caption} for caption in ("a", None, "!")])
+    bad = check_pairs(ImageTextPairs(dataset), show_progress=False)
+    assert [(row.row, row.file, row.kind) for row in bad] == [(1, None, "text missing"), (2, None, "text empty")]
