@@ -46,6 +46,9 @@ class Blip2HfVisionConfig(PreTrainedConfig):
             Epsilon of the LayerNorm between the tower and the Q-Former.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of the attention weights.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Share of samples for which a branch of the last block is left out in training, where the tower is trained;
+            it rises evenly from 0 at the first block (stochastic depth, arXiv 1603.09382).
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal distribution that weights start from.
         qkv_bias (`bool`, *optional*, defaults to `True`):
@@ -70,6 +73,7 @@ class Blip2HfVisionConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     post_layernorm_eps: float = 1e-5
     attention_dropout: float | int = 0.0
+    drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
     qkv_bias: bool = True
     use_pre_layernorm: bool = False

@@ -287,16 +287,19 @@ class Blip2PreTrainedModel(PreTrainedModel):
         elif image_embeds.dim() == 4:
             image_embeds = image_embeds.flatten(0, 1)
         layernorm = self.vision_model.post_layernorm
-        query_embeds, attention_mask = self.query_tokens(image_embeds.shape[0]), None
+        query_embeds, attention_mask, output_length = self.query_tokens(image_embeds.shape[0]), None, None
         if qformer_input_ids is not None:
             query_embeds, attention_mask = self._add_instruction(
                 query_embeds, qformer_input_ids, qformer_attention_mask
             )
+            # Nobody reads what comes out at the instruction
+            output_length = self.config.num_query_tokens
         qformer_outputs = self.qformer(
             query_embeds=query_embeds,
             query_length=self.config.num_query_tokens,
             attention_mask=attention_mask,
             encoder_hidden_states=Blip2ImageStates.after_layernorm(image_embeds, layernorm),
+            output_length=output_length,
             **kwargs,
         )
         return image_embeds, vision_outputs, qformer_outputs
@@ -440,6 +443,11 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
 
     def freeze(self) -> "Blip2ForConditionalGeneration":
         self.language_model.requires_grad_(False)
+        if self.config.qformer_config.use_qformer_text_input:
+            # What the last layer makes of the instruction is not read: DistributedDataParallel is not to wait for it
+            last = self.qformer.encoder.layer[-1]
+            last.intermediate.requires_grad_(False)
+            last.output.requires_grad_(False)
         super().freeze()
         return self
 
@@ -505,10 +513,9 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             interpolate_pos_encoding=interpolate_pos_encoding,
             **kwargs,
         )
-        queries = qformer_outputs.last_hidden_state[:, : self.config.num_query_tokens]
         return BaseModelOutputWithVisionQformerOutputs(
             last_hidden_state=image_embeds,
-            pooler_output=self._project_queries(queries),
+            pooler_output=self._project_queries(qformer_outputs.last_hidden_state),
             hidden_states=None if vision_outputs is None else vision_outputs.hidden_states,
             attentions=None if vision_outputs is None else vision_outputs.attentions,
             vision_outputs=vision_outputs,
@@ -796,6 +803,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         image_token_index: int | None = None,
         vision_feature_layer: int | None = None,
         num_query_tokens: int | None = None,
+        instruction_aware: bool | None = None,
+        language_model_kwargs: dict[str, Any] | None = None,
         **qformer_kwargs,
     ) -> "Blip2ForConditionalGeneration":
         r"""
@@ -803,7 +812,9 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
 
         Args:
             stage1 (`str`, `os.PathLike` or a BLIP-2 model, *optional*):
-                A BLIP-2 whose tower, queries and Q-Former are taken, such as a [`Blip2ForPreTraining`].
+                A BLIP-2 whose tower, queries and Q-Former are taken: a [`Blip2ForPreTraining`], or a
+                [`Blip2ForConditionalGeneration`] with another language model, to which its Q-Former is aligned anew
+                (see [`~training.train_only`]). The tower is shared with it.
             language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
                 Any causal or sequence-to-sequence language model.
             vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
@@ -818,11 +829,17 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 Without `stage1`: index into the tower's `hidden_states`.
             num_query_tokens (`int`, *optional*):
                 Without `stage1`: number of queries, 32 if it is not given.
+            instruction_aware (`bool`, *optional*):
+                Whether the Q-Former reads the question or instruction, next to the queries (appendix; InstructBLIP),
+                with the feed-forward networks for text of stage 1 (or of BERT). If it is not given: if that of a
+                [`Blip2ForConditionalGeneration`] does.
+            language_model_kwargs (`dict`, *optional*):
+                For loading the language model: `dtype`, `quantization_config` (8 or 4 bits), `device_map`.
             qformer_kwargs (`dict`):
                 Without `stage1`: fields of [`Blip2QFormerConfig`], such as `cross_attention_frequency`.
 
         Returns:
-            [`Blip2ForConditionalGeneration`]: the tower and the language model frozen.
+            [`Blip2ForConditionalGeneration`]: the tower and the language model frozen, all in eval mode.
 
         Raises:
             ValueError: if the parts do not make a whole.
@@ -846,8 +863,10 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             raise ValueError(f"{', '.join(given)}: stage1 has its own; they go with vision_model and text_encoder.")
         if image_token_index is None and isinstance(language_model, (str, os.PathLike)):
             image_token_index = image_token_id(AutoTokenizer.from_pretrained(language_model))
-        language_model = load_language_model(language_model)
+        language_model = load_language_model(language_model, **(language_model_kwargs or {}))
         if stage1 is None:
+            if instruction_aware is not None:
+                qformer_kwargs["use_qformer_text_input"] = instruction_aware
             image_side = image_side_from_parts(
                 vision_model, text_encoder, vision_feature_layer, num_query_tokens or 32, **qformer_kwargs
             )
@@ -865,11 +884,15 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             image_token_index=image_token_index,
             vision_feature_layer=source.vision_feature_layer,
         )
+        if stage1 is not None:
+            config.qformer_config.use_qformer_text_input = _reads_instructions(source, instruction_aware)
         model = cls(config, vision_model=image_side.vision_model, language_model=language_model)
-        for name in ("query_tokens", "qformer", "embeddings"):
-            if hasattr(image_side, name):
-                setattr(model, name, getattr(image_side, name))
-        return model.freeze()
+        for name, part in model.named_children():
+            if name in ("query_tokens", "qformer", "embeddings"):
+                trained = getattr(image_side, name)
+                # Stage 1 has feed-forward networks for text; without instructions they have nothing to do
+                part.to(next(trained.parameters())).load_state_dict(trained.state_dict(), strict=False)
+        return model.freeze().eval()
 
 
 Blip2ForConditionalGeneration = Blip2HfForConditionalGeneration
@@ -899,6 +922,20 @@ def _position_ids(attention_mask: torch.Tensor | None, length: int) -> torch.Ten
 def _shift(labels: torch.Tensor) -> torch.Tensor:
     """What each position predicts: the label of the next one."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def _reads_instructions(source: Blip2Config, instruction_aware: bool | None) -> bool:
+    """Whether the Q-Former is to read instructions, with the feed-forward networks for text that it has."""
+    has_text_networks = source.qformer_config.use_qformer_text_input
+    if instruction_aware is None:
+        # Stage 1 has no language model, and reads captions
+        return has_text_networks and source.text_config is not None
+    if instruction_aware and not has_text_networks:
+        raise ValueError(
+            "instruction_aware=True, but the Q-Former of stage1 reads no text: give the checkpoint of stage 1 itself, "
+            "which has the feed-forward networks for text."
+        )
+    return instruction_aware
 
 
 def _attach_tower_if_missing(stage1: Blip2PreTrainedModel, vision_model):

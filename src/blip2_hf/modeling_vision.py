@@ -11,6 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, AutoModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2EncoderLayer
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings as TransformersBlip2VisionEmbeddings
+from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_int
 from transformers.utils.generic import merge_with_config_defaults
@@ -55,12 +56,26 @@ class Blip2VisionEmbeddings(TransformersBlip2VisionEmbeddings):
         return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
 
 
+class Blip2VisionLayer(Blip2EncoderLayer):
+    """A block whose two branches are left out at random, sample by sample."""
+
+    def __init__(self, config: Blip2VisionConfig, drop_path_rate: float):
+        super().__init__(config)
+        self.drop_path = Dinov2DropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.drop_path(attended)
+        return hidden_states + self.drop_path(self.mlp(self.layer_norm2(hidden_states)))
+
+
 class Blip2VisionEncoder(nn.Module):
     """The blocks of the ViT, one after the other, up to `vision_feature_layer`."""
 
     def __init__(self, config: Blip2VisionConfig, vision_feature_layer: int | None = None):
         super().__init__()
-        self.layers = nn.ModuleList([Blip2EncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.layers = nn.ModuleList([Blip2VisionLayer(config, rate) for rate in rates])
         self.stop_at(vision_feature_layer)
 
     def stop_at(self, vision_feature_layer: int | None):
@@ -100,8 +115,8 @@ class Blip2HfVisionModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["Blip2VisionEmbeddings", "Blip2EncoderLayer"]
-    _can_record_outputs = {"hidden_states": Blip2EncoderLayer, "attentions": Blip2Attention}
+    _no_split_modules = ["Blip2VisionEmbeddings", "Blip2VisionLayer"]
+    _can_record_outputs = {"hidden_states": Blip2VisionLayer, "attentions": Blip2Attention}
     _input_embed_layer = "patch_embedding"
 
     def __init__(self, config: Blip2VisionConfig, vision_feature_layer: int | None = None):

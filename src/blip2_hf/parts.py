@@ -26,12 +26,17 @@ def language_model_class(config: PreTrainedConfig) -> type:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def load_language_model(language_model: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
-    """A causal or sequence-to-sequence language model, from a folder or an id on the Hub if it is not there yet."""
+def load_language_model(language_model: str | os.PathLike | PreTrainedModel, **kwargs) -> PreTrainedModel:
+    """
+    A causal or sequence-to-sequence language model, from a folder or an id on the Hub if it is not there yet.
+    Keyword arguments are those of `from_pretrained`.
+    """
     if not isinstance(language_model, (str, os.PathLike)):
+        if kwargs:
+            raise ValueError(f"{sorted(kwargs)} are for loading a language model, but one that is loaded was given.")
         return language_model
     config = AutoConfig.from_pretrained(language_model)
-    return language_model_class(config).from_pretrained(language_model, config=config)
+    return language_model_class(config).from_pretrained(language_model, config=config, **kwargs)
 
 
 def load_tower(vision_model: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
