@@ -18,11 +18,8 @@ All options of transformers' `TrainingArguments` are there; their defaults are t
 again after a stop, goes on from the last checkpoint that is whole.
 """
 
-import random
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets import load_dataset
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor
@@ -31,7 +28,8 @@ from blip2_hf.data import (
     ImageTextPairs,
     ImageTextStream,
     RandomResizedCropAndFlip,
-    load_cached_features,
+    hold_out,
+    load_rows,
 )
 from blip2_hf.evaluation import contrastive_retrieval_metrics
 from blip2_hf.training import Blip2Trainer, Stage1Arguments, last_complete_checkpoint
@@ -55,20 +53,11 @@ class PretrainingArguments:
     streaming: bool = field(default=False, metadata={"help": "Read the data as a stream."})
 
 
-def read_rows(data: str, streaming: bool = False):
-    """A data set with its length, or a stream."""
-    if (Path(data) / "cache.json").exists():
-        return load_cached_features(data)
-    builder = {".tar": "webdataset", ".jsonl": "json"}.get(Path(data).suffix, Path(data).suffix[1:])
-    files = {"data_files": data} if builder else {}
-    return load_dataset(builder or data, split="train", streaming=streaming, **files)
-
-
 def make_datasets(options: PretrainingArguments, seed: int):
     """What is learned from, and what is held out: all rows of some images, or other data."""
-    rows = read_rows(options.data, options.streaming)
+    rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
-    held_out = read_rows(options.validation) if options.validation else None
+    held_out = load_rows(options.validation) if options.validation else None
     columns = {name: getattr(options, name) for name in ("image_column", "text_column", "id_column")}
     transform = None if is_cached else RandomResizedCropAndFlip(options.image_size)
     learning = {**columns, "seed": seed, "transform": transform}
@@ -76,21 +65,9 @@ def make_datasets(options: PretrainingArguments, seed: int):
         train = ImageTextStream(rows.shuffle(seed=seed, buffer_size=10_000), repeat=True, **learning)
     else:
         if held_out is None:
-            held_out, rows = split_by_image(rows, options, seed)
+            rows, held_out = hold_out(rows, options.held_out, options.id_column, seed)
         train = ImageTextPairs(rows, **learning)
     return train, ImageTextPairs(held_out, train=False, **columns) if held_out else None, is_cached
-
-
-def split_by_image(rows, options: PretrainingArguments, seed: int):
-    """The rows of some images, and those of all others."""
-    ids = rows[options.id_column] if options.id_column else range(len(rows))
-    images = sorted(set(ids))
-    count = int(options.held_out if options.held_out >= 1 else options.held_out * len(images))
-    chosen = set(random.Random(seed).sample(images, count))
-    parts = [[], []]
-    for row, image in enumerate(ids):
-        parts[image not in chosen].append(row)
-    return [rows.select(part) for part in parts]
 
 
 def main():

@@ -28,6 +28,7 @@ class Blip2GenerationMixin(GenerationMixin):
         qformer_attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = True,
         labels: torch.Tensor | None = None,
+        skip_logits: bool | None = None,
         **generate_kwargs,
     ) -> torch.Tensor | ModelOutput:
         r"""
@@ -41,6 +42,8 @@ qformer_attention_mask, interpolate_pos_encoding:
                 language model's first token.
             labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 What `Seq2SeqTrainer` passes along: a decoder-only model is not shown what it has to write.
+            skip_logits (`bool`, *optional*):
+                Passed along too; it says nothing here.
             generate_kwargs (`dict`):
                 Those of [`~transformers.GenerationMixin.generate`].
 

@@ -26,9 +26,12 @@ class LabelStates:
     Args:
         shift_labels (`torch.LongTensor` of shape `(batch_size, length)`):
             What each of the last `length` positions predicts; -100 is not learned.
+        with_probe (`bool`, *optional*, defaults to `False`):
+            Whether one position is left to the head, to see what else happens to its scores.
     """
 
-    def __init__(self, shift_labels: torch.Tensor):
+    def __init__(self, shift_labels: torch.Tensor, with_probe: bool = False):
+        self.with_probe = with_probe
         self.length = shift_labels.shape[1]
         self.index = shift_labels.ne(-100).nonzero(as_tuple=True)
         self.labels = shift_labels[self.index]
@@ -36,36 +39,40 @@ class LabelStates:
         self.probe: torch.Tensor | None = None
 
     def take(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
-        """Hook before the head: keeps the states, and leaves it those of the first position of all."""
+        """Hook before the head: keeps the states, and leaves it none of them."""
         (hidden_states,) = args
         row, position = (index.to(hidden_states.device) for index in self.index)
         self.hidden_states = hidden_states[row, position + hidden_states.shape[1] - self.length]
         self.labels = self.labels.to(hidden_states.device)
-        self.probe = hidden_states[:1, :1].detach()
+        self.probe = hidden_states[:1, : int(self.with_probe)].detach()
         return (self.probe,)
 
     @torch.no_grad()
     def are_all(self, head: nn.Module, logits: torch.Tensor) -> bool:
-        """Whether the language model does nothing more to the scores (some scale or bound them)."""
+        """With a probe: whether the language model does nothing more to its scores (some scale or bound them)."""
         return self.probe is not None and torch.equal(head(self.probe).to(logits), logits)
 
 
 @contextmanager
-def states_at_labels(language_model: PreTrainedModel, shift_labels: torch.Tensor) -> Iterator[LabelStates]:
+def states_at_labels(
+    language_model: PreTrainedModel, shift_labels: torch.Tensor, with_probe: bool = False
+) -> Iterator[LabelStates]:
     """
-    Inside, `language_model(...)` keeps what goes into its head, and computes the scores of one position alone.
+    Inside, `language_model(...)` keeps what goes into its head, and computes no scores.
 
     Args:
         language_model ([`~transformers.PreTrainedModel`]):
             Any that has output embeddings.
         shift_labels (`torch.LongTensor` of shape `(batch_size, length)`):
             What each of the last `length` positions predicts; -100 is not learned.
+        with_probe (`bool`, *optional*, defaults to `False`):
+            Whether it computes those of one position.
 
     Yields:
         [`LabelStates`]: with `hidden_states` of shape `(num_labels, hidden_size)` for its `labels`, once the language
         model has run.
     """
-    states = LabelStates(shift_labels)
+    states = LabelStates(shift_labels, with_probe)
     hook = language_model.get_output_embeddings().register_forward_pre_hook(states.take)
     try:
         yield states

@@ -220,9 +220,16 @@ class Blip2PreTrainedModel(PreTrainedModel):
         """
         self.vision_model.requires_grad_(False)
         self.vision_model.post_layernorm.requires_grad_(True)
+        self.freeze_what_is_not_read()
         for part in self.frozen_parts():
             part.eval()
         return self
+
+    def freeze_what_is_not_read(self):
+        """
+        Freezes what has no say in the loss, and for whose gradient `DistributedDataParallel` would wait: what the
+        Q-Former's last layer makes of an instruction.
+        """
 
     def frozen_parts(self) -> list[nn.Module]:
         """The parts without a parameter that is trained: they stay in eval mode."""
@@ -443,13 +450,14 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
 
     def freeze(self) -> "Blip2ForConditionalGeneration":
         self.language_model.requires_grad_(False)
+        super().freeze()
+        return self
+
+    def freeze_what_is_not_read(self):
         if self.config.qformer_config.use_qformer_text_input:
-            # What the last layer makes of the instruction is not read: DistributedDataParallel is not to wait for it
             last = self.qformer.encoder.layer[-1]
             last.intermediate.requires_grad_(False)
             last.output.requires_grad_(False)
-        super().freeze()
-        return self
 
     def _freezable_parts(self) -> list[nn.Module]:
         return [*super()._freezable_parts(), self.language_model]
@@ -757,6 +765,40 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             language_model_outputs=outputs,
         )
 
+    def attach_text_networks(
+        self, stage1: "str | os.PathLike | Blip2PreTrainedModel"
+    ) -> "Blip2ForConditionalGeneration":
+        r"""
+        Lets the Q-Former read the question too, as in the paper's fine-tuning for VQA (appendix): the feed-forward
+        networks for text, which stage 2 does without, and the word embeddings come from stage 1. All else stays.
+
+        Args:
+            stage1 (`str`, `os.PathLike` or [`Blip2ForPreTraining`]):
+                The model of stage 1 from which this one came.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: if `stage1` has no such networks, or is of another shape.
+        """
+        source: Any = stage1 if isinstance(stage1, PreTrainedModel) else Blip2Model.from_pretrained(stage1)
+        given, own = source.config.qformer_config, self.config.qformer_config
+        if not given.use_qformer_text_input:
+            raise ValueError(f"{stage1} has no feed-forward networks for text: the checkpoint of stage 1 has.")
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "cross_attention_frequency")
+        if differing := [name for name in sizes if getattr(given, name) != getattr(own, name)]:
+            raise ValueError(f"stage1 has another Q-Former: {', '.join(differing)} differ.")
+        own.use_qformer_text_input, own.vocab_size = True, given.vocab_size
+        own.max_position_embeddings = given.max_position_embeddings
+        qformer, embeddings = Blip2QFormerModel(own), Blip2TextEmbeddings(own)
+        qformer.load_state_dict(source.qformer.state_dict() | self.qformer.state_dict())
+        embeddings.load_state_dict(source.embeddings.state_dict())
+        self.qformer = qformer.to(next(self.qformer.parameters())).train(self.training)
+        self.embeddings = embeddings.to(next(self.qformer.parameters())).train(self.training)
+        self.freeze_what_is_not_read()
+        return self
+
     def _loss(
         self,
         inputs: dict[str, Any],
@@ -767,7 +809,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         """The loss, `shift_labels` being what each position predicts, and what the language model returned."""
         if skip_logits and self._scores_labels_alone():
             head = self.get_output_embeddings()
-            with states_at_labels(self.language_model, shift_labels) as states:
+            with states_at_labels(self.language_model, shift_labels, self._head_is_last is None) as states:
                 outputs = self.language_model(**inputs, return_dict=True)
             if self._head_is_last is None:
                 self._head_is_last = states.are_all(head, outputs.logits)

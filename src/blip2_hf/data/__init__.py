@@ -4,6 +4,7 @@ from .bad_rows import BadRow, BadRowError, check_pairs, report_bad_rows
 from .callbacks import SetEpochCallback
 from .collators import ImageTextCollator, LanguageModelCollator
 from .feature_cache import VisionTower, cache_features, load_cached_features, read_cached_features
+from .loading import hold_out, load_rows
 from .pairs import ImageTextPairs, ImageTextStream
 from .text import clean_caption, clean_question, split_prefix
 from .transforms import RandomResizedCropAndFlip
@@ -23,7 +24,9 @@ __all__ = [
     "check_pairs",
     "clean_caption",
     "clean_question",
+    "hold_out",
     "load_cached_features",
+    "load_rows",
     "read_cached_features",
     "report_bad_rows",
     "split_prefix",

@@ -1,8 +1,20 @@
-"""Training with transformers' `Trainer`: the paper's settings, what decays, what is logged, going on after a stop."""
+"""Training with transformers' `Trainer`: the paper's settings, what is trained, what decays, going on after a stop."""
 
-from .arguments import Stage1Arguments
+from .arguments import Blip2Arguments, FineTuningArguments, Stage1Arguments, Stage2Arguments
 from .checkpoints import last_complete_checkpoint
-from .trainer import Blip2Trainer, describe_trained_parts
+from .layer_decay import vision_layer_scales
+from .presets import describe_trained_parts, train_only
+from .trainer import Blip2Trainer
 
 
-__all__ = ["Blip2Trainer", "Stage1Arguments", "describe_trained_parts", "last_complete_checkpoint"]
+__all__ = [
+    "Blip2Arguments",
+    "Blip2Trainer",
+    "FineTuningArguments",
+    "Stage1Arguments",
+    "Stage2Arguments",
+    "describe_trained_parts",
+    "last_complete_checkpoint",
+    "train_only",
+    "vision_layer_scales",
+]

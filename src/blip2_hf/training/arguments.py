@@ -3,59 +3,60 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.training_args import TrainingArguments
+from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
 
 
-PAPER_STEPS = 250_000
 PAPER_SCHEDULE = "cosine_warmup_with_min_lr"
 
 
 @dataclass
-class Stage1Arguments(TrainingArguments):
+class Blip2Arguments(Seq2SeqTrainingArguments):
     r"""
-    [`~transformers.TrainingArguments`] whose defaults are those of stage 1 in the paper (section 3.4): AdamW with
-    betas of 0.9 and 0.98 and a weight decay of 0.05, 2,000 steps of warm-up to a learning rate of 1e-4 from a
-    hundredth of it (as in the authors' code), and a cosine down to a tenth of it, 250,000 steps in all.
-
-    The paper's batch, over all processes, is of 2,320 pairs for ViT-L and 1,680 for ViT-g.
+    [`~transformers.Seq2SeqTrainingArguments`] with what the paper's trainings have in common: AdamW with a weight
+    decay of 0.05, linear warm-up and a cosine, no limit on the norm of gradients.
 
     Args:
-        num_train_epochs (`float`, *optional*, defaults to 0):
-            Length of the run in epochs, in place of the paper's number of steps.
+        preset (`str`, *optional*):
+            Which parts are trained (see [`train_only`]). If it is not given, those that are when the model comes.
+        vision_layer_decay (`float`, *optional*, defaults to 1.0):
+            The learning rate of each block of the tower is that of the block behind it times this (appendix: 0.95 or
+            0.9, where the tower is trained).
+        min_learning_rate (`float`, *optional*):
+            Where the cosine of the paper ends.
         gradient_caching_chunk_size (`int`, *optional*):
-            How many pairs of a batch have a graph at a time, where the batch is larger than memory (see
+            Stage 1: how many pairs of a batch have a graph at a time, where the batch is larger than memory (see
             [`Blip2ForPreTraining.gradient_caching_enable`]). The batches of `gradient_accumulation_steps` are then
             one, contrasted as a whole.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak of the learning rate."})
+    min_learning_rate: float = field(default=0.0, metadata={"help": "Where the cosine ends."})
     weight_decay: float = field(default=0.05, metadata={"help": "Of all but queries, temperature, biases and norms."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW."})
-    num_train_epochs: float = field(default=0, metadata={"help": "Epochs, in place of the paper's number of steps."})
-    max_steps: int = field(default=PAPER_STEPS, metadata={"help": "Number of steps."})
     warmup_steps: float = field(default=2000, metadata={"help": "Steps of linear warm-up, or a share of all steps."})
     lr_scheduler_type: str = field(default=PAPER_SCHEDULE, metadata={"help": "Schedule of the learning rate."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the schedule, in place of the paper's."}
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Largest norm of gradients; 0 for no limit."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "A last batch of one pair has no negatives."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator chooses what it needs."})
-    label_names: list[str] | None = field(
-        default_factory=lambda: ["image_ids"], metadata={"help": "What the metrics of evaluation are told."}
-    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every parameter that is trained has a gradient at each step."}
     )
+    preset: str | None = field(default=None, metadata={"help": "Which parts are trained."})
+    vision_layer_decay: float = field(
+        default=1.0, metadata={"help": "Learning rate of a block of the tower over that of the block behind it."}
+    )
     gradient_caching_chunk_size: int | None = field(
-        default=None, metadata={"help": "How many pairs of a batch have a graph at a time."}
+        default=None, metadata={"help": "Stage 1: how many pairs of a batch have a graph at a time."}
     )
 
     def __post_init__(self):
-        if self.num_train_epochs > 0 and self.max_steps == PAPER_STEPS:
-            self.max_steps = -1
+        if not 0 < self.vision_layer_decay <= 1:
+            raise ValueError(f"vision_layer_decay is {self.vision_layer_decay}: more than 0, at most 1 was expected.")
         if self.lr_scheduler_type == PAPER_SCHEDULE and self.lr_scheduler_kwargs is None:
-            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1, "warmup_lr_rate": 0.01}
+            # Warm-up starts from a hundredth of the peak, as in the authors' code
+            min_rate = self.min_learning_rate / self.learning_rate
+            self.lr_scheduler_kwargs = {"min_lr_rate": min_rate, "warmup_lr_rate": 0.01}
         if self.gradient_caching_chunk_size is not None:
             # One contrastive batch of all that would have been accumulated
             self.per_device_train_batch_size *= self.gradient_accumulation_steps
@@ -63,4 +64,83 @@ class Stage1Arguments(TrainingArguments):
         super().__post_init__()
 
 
-__all__ = ["Stage1Arguments"]
+@dataclass
+class _PreTrainingArguments(Blip2Arguments):
+    """Both stages are counted in steps; `num_train_epochs`, where it is given, takes their place."""
+
+    num_train_epochs: float = field(default=0, metadata={"help": "Epochs, in place of the paper's number of steps."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW."})
+
+    def __post_init__(self):
+        if self.num_train_epochs > 0 and self.max_steps == type(self).max_steps:
+            self.max_steps = -1
+        super().__post_init__()
+
+
+@dataclass
+class Stage1Arguments(_PreTrainingArguments):
+    r"""
+    The paper's stage 1 (section 3.4): AdamW with betas of 0.9 and 0.98 and a weight decay of 0.05, 2,000 steps of
+    warm-up to a learning rate of 1e-4 from a hundredth of it (as in the authors' code), and a cosine down to a tenth
+    of it, 250,000 steps in all.
+
+    The paper's batch, over all processes, is of 2,320 pairs for ViT-L and 1,680 for ViT-g.
+
+    Args:
+        num_train_epochs (`float`, *optional*, defaults to 0):
+            Length of the run in epochs, in place of the paper's number of steps.
+        kwargs:
+            Those of [`Blip2Arguments`].
+    """
+
+    max_steps: int = field(default=250_000, metadata={"help": "Number of steps."})
+    min_learning_rate: float = field(default=1e-5, metadata={"help": "Where the cosine ends."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "A last batch of one pair has no negatives."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["image_ids"], metadata={"help": "What the metrics of evaluation are told."}
+    )
+
+
+@dataclass
+class Stage2Arguments(_PreTrainingArguments):
+    r"""
+    The paper's stage 2 (section 3.4): as stage 1, but 80,000 steps and a cosine that ends at 5e-5. Its batch, over all
+    processes, is of 1,920 pairs for OPT and 1,520 for FlanT5.
+
+    Args:
+        num_train_epochs (`float`, *optional*, defaults to 0):
+            Length of the run in epochs, in place of the paper's number of steps.
+        kwargs:
+            Those of [`Blip2Arguments`].
+    """
+
+    max_steps: int = field(default=80_000, metadata={"help": "Number of steps."})
+    min_learning_rate: float = field(default=5e-5, metadata={"help": "Where the cosine ends."})
+
+
+@dataclass
+class FineTuningArguments(Blip2Arguments):
+    r"""
+    The paper's fine-tuning (appendix): 5 epochs, a learning rate of 1e-5 after 1,000 steps of warm-up, betas of 0.9
+    and 0.999, the tower trained beside the Q-Former, evaluation by generation. Captioning: a batch of 256, pictures of
+    364 pixels, a `vision_layer_decay` of 1 (FlanT5-XL, OPT-2.7B) or 0.95 (OPT-6.7B). VQA: a batch of 128, 490 pixels,
+    0.95 (FlanT5-XL, OPT-2.7B) or 0.9 (OPT-6.7B).
+
+    Args:
+        kwargs:
+            Those of [`Blip2Arguments`].
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak of the learning rate."})
+    num_train_epochs: float = field(default=5, metadata={"help": "Epochs."})
+    warmup_steps: float = field(default=1000, metadata={"help": "Steps of linear warm-up, or a share of all steps."})
+    preset: str | None = field(default="finetune", metadata={"help": "Which parts are trained."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When it validates."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When it saves a checkpoint."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints stay."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether the best checkpoint is kept."})
+    metric_for_best_model: str | None = field(default="exact_match", metadata={"help": "What best means."})
+    predict_with_generate: bool = field(default=True, metadata={"help": "Evaluation by generation."})
+
+
+__all__ = ["Blip2Arguments", "FineTuningArguments", "Stage1Arguments", "Stage2Arguments"]

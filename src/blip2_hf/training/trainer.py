@@ -6,42 +6,58 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer import Trainer
+from transformers.trainer_seq2seq import Seq2SeqTrainer
 
 from ..data.callbacks import SetEpochCallback
 from ..data.pairs import ImageTextStream
-from ..frozen import is_frozen
 from ..modeling_pretraining import Blip2ForPreTraining
+from .arguments import Blip2Arguments
+from .layer_decay import split_by_scale, vision_layer_scales
+from .presets import describe_trained_parts, train_only
 
 
 # Beside biases and norms, which Trainer leaves out by itself; under PEFT the names go on after these
 WITHOUT_WEIGHT_DECAY = ("query_tokens.", "temperature.")
 
 
-class Blip2Trainer(Trainer):
+class Blip2Trainer(Seq2SeqTrainer):
     r"""
-    [`~transformers.Trainer`] for BLIP-2. The models also learn in `Trainer` itself; here
+    [`~transformers.Seq2SeqTrainer`] for BLIP-2. The models also learn in `Trainer` itself; here
 
+    - `preset` and `vision_layer_decay` of [`Blip2Arguments`] are heeded;
     - queries and temperature have no weight decay, as biases and norms;
     - evaluation counts every held-out row, whatever `dataloader_drop_last` says;
     - each loss of a model's output (`loss_itc`, ...) is logged beside their sum, for training and for evaluation;
-    - what is trained and what is frozen is printed when training begins;
+    - a table of what is trained and what is frozen is printed when training begins;
+    - with `predict_with_generate`, metrics are given the new tokens, without the prompt;
     - [`~data.ImageTextPairs`] learn which epoch it is, and an [`~data.ImageTextStream`] that repeats is shared out
       among processes, each of which reads no more than its rows;
     - `gradient_caching_chunk_size` of [`Stage1Arguments`] is heeded.
 
     Args:
-        args, kwargs:
+        model ([`Blip2PreTrainedModel`]):
+            The model.
+        args ([`Blip2Arguments`]):
+            The settings.
+        kwargs:
             Those of [`~transformers.Trainer`].
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    args: Blip2Arguments
+
+    def __init__(self, model, args: Blip2Arguments, **kwargs):
+        if not isinstance(args, Blip2Arguments):
+            raise ValueError(
+                f"Blip2Trainer takes Blip2Arguments, or those of a stage, but args is of type {type(args).__name__}. "
+                "transformers' Trainer takes TrainingArguments."
+            )
+        if args.preset is not None:
+            model = train_only(model, args.preset)
+        super().__init__(model, args, **kwargs)
         self.add_callback(SetEpochCallback())
         self._losses: dict[str, _MeanLosses] = {"train": _MeanLosses(), "eval": _MeanLosses()}
-        chunk_size = getattr(self.args, "gradient_caching_chunk_size", None)
-        if chunk_size is not None and isinstance(self._bare_model(), Blip2ForPreTraining):
-            self._bare_model().gradient_caching_enable(chunk_size)
+        if args.gradient_caching_chunk_size is not None and isinstance(self._bare_model(), Blip2ForPreTraining):
+            self._bare_model().gradient_caching_enable(args.gradient_caching_chunk_size)
 
     def _bare_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
@@ -54,6 +70,13 @@ class Blip2Trainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not any(part in name for part in WITHOUT_WEIGHT_DECAY)]
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.args.vision_layer_decay != 1:
+            split_by_scale(optimizer, vision_layer_scales(self._bare_model(), self.args.vision_layer_decay))
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         stream = self.train_dataset
@@ -87,9 +110,21 @@ class Blip2Trainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        is_stage1 = isinstance(self._bare_model(), Blip2ForPreTraining)
-        if not is_stage1 or len(inputs["input_ids"]) * self.args.world_size > 1:
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generate_kwargs):
+        if not isinstance(self._bare_model(), Blip2ForPreTraining):
+            is_generated = self.args.predict_with_generate and not prediction_loss_only
+            if prediction_loss_only or is_generated:
+                inputs = {**inputs, "skip_logits": True}
+            config = self.model.generation_config
+            if is_generated and config.max_new_tokens is not None:
+                # transformers fills in a default, and then warns at each batch that there are two limits
+                config.max_length = None
+            step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generate_kwargs)
+            if is_generated and not self._bare_model().config.is_encoder_decoder:
+                # The prompt comes back in front of what was generated
+                step = (step[0], step[1][:, inputs["input_ids"].shape[1] :], step[2])
+            return step
+        if len(inputs["input_ids"]) * self.args.world_size > 1:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # The last pair alone has no negatives, and so no loss
         inputs = self._prepare_inputs(inputs)
@@ -135,25 +170,4 @@ class _MeanLosses:
         return means
 
 
-def describe_trained_parts(model: nn.Module) -> str:
-    """
-    Which parts of a model are trained, with numbers of parameters.
-
-    Args:
-        model (`nn.Module`):
-            The model.
-
-    Returns:
-        `str`: a line for each part.
-    """
-    lines = []
-    for name, part in model.named_children():
-        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in part.parameters())
-        if total:
-            share = "frozen" if is_frozen(part) else "trained" if trained == total else f"{trained:,} trained"
-            lines.append(f"{name:24} {total:>13,}  {share}")
-    return "\n".join(["Parameters:", *lines])
-
-
-__all__ = ["Blip2Trainer", "describe_trained_parts"]
+__all__ = ["Blip2Trainer"]

@@ -1,0 +1,134 @@
+"""
+Fine-tunes a BLIP-2 to answer questions about pictures (appendix of the paper).
+
+    python examples/finetune_vqa.py --model stage2 --stage1 stage1 --data train.parquet --validation val.parquet \\
+        --image_size 490 --vision_layer_decay 0.95 --per_device_train_batch_size 16 --gradient_accumulation_steps 8 \\
+        --bf16 --output_dir vqa
+
+The data have columns with a picture, a question and an answer, or a list of answers, of which one is drawn each time.
+With --stage1 the Q-Former reads the question too, with the feed-forward networks for text of stage 1. With stored
+features, which need a frozen tower, add --preset stage2. --group_by tells the accuracy for each value of a column.
+
+All options of transformers' `TrainingArguments` are there; their defaults are the paper's. It validates by generation
+after each epoch, and keeps the best checkpoint.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, HfArgumentParser
+
+from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+from blip2_hf.data import (
+    ImageTextPairs,
+    LanguageModelCollator,
+    RandomResizedCropAndFlip,
+    check_pairs,
+    load_rows,
+    report_bad_rows,
+)
+from blip2_hf.evaluation import GeneratedTextMetrics, exact_match
+from blip2_hf.training import Blip2Trainer, FineTuningArguments, last_complete_checkpoint
+
+
+@dataclass
+class VQAArguments:
+    """Data and model."""
+
+    model: str = field(metadata={"help": "BLIP-2 after stage 2: folder or id on the Hub."})
+    data: str = field(metadata={"help": "File (parquet, json, csv, tar) or Hub id."})
+    validation: str = field(metadata={"help": "Data to validate on."})
+    stage1: str | None = field(default=None, metadata={"help": "Where the Q-Former's networks for text come from."})
+    test: str | None = field(default=None, metadata={"help": "Data for the last evaluation, in place of validation."})
+    images: str | None = field(default=None, metadata={"help": "Pictures or features of data, by number of the row."})
+    validation_images: str | None = field(default=None, metadata={"help": "Those of validation."})
+    test_images: str | None = field(default=None, metadata={"help": "Those of test."})
+    prompt: str = field(default="Question: {} Answer:", metadata={"help": "The question stands at {}."})
+    image_column: str = field(default="image", metadata={"help": "Column of the pictures, or of rows of images."})
+    question_column: str = field(default="question", metadata={"help": "Column of the questions."})
+    answer_column: str = field(default="answer", metadata={"help": "Column of the answers."})
+    group_by: str | None = field(default=None, metadata={"help": "Column to tell the accuracy by."})
+    language_model_dtype: str = field(default="bfloat16", metadata={"help": "Of the frozen language model."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Such as sdpa, eager."})
+    image_size: int = field(default=490, metadata={"help": "Side of the pictures, in pixels."})
+    max_new_tokens: int = field(default=10, metadata={"help": "Most tokens of an answer."})
+    early_stopping_patience: int | None = field(default=None, metadata={"help": "Epochs without getting better."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
+
+
+def make_pairs(options: VQAArguments, data: str, images: str | None, transform=None, train: bool = False, seed=0):
+    return ImageTextPairs(
+        load_rows(data),
+        image_column=options.image_column,
+        text_column=options.answer_column,
+        prompt=options.prompt,
+        prompt_column=options.question_column,
+        images=None if images is None else load_rows(images),
+        transform=None if images is not None else transform,
+        clean_text=False,
+        seed=seed,
+        train=train,
+    )
+
+
+def load_model(options: VQAArguments) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
+    model = Blip2ForConditionalGeneration.from_pretrained(
+        options.model, dtype=torch.float32, attn_implementation=options.attn_implementation
+    )
+    model.language_model.to(getattr(torch, options.language_model_dtype))
+    processor = Blip2Processor.from_pretrained(options.model)
+    if options.stage1 is not None:
+        model.attach_text_networks(options.stage1)
+        processor.qformer_tokenizer = AutoTokenizer.from_pretrained(options.stage1)
+    processor.image_processor.size = {"height": options.image_size, "width": options.image_size}
+    model.generation_config.max_new_tokens = options.max_new_tokens
+    return model, processor
+
+
+def main():
+    options, arguments = HfArgumentParser((VQAArguments, FineTuningArguments)).parse_args_into_dataclasses()
+    model, processor = load_model(options)
+    crop = RandomResizedCropAndFlip(options.image_size, flip=0)
+    train = make_pairs(options, options.data, options.images, crop, train=True, seed=arguments.seed)
+    collator = LanguageModelCollator(processor)
+    if options.skip_bad_rows:
+        bad = check_pairs(train, collator)
+        print(report_bad_rows(bad, Path(arguments.output_dir) / "bad_rows.jsonl"))
+        train = train.without(bad)
+    trainer = Blip2Trainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=make_pairs(options, options.validation, options.validation_images),
+        data_collator=collator,
+        compute_metrics=(metrics := GeneratedTextMetrics(processor)),
+        processing_class=processor,
+    )
+    if options.early_stopping_patience is not None:
+        trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    trainer.save_model()
+
+    data, images = options.validation, options.validation_images
+    if options.test is not None:
+        data, images = options.test, options.test_images
+    output = trainer.predict(make_pairs(options, data, images), metric_key_prefix="test")
+    trainer.log_metrics("test", output.metrics)
+    answers, wanted = metrics.texts(output.predictions), metrics.texts(output.label_ids)
+    groups = load_rows(data)[options.group_by] if options.group_by else []
+    accuracy = {}
+    for group in sorted(set(groups)):
+        rows = [row for row, value in enumerate(groups) if value == group]
+        accuracy[group] = exact_match([answers[row] for row in rows], [wanted[row] for row in rows])
+        print(f"{group:20} {len(rows):7} questions  {accuracy[group]:.2%}")
+    results = {"metrics": output.metrics, "accuracy": accuracy, "answers": answers}
+    (Path(arguments.output_dir) / "results.json").write_text(json.dumps(results))
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

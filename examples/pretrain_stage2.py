@@ -1,0 +1,109 @@
+"""
+Stage 2 of BLIP-2: a frozen language model learns to read the queries of a Q-Former that stage 1 has trained.
+
+    python examples/pretrain_stage2.py --stage1 stage1 --language_model HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --data pictures.parquet --output_dir stage2
+
+    # Encoder-decoders learn the rest of a text whose beginning they are given
+    python examples/pretrain_stage2.py --stage1 stage1 --language_model google/flan-t5-xl --bf16 --prefix_lm ...
+
+    # Another language model for a trained BLIP-2: the projection alone is aligned anew
+    python examples/pretrain_stage2.py --stage1 stage2 --language_model Qwen/Qwen3-0.6B --preset projection ...
+
+All options of transformers' `TrainingArguments` are there; their defaults are the paper's. The same command, given
+again after a stop, goes on from the last checkpoint that is whole.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+
+from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+from blip2_hf.data import (
+    ImageTextPairs,
+    ImageTextStream,
+    LanguageModelCollator,
+    RandomResizedCropAndFlip,
+    check_pairs,
+    hold_out,
+    load_rows,
+    report_bad_rows,
+)
+from blip2_hf.training import Blip2Trainer, Stage2Arguments, last_complete_checkpoint
+
+
+@dataclass
+class PretrainingArguments:
+    """Data and parts."""
+
+    data: str = field(metadata={"help": "File (parquet, json, csv, tar), Hub id, or folder of cached features."})
+    stage1: str = field(metadata={"help": "BLIP-2 whose tower and Q-Former are taken: folder or id on the Hub."})
+    language_model: str = field(metadata={"help": "Any causal or sequence-to-sequence language model."})
+    vision_model: str | None = field(default=None, metadata={"help": "The tower, if stage1 has none in it."})
+    language_model_dtype: str = field(default="bfloat16", metadata={"help": "Of the frozen language model."})
+    prompt: str = field(default="", metadata={"help": "Text in front of what is to be written."})
+    prefix_lm: bool = field(default=False, metadata={"help": "Give the beginning of each text, learn the rest."})
+    image_size: int = field(default=224, metadata={"help": "Side of the pictures, in pixels."})
+    image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
+    text_column: str = field(default="caption", metadata={"help": "Column of the texts, or of lists of texts."})
+    max_length: int = field(default=32, metadata={"help": "Most tokens of a text."})
+    held_out: float = field(default=0.02, metadata={"help": "Share, or number, of rows to validate on."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data as a stream; nothing is held out."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
+
+
+def make_datasets(options: PretrainingArguments, seed: int):
+    """What is learned from, and what is held out."""
+    rows = load_rows(options.data, streaming=options.streaming)
+    is_cached = "image_embeds" in (rows.column_names or [])
+    columns = {name: getattr(options, name) for name in ("image_column", "text_column", "prompt")}
+    transform = None if is_cached else RandomResizedCropAndFlip(options.image_size)
+    learning = {**columns, "seed": seed, "transform": transform, "prefix_lm": options.prefix_lm}
+    if options.streaming:
+        rows = rows.shuffle(seed=seed, buffer_size=10_000)
+        return ImageTextStream(rows, repeat=True, skip_broken=options.skip_bad_rows, **learning), None
+    rows, held_out = hold_out(rows, options.held_out, seed=seed)
+    return ImageTextPairs(rows, **learning), ImageTextPairs(held_out, train=False, **columns)
+
+
+def main():
+    options, arguments = HfArgumentParser((PretrainingArguments, Stage2Arguments)).parse_args_into_dataclasses()
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(
+        options.stage1,
+        options.language_model,
+        vision_model=options.vision_model,
+        language_model_kwargs={"dtype": getattr(torch, options.language_model_dtype)},
+    )
+    square = {"height": options.image_size, "width": options.image_size}
+    processor = Blip2Processor(
+        AutoImageProcessor.from_pretrained(options.vision_model or options.stage1, size=square, do_center_crop=False),
+        AutoTokenizer.from_pretrained(options.language_model),
+        num_query_tokens=model.config.num_query_tokens,
+        is_encoder_decoder=model.config.is_encoder_decoder,
+    )
+    train, held_out = make_datasets(options, arguments.seed)
+    collator = LanguageModelCollator(processor, max_length=options.max_length)
+    if options.skip_bad_rows and not options.streaming:
+        bad = check_pairs(train, collator)
+        print(report_bad_rows(bad, Path(arguments.output_dir) / "bad_rows.jsonl"))
+        train = train.without(bad)
+    trainer = Blip2Trainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    trainer.save_model()
+    if held_out is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
