@@ -12,17 +12,13 @@ two passes.
 """
 
 import argparse
-import gc
 import json
-import os
-import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from measure import flops, matmul_peak, peak_memory, peak_memory_of_fresh_process, seconds_in_turn
 
 from blip2_hf import Blip2Config, Blip2ForPreTraining, Blip2QFormerConfig
 
@@ -92,59 +88,10 @@ class Step:
         self.optimizer.step()
 
 
-def synchronize(device: str):
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def seconds(run, device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def matmul_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some large matrix products."""
-    size = 2048 if device == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    torch.matmul(a, b)
-    return 2 * size**3 / min(seconds(lambda: torch.matmul(a, b), device) for _ in range(10))
-
-
-def peak_memory(step: Step) -> int:
-    """Bytes that a step needs at most, above parameters, gradients and the optimizer's state."""
+def peak_memory_of(step: Step) -> int:
+    """Bytes above parameters, gradients and the optimizer's state."""
     step(set_to_none=False)
-    gc.collect()
-    if step.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(set_to_none=False)
-        return torch.cuda.max_memory_allocated() - before
-    before = resident("VmRSS")
-    # Linux: the high-water mark starts anew
-    Path("/proc/self/clear_refs").write_text("5")
-    step(set_to_none=False)
-    return resident("VmHWM") - before
-
-
-def peak_memory_of_fresh_process(name: str) -> int:
-    """On a CPU: in a process in which memory that is freed goes back at once, so that the resident size tells."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
-    command = [sys.executable, *sys.argv, "--memory-of", name]
-    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
-
-
-def resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def flops(step: Step) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step.loss().backward()
-    return counter.get_total_flops()
+    return peak_memory(lambda: step(set_to_none=False), step.device)
 
 
 def largest_difference(two: Step, four: Step) -> dict[str, float]:
@@ -174,25 +121,22 @@ def main():
     dtype = getattr(torch, arguments.dtype)
     model, batch = make_model(arguments.device), make_batch(arguments.batch_size, arguments.device, dtype)
     if arguments.memory_of:
-        print(peak_memory(Step(model, batch, arguments, naive=arguments.memory_of == "four_pass")))
+        print(peak_memory_of(Step(model, batch, arguments, naive=arguments.memory_of == "four_pass")))
         return
     steps = {"two_pass": Step(model, batch, arguments, naive=False), "four_pass": Step(model, batch, arguments, True)}
     difference = largest_difference(*steps.values())
     results: dict[str, dict] = {name: {} for name in steps}
     for name, step in steps.items():
         step()
-        peak = peak_memory_of_fresh_process(name) if arguments.device == "cpu" else peak_memory(step)
+        peak = peak_memory_of_fresh_process(name) if arguments.device == "cpu" else peak_memory_of(step)
         results[name]["peak_memory_mib"] = round(peak / 2**20, 1)
         if not arguments.compile:
-            results[name]["gflop"] = round(flops(step) / 1e9, 1)
-    times: dict[str, list[float]] = {name: [] for name in steps}
+            results[name]["gflop"] = round(flops(lambda step=step: step.loss().backward()) / 1e9, 1)
     peak = matmul_peak(arguments.device, dtype)
-    for _ in range(arguments.repeats):
-        for name, step in steps.items():
-            times[name].append(seconds(step, arguments.device))
+    times = seconds_in_turn(steps, arguments.device, arguments.repeats)
     peak = max(peak, matmul_peak(arguments.device, dtype))
     for name, result in results.items():
-        median = sorted(times[name])[len(times[name]) // 2]
+        median = times[name]
         result |= {"seconds": round(median, 4), "pairs_per_second": round(arguments.batch_size / median, 2)}
         if "gflop" in result:
             result["share_of_matmul_peak"] = round(result["gflop"] * 1e9 / median / peak, 3)

@@ -45,6 +45,10 @@ class Blip2HfProcessor(ProcessorMixin):
             Whether the language model is an encoder-decoder: `text_target` is then not appended to `text`. If it is
             not given, `from_pretrained` looks into config.json; without one, a tokenizer that ends each text with
             the end token is taken for an encoder-decoder's.
+        end_token_id (`int`, *optional*):
+            Token id that ends a `text_target` of a decoder-only language model: that at which generation stops. The
+            tokenizer's end token if it is not given. `from_pretrained` looks into config.json: BLIP-2 with OPT ends
+            texts with a newline.
 
     Example:
 
@@ -54,7 +58,7 @@ class Blip2HfProcessor(ProcessorMixin):
     >>> batch = processor(images=pictures, text="a photo of", text_target=captions, return_tensors="pt")  # with labels
     ```"""
 
-    valid_kwargs = ["num_query_tokens", "is_encoder_decoder"]
+    valid_kwargs = ["num_query_tokens", "is_encoder_decoder", "end_token_id"]
     valid_processor_kwargs = Blip2HfProcessorKwargs
 
     def __init__(
@@ -64,6 +68,7 @@ class Blip2HfProcessor(ProcessorMixin):
         qformer_tokenizer=None,
         num_query_tokens: int | None = None,
         is_encoder_decoder: bool | None = None,
+        end_token_id: int | None = None,
         chat_template: str | None = None,
         **kwargs,
     ):
@@ -79,6 +84,7 @@ class Blip2HfProcessor(ProcessorMixin):
             # A text that is to be continued does not end with the end token
             is_encoder_decoder = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.is_encoder_decoder = is_encoder_decoder
+        self.end_token_id = tokenizer.eos_token_id if end_token_id is None else end_token_id
         self.qformer_tokenizer = qformer_tokenizer
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         if self.chat_template is None:
@@ -126,7 +132,8 @@ class Blip2HfProcessor(ProcessorMixin):
         for name in ("processor_config.json", "tokenizer_config.json"):
             path = Path(save_directory) / name
             content = json.loads(path.read_text()) | {"processor_class": "Blip2Processor"}
-            content.pop("is_encoder_decoder", None)
+            for own in ("is_encoder_decoder", "end_token_id"):
+                content.pop(own, None)
             path.write_text(json.dumps(content, indent=2))
         return files
 
@@ -138,7 +145,10 @@ class Blip2HfProcessor(ProcessorMixin):
             # Files of transformers' own processor do not say; its model's configuration does
             try:
                 config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-                processor_dict["is_encoder_decoder"] = config.get_text_config(decoder=True).is_encoder_decoder
+                text_config = config.get_text_config(decoder=True)
+                processor_dict["is_encoder_decoder"] = text_config.is_encoder_decoder
+                if isinstance(text_config.eos_token_id, int):
+                    processor_dict["end_token_id"] = text_config.eos_token_id
             except (OSError, ValueError):
                 processor_dict.pop("is_encoder_decoder", None)
         subfolder = processor_dict.pop(QFORMER_TOKENIZER, None)
@@ -292,7 +302,7 @@ class Blip2HfProcessor(ProcessorMixin):
         """The prompt and the target as one text, so that the tokens at the seam are those of the whole text."""
         truncation, max_length = kwargs.get("truncation"), kwargs.get("max_length")
         kwargs = {k: v for k, v in kwargs.items() if k not in ("truncation", "max_length")}
-        end = self.tokenizer.eos_token_id
+        end = self.end_token_id
         if prompt.endswith(" "):
             # Generation is given this space as a token of its own: what follows has none
             ids = self._without_end(self.tokenizer(prompt, **kwargs)["input_ids"])

@@ -139,7 +139,7 @@ class FineTuningArguments(Blip2Arguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When it saves a checkpoint."})
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints stay."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether the best checkpoint is kept."})
-    metric_for_best_model: str | None = field(default="exact_match", metadata={"help": "What best means."})
+    metric_for_best_model: str | None = field(default="word_f1", metadata={"help": "What best means."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Evaluation by generation."})
 
 

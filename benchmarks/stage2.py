@@ -1,0 +1,205 @@
+"""
+One step of stage 2, AdamW included: against transformers' own Blip2ForConditionalGeneration, with the same weights and
+the same parts frozen.
+
+    python benchmarks/stage2.py                    # OPT-125M's shape, features given to both, on a CPU thread
+    python benchmarks/stage2.py --tower            # transformers runs a tower of ViT-g's shape; here it is stored
+    python benchmarks/stage2.py --language-model opt-2.7b --device cuda --dtype bfloat16 --batch-size 64
+
+Both are given the same batch, padded to its own longest text, the same fused AdamW, the language model in eval mode. A
+BERT-base Q-Former with 32 queries and dropout 0.1 reads features [batch, 257, 1408]; captions have about 12 tokens.
+Prints one line of JSON; a speed_ratio above 1 and a memory_ratio below 1 are in favour of this library. Memory is that
+above the parameters, their gradients and AdamW's state.
+"""
+
+import argparse
+import json
+
+import torch
+import transformers
+from measure import flops, matmul_peak, peak_memory, peak_memory_of_fresh_process, seconds_in_turn
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from blip2_hf import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
+
+
+LANGUAGE_MODELS = {
+    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12},
+    "opt-2.7b": {"hidden_size": 2560, "num_hidden_layers": 32, "ffn_dim": 10240, "num_attention_heads": 32},
+}
+IMAGE_TOKEN, QUERIES = 50265, 32
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--language-model", choices=LANGUAGE_MODELS, default="opt-125m", help="whose shape")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen parts")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed; the median counts")
+    parser.add_argument("--tower", action="store_true", help="transformers runs the tower at each step")
+    parser.add_argument("--memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+class StoredTower(nn.Module):
+    """In place of transformers' tower: gives stored features, through the LayerNorm that is trained."""
+
+    def __init__(self, post_layernorm: nn.LayerNorm):
+        super().__init__()
+        self.post_layernorm = post_layernorm
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        states = self.post_layernorm(pixel_values)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=states[:, 0])
+
+
+def make_config(arguments: argparse.Namespace) -> Blip2Config:
+    sizes = LANGUAGE_MODELS[arguments.language_model]
+    # Without dropout of its own: it is frozen
+    text_config = transformers.OPTConfig(
+        **sizes, vocab_size=50272, word_embed_proj_dim=sizes["hidden_size"], dropout=0.0, attention_dropout=0.0
+    )
+    return Blip2Config(
+        vision_config=Blip2VisionConfig(num_hidden_layers=39 if arguments.tower else 0, post_layernorm_eps=1e-6),
+        qformer_config=Blip2QFormerConfig(),
+        text_config=text_config,
+        num_query_tokens=QUERIES,
+        image_token_index=IMAGE_TOKEN,
+    )
+
+
+def make_models(arguments: argparse.Namespace) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    dtype, config = getattr(torch, arguments.dtype), make_config(arguments)
+    ours = Blip2ForConditionalGeneration(config)
+    theirs = transformers.Blip2ForConditionalGeneration(config.to_transformers())
+    weights = ours.state_dict()
+    theirs.load_state_dict({name.replace("query_tokens.weight", "query_tokens"): w for name, w in weights.items()})
+    theirs.vision_model.requires_grad_(False)
+    theirs.language_model.requires_grad_(False)
+    theirs.vision_model.post_layernorm.requires_grad_(True)
+    for model in (ours, theirs):
+        model.language_model.to(dtype)
+    if not arguments.tower:
+        theirs.vision_model = StoredTower(theirs.vision_model.post_layernorm)
+    models = {"ours": ours, "theirs": theirs}
+    for model in models.values():
+        model.to(arguments.device).train()
+        model.language_model.eval()
+    return models
+
+
+def make_batch(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Captions of 9 to 15 tokens, 12 on average, the start and the end token included, behind their image."""
+    generator = torch.Generator().manual_seed(0)
+    size = arguments.batch_size
+    lengths = torch.arange(size) * 6 // max(size - 1, 1) + 9
+    text = torch.randint(3, 50265, (size, int(lengths.max())), generator=generator)
+    is_text = torch.arange(text.shape[1]) < lengths[:, None]
+    queries = torch.full((size, QUERIES), IMAGE_TOKEN)
+    labels = torch.cat([torch.full_like(queries, -100), text.masked_fill(~is_text, -100)], dim=1)
+    labels[:, QUERIES] = -100
+    batch = {
+        "input_ids": torch.cat([queries, text.masked_fill(~is_text, 1)], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(queries), is_text.long()], dim=1),
+        "labels": labels,
+        "image_embeds": torch.randn(size, 257, 1408, generator=generator),
+        "pixel_values": torch.randn(size, 3, 224, 224, generator=generator),
+    }
+    return {name: tensor.to(arguments.device) for name, tensor in batch.items()}
+
+
+class Step:
+    """Forward, backward and AdamW of one of the two."""
+
+    def __init__(self, name: str, model: nn.Module, batch: dict[str, torch.Tensor], arguments: argparse.Namespace):
+        self.model, self.device, self.is_low = model, arguments.device, arguments.dtype != "float32"
+        image, other = ("image_embeds", "pixel_values") if name == "ours" else ("pixel_values", "image_embeds")
+        self.batch = {key: value for key, value in batch.items() if key != other}
+        if name == "ours":
+            self.batch["skip_logits"] = True
+        elif not arguments.tower:
+            self.batch[image] = batch["image_embeds"]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+
+    def loss(self) -> torch.Tensor:
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.is_low):
+            return self.model(**self.batch).loss
+
+    def __call__(self):
+        self.optimizer.zero_grad(set_to_none=False)
+        self.loss().backward()
+        self.optimizer.step()
+
+
+def largest_difference(ours: Step, theirs: Step) -> dict[str, float]:
+    """Of losses, and of gradients by their norms, without dropout. That of a key's bias is zero but for rounding."""
+    losses, gradients = [], []
+    for step in (ours, theirs):
+        step.model.eval()
+        step.optimizer.zero_grad()
+        losses.append(step.loss())
+        losses[-1].backward()
+        named = step.model.named_parameters()
+        gradients.append({name.removesuffix(".weight"): p.grad.clone() for name, p in named if p.grad is not None})
+        step.model.train()
+        step.model.language_model.eval()
+    names = [name for name in gradients[1] if not name.endswith("key.bias")]
+    worst = max((gradients[0][name] - gradients[1][name]).norm() / gradients[1][name].norm() for name in names)
+    loss = (losses[0] - losses[1]).detach().abs() / losses[1].detach()
+    return {"loss": float(loss), "gradient": float(worst)}
+
+
+def memory_of(step: Step) -> int:
+    step()
+    return peak_memory(step, step.device)
+
+
+def main():
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    models, batch = make_models(arguments), make_batch(arguments)
+    if arguments.memory_of:
+        name = arguments.memory_of
+        print(memory_of(Step(name, models.pop(name), batch, arguments)))
+        return
+    steps = {name: Step(name, model, batch, arguments) for name, model in models.items()}
+    # A tower of random weights gives other features than those that are stored
+    difference = None if arguments.tower else largest_difference(*steps.values())
+    results: dict[str, dict] = {}
+    for name, step in steps.items():
+        step()
+        peak = peak_memory_of_fresh_process(name) if arguments.device == "cpu" else memory_of(step)
+        gflop = flops(lambda step=step: step.loss().backward()) / 1e9
+        results[name] = {"peak_memory_mib": round(peak / 2**20, 1), "gflop": round(gflop, 1)}
+    times = seconds_in_turn(steps, arguments.device, arguments.repeats)
+    peak = matmul_peak(arguments.device, getattr(torch, arguments.dtype))
+    for name, result in results.items():
+        result |= {
+            "seconds": round(times[name], 4),
+            "share_of_matmul_peak": round(result["gflop"] * 1e9 / times[name] / peak, 3),
+        }
+    ours, theirs = results["ours"], results["theirs"]
+    is_cpu = arguments.device == "cpu"
+    report = {
+        "device": f"{arguments.threads} CPU threads" if is_cpu else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "language_model": arguments.language_model,
+        "tower_runs_in_theirs": arguments.tower,
+        "batch_size": arguments.batch_size,
+        "dtype": arguments.dtype,
+        **results,
+        "speed_ratio": round(theirs["seconds"] / ours["seconds"], 3),
+        "memory_ratio": round(ours["peak_memory_mib"] / theirs["peak_memory_mib"], 3),
+        "largest_relative_difference": difference,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

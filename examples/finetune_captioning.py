@@ -1,0 +1,107 @@
+"""
+Fine-tunes a BLIP-2 to caption pictures (appendix of the paper).
+
+    python examples/finetune_captioning.py --model stage2 --data train.parquet --validation val.parquet \\
+        --per_device_train_batch_size 16 --gradient_accumulation_steps 16 --bf16 --output_dir captioner
+
+    # On one small GPU: adapters in the language model alone, pictures of 224 pixels
+    python examples/finetune_captioning.py --model Salesforce/blip2-opt-2.7b --preset lora_language_model \\
+        --image_size 224 --learning_rate 1e-4 --bf16 ...
+
+The data have columns with a picture and a caption, or a list of captions, of which one is drawn each time. With stored
+features, which need a frozen tower, add --preset stage2.
+
+All options of transformers' `TrainingArguments` are there; their defaults are the paper's. It validates by generation
+after each epoch, and keeps the best checkpoint.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+from blip2_hf.data import (
+    ImageTextPairs,
+    LanguageModelCollator,
+    RandomResizedCropAndFlip,
+    check_pairs,
+    load_rows,
+    report_bad_rows,
+)
+from blip2_hf.evaluation import GeneratedTextMetrics
+from blip2_hf.training import Blip2Trainer, FineTuningArguments, last_complete_checkpoint
+
+
+@dataclass
+class CaptioningArguments:
+    """Data and model."""
+
+    model: str = field(metadata={"help": "BLIP-2 after stage 2: folder or id on the Hub."})
+    data: str = field(metadata={"help": "File (parquet, json, csv, tar), Hub id, or folder of cached features."})
+    validation: str = field(metadata={"help": "Data to validate on."})
+    language_model_dtype: str = field(default="bfloat16", metadata={"help": "Of the language model."})
+    prompt: str = field(default="a photo of", metadata={"help": "Text in front of the captions."})
+    image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
+    text_column: str = field(default="caption", metadata={"help": "Column of the captions, or of lists of them."})
+    image_size: int = field(default=364, metadata={"help": "Side of the pictures, in pixels."})
+    max_length: int = field(default=40, metadata={"help": "Most tokens of prompt and caption."})
+    max_new_tokens: int = field(default=30, metadata={"help": "Most tokens of a caption that is generated."})
+    early_stopping_patience: int | None = field(default=None, metadata={"help": "Epochs without getting better."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
+
+
+def make_pairs(options: CaptioningArguments, data: str, train: bool = False, seed: int = 0) -> ImageTextPairs:
+    rows = load_rows(data)
+    is_cached = "image_embeds" in rows.column_names
+    return ImageTextPairs(
+        rows,
+        image_column=options.image_column,
+        text_column=options.text_column,
+        prompt=options.prompt,
+        transform=RandomResizedCropAndFlip(options.image_size) if train and not is_cached else None,
+        seed=seed,
+        train=train,
+    )
+
+
+def load_model(options: CaptioningArguments) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
+    model = Blip2ForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
+    model.language_model.to(getattr(torch, options.language_model_dtype))
+    model.generation_config.max_new_tokens = options.max_new_tokens
+    processor = Blip2Processor.from_pretrained(options.model)
+    processor.image_processor.size = {"height": options.image_size, "width": options.image_size}
+    return model, processor
+
+
+def main():
+    options, arguments = HfArgumentParser((CaptioningArguments, FineTuningArguments)).parse_args_into_dataclasses()
+    model, processor = load_model(options)
+    train = make_pairs(options, options.data, train=True, seed=arguments.seed)
+    collator = LanguageModelCollator(processor, max_length=options.max_length)
+    if options.skip_bad_rows:
+        bad = check_pairs(train, collator)
+        print(report_bad_rows(bad, Path(arguments.output_dir) / "bad_rows.jsonl"))
+        train = train.without(bad)
+    trainer = Blip2Trainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=make_pairs(options, options.validation),
+        data_collator=collator,
+        compute_metrics=GeneratedTextMetrics(processor),
+        processing_class=processor,
+    )
+    if options.early_stopping_patience is not None:
+        trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    trainer.save_model()
+    trainer.log_metrics("eval", trainer.evaluate())
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""
+A run of stage 2 on tiny parts, as a program: for the tests to run it in several processes.
+
+    python tests/train_stage2.py FOLDER --max_steps 4 ...
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tiny import make_image, make_model, make_processor
+
+from blip2_hf.data import ImageTextPairs, LanguageModelCollator
+from blip2_hf.training import Blip2Trainer, Stage2Arguments
+
+
+CAPTIONS = ["a dog", "a red bus near the street", "two people", "the sky", "a woman holding an umbrella", "grass"]
+
+
+def main():
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    (arguments,) = transformers.HfArgumentParser(Stage2Arguments).parse_args_into_dataclasses(sys.argv[1:])
+    torch.manual_seed(0)
+    model = make_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    rows = [{"image": make_image(i), "caption": CAPTIONS[i % 6]} for i in range(24)]
+    trainer = Blip2Trainer(
+        model,
+        arguments,
+        train_dataset=ImageTextPairs(rows, prompt="a photo of"),
+        data_collator=LanguageModelCollator(make_processor()),
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        Path(arguments.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    main()
