@@ -78,6 +78,38 @@ def test_scores_at_labels_alone_give_the_same_loss_and_gradients(name, trains_he
             torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=2e-5, msg=key)
 
 
+@pytest.mark.parametrize("tokens", [1, 60, 10_000])
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_frozen_language_model_is_run_row_by_row_to_the_same_end(name, tokens, monkeypatch):
+    monkeypatch.setattr("blip2_hf.loss_by_rows._TOKENS_AT_A_TIME", {"cpu": tokens})
+    model, batch = make_model(name).train(), make_batch(name)
+    model.qformer.eval()
+    full = model(**batch, skip_logits=False)
+    expected = trained_gradients(model, full.loss * 0.7)
+    assert model(**batch, skip_logits=True).language_model_outputs is not None
+    lengths, embeddings = [], model.get_output_embeddings()
+    embeddings.register_forward_pre_hook(lambda module, args: lengths.append(tuple(args[0].shape[:-1])))
+    actual = model(**batch, skip_logits=True)
+    torch.testing.assert_close(actual.loss, full.loss, rtol=1e-6, atol=1e-6)
+    found = trained_gradients(model, actual.loss * 0.7)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=2e-5, msg=key)
+    assert len(lengths) == {1: 4, 60: 4 if name == "t5" else 2, 10_000: 1}[tokens] or tokens == 60
+    # Whoever asks for more is given it
+    more = model(**batch, skip_logits=True, output_hidden_states=True)
+    assert (more.decoder_hidden_states if name == "t5" else more.hidden_states) is not None
+
+
+def test_a_language_model_that_is_trained_is_run_at_once():
+    model, batch = train_only(make_model(), "lora_language_model").train(), make_batch()
+    for _ in range(2):
+        outputs = model(**batch, skip_logits=True)
+        outputs.loss.backward()
+    assert outputs.language_model_outputs is not None
+    assert any(p.grad.any() for n, p in model.named_parameters() if "language_model" in n and p.requires_grad)
+
+
 def test_scores_that_the_language_model_bounds_are_not_taken_from_its_head():
     config = transformers.Gemma2Config(**ROTARY, query_pre_attn_scalar=8, final_logit_softcapping=2.0)
     model = Blip2ForConditionalGeneration(make_config(text_config=config)).train()
@@ -351,7 +383,7 @@ def test_layer_decay_acts_on_the_learning_rate_of_each_group_at_each_step(tmp_pa
     trainer.train()
     model, scales = trainer.model, vision_layer_scales(trainer.model, 0.5)
     # A warm-up of two steps from a hundredth, and a cosine down to 0
-    factors = [0.01, 1, *(0.5 * (1 + np.cos(np.pi * step / 4)) for step in range(4))]
+    factors = [0.01, 1, *(0.5 * (1 + np.cos(np.pi * step / 4)) for step in range(1, 5))]
     assert len(rates.seen) == 6
     for seen, factor in zip(rates.seen, factors, strict=True):
         assert len(seen) == len(trained_names(model))
@@ -427,7 +459,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     scores = iter([0.1, 0.9, 0.2, 0.3])
     trainer = make_trainer(
         tmp_path,
-        compute_metrics=lambda processor: lambda prediction: {"exact_match": next(scores)},
+        compute_metrics=lambda processor: lambda prediction: {"word_f1": next(scores)},
         max_steps=4,
         eval_strategy="steps",
         eval_steps=1,

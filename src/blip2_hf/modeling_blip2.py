@@ -20,6 +20,7 @@ from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hid
 from .frozen import checkpoint_in_eval_mode, is_frozen
 from .generation_blip2 import Blip2GenerationMixin
 from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labels
+from .loss_by_rows import can_run_by_rows, loss_by_rows
 from .losses import language_modeling_loss, mean_over_labels
 from .modeling_qformer import (
     Blip2ImageStates,
@@ -808,18 +809,26 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
     ) -> tuple[torch.Tensor, ModelOutput]:
         """The loss, `shift_labels` being what each position predicts, and what the language model returned."""
         if skip_logits and self._scores_labels_alone():
-            head = self.get_output_embeddings()
-            with states_at_labels(self.language_model, shift_labels, self._head_is_last is None) as states:
-                outputs = self.language_model(**inputs, return_dict=True)
-            if self._head_is_last is None:
-                self._head_is_last = states.are_all(head, outputs.logits)
+            num_labels = shift_labels.ne(-100).sum()
+            if self._head_is_last and can_run_by_rows(self.language_model, inputs, shift_labels):
+                total = loss_by_rows(lambda *rows: self._sum_at_labels(*rows)[0], inputs, shift_labels)
+                return mean_over_labels(total, num_labels, num_items_in_batch), ModelOutput()
+            total, outputs = self._sum_at_labels(inputs, shift_labels)
             if self._head_is_last:
-                total = loss_at_labels(head, states.hidden_states, states.labels)
-                outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
-                return mean_over_labels(total, len(states.labels), num_items_in_batch), outputs
+                return mean_over_labels(total, num_labels, num_items_in_batch), outputs
         outputs = self.language_model(**inputs, return_dict=True)
         logits = outputs.logits[:, -shift_labels.shape[1] :]
         return language_modeling_loss(logits, shift_labels, num_items_in_batch), outputs
+
+    def _sum_at_labels(self, inputs: dict[str, Any], shift_labels: torch.Tensor) -> tuple[torch.Tensor, ModelOutput]:
+        """The sum of the loss over labels, if the head is all that makes scores, and the outputs without any."""
+        head = self.get_output_embeddings()
+        with states_at_labels(self.language_model, shift_labels, self._head_is_last is None) as states:
+            outputs = self.language_model(**inputs, return_dict=True)
+        if self._head_is_last is None:
+            self._head_is_last = states.are_all(head, outputs.logits)
+        total = loss_at_labels(head, states.hidden_states, states.labels)
+        return total, type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
 
     def _scores_labels_alone(self) -> bool:
         return (
