@@ -27,11 +27,11 @@ from blip2_hf.data import (
     ImageTextPairs,
     LanguageModelCollator,
     RandomResizedCropAndFlip,
-    check_pairs,
+    leave_out_bad_rows,
     load_rows,
-    report_bad_rows,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics
+from blip2_hf.frozen import cast_parameters
 from blip2_hf.training import Blip2Trainer, FineTuningArguments, last_complete_checkpoint
 
 
@@ -69,7 +69,7 @@ def make_pairs(options: CaptioningArguments, data: str, train: bool = False, see
 
 def load_model(options: CaptioningArguments) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
     model = Blip2ForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
-    model.language_model.to(getattr(torch, options.language_model_dtype))
+    cast_parameters(model.language_model, getattr(torch, options.language_model_dtype))
     model.generation_config.max_new_tokens = options.max_new_tokens
     processor = Blip2Processor.from_pretrained(options.model)
     processor.image_processor.size = {"height": options.image_size, "width": options.image_size}
@@ -79,17 +79,19 @@ def load_model(options: CaptioningArguments) -> tuple[Blip2ForConditionalGenerat
 def main():
     options, arguments = HfArgumentParser((CaptioningArguments, FineTuningArguments)).parse_args_into_dataclasses()
     model, processor = load_model(options)
-    train = make_pairs(options, options.data, train=True, seed=arguments.seed)
+    data = {
+        "train": make_pairs(options, options.data, train=True, seed=arguments.seed),
+        "validation": make_pairs(options, options.validation),
+    }
     collator = LanguageModelCollator(processor, max_length=options.max_length)
     if options.skip_bad_rows:
-        bad = check_pairs(train, collator)
-        print(report_bad_rows(bad, Path(arguments.output_dir) / "bad_rows.jsonl"))
-        train = train.without(bad)
+        for name, pairs in data.items():
+            data[name] = leave_out_bad_rows(pairs, collator, Path(arguments.output_dir) / f"bad_rows-{name}.jsonl")
     trainer = Blip2Trainer(
         model,
         arguments,
-        train_dataset=train,
-        eval_dataset=make_pairs(options, options.validation),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
         data_collator=collator,
         compute_metrics=GeneratedTextMetrics(processor),
         processing_class=processor,

@@ -26,11 +26,11 @@ from blip2_hf.data import (
     ImageTextPairs,
     LanguageModelCollator,
     RandomResizedCropAndFlip,
-    check_pairs,
+    leave_out_bad_rows,
     load_rows,
-    report_bad_rows,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics, exact_match
+from blip2_hf.frozen import cast_parameters
 from blip2_hf.training import Blip2Trainer, FineTuningArguments, last_complete_checkpoint
 
 
@@ -74,13 +74,15 @@ def make_pairs(options: VQAArguments, data: str, images: str | None, transform=N
     )
 
 
-def load_model(options: VQAArguments) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
+def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
     model = Blip2ForConditionalGeneration.from_pretrained(
         options.model, dtype=torch.float32, attn_implementation=options.attn_implementation
     )
-    model.language_model.to(getattr(torch, options.language_model_dtype))
+    cast_parameters(model.language_model, getattr(torch, options.language_model_dtype))
     processor = Blip2Processor.from_pretrained(options.model)
     if options.stage1 is not None:
+        if (preset or "").startswith("lora"):
+            raise SystemExit("Adapters are saved without the networks of --stage1: attach and save these first.")
         model.attach_text_networks(options.stage1)
         processor.qformer_tokenizer = AutoTokenizer.from_pretrained(options.stage1)
     processor.image_processor.size = {"height": options.image_size, "width": options.image_size}
@@ -90,19 +92,24 @@ def load_model(options: VQAArguments) -> tuple[Blip2ForConditionalGeneration, Bl
 
 def main():
     options, arguments = HfArgumentParser((VQAArguments, FineTuningArguments)).parse_args_into_dataclasses()
-    model, processor = load_model(options)
+    model, processor = load_model(options, arguments.preset)
     crop = RandomResizedCropAndFlip(options.image_size, flip=0)
-    train = make_pairs(options, options.data, options.images, crop, train=True, seed=arguments.seed)
-    collator = LanguageModelCollator(processor)
+    data = {
+        "train": make_pairs(options, options.data, options.images, crop, train=True, seed=arguments.seed),
+        "validation": make_pairs(options, options.validation, options.validation_images),
+    }
+    if options.test is not None:
+        data["test"] = make_pairs(options, options.test, options.test_images)
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    collator = LanguageModelCollator(processor, max_positions=positions)
     if options.skip_bad_rows:
-        bad = check_pairs(train, collator)
-        print(report_bad_rows(bad, Path(arguments.output_dir) / "bad_rows.jsonl"))
-        train = train.without(bad)
+        for name, pairs in data.items():
+            data[name] = leave_out_bad_rows(pairs, collator, Path(arguments.output_dir) / f"bad_rows-{name}.jsonl")
     trainer = Blip2Trainer(
         model,
         arguments,
-        train_dataset=train,
-        eval_dataset=make_pairs(options, options.validation, options.validation_images),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
         data_collator=collator,
         compute_metrics=(metrics := GeneratedTextMetrics(processor)),
         processing_class=processor,
@@ -112,13 +119,12 @@ def main():
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
     trainer.save_model()
 
-    data, images = options.validation, options.validation_images
-    if options.test is not None:
-        data, images = options.test, options.test_images
-    output = trainer.predict(make_pairs(options, data, images), metric_key_prefix="test")
+    test = data.get("test", data["validation"])
+    output = trainer.predict(test, metric_key_prefix="test")
     trainer.log_metrics("test", output.metrics)
     answers, wanted = metrics.texts(output.predictions), metrics.texts(output.label_ids)
-    groups = load_rows(data)[options.group_by] if options.group_by else []
+    groups = load_rows(options.test or options.validation)[options.group_by] if options.group_by else []
+    groups = [groups[test.row_number(index)] for index in range(len(test))] if groups else []
     accuracy = {}
     for group in sorted(set(groups)):
         rows = [row for row, value in enumerate(groups) if value == group]

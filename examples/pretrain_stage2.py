@@ -26,10 +26,9 @@ from blip2_hf.data import (
     ImageTextStream,
     LanguageModelCollator,
     RandomResizedCropAndFlip,
-    check_pairs,
     hold_out,
+    leave_out_bad_rows,
     load_rows,
-    report_bad_rows,
 )
 from blip2_hf.training import Blip2Trainer, Stage2Arguments, last_complete_checkpoint
 
@@ -86,9 +85,9 @@ def main():
     train, held_out = make_datasets(options, arguments.seed)
     collator = LanguageModelCollator(processor, max_length=options.max_length)
     if options.skip_bad_rows and not options.streaming:
-        bad = check_pairs(train, collator)
-        print(report_bad_rows(bad, Path(arguments.output_dir) / "bad_rows.jsonl"))
-        train = train.without(bad)
+        folder = Path(arguments.output_dir)
+        train = leave_out_bad_rows(train, collator, folder / "bad_rows-train.jsonl")
+        held_out = leave_out_bad_rows(held_out, collator, folder / "bad_rows-held_out.jsonl")
     trainer = Blip2Trainer(
         model,
         arguments,

@@ -61,12 +61,13 @@ def test_stage_2_then_captions_then_answers(parts, tmp_path, language_model):
     printed = run(
         "pretrain_stage2.py",
         stage2,
-        *("--stage1", str(parts / "stage1"), "--language_model", str(parts / language_model), "--held_out", "1"),
+        *("--stage1", str(parts / "stage1"), "--language_model", str(parts / language_model), "--held_out", "2"),
         *("--data", str(parts / "broken.parquet"), "--skip_bad_rows", "--save_strategy", "no", *options),
     )
-    assert "language_projection" in printed and "1" in printed
-    bad = [json.loads(line) for line in (stage2 / "bad_rows.jsonl").read_text().splitlines()]
-    assert [row["kind"] for row in bad] in ([], ["text empty"])  # none, where the one is held out
+    assert "language_projection" in printed and "1 bad row: 1 text empty." in printed
+    files = [stage2 / f"bad_rows-{part}.jsonl" for part in ("train", "held_out")]
+    bad = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert [row["kind"] for row in bad] == ["text empty"]
     model = Blip2ForConditionalGeneration.from_pretrained(stage2)
     assert model.config.text_config.model_type == language_model
     data = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "rows.parquet"))

@@ -1,7 +1,8 @@
-"""Frozen parts of a model: which they are, and activation checkpointing in them."""
+"""Frozen parts of a model: which they are, their type, and activation checkpointing in them."""
 
 from functools import partial
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -9,6 +10,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def is_frozen(part: nn.Module) -> bool:
     """Whether no parameter of a part is trained."""
     return not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def cast_parameters(part: nn.Module, dtype: torch.dtype):
+    """
+    Gives the parameters of a frozen part another type. `part.to(dtype)` would also round what is computed in float32
+    whatever the type of the parameters, such as the frequencies of rotary positions.
+
+    Args:
+        part (`nn.Module`):
+            The part.
+        dtype (`torch.dtype`):
+            The type.
+    """
+    for parameter in part.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def checkpoint_in_eval_mode(part: nn.Module):

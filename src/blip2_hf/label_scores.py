@@ -113,5 +113,6 @@ def loss_at_labels(head: nn.Module, hidden_states: torch.Tensor, labels: torch.T
 
 
 def _is_plain_and_frozen(head: nn.Module) -> bool:
-    """Whether the head is a product with a weight that is there (not offloaded), and no gradient of it is wanted."""
-    return type(head) is nn.Linear and not head.weight.requires_grad and not head.weight.is_meta
+    """Whether the head is a product with a weight that is there, and no gradient of it is wanted."""
+    # accelerate's hook brings weight and input to one device
+    return type(head) is nn.Linear and not head.weight.requires_grad and not hasattr(head, "_hf_hook")

@@ -37,7 +37,7 @@ def can_run_by_rows(language_model: PreTrainedModel, inputs: dict[str, Any], shi
         and (mask is None or mask.dim() == 2)
         and is_frozen(language_model)
         and not language_model.training
-        and not language_model.is_gradient_checkpointing
+        and not any(getattr(module, "gradient_checkpointing", False) for module in language_model.modules())
         and not _is_sharded(language_model)
     )
 
@@ -80,7 +80,8 @@ class _LossByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embeds, run, parts):
         needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(embeds) if needs_gradient else None
+        dtype = torch.promote_types(embeds.dtype, torch.float32)
+        gradient = torch.zeros(embeds.shape, dtype=dtype, device=embeds.device) if needs_gradient else None
         scale = _FLOAT16_SCALE if _computes_in_float16(embeds) else 1.0
         total = None
         for rows, length, inputs, labels in parts:
@@ -88,16 +89,17 @@ class _LossByRows(torch.autograd.Function):
             with torch.set_grad_enabled(needs_gradient):
                 loss = run({**inputs, "inputs_embeds": own}, labels)
                 if needs_gradient:
-                    gradient[rows, :length] = torch.autograd.grad(loss * scale, own)[0] / scale
+                    gradient[rows, :length] = torch.autograd.grad(loss * scale, own)[0].to(dtype) / scale
             total = loss.detach() if total is None else total + loss.detach()
         ctx.save_for_backward(gradient)
+        ctx.dtype = embeds.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient), None, None
+        return (gradient * grad_output.to(gradient)).to(ctx.dtype), None, None
 
 
 def _computes_in_float16(embeds: torch.Tensor) -> bool:

@@ -55,8 +55,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, weight, labels, bias):
-        gradient = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
         total = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+        gradient = torch.empty_like(hidden_states, dtype=total.dtype) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), rows_at_a_time(len(weight))):
             rows = slice(start, start + rows_at_a_time(len(weight)))
             scores = linear(hidden_states[rows], weight, bias).to(total.dtype)
@@ -65,15 +65,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 difference = scores.sub_(logsumexp).exp_()
                 difference.scatter_add_(1, chosen, -torch.ones_like(logsumexp))
-                gradient[rows] = difference.to(weight.dtype) @ weight
+                gradient[rows] = (difference.to(weight.dtype) @ weight).to(total.dtype)
         ctx.save_for_backward(gradient)
+        ctx.dtype = hidden_states.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None, None
+        return (gradient * grad_output).to(ctx.dtype), None, None, None
 
 
 def linear_cross_entropy(

@@ -228,16 +228,31 @@ class Blip2PreTrainedModel(PreTrainedModel):
 
     def freeze_what_is_not_read(self):
         """
-        Freezes what has no say in the loss, and for whose gradient `DistributedDataParallel` would wait: what the
-        Q-Former's last layer makes of an instruction.
+        Freezes what has no say in the loss, and for whose gradient `DistributedDataParallel` would wait: parts of a
+        tower that its features do not come from (blocks behind `vision_feature_layer`, poolers, mask tokens), and what
+        the Q-Former's last layer makes of an instruction.
         """
+        trained = [p for part in self._tower_parts() for p in part.parameters() if p.requires_grad]
+        if not trained:
+            return
+        config = self.config.vision_config
+        size, training = getattr(config, "image_size", None) or 224, self.vision_model.training
+        height, width = (size, size) if isinstance(size, int) else size
+        picture = trained[0].new_zeros(1, getattr(config, "num_channels", 3), height, width)
+        self.vision_model.eval()
+        with torch.enable_grad():
+            features = self.get_image_embeds(picture)
+            gradients = torch.autograd.grad(features.float().sum(), trained, allow_unused=True)
+        self.vision_model.train(training)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def frozen_parts(self) -> list[nn.Module]:
         """The parts without a parameter that is trained: they stay in eval mode."""
         return [part for part in self._freezable_parts() if is_frozen(part)]
 
     def _freezable_parts(self) -> list[nn.Module]:
-        return self._tower_parts()
+        return [*self._tower_parts(), self.qformer]
 
     def _tower_parts(self) -> list[nn.Module]:
         return [child for name, child in self.vision_model.named_children() if name != "post_layernorm"]
@@ -455,6 +470,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         return self
 
     def freeze_what_is_not_read(self):
+        super().freeze_what_is_not_read()
         if self.config.qformer_config.use_qformer_text_input:
             last = self.qformer.encoder.layer[-1]
             last.intermediate.requires_grad_(False)

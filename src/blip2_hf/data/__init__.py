@@ -1,6 +1,6 @@
 """Data for training: pictures with texts, batches of them, and the vision tower's features, computed once."""
 
-from .bad_rows import BadRow, BadRowError, check_pairs, report_bad_rows
+from .bad_rows import BadRow, BadRowError, check_pairs, leave_out_bad_rows, report_bad_rows
 from .callbacks import SetEpochCallback
 from .collators import ImageTextCollator, LanguageModelCollator
 from .feature_cache import VisionTower, cache_features, load_cached_features, read_cached_features
@@ -25,6 +25,7 @@ __all__ = [
     "clean_caption",
     "clean_question",
     "hold_out",
+    "leave_out_bad_rows",
     "load_cached_features",
     "load_rows",
     "read_cached_features",

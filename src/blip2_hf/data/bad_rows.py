@@ -167,6 +167,7 @@ def report_bad_rows(bad: Sequence[BadRow], path: str | os.PathLike | None = None
     """
     if path is not None:
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in bad))
         os.replace(temporary, path)
@@ -177,6 +178,28 @@ def report_bad_rows(bad: Sequence[BadRow], path: str | os.PathLike | None = None
     if len(bad) > _SHOWN:
         lines.append(f"  ... and {len(bad) - _SHOWN:,} more" + ("." if path is None else f", all of them in {path}."))
     return "\n".join(lines)
+
+
+def leave_out_bad_rows(
+    pairs: "ImageTextPairs", collator: Callable | None = None, path: str | os.PathLike | None = None
+) -> "ImageTextPairs":
+    r"""
+    [`check_pairs`], a printed [`report_bad_rows`], and what is left.
+
+    Args:
+        pairs ([`ImageTextPairs`]):
+            The rows.
+        collator (`Callable`, *optional*):
+            What makes batches of them.
+        path (`str` or `os.PathLike`, *optional*):
+            File that the bad rows are listed in.
+
+    Returns:
+        [`ImageTextPairs`]: the rows that are not bad.
+    """
+    bad = check_pairs(pairs, collator)
+    print(report_bad_rows(bad, path))
+    return pairs.without(bad)
 
 
 def count_kinds(counts: Counter) -> str:

@@ -8,9 +8,6 @@ import torch
 from .bad_rows import NOTHING_TO_LEARN, TEXT_TOO_LONG, BadRowError, shorten
 
 
-_LONGEST_INSTRUCTION = 128  # tokens that the Q-Former reads
-
-
 class ImageTextCollator:
     r"""
     Makes a batch for [`Blip2ForPreTraining`] of the items of [`ImageTextPairs`] or [`ImageTextStream`]. Texts, cleaned
@@ -76,8 +73,7 @@ class LanguageModelCollator:
 
     Args:
         processor ([`Blip2Processor`]):
-            The model's. If it has a `qformer_tokenizer`, the Q-Former reads the `instruction` of each item, or its
-            prompt if there is none.
+            The model's. If it has a `qformer_tokenizer`, the Q-Former reads the prompt too.
         max_length (`int`, *optional*):
             Most tokens of prompt and text, for an encoder-decoder of each of them; pictures are not counted. What is
             cut is the end of the text, never the end token. `None` cuts nothing.
@@ -102,8 +98,8 @@ class LanguageModelCollator:
         r"""
         Args:
             rows (`list[dict]`):
-                Items with `image` or `image_embeds`, `text` and, if there are any, `prompt`, `instruction` and `row`,
-                by which errors name them.
+                Items with `image` or `image_embeds`, `text` and, if there are any, `prompt` and `row`, by
+                which errors name them.
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values` of shape `(batch_size, channels, height, width)`, or
@@ -128,8 +124,6 @@ class LanguageModelCollator:
             return_tensors="pt",
         )
         self._check_lengths(rows, batch)
-        if self.processor.qformer_tokenizer is not None:
-            batch |= self._instructions(rows)
         return batch
 
     def _with_placeholder(self, prompt: str) -> str:
@@ -138,18 +132,6 @@ class LanguageModelCollator:
         # The processor would take a mark inside the prompt for the place of a picture
         prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
         return prompt if self.processor.num_query_tokens is None else token + prompt
-
-    def _instructions(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.qformer_tokenizer
-        encoding = tokenizer(
-            [row.get("instruction", row.get("prompt", "")) for row in rows],
-            padding=True,
-            truncation=True,
-            max_length=min(_LONGEST_INSTRUCTION, tokenizer.model_max_length),
-            split_special_tokens=True,
-            return_tensors="pt",
-        )
-        return {f"qformer_{name}": encoding[name] for name in ("input_ids", "attention_mask")}
 
     def _check_lengths(self, rows: Sequence[dict[str, Any]], batch: dict[str, torch.Tensor]):
         num_labels = (batch["labels"] != -100).sum(dim=1)

@@ -150,7 +150,7 @@ class _Pairs:
             raise BadPictureError(message, name, PICTURE_UNREADABLE) from error
 
     def _texts(self, row: Mapping, name: RowName, generator: torch.Generator) -> dict[str, str]:
-        """`text` and, if there are any, `prompt` and `instruction`."""
+        """`text` and, if there is one, `prompt`."""
         value = get_column(row, self.text_column)
         if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
             texts = [self._clean(text, self.text_column, name, clean_caption) for text in value or [value]]
@@ -159,15 +159,14 @@ class _Pairs:
             text = self._clean(value, self.text_column, name, clean_caption)
         if self.prompt is None and not self.prefix_lm:
             return {"text": text}
-        prompt, fields = self.prompt or "", {}
+        prompt = self.prompt or ""
         if self.prompt_column is not None:
             value = get_column(row, self.prompt_column)
-            fields["instruction"] = self._clean(value, self.prompt_column, name, clean_question)
-            prompt = prompt.replace("{}", fields["instruction"])
+            prompt = prompt.replace("{}", self._clean(value, self.prompt_column, name, clean_question))
         if self.prefix_lm and self.train:
             prefix, text = split_prefix(text, generator)
             prompt = f"{prompt.rstrip()} {prefix}".lstrip() if prefix else prompt
-        return {"text": text, "prompt": prompt, **fields}
+        return {"text": text, "prompt": prompt}
 
     def _clean(self, text: Any, column: str, name: RowName, clean: Callable[[str], str]) -> str:
         if not isinstance(text, str):
@@ -195,7 +194,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
     An item holds `image` (`PIL.Image.Image`, mode RGB) or `image_embeds` (`torch.Tensor` of shape `(features, width)`,
     in the type that was stored; its memory is not to be written to), `text` (`str`), `image_id` (`int`) and `row`
     (`str`), by which errors name it, such as `row 17 (dogs/17.jpg)`; with a prompt or prefixes `prompt` (`str`), what
-    stands in front of the text; with `prompt_column` `instruction` (`str`), the bare question.
+    stands in front of the text.
 
     `Trainer` and accelerate tell the epoch to a data set only in one process, in a run that was not resumed: add
     [`SetEpochCallback`] to the `Trainer`, or call `set_epoch` in a loop of your own.

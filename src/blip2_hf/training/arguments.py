@@ -22,7 +22,7 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
             The learning rate of each block of the tower is that of the block behind it times this (appendix: 0.95 or
             0.9, where the tower is trained).
         min_learning_rate (`float`, *optional*):
-            Where the cosine of the paper ends.
+            Where the cosine of the paper ends; at `learning_rate` itself, if that is lower.
         gradient_caching_chunk_size (`int`, *optional*):
             Stage 1: how many pairs of a batch have a graph at a time, where the batch is larger than memory (see
             [`Blip2ForPreTraining.gradient_caching_enable`]). The batches of `gradient_accumulation_steps` are then
@@ -53,9 +53,14 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         if not 0 < self.vision_layer_decay <= 1:
             raise ValueError(f"vision_layer_decay is {self.vision_layer_decay}: more than 0, at most 1 was expected.")
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                "label_smoothing_factor: Trainer would smooth labels that are not shifted. The losses of stage 1 have "
+                "the smoothing of the authors; that of the language model has none."
+            )
         if self.lr_scheduler_type == PAPER_SCHEDULE and self.lr_scheduler_kwargs is None:
             # Warm-up starts from a hundredth of the peak, as in the authors' code
-            min_rate = self.min_learning_rate / self.learning_rate
+            min_rate = min(self.min_learning_rate / self.learning_rate, 1.0) if self.learning_rate > 0 else 0.0
             self.lr_scheduler_kwargs = {"min_lr_rate": min_rate, "warmup_lr_rate": 0.01}
         if self.gradient_caching_chunk_size is not None:
             # One contrastive batch of all that would have been accumulated

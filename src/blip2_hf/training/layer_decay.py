@@ -18,20 +18,27 @@ def vision_layer_scales(model: Blip2PreTrainedModel, decay: float) -> dict[nn.Pa
 
     Args:
         model ([`Blip2PreTrainedModel`]):
-            The model.
+            The model, its tower trained.
         decay (`float`):
             The learning rate of a block over that of the block behind it: the last of n blocks has `decay`, the first
             `decay**n`, and the embeddings before it `decay**(n + 1)`.
 
     Returns:
-        `dict`: the factor of each parameter of the tower. What stands behind its blocks, and the LayerNorm after it,
-        have 1.
+        `dict`: the factor of each parameter of the tower that is trained. What stands behind its blocks, and the
+        LayerNorm after it, have 1.
+
+    Raises:
+        ValueError: if no numbered block of the tower is trained.
     """
-    tower = [(n, p) for n, p in model.vision_model.named_parameters() if not n.startswith("post_layernorm.")]
+    named = model.vision_model.named_parameters()
+    tower = [(n, p) for n, p in named if p.requires_grad and not n.startswith("post_layernorm.")]
     blocks = [int(match[1]) if (match := _BLOCK.search(name)) else None for name, _ in tower]
     found = [block for block in blocks if block is not None]
     if not found:
-        raise ValueError(f"No numbered blocks are in the tower ({tower[0][0]}, ...): its learning rate can't decay.")
+        raise ValueError(
+            "vision_layer_decay: the tower has no numbered blocks that are trained. The presets that train it are "
+            "'finetune' and 'everything'."
+        )
     last = max(found)
     scales = {}
     for index, ((_, parameter), block) in enumerate(zip(tower, blocks, strict=True)):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..modeling_blip2 import Blip2PreTrainedModel
 from ..modeling_pretraining import Blip2ForPreTraining
@@ -112,8 +113,10 @@ def _add_adapters(model: Blip2PreTrainedModel, part: str, lora_config: "LoraConf
         linear = {
             name.rpartition(".")[2]
             for name, module in getattr(model, part).named_modules()
-            if isinstance(module, nn.Linear) and module is not head
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not head
         }
+        if not linear:
+            raise ValueError(f"{part} has no linear layers to adapt: give a lora_config.")
         # By their last name, anywhere in the part
         targets = rf"{part}\..*\.({'|'.join(sorted(map(re.escape, linear)))})"
         lora_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
@@ -131,15 +134,15 @@ def describe_trained_parts(model: nn.Module) -> str:
     Returns:
         `str`: a table, a line for each part and one for all.
     """
-    rows = [_describe(name, list(part.parameters())) for name, part in _parts(model)]
+    rows = [_describe(name, list(part.parameters())) for name, part in without_adapters(model).named_children()]
     total = _describe("all", list(model.parameters()))
     header = f"{'part':24} {'parameters':>15} {'trained':>15} {'frozen':>15}  dtype"
     return "\n".join([header, *(row for row in rows if row), total])
 
 
-def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    base = getattr(model, "get_base_model", lambda: model)()
-    return list(base.named_children())
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model itself, where PEFT is around it."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _describe(name: str, parameters: list[nn.Parameter]) -> str:

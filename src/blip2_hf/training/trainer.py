@@ -13,7 +13,7 @@ from ..data.pairs import ImageTextStream
 from ..modeling_pretraining import Blip2ForPreTraining
 from .arguments import Blip2Arguments
 from .layer_decay import split_by_scale, vision_layer_scales
-from .presets import describe_trained_parts, train_only
+from .presets import describe_trained_parts, train_only, without_adapters
 
 
 # Beside biases and norms, which Trainer leaves out by itself; under PEFT the names go on after these
@@ -60,7 +60,7 @@ class Blip2Trainer(Seq2SeqTrainer):
             self._bare_model().gradient_caching_enable(args.gradient_caching_chunk_size)
 
     def _bare_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+        return without_adapters(self.accelerator.unwrap_model(self.model))
 
     def train(self, *args, **kwargs):
         if self.is_world_process_zero():
