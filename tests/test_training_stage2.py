@@ -90,7 +90,7 @@ def test_a_frozen_language_model_is_run_row_by_row_to_the_same_end(name, rows, m
     expected = trained_gradients(model, full.loss * 0.7)
     # The first time it looks what the language model does to its scores
     model(**batch, skip_logits=True)
-    monkeypatch.setattr("blip2_hf.loss_by_rows._TOKENS_AT_A_TIME", {"cpu": rows * batch["input_ids"].shape[1]})
+    monkeypatch.setattr("blip2_hf.loss_by_rows._TOKENS_AT_A_TIME_ON_A_CPU", rows * batch["input_ids"].shape[1])
     runs = []
     model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: runs.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
