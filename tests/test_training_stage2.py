@@ -271,6 +271,16 @@ def test_table_of_parts():
     assert table["all"][1] == f"{size:,}" and table["all"][3:] == ["bfloat16,", "float32"]
 
 
+def test_a_language_model_that_was_quantised_on_its_own_is_not_saved_with_the_rest(tmp_path):
+    model = make_model()
+    model.language_model.hf_quantizer = object()
+    with pytest.raises(ValueError, match="quantised on its own"):
+        model.save_pretrained(tmp_path)
+    adapted = train_only(model, "lora_language_model")
+    adapted.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 # Instructions
 
 

@@ -464,6 +464,17 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         self.post_init()
         self.freeze()
 
+    def save_pretrained(self, *args, **kwargs):
+        # Set by transformers on what it has quantised
+        quantizers = [getattr(part, "hf_quantizer", None) for part in (self, self.language_model)]
+        if quantizers[0] is None and quantizers[1] is not None:
+            raise ValueError(
+                "The language model was quantised on its own, and would not load again as a part of this model. Save "
+                "adapters (PEFT, the presets lora_...), or load the whole with "
+                "from_pretrained(..., quantization_config=...)."
+            )
+        return super().save_pretrained(*args, **kwargs)
+
     def freeze(self) -> "Blip2ForConditionalGeneration":
         self.language_model.requires_grad_(False)
         super().freeze()
