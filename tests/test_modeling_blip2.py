@@ -16,6 +16,7 @@ from tiny import (
 
 import blip2_hf
 from blip2_hf import Blip2Config, Blip2ForConditionalGeneration, Blip2Model
+from blip2_hf.cache_name import CACHE_NAME
 
 
 IDS = torch.tensor([[0, 5, 6, 7], [0, 8, 9, 2]])
@@ -269,9 +270,9 @@ def test_forward_with_a_cache_and_a_mask_of_the_whole_length(name):
     model = make_model(name)
     ids = torch.tensor([[0, 5, 6, 7, 8]])
     expected = model(input_ids=ids).logits[:, -1:]
-    cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+    cache = model(input_ids=ids[:, :4], use_cache=True)[CACHE_NAME]
     mask = torch.ones(1, 5, dtype=torch.long)
-    actual = model(input_ids=ids[:, 4:], attention_mask=mask, past_key_values=cache).logits
+    actual = model(input_ids=ids[:, 4:], attention_mask=mask, **{CACHE_NAME: cache}).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -266,6 +267,34 @@ def test_new_text_alone(processor):
     assert len(texts) == 4
 
 
+@dataclass
+class Message:
+    role: str
+    content: list | None
+    tool_calls: list | None = None
+
+
+@dataclass
+class ImagePart:
+    image_url: dict | str
+    type: str = "image_url"
+
+
+@pytest.mark.parametrize("wrap", [lambda path: {"url": path}, str], ids=["as OpenAI", "bare"])
+def test_chat_template_of_message_objects(processor, tmp_path, wrap):
+    """As the clients of chat services hand them over: objects, whose empty fields the template must not see."""
+    template = TEMPLATE.replace("m['role'] }}", "m['role'] }} ({{ m | length }})")
+    path = str(tmp_path / "picture.png")
+    make_image().save(path)
+    messages = [Message("user", [ImagePart(wrap(path)), {"type": "text", "text": "hi"}]), Message("assistant", None)]
+    assert processor.apply_chat_template(messages, chat_template=template) == "<s>[user (2)]<image>hi[assistant (2)]"
+    of_dicts = [{"role": "user", "content": [{"type": "image", "path": path}, {"type": "text", "text": "hi"}]}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "chat_template": TEMPLATE}
+    actual = processor.apply_chat_template(messages[:1], **options)
+    expected = processor.apply_chat_template(of_dicts, **options)
+    torch.testing.assert_close(dict(actual), dict(expected))
+
+
 def test_chat_template(processor):
     processor.chat_template = TEMPLATE
     conversation = [
@@ -287,8 +316,10 @@ def test_chat_template(processor):
     )
     assert both["input_ids"].shape[0] == 2
     assert make_model().generate(**both, max_new_tokens=2).shape[0] == 2
-    with pytest.raises(ValueError, match="'image_url'"):
-        processor.apply_chat_template([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}])
+    with pytest.raises(ValueError, match="'video'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "x"}]}])
+    with pytest.raises(TypeError, match="got str 'hello'"):
+        processor.apply_chat_template(["hello"])
     processor.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         processor.apply_chat_template(conversation)

@@ -212,6 +212,7 @@ class Blip2HfConfig(PreTrainedConfig):
     attribute_map = {"image_token_id": "image_token_index"}
     sub_configs = {"vision_config": AutoConfig, "qformer_config": Blip2QFormerConfig, "text_config": AutoConfig}
     keys_to_ignore_at_inference = [
+        "cache",
         "past_key_values",
         "hidden_states",
         "attentions",

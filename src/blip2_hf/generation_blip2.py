@@ -9,6 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .cache_name import CACHE_NAMES
+
 
 class Blip2GenerationMixin(GenerationMixin):
     """`generate` of [`Blip2ForConditionalGeneration`]: transformers' own, once the image stands in the prompt."""
@@ -156,7 +158,7 @@ qformer_attention_mask, interpolate_pos_encoding:
         # The assistant has no eyes: it continues the text without the image
         if isinstance(assistant_model, Blip2GenerationMixin):
             assistant_model = assistant_model.language_model
-        model_kwargs = {k: v for k, v in kwargs.pop("model_kwargs").items() if k in ("past_key_values", "use_cache")}
+        model_kwargs = {k: v for k, v in kwargs.pop("model_kwargs").items() if k in (*CACHE_NAMES, "use_cache")}
         input_ids, is_image = kwargs.pop("input_ids"), self._image_positions[0]
         text_ids = input_ids[:, ~is_image]
         generator = super()._get_candidate_generator(

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .cache_name import CACHE_NAME
 from .modeling_qformer import Blip2ImageStates, Blip2QFormerModel, Blip2QFormerText
 
 
@@ -50,6 +51,7 @@ class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         query_key_values: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         use_cache: bool = True,
@@ -58,18 +60,19 @@ class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, new_length)`):
-                What follows the text of `past_key_values`.
+                What follows the text of `cache`.
             attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
                 0 at padding, for all of the text.
             query_key_values (`torch.Tensor` of shape `(batch_size, layers, 2, heads, num_query_tokens, head_dim)`):
                 Keys and values of the queries in the self-attention.
-            past_key_values (`Cache`, *optional*):
-                Keys and values of the text before.
+            cache, past_key_values (`Cache`, *optional*):
+                Keys and values of the text before, under the newer or the older of transformers' names.
             position_ids (`torch.LongTensor` of shape `(batch_size, new_length)`, *optional*):
                 Positions of `input_ids`.
         """
-        past_key_values = DynamicCache() if past_key_values is None else past_key_values
-        past_length, new_length = past_key_values.get_seq_length(), input_ids.shape[1]
+        cache = past_key_values if cache is None else cache
+        cache = DynamicCache() if cache is None else cache
+        past_length, new_length = cache.get_seq_length(), input_ids.shape[1]
         length = past_length + new_length
         mask = torch.ones(len(input_ids), new_length, length, dtype=torch.bool, device=input_ids.device)
         sees_text = mask.tril(past_length)
@@ -80,11 +83,10 @@ class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):
             query_embeds=self.embeddings(input_ids=input_ids, position_ids=position_ids),
             query_length=0,
             attention_mask=torch.cat([sees_queries, sees_text], dim=2),
-            past_key_values=Blip2QFormerText(query_key_values, past_key_values),
+            past_key_values=Blip2QFormerText(query_key_values, cache),
         ).last_hidden_state
-        return CausalLMOutputWithPast(
-            logits=self.lm_head(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        outputs: dict[str, Any] = {"logits": self.lm_head(hidden_states), CACHE_NAME: cache if use_cache else None}
+        return CausalLMOutputWithPast(**outputs)
 
 
 class Blip2QFormerGenerationMixin:

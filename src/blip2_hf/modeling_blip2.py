@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs, Blip2TextEmbeddings
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .cache_name import CACHE_NAME, CACHE_NAMES
 from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hidden_size
 from .frozen import checkpoint_in_eval_mode, is_frozen
 from .generation_blip2 import Blip2GenerationMixin
@@ -41,7 +42,7 @@ from .parts import (
 
 
 @dataclass
-class Blip2ForConditionalGenerationModelOutput(ModelOutput):
+class Blip2ForConditionalGenerationModelOutput(Seq2SeqLMOutput):
     r"""
     Output of [`Blip2ForConditionalGeneration`].
 
@@ -50,8 +51,8 @@ class Blip2ForConditionalGenerationModelOutput(ModelOutput):
             Language-modelling loss: the mean over labels, or their sum over `num_items_in_batch`.
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of the next token, at the positions of `input_ids` (or of `decoder_input_ids`).
-        past_key_values (`Cache`, *optional*):
-            Keys and values of the language model.
+        cache (`Cache`, *optional*):
+            Keys and values of the language model; `past_key_values` in transformers before 5.24.
         hidden_states, attentions, decoder_hidden_states, decoder_attentions, cross_attentions (`tuple`, *optional*):
             Those of the language model.
         encoder_last_hidden_state (`torch.Tensor`, *optional*):
@@ -64,17 +65,8 @@ class Blip2ForConditionalGenerationModelOutput(ModelOutput):
             All that the language model returned.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Any | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
-    decoder_attentions: tuple[torch.Tensor, ...] | None = None
-    cross_attentions: tuple[torch.Tensor, ...] | None = None
-    encoder_last_hidden_state: torch.Tensor | None = None
-    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
-    encoder_attentions: tuple[torch.Tensor, ...] | None = None
     vision_outputs: ModelOutput | None = None
     qformer_outputs: ModelOutput | None = None
     language_model_outputs: ModelOutput | None = None
@@ -106,7 +98,7 @@ class Blip2PreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     # Kept in float32 when the model is loaded in float16, and out of quantisation: it is what is trained
     _keep_in_fp32_modules = ["query_tokens", "qformer"]
 
@@ -978,7 +970,7 @@ Blip2ForConditionalGeneration = Blip2HfForConditionalGeneration
 
 LANGUAGE_MODEL_OUTPUTS = (
     "logits",
-    "past_key_values",
+    CACHE_NAME,
     "hidden_states",
     "attentions",
     "decoder_hidden_states",

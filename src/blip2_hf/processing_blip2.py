@@ -13,6 +13,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
+from .chat_messages import messages_to_text
 from .image_loading import load_images
 
 
@@ -373,7 +374,8 @@ class Blip2HfProcessor(ProcessorMixin):
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
                 Messages with `role` and `content`: a string, or a list of parts such as
-                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `url`, `path`, `base64`).
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `url`, `path`, `base64`, or
+                OpenAI's `image_url`). Messages and parts may be dataclasses or pydantic models.
             tokenize (`bool`, *optional*, defaults to `False`):
                 Whether to return the inputs of the model, not text.
             return_dict (`bool`, *optional*, defaults to `False`):
@@ -397,7 +399,8 @@ class Blip2HfProcessor(ProcessorMixin):
         call_kwargs = {name: kwargs.pop(name) for name in call_names if name in kwargs}
         call_kwargs |= call_kwargs.pop("processor_kwargs", None) or {}
         is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        pairs = [self._flatten_conversation(c) for c in (conversation if is_batched else [conversation])]
+        conversations = conversation if is_batched else [conversation]
+        pairs = [messages_to_text(messages, self.image_token) for messages in conversations]
         texts = [
             self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
             for messages, _ in pairs
@@ -408,23 +411,6 @@ class Blip2HfProcessor(ProcessorMixin):
         # The template has written the special tokens already
         inputs = self(images=groups if any(groups) else None, text=texts, add_special_tokens=False, **call_kwargs)
         return inputs if return_dict else inputs["input_ids"]
-
-    def _flatten_conversation(self, messages: list[dict]) -> tuple[list[dict], list]:
-        flat, images = [], []
-        for message in messages:
-            content = message["content"] or ""
-            if not isinstance(content, str):
-                for part in content:
-                    if part["type"] == "image":
-                        images += [part[k] for k in ("image", "url", "path", "base64") if part.get(k) is not None][:1]
-                    elif part["type"] != "text":
-                        raise ValueError(
-                            f"A message has a part of type {part['type']!r}; 'text' and 'image' (with 'image', 'url', "
-                            "'path' or 'base64') are understood."
-                        )
-                content = "".join(self.image_token if p["type"] == "image" else p.get("text", "") for p in content)
-            flat.append(message | {"content": content})
-        return flat, images
 
     def post_process_image_text_to_text(
         self, generated_outputs, input_ids=None, skip_special_tokens: bool = True, **kwargs

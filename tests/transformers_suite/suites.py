@@ -113,6 +113,10 @@ class DecoderOnlySuite(Suite):
     def test_generation_tester_mixin_inheritance(self):
         pass
 
+    @unittest.skip("it asks for `image_outputs`, and excepts transformers' BLIP-2, whose `vision_outputs` ours are")
+    def test_multimodal_outputs_are_returned(self):
+        pass
+
     @unittest.skip("no base model beneath: the language model in it has a head of its own")
     def test_model_base_model_prefix(self):
         pass
@@ -133,6 +137,10 @@ class PreTrainingSuite(Suite):
 
     @unittest.skip("the source package lacks tests/generation, and with it GenerationTesterMixin")
     def test_generation_tester_mixin_inheritance(self):
+        pass
+
+    @unittest.skip("it asks for `image_outputs`, and excepts transformers' BLIP-2, whose `vision_outputs` ours are")
+    def test_multimodal_outputs_are_returned(self):
         pass
 
     @unittest.skip("no base model beneath: the Q-Former has no embeddings of its own")
