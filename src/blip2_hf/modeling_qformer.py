@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import layer_norm, linear
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -192,16 +194,12 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self._attn_implementation(query, attention_mask), eager_attention_forward
         )
-        return attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        attend = partial(attention_interface, self, dropout=dropout, scaling=self.scaling, **kwargs)
+        # With dropout no kernel for a CPU goes without keeping the probabilities, three times
+        if dropout > 0 and query.requires_grad and query.device.type == "cpu":
+            return checkpoint(attend, query, key, value, attention_mask, use_reentrant=False)
+        return attend(query, key, value, attention_mask)
 
     def _attn_implementation(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> str:
         name = self.config._attn_implementation
@@ -263,10 +261,22 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
             if self.has_cross_attention:
                 key_values = tuple(zip(image_keys_and_values[::2], image_keys_and_values[1::2], strict=True))
                 queries = self.crossattention(queries, encoder_attention_mask, key_values=key_values, **kwargs)
-            outputs.append(self.output_query(self.intermediate_query(queries), queries))
+            outputs.append(self._feed_forward(self.intermediate_query, self.output_query, queries))
         if text.shape[1] > 0:
-            outputs.append(self.output(self.intermediate(text), text))
+            outputs.append(self._feed_forward(self.intermediate, self.output, text))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _feed_forward(self, intermediate: BertIntermediate, output: BertOutput, states: torch.Tensor) -> torch.Tensor:
+        """The wide states are kept once, before their activation, which costs little to compute again."""
+        wide = intermediate.dense(states)
+        if not (self.training and wide.requires_grad):
+            return output(intermediate.intermediate_act_fn(wide), states)
+
+        def narrow(wide):
+            return output.dense(intermediate.intermediate_act_fn(wide))
+
+        narrowed = checkpoint(narrow, wide, use_reentrant=False, preserve_rng_state=False)
+        return output.LayerNorm(output.dropout(narrowed) + states)
 
 
 class Blip2QFormerEncoder(nn.Module):
