@@ -2,18 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+
+from .commands import cache_features
 
 
-_BUILDERS = {  # of `datasets`, by the suffix of a file
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".tar": "webdataset",
-}
+COMMANDS = (cache_features,)
 
 
 def main(arguments: Sequence[str] | None = None):
@@ -26,97 +19,10 @@ def main(arguments: Sequence[str] | None = None):
     """
     parser = argparse.ArgumentParser(prog="blip2-hf", description="BLIP-2 for the Hugging Face stack.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_cache_features(commands)
+    for command in COMMANDS:
+        command.add_parser(commands)
     options = parser.parse_args(arguments)
     options.run(options)
-
-
-def _add_cache_features(commands: Any):
-    text = "Store what a frozen vision tower makes of the pictures of a data set, so that training never runs it."
-    parser = commands.add_parser("cache-features", help=text, description=text)
-    parser.set_defaults(run=_cache_features)
-    dtypes = ["bfloat16", "float16", "float32"]
-
-    def add(name: str, text: str, **kwargs):
-        shown = " (default: %(default)s)" if kwargs.get("default") is not None else ""
-        parser.add_argument(name, help=text + shown, **kwargs)
-
-    add("data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub", metavar="DATA")
-    add("--output", "where the features go; run again to go on", required=True, metavar="FOLDER")
-    add("--config", "configuration of the data set, where it has several")
-    add("--split", "split of the data set, also `train[:1000]`", default="train")
-    add("--image-column", "column of the pictures", default="image")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="BLIP-2 whose tower is taken: folder or id on the Hub")
-    source.add_argument("--vision-model", help="any tower of AutoModel: folder or id on the Hub")
-    add("--vision-feature-layer", "with --vision-model: index into its hidden states, not its last output", type=int)
-    add("--tower-dtype", "what the tower computes in, not the dtype of its checkpoint", choices=dtypes)
-    add("--device", "such as cuda:1 or cpu; without it, cuda if there is one")
-    add("--size", "side in pixels of the square that pictures are scaled to", type=int, default=224)
-    add("--views", "versions of each picture: itself, then random crops", type=int, default=1)
-    add("--dtype", "what is stored", default="bfloat16", choices=dtypes)
-    add("--batch-size", "pictures that the tower takes at a time", type=int, default=32)
-    add("--rows-per-shard", "rows of a file", type=int, default=1000)
-    add("--seed", "seed of the crops", type=int, default=0)
-    add("--num-workers", "processes that load pictures", type=int, default=0)
-    add("--skip-broken", "leave out pictures that can't be read", action="store_true")
-    add("--part-index", "number of this process, of those that share the work", type=int, default=0)
-    add("--num-parts", "number of processes that share the work", type=int, default=1)
-
-
-def _cache_features(options: argparse.Namespace):
-    if options.model is not None and options.vision_feature_layer is not None:
-        raise SystemExit("blip2-hf: --vision-feature-layer goes with --vision-model; a BLIP-2 has its own.")
-
-    import torch
-    from transformers import AutoImageProcessor
-
-    from .data import RandomResizedCropAndFlip, VisionTower, cache_features
-    from .modeling_blip2 import Blip2Model
-
-    dataset = _load_dataset(options.data, options.config, options.split)
-    if options.model is not None:
-        model = Blip2Model.from_pretrained(options.model)
-    else:
-        model = VisionTower(options.vision_model, options.vision_feature_layer)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device, None if options.tower_dtype is None else getattr(torch, options.tower_dtype))
-    # The whole picture, not a centre crop of it
-    image_processor = AutoImageProcessor.from_pretrained(
-        options.model or options.vision_model,
-        size={"height": options.size, "width": options.size},
-        do_center_crop=False,
-    )
-    cache_features(
-        dataset,
-        model,
-        image_processor,
-        options.output,
-        image_column=options.image_column,
-        views=options.views,
-        transform=RandomResizedCropAndFlip(options.size) if options.views > 1 else None,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-        rows_per_shard=options.rows_per_shard,
-        seed=options.seed,
-        num_workers=options.num_workers,
-        skip_broken=options.skip_broken,
-        part_index=options.part_index,
-        num_parts=options.num_parts,
-    )
-
-
-def _load_dataset(data: str, config: str | None, split: str):
-    import datasets
-
-    path = Path(data)
-    if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise SystemExit(f"blip2-hf: {data}: a file with one of the endings {', '.join(_BUILDERS)} was expected.")
-        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=data, split=split)
-    if (path / "state.json").is_file():
-        return datasets.load_from_disk(data)
-    return datasets.load_dataset(data, config, split=split)
 
 
 if __name__ == "__main__":
