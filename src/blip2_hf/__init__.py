@@ -15,6 +15,7 @@ _EXPORTS = {
     "modeling_blip2": ["Blip2ForConditionalGeneration", "Blip2Model", "Blip2PreTrainedModel"],
     "modeling_pretraining": ["Blip2ForPreTraining"],
     "modeling_qformer": ["Blip2QFormerModel", "block_attention_mask"],
+    "modeling_retrieval": ["Blip2ForImageTextRetrieval"],
     "modeling_vision": ["Blip2VisionModel"],
     "pipeline_blip2": ["ImageToTextPipeline", "VisualQuestionAnsweringPipeline"],
     "processing_blip2": ["Blip2Processor"],
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model, Blip2PreTrainedModel
     from .modeling_pretraining import Blip2ForPreTraining
     from .modeling_qformer import Blip2QFormerModel, block_attention_mask
+    from .modeling_retrieval import Blip2ForImageTextRetrieval
     from .modeling_vision import Blip2VisionModel
     from .pipeline_blip2 import ImageToTextPipeline, VisualQuestionAnsweringPipeline
     from .processing_blip2 import Blip2Processor

@@ -17,16 +17,20 @@ def register_models():
         AutoModelForMultimodalLM,
         AutoModelForPreTraining,
         AutoModelForVisualQuestionAnswering,
+        AutoModelForZeroShotImageClassification,
     )
 
     from .modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model
     from .modeling_pretraining import Blip2ForPreTraining
     from .modeling_qformer import Blip2QFormerModel
+    from .modeling_retrieval import Blip2ForImageTextRetrieval
     from .modeling_vision import Blip2VisionModel
 
     for model in (Blip2Model, Blip2QFormerModel, Blip2VisionModel):
         AutoModel.register(model.config_class, model, exist_ok=True)
     AutoModelForPreTraining.register(Blip2ForPreTraining.config_class, Blip2ForPreTraining, exist_ok=True)
+    retrieval = Blip2ForImageTextRetrieval
+    AutoModelForZeroShotImageClassification.register(retrieval.config_class, retrieval, exist_ok=True)
     for auto_model in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForVisualQuestionAnswering):
         auto_model.register(Blip2ForConditionalGeneration.config_class, Blip2ForConditionalGeneration, exist_ok=True)
 

@@ -101,6 +101,9 @@ class Blip2PreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = list(CACHE_NAMES)
     # Kept in float32 when the model is loaded in float16, and out of quantisation: it is what is trained
     _keep_in_fp32_modules = ["query_tokens", "qformer"]
+    # What transformers' own BLIP-2 has no place for, and the class of its that takes the rest, if the names differ
+    _parts_not_in_transformers: tuple[str, ...] = ()
+    _class_in_transformers: str | None = None
 
     def _build_image_side(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
         """The tower, the queries and the Q-Former, under the names that transformers' BLIP-2 gives them."""
@@ -164,13 +167,16 @@ class Blip2PreTrainedModel(PreTrainedModel):
         if not transformers_compatible:
             return super().save_pretrained(save_directory, *args, **kwargs)
         config = self.config
-        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
         state_dict["query_tokens"] = state_dict.pop("query_tokens.weight")
+        for name in [name for name in state_dict if name.partition(".")[0] in self._parts_not_in_transformers]:
+            del state_dict[name]
         try:
             self.config = config.to_transformers()
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
             # The name of this class, which super() wrote, says nothing there
-            self.config.architectures = [type(self).__name__.replace("Blip2Hf", "Blip2")]
+            name = self._class_in_transformers or type(self).__name__.replace("Blip2Hf", "Blip2")
+            self.config.architectures = [name]
             self.config.save_pretrained(save_directory)
         finally:
             self.config = config

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.bert.modeling_bert import BertLMPredictionHead
@@ -28,7 +26,8 @@ from .losses import (
     image_text_similarity,
 )
 from .modeling_blip2 import Blip2PreTrainedModel, image_side_from_parts
-from .modeling_qformer import Blip2ImageStates, ImageKeyValues, block_attention_mask, load_bert_with_head
+from .modeling_qformer import ImageKeyValues, block_attention_mask, load_bert_with_head
+from .modeling_retrieval import Blip2ImageTextPreTrainedModel, at_least_float32, pad_right, unit_length
 
 
 @dataclass
@@ -79,17 +78,6 @@ class Blip2ForPreTrainingOutput(ModelOutput):
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class Blip2Temperature(nn.Module):
-    """The learned temperature of the contrastive objective; of one dimension, for FSDP takes no scalars."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((1,), 0.07))
-
-    def forward(self, similarity: torch.Tensor) -> torch.Tensor:
-        return similarity / self.weight
-
-
 @dataclass
 class _Texts:
     """
@@ -104,7 +92,7 @@ class _Texts:
     label_index: torch.Tensor
 
 
-class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
+class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGenerationMixin):
     r"""
     BLIP-2 in stage 1 (section 3.2): image-text contrast (ITC), image-text matching (ITM) and image-grounded text
     generation (ITG), on a Q-Former that reads a frozen vision tower.
@@ -139,6 +127,8 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
         "lm_head.decoder.bias": "lm_head.bias",
     }
     _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\."]
+    _parts_not_in_transformers = ("temperature", "lm_head")
+    _class_in_transformers = "Blip2ForImageTextRetrieval"
     # What is trained stays in float32, also where the rest is bfloat16; patterns, for towers use the same names inside
     _keep_in_fp32_modules = None
     _keep_in_fp32_modules_strict = [
@@ -170,10 +160,7 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
         config.tie_word_embeddings = True
         super().__init__(config)
         self._build_image_side(config, vision_model)
-        self.vision_projection = nn.Linear(qformer_config.hidden_size, config.image_text_hidden_size)
-        self.text_projection = nn.Linear(qformer_config.hidden_size, config.image_text_hidden_size)
-        self.itm_head = nn.Linear(qformer_config.hidden_size, 2)
-        self.temperature = Blip2Temperature()
+        self._build_image_text_heads(config)
         self.lm_head = BertLMPredictionHead(qformer_config)
         self.gradient_caching_chunk_size: int | None = None
         self.post_init()
@@ -182,9 +169,7 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, Blip2Temperature):
-            init.constant_(module.weight, 0.07)
-        elif isinstance(module, BertLMPredictionHead):
+        if isinstance(module, BertLMPredictionHead):
             init.zeros_(module.bias)
 
     def freeze(self) -> "Blip2ForPreTraining":
@@ -229,73 +214,6 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
     def gradient_caching_disable(self):
         """Undoes [`~Blip2ForPreTraining.gradient_caching_enable`]."""
         self.gradient_caching_chunk_size = None
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        image_embeds: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = True,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        What texts are compared with.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
-                Images.
-            image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
-                In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
-            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
-                Whether position embeddings are interpolated to the size of the images.
-
-        Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` of shape
-            `(num_images, num_query_tokens, image_text_hidden_size)`, the projected queries, each of length 1;
-            `last_hidden_state` of shape `(num_images, num_query_tokens, hidden_size)`, the queries before;
-            `hidden_states` and `attentions` are the tower's.
-        """
-        _, vision_outputs, qformer_outputs = self._query_image(
-            pixel_values, image_embeds, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
-        )
-        queries = qformer_outputs.last_hidden_state
-        return BaseModelOutputWithPooling(
-            last_hidden_state=queries,
-            pooler_output=_unit(self.vision_projection(queries)),
-            hidden_states=None if vision_outputs is None else vision_outputs.hidden_states,
-            attentions=None if vision_outputs is None else vision_outputs.attentions,
-        )
-
-    @can_return_tuple
-    def get_text_features(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        What images are compared with.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`):
-                Texts; the first token is [CLS].
-            attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*):
-                0 at padding, which may stand on either side.
-
-        Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` of shape
-            `(num_texts, image_text_hidden_size)`, the projected [CLS], each of length 1; `last_hidden_state` of shape
-            `(num_texts, text_length, hidden_size)`, padding behind the texts.
-        """
-        input_ids, attention_mask = _pad_right(input_ids, attention_mask)
-        embeds = self.embeddings(input_ids=input_ids)
-        outputs = self.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask, **kwargs)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=_unit(self.text_projection(outputs.last_hidden_state[:, 0])),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
     @can_return_tuple
     def forward(
@@ -344,7 +262,7 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
         if input_ids is None or len(input_ids) != len(image_embeds):
             given = "none" if input_ids is None else str(len(input_ids))
             raise ValueError(f"There are {len(image_embeds)} images and {given} texts: give input_ids, one text each.")
-        input_ids, attention_mask = _pad_right(input_ids, attention_mask)
+        input_ids, attention_mask = pad_right(input_ids, attention_mask)
         if not return_loss:
             # Of this process alone: others may be doing something else
             image_features = self.get_image_features(image_embeds=image_embeds).pooler_output
@@ -382,7 +300,7 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
     def _losses(self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs) -> Blip2ForPreTrainingOutput:
         """Both passes with their graph at once; an image is projected to keys and values once."""
         texts = self._embed_texts(input_ids, attention_mask)
-        images = self.qformer.project_image(self._image_states(image_embeds))
+        images = self.get_image_key_values(image_embeds)
         image_features, text_features, itg_logits, passed = self._first_pass(images, texts, **kwargs)
         compared = self._compare(batch, image_features, text_features)
         negatives = self._draw_negatives(compared, is_match)
@@ -416,7 +334,7 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
 
         def encode(image_embeds, input_ids, attention_mask):
             texts = self._embed_texts(input_ids, attention_mask)
-            images = self.qformer.project_image(self._image_states(image_embeds))
+            images = self.get_image_key_values(image_embeds)
             image_features, text_features, itg_logits, _ = self._first_pass(images, texts)
             loss_sum = image_grounded_text_generation_loss(itg_logits, texts.labels, num_items=1)
             return image_features, text_features, loss_sum
@@ -434,8 +352,7 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
             # Looked up inside: what goes into a checkpoint is kept
             negative_embeds = drawn_embeds[image_index[rows]]
             images, negative_images = (
-                self.qformer.project_image(self._image_states(embeds))
-                for embeds in (image_embeds[rows], negative_embeds)
+                self.get_image_key_values(embeds) for embeds in (image_embeds[rows], negative_embeds)
             )
             texts, negative_texts = (self.embeddings(input_ids=ids[rows]) for ids in (input_ids, negative_ids))
             masks = attention_mask[rows], negative_mask[rows]
@@ -451,9 +368,6 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
             **compared,
             **negatives,
         )
-
-    def _image_states(self, image_embeds: torch.Tensor) -> Blip2ImageStates:
-        return Blip2ImageStates.after_layernorm(image_embeds, self.vision_model.post_layernorm)
 
     def _embed_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Texts:
         """One look-up for both copies of the texts: the gradient of a vocabulary is large."""
@@ -480,11 +394,11 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        image_features = _unit(self.vision_projection(hidden_states[:, :query_length]))
-        text_features = _unit(self.text_projection(hidden_states[:, query_length]))
+        image_features = unit_length(self.vision_projection(hidden_states[:, :query_length]))
+        text_features = unit_length(self.text_projection(hidden_states[:, query_length]))
         decoded = hidden_states[:, query_length + text_length :].flatten(0, 1)
         itg_logits = self.lm_head(decoded[texts.label_index])
-        return image_features, text_features, _at_least_float32(itg_logits), outputs
+        return image_features, text_features, at_least_float32(itg_logits), outputs
 
     def _compare(
         self, batch: GlobalBatch, image_features: torch.Tensor, text_features: torch.Tensor
@@ -511,8 +425,7 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
     def _fetch_images(self, batch: GlobalBatch, image_embeds: torch.Tensor, index: torch.Tensor) -> ImageKeyValues:
         """Keys and values of images of any process: the tower's output travels, once to each process that drew it."""
         unique, inverse = index.unique(return_inverse=True)
-        states = self._image_states(batch.fetch(image_embeds, unique))
-        return _select(self.qformer.project_image(states), inverse)
+        return _select(self.get_image_key_values(batch.fetch(image_embeds, unique)), inverse)
 
     @staticmethod
     def _gather_texts(batch: GlobalBatch, input_ids: torch.Tensor, attention_mask: torch.Tensor):
@@ -543,7 +456,7 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
             encoder_key_values=[images, negative_images, images],
             output_length=query_length,
         ).last_hidden_state
-        return _at_least_float32(self.itm_head(hidden_states).mean(dim=1))
+        return self._matching_logits(hidden_states)
 
     @staticmethod
     def _pair_losses(batch, compared, itm_logits, is_match) -> dict[str, torch.Tensor]:
@@ -630,14 +543,6 @@ class Blip2HfForPreTraining(Blip2PreTrainedModel, Blip2QFormerGenerationMixin):
 Blip2ForPreTraining = Blip2HfForPreTraining
 
 
-def _pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same texts with all their padding behind them."""
-    if attention_mask is None:
-        return input_ids, torch.ones_like(input_ids)
-    order = attention_mask.eq(0).int().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
-
-
 def _cat_padded(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Rows of several tensors, zeros behind those that are shorter in their second axis."""
     length = max(tensor.shape[1] for tensor in tensors)
@@ -647,15 +552,6 @@ def _cat_padded(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _select(images: ImageKeyValues, index: torch.Tensor) -> ImageKeyValues:
     return tuple((key.index_select(0, index), value.index_select(0, index)) for key, value in images)
-
-
-def _unit(features: torch.Tensor) -> torch.Tensor:
-    """Of length 1; not in half precision, in which near similarities would be the same."""
-    return normalize(_at_least_float32(features), dim=-1)
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 __all__ = ["Blip2ForPreTraining", "Blip2ForPreTrainingOutput"]

@@ -31,6 +31,7 @@ from ..configuration_blip2 import (
 )
 from ..modeling_blip2 import Blip2ForConditionalGeneration, Blip2PreTrainedModel
 from ..modeling_pretraining import Blip2ForPreTraining
+from ..modeling_retrieval import Blip2ForImageTextRetrieval
 from ..parts import image_token_id, load_language_model, load_tower
 
 
@@ -194,7 +195,7 @@ def load_lavis_checkpoint(
         model_class (`type`, *optional*):
             Class of the model, such as [`Blip2Model`]. Told from the file if it is not given: [`Blip2ForPreTraining`]
             if there is the Q-Former's language-modelling head, [`Blip2ForConditionalGeneration`] if there is a
-            projection to a language model.
+            projection to a language model, [`Blip2ForImageTextRetrieval`] if there is a head for matching alone.
         language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
             The language model that the file was trained with. `image_token_index` is taken from its tokenizer where it
             is a folder or an id and `config` is not given.
@@ -204,8 +205,8 @@ def load_lavis_checkpoint(
             before any LayerNorm.
 
     Returns:
-        [`Blip2ForPreTraining`], [`Blip2ForConditionalGeneration`] or `model_class`: in eval mode, its tower and
-        language model frozen.
+        [`Blip2ForPreTraining`], [`Blip2ForConditionalGeneration`], [`Blip2ForImageTextRetrieval`] or `model_class`: in
+        eval mode, its tower and language model frozen.
 
     Raises:
         ValueError: if the file holds something else, lacks a part that is not given, or does not fit `config`.
@@ -366,11 +367,7 @@ def _model_class(weights: StateDict) -> type[Blip2PreTrainedModel]:
     if "lm_head" in heads:
         return Blip2ForPreTraining
     if "itm_head" in heads:
-        raise ValueError(
-            "This file has an itm_head but no language-modelling head (Qformer.cls.*), which makes it a "
-            "Blip2ForImageTextRetrieval: a class that this version of blip2-hf does not have. Blip2ForPreTraining "
-            "needs that head too; model_class=Blip2Model takes the tower, the queries and the Q-Former without heads."
-        )
+        return Blip2ForImageTextRetrieval
     raise ValueError(
         f"The class cannot be told from parts named {_enumerate(sorted(heads))}: neither a head of stage 1 "
         "(Qformer.cls.*) nor a projection of stage 2 (opt_proj.*, t5_proj.*) is there. Give model_class."

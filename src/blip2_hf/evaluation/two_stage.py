@@ -1,0 +1,318 @@
+"""
+Retrieval in two stages (section 4.4): contrast (ITC) finds the first k of each image and of each text, matching (ITM)
+ranks them.
+
+An image's keys and values are computed once, however many texts it is matched with, and pairs that both directions ask
+for are matched once. Texts of like lengths are matched together, no longer than the longest of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from transformers.utils import logging
+
+from ..data.feature_cache import read_cached_features
+from ..losses import image_text_similarity
+from ..modeling_retrieval import Blip2ImageTextPreTrainedModel
+
+
+@dataclass
+class Ranking:
+    r"""
+    What was found, the best first.
+
+    Args:
+        index (`torch.LongTensor` of shape `(num_queries, k)`):
+            Numbers of the texts that an image found, or of the images that a text found.
+        scores (`torch.FloatTensor` of shape `(num_queries, k)`):
+            Their scores: the logit of "match" plus the cosine, or the cosine alone.
+    """
+
+    index: torch.Tensor
+    scores: torch.Tensor
+
+    def matrix(self, num_candidates: int, fill: float = float("-inf")) -> torch.Tensor:
+        """
+        The scores of all candidates, those that were not found having `fill`.
+
+        Args:
+            num_candidates (`int`):
+                Number of texts, or of images, that were searched.
+            fill (`float`, *optional*, defaults to `-inf`):
+                Score of those that were not found.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_queries, num_candidates)`.
+        """
+        full = torch.full((len(self.index), num_candidates), fill, dtype=self.scores.dtype)
+        return full.scatter_(1, self.index, self.scores)
+
+
+@dataclass
+class TwoStageRankings:
+    """What the images found among the texts, and the texts among the images."""
+
+    image_to_text: Ranking
+    text_to_image: Ranking
+
+
+@dataclass
+class EncodedTexts:
+    r"""
+    Texts, read once.
+
+    Args:
+        input_ids (`list[list[int]]`):
+            Their tokens, without padding.
+        features (`torch.FloatTensor` of shape `(num_texts, image_text_hidden_size)`):
+            What images are compared with.
+    """
+
+    input_ids: list[list[int]]
+    features: torch.Tensor
+
+
+class TwoStageRetrieval:
+    r"""
+    Finds texts for images and images for texts.
+
+    Args:
+        model ([`Blip2ForImageTextRetrieval`] or [`Blip2ForPreTraining`]):
+            Whose features and scores count. It computes on the device that it is on.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The Q-Former's.
+        k (`int`, *optional*, defaults to 128):
+            How many candidates of contrast are matched (the paper's number). 0: contrast alone ranks all.
+        batch_size (`int`, *optional*, defaults to 64):
+            How many images, texts or pairs the model takes at a time.
+        max_length (`int`, *optional*, defaults to 35):
+            Most tokens of a text; the rest is cut. The authors' code has 35.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
+
+    Example:
+
+    ```python
+    >>> from blip2_hf.evaluation import TwoStageRetrieval, retrieval_recall
+
+    >>> retrieval = TwoStageRetrieval(model, processor.tokenizer, k=128)
+    >>> rankings = retrieval(load_cached_features("features"), captions)
+    >>> rankings.image_to_text.index[0]  # the captions of image 0, the best first
+    ```"""
+
+    def __init__(
+        self,
+        model: Blip2ImageTextPreTrainedModel,
+        tokenizer: Any,
+        k: int = 128,
+        batch_size: int = 64,
+        max_length: int = 35,
+        show_progress: bool = True,
+    ):
+        if k < 0 or batch_size < 1:
+            raise ValueError(f"k={k}, batch_size={batch_size}: k is at least 0, batch_size at least 1.")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.k = k
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.show_progress = show_progress
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        images: torch.Tensor | datasets.Dataset | Sequence[torch.Tensor],
+        texts: Sequence[str] | EncodedTexts,
+        image_features: torch.Tensor | None = None,
+    ) -> TwoStageRankings:
+        r"""
+        Args:
+            images (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, `datasets.Dataset` or \
+sequence of `torch.Tensor`):
+                The tower's output: what [`~Blip2PreTrainedModel.get_image_embeds`] returned, in memory, or what
+                [`~data.load_cached_features`] opened, on the disk.
+            texts (`list[str]` or [`EncodedTexts`]):
+                The texts, or what [`~TwoStageRetrieval.encode_texts`] made of them.
+            image_features (`torch.Tensor`, *optional*):
+                What [`~TwoStageRetrieval.encode_images`] returned for `images`.
+
+        Returns:
+            [`TwoStageRankings`]: both directions, on the CPU, `k` candidates each (all, with `k=0`), or as many as
+            there are.
+        """
+        if not isinstance(texts, EncodedTexts):
+            texts = self.encode_texts(texts)
+        if image_features is None:
+            image_features = self.encode_images(images)
+        found = self.compare(image_features, texts.features)
+        if self.k == 0:
+            return found
+        pairs = torch.cat([_pairs(found.image_to_text), _pairs(found.text_to_image).flip(1)]).unique(dim=0)
+        matched = self.match(images, texts.input_ids, pairs)
+        return TwoStageRankings(
+            _ranked_anew(found.image_to_text, pairs, matched, len(texts.input_ids)),
+            _ranked_anew(found.text_to_image, pairs, matched, len(texts.input_ids), by_text=True),
+        )
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        r"""
+        Args:
+            texts (`list[str]`):
+                The texts.
+
+        Returns:
+            [`EncodedTexts`]: on the CPU.
+        """
+        input_ids = self.tokenizer(
+            list(texts), truncation=True, max_length=self.max_length, return_attention_mask=False
+        )["input_ids"]
+        order = sorted(range(len(input_ids)), key=lambda i: len(input_ids[i]))
+        parts = []
+        for start in self._progress(range(0, len(order), self.batch_size), "Texts"):
+            ids, mask = self._pad([input_ids[i] for i in order[start : start + self.batch_size]])
+            parts.append(self.model.get_text_features(ids, mask).pooler_output.cpu())
+        return EncodedTexts(input_ids, torch.cat(parts)[torch.tensor(order).argsort()])
+
+    @torch.inference_mode()
+    def encode_images(self, images: torch.Tensor | datasets.Dataset | Sequence[torch.Tensor]) -> torch.Tensor:
+        r"""
+        Args:
+            images (`torch.Tensor`, `datasets.Dataset` or sequence of `torch.Tensor`):
+                The tower's output.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_images, num_query_tokens, image_text_hidden_size)`: on the CPU.
+        """
+        starts = self._progress(range(0, len(images), self.batch_size), "Images")
+        rows = (range(start, min(start + self.batch_size, len(images))) for start in starts)
+        parts = [self.model.get_image_features(image_embeds=self._read(images, part)).pooler_output for part in rows]
+        return torch.cat([part.cpu() for part in parts])
+
+    @torch.inference_mode()
+    def compare(self, image_features: torch.Tensor, text_features: torch.Tensor) -> TwoStageRankings:
+        r"""
+        By contrast alone.
+
+        Args:
+            image_features (`torch.Tensor` of shape `(num_images, num_query_tokens, image_text_hidden_size)`):
+                What [`~TwoStageRetrieval.encode_images`] returned.
+            text_features (`torch.Tensor` of shape `(num_texts, image_text_hidden_size)`):
+                Features of texts.
+
+        Returns:
+            [`TwoStageRankings`]: the first `k` of each (all, with `k=0`), by the cosine.
+        """
+        device = self.model.device
+        text_features = text_features.to(device)
+        chunks = image_features.split(self.batch_size)
+        similarity = torch.cat([image_text_similarity(chunk.to(device), text_features).cpu() for chunk in chunks])
+        rankings = []
+        for scores in (similarity, similarity.T):
+            count = min(self.k, scores.shape[1]) if self.k else scores.shape[1]
+            best = scores.topk(count, dim=1)
+            rankings.append(Ranking(best.indices, best.values))
+        return TwoStageRankings(*rankings)
+
+    @torch.inference_mode()
+    def match(
+        self,
+        images: torch.Tensor | datasets.Dataset | Sequence[torch.Tensor],
+        input_ids: list[list[int]],
+        pairs: torch.Tensor,
+    ) -> torch.Tensor:
+        r"""
+        The logit of "match" of any pairs, each image's keys and values computed once.
+
+        Args:
+            images (`torch.Tensor`, `datasets.Dataset` or sequence of `torch.Tensor`):
+                The tower's output.
+            input_ids (`list[list[int]]`):
+                Tokens of the texts.
+            pairs (`torch.LongTensor` of shape `(num_pairs, 2)`):
+                Numbers of an image and of a text.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_pairs,)`: on the CPU.
+        """
+        scores = torch.empty(len(pairs))
+        by_image: dict[int, list[int]] = {}
+        texts = pairs[:, 1].tolist()
+        for pair, image in enumerate(pairs[:, 0].tolist()):
+            by_image.setdefault(image, []).append(pair)
+        for own in by_image.values():
+            own.sort(key=lambda pair: len(input_ids[texts[pair]]))
+        with self._bar(len(pairs), "Pairs") as bar:
+            for group in _groups(by_image, self.batch_size):
+                key_values = self.model.get_image_key_values(self._read(images, group))
+                columns = list(zip(*(by_image[image] for image in group), strict=True))
+                step = max(1, self.batch_size // len(group))
+                for start in range(0, len(columns), step):
+                    # Rows of an image lie next to one another
+                    chunk = [pair for row in zip(*columns[start : start + step], strict=True) for pair in row]
+                    ids, mask = self._pad([input_ids[texts[pair]] for pair in chunk])
+                    logits = self.model.get_matching_logits(ids, mask, image_key_values=key_values)
+                    scores[chunk] = logits[:, 1].float().cpu()
+                    bar.update(len(chunk))
+        return scores
+
+    def _read(self, images: Any, rows: Sequence[int]) -> torch.Tensor:
+        """The tower's output of some images, on the model's device."""
+        if isinstance(images, torch.Tensor):
+            embeds = images[list(rows)]
+        elif isinstance(images, datasets.Dataset):
+            embeds = torch.stack([read_cached_features(images[row]) for row in rows])
+        else:
+            embeds = torch.stack([torch.as_tensor(images[row]) for row in rows])
+        return embeds.to(self.model.device)
+
+    def _pad(self, input_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.model.device
+        lengths = torch.tensor([len(ids) for ids in input_ids])
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        padded = torch.full(mask.shape, self.model.config.qformer_config.pad_token_id or 0)
+        padded[mask] = torch.tensor([token for ids in input_ids for token in ids])
+        return padded.to(device), mask.long().to(device)
+
+    def _progress(self, steps: range, name: str):
+        return logging.tqdm(steps, desc=name, unit="batch", disable=not self.show_progress)
+
+    def _bar(self, total: int, name: str):
+        return logging.tqdm(total=total, desc=name, unit="pair", disable=not self.show_progress)
+
+
+def _pairs(ranking: Ranking) -> torch.Tensor:
+    """Query and candidate of each entry, of shape `(entries, 2)`."""
+    queries = torch.arange(len(ranking.index))[:, None].expand_as(ranking.index)
+    return torch.stack([queries, ranking.index], dim=2).flatten(0, 1)
+
+
+def _ranked_anew(
+    found: Ranking, pairs: torch.Tensor, matched: torch.Tensor, num_texts: int, by_text: bool = False
+) -> Ranking:
+    """By the logit of "match" plus the cosine; `pairs` are sorted."""
+    wanted = _pairs(found)
+    if by_text:
+        wanted = wanted.flip(1)
+    place = torch.searchsorted(pairs[:, 0] * num_texts + pairs[:, 1], wanted[:, 0] * num_texts + wanted[:, 1])
+    scores = found.scores + matched[place].view_as(found.scores)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return Ranking(found.index.gather(1, order), scores.gather(1, order))
+
+
+def _groups(by_image: dict[int, list[int]], batch_size: int) -> list[list[int]]:
+    """Images that are matched together: they have as many texts each, and no more than a batch in all."""
+    groups: list[list[int]] = []
+    for image in sorted(by_image, key=lambda image: (len(by_image[image]), image)):
+        count = len(by_image[image])
+        if groups and len(by_image[groups[-1][0]]) == count and (len(groups[-1]) + 1) * count <= batch_size:
+            groups[-1].append(image)
+        else:
+            groups.append([image])
+    return groups
+
+
+__all__ = ["EncodedTexts", "Ranking", "TwoStageRankings", "TwoStageRetrieval"]

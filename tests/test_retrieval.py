@@ -1,0 +1,307 @@
+"""Blip2ForImageTextRetrieval, and retrieval in two stages, against one pair at a time."""
+
+import datasets
+import pytest
+import torch
+import transformers
+from stage1 import STAGE1_QFORMER, make_inputs, make_stage1
+from tiny import (
+    NUM_QUERIES,
+    QFORMER,
+    VISION,
+    VOCAB_SIZE,
+    make_config,
+    make_image,
+    make_image_processor,
+    make_pixel_values,
+    make_tokenizer,
+    randomize,
+)
+
+from blip2_hf import Blip2ForImageTextRetrieval, Blip2ForPreTraining
+from blip2_hf.data import cache_features, load_cached_features
+from blip2_hf.evaluation import TwoStageRetrieval
+
+
+IMAGE = 60
+RETRIEVAL_QFORMER = {**STAGE1_QFORMER, "vocab_size": VOCAB_SIZE}
+
+
+def make_retrieval(**kwargs) -> Blip2ForImageTextRetrieval:
+    fields = {"qformer_config": RETRIEVAL_QFORMER, "image_token_index": None}
+    torch.manual_seed(0)
+    model = randomize(Blip2ForImageTextRetrieval(make_config(None, **(fields | kwargs)))).eval()
+    with torch.no_grad():
+        model.temperature.weight.fill_(0.5)
+    return model
+
+
+def close(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def one_by_one(model, image_embeds, input_ids, attention_mask, matching: bool) -> torch.Tensor:
+    """Scores of all pairs, of one image and one text without padding at a time."""
+    rows = []
+    for image in image_embeds:
+        scores = []
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            ids = ids[mask.bool()][None]
+            outputs = model(image_embeds=image[None], input_ids=ids, use_image_text_matching_head=matching)
+            scores.append(outputs.logits_per_image[0] if matching else outputs.logits_per_image[0, 0])
+        rows.append(torch.stack(scores))
+    return torch.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_retrieval()
+
+
+@torch.no_grad()
+def test_two_images_and_three_texts(model):
+    inputs = make_inputs(3)
+    inputs["image_embeds"] = inputs["image_embeds"][:2]
+    contrast = model(**inputs)
+    assert contrast.logits_per_image.shape == (2, 3)
+    close(contrast.logits_per_image, one_by_one(model, *inputs.values(), matching=False))
+    close(contrast.logits_per_text, contrast.logits_per_image.T)
+    matching = model(**inputs, use_image_text_matching_head=True)
+    assert matching.logits_per_image.shape == (2, 3, 2)
+    assert matching.logits_per_text.shape == (3, 2, 2)
+    close(matching.logits_per_image, one_by_one(model, *inputs.values(), matching=True))
+
+
+@torch.no_grad()
+def test_pairs_are_the_diagonal_of_all_pairs(model):
+    inputs = make_inputs(3)
+    pairs = model(**inputs, use_image_text_matching_head=True).logits_per_image
+    all_pairs = model(**inputs, use_image_text_matching_head=True, all_pairs=True).logits_per_image
+    assert all_pairs.shape == (3, 3, 2)
+    close(pairs, all_pairs[torch.arange(3), torch.arange(3)])
+    assert (all_pairs[0, 0] - all_pairs[0, 1]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_the_temperature(model):
+    inputs = make_inputs(3)
+    cosines = model(**inputs).logits_per_image
+    assert cosines.abs().max() <= 1
+    close(model(**inputs, use_temperature=True).logits_per_image, cosines / 0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("matching", [False, True])
+def test_padding_and_placeholders_have_no_say(matching):
+    model = make_retrieval(image_token_index=IMAGE)
+    inputs = make_inputs(4)
+    expected = model(**inputs, use_image_text_matching_head=matching).logits_per_image
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    placeholders = torch.full((4, NUM_QUERIES), IMAGE)
+    behind = {"input_ids": torch.cat([placeholders, ids], 1), "attention_mask": torch.cat([placeholders > 0, mask], 1)}
+    ids, mask = (torch.stack([row.roll(-int(n)) for row, n in zip(x, mask.sum(1), strict=True)]) for x in (ids, mask))
+    left = {"input_ids": ids, "attention_mask": mask}
+    for variant in (behind, left):
+        outputs = model(image_embeds=inputs["image_embeds"], **variant, use_image_text_matching_head=matching)
+        close(outputs.logits_per_image, expected)
+
+
+@torch.no_grad()
+def test_keys_and_values_computed_once_serve_several_texts(model):
+    inputs = make_inputs(4)
+    key_values = model.get_image_key_values(inputs["image_embeds"][:2])
+    texts = inputs["input_ids"], inputs["attention_mask"]
+    logits = model.get_matching_logits(*texts, image_key_values=key_values)
+    pairs = one_by_one(model, inputs["image_embeds"][:2], *texts, matching=True)
+    close(logits, torch.cat([pairs[0, :2], pairs[1, 2:]]))
+
+
+@torch.no_grad()
+def test_pictures_and_their_features_are_the_same(model):
+    pixel_values, inputs = make_pixel_values(2), make_inputs(3)
+    texts = inputs["input_ids"], inputs["attention_mask"]
+    outputs = model(pixel_values, *texts)
+    assert outputs.vision_model_output.last_hidden_state.shape == (2, 5, 32)
+    close(outputs.logits_per_image, model(None, *texts, image_embeds=model.get_image_embeds(pixel_values))[0])
+
+
+def test_what_does_not_fit(model):
+    inputs = make_inputs(3)
+    with pytest.raises(ValueError, match="either pixel_values or image_embeds"):
+        model(input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="Give input_ids"):
+        model(image_embeds=inputs["image_embeds"])
+    inputs["image_embeds"] = inputs["image_embeds"][:2]
+    with pytest.raises(ValueError, match="2 images and 3 texts"):
+        model(**inputs, use_image_text_matching_head=True, all_pairs=False)
+    with pytest.raises(ValueError, match="3 texts for 2 images"):
+        model.get_matching_logits(**inputs)
+    with pytest.raises(ValueError, match="use_qformer_text_input=True"):
+        Blip2ForImageTextRetrieval(make_config(None))
+
+
+# Checkpoints
+
+
+@torch.no_grad()
+def test_what_stage_1_learned_is_loaded(tmp_path):
+    stage1, inputs = make_stage1().eval(), make_inputs(3)
+    stage1.save_pretrained(tmp_path)
+    model, info = Blip2ForImageTextRetrieval.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    expected = stage1(**inputs, return_loss=False).logits_per_image
+    close(model(**inputs, use_temperature=True).logits_per_image, expected)
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / "again")
+    assert type(again) is Blip2ForImageTextRetrieval
+    assert again.temperature.weight.item() == 0.5
+    close(again(**inputs)[0], model(**inputs)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image_token_index", [None, IMAGE])
+def test_transformers_own_checkpoint_and_calls(tmp_path, image_token_index):
+    config = transformers.Blip2Config(
+        vision_config={**VISION, "initializer_range": 0.02},
+        qformer_config={k: v for k, v in QFORMER.items() if k != "bos_token_id"} | {"use_qformer_text_input": True},
+        num_query_tokens=NUM_QUERIES,
+        image_text_hidden_size=16,
+        image_token_index=image_token_index,
+    )
+    theirs = randomize(transformers.Blip2ForImageTextRetrieval(config)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, info = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert ours.temperature.weight.item() == pytest.approx(0.07)
+    inputs, pixel_values = make_inputs(3), make_pixel_values(3)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if image_token_index is not None:
+        placeholders = torch.full((3, NUM_QUERIES), IMAGE)
+        ids, mask = torch.cat([placeholders, ids], 1), torch.cat([torch.ones_like(placeholders), mask], 1)
+    for matching in (False, True):
+        call = {"input_ids": ids, "attention_mask": mask, "use_image_text_matching_head": matching}
+        expected, actual = theirs(pixel_values, **call), ours(pixel_values, **call)
+        for name in ("logits_per_image", "logits_per_text"):
+            close(actual[name], expected[name])
+        if not matching:
+            close(actual.image_embeds, expected.image_embeds)
+            close(actual.text_embeds, expected.text_embeds)
+    ours.save_pretrained(tmp_path / "back", transformers_compatible=True)
+    back, info = transformers.Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info.values())
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight), name
+
+
+@torch.no_grad()
+def test_stage_1_goes_to_transformers(tmp_path):
+    stage1, inputs, pixel_values = make_stage1().eval(), make_inputs(3), make_pixel_values(3)
+    stage1.save_pretrained(tmp_path, transformers_compatible=True)
+    theirs, info = transformers.Blip2ForImageTextRetrieval.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    texts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    # transformers has the eps of the blocks after the tower
+    stage1.vision_model.post_layernorm.eps = stage1.config.vision_config.layer_norm_eps
+    expected = stage1(pixel_values, **texts, return_loss=False).logits_per_image * 0.5
+    close(theirs.eval()(pixel_values, **texts).logits_per_image, expected)
+
+
+def test_gradients_reach_what_is_trained(model):
+    model = make_retrieval().train()
+    outputs = model(**make_inputs(3), use_image_text_matching_head=True, all_pairs=True)
+    outputs.logits_per_image.square().sum().backward()
+    assert model.query_tokens.weight.grad.abs().max() > 0
+    assert model.vision_model.post_layernorm.weight.grad.abs().max() > 0
+
+
+# Two stages
+
+TEXTS = ["a red bus", "two", "a photo of a cat on a bench", "a dog", "one bus of many colours", "the cat sat", "x y z"]
+
+
+def make_bert_tokenizer():
+    tokenizer = make_tokenizer(eos=True)
+    tokenizer.model_max_length = 40
+    return tokenizer
+
+
+def expected_scores(model, image_embeds, input_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and matching logits of all pairs, each alone."""
+    ids = [torch.tensor(row) for row in input_ids]
+    mask = [torch.ones_like(row) for row in ids]
+    contrast = one_by_one(model, image_embeds, ids, mask, matching=False)
+    return contrast, one_by_one(model, image_embeds, ids, mask, matching=True)[..., 1]
+
+
+@pytest.fixture(scope="module")
+def collection(model):
+    generator = torch.Generator().manual_seed(1)
+    image_embeds = torch.randn(5, 5, 32, generator=generator)
+    tokenizer = make_bert_tokenizer()
+    with torch.no_grad():
+        scores = expected_scores(model, image_embeds, tokenizer(TEXTS)["input_ids"])
+    return image_embeds, tokenizer, *scores
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 100])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_two_stages_are_pair_by_pair(model, collection, k, batch_size):
+    image_embeds, tokenizer, contrast, matching = collection
+    retrieval = TwoStageRetrieval(model, tokenizer, k=k, batch_size=batch_size, show_progress=False)
+    rankings = retrieval(image_embeds, TEXTS)
+    directions = (rankings.image_to_text, contrast, matching), (rankings.text_to_image, contrast.T, matching.T)
+    for ranking, cosines, logits in directions:
+        count = min(k, cosines.shape[1])
+        candidates = cosines.topk(count, dim=1).indices
+        scores = (cosines + logits).gather(1, candidates)
+        order = scores.argsort(dim=1, descending=True)
+        assert torch.equal(ranking.index, candidates.gather(1, order))
+        close(ranking.scores, scores.gather(1, order))
+        full = ranking.matrix(cosines.shape[1])
+        assert torch.equal(full.isfinite().sum(1), torch.full((len(full),), count))
+
+
+def test_contrast_alone_ranks_all(model, collection):
+    image_embeds, tokenizer, contrast, _ = collection
+    rankings = TwoStageRetrieval(model, tokenizer, k=0, show_progress=False)(image_embeds, TEXTS)
+    close(rankings.image_to_text.matrix(len(TEXTS)), contrast)
+    close(rankings.text_to_image.matrix(len(image_embeds)), contrast.T)
+    assert torch.equal(rankings.image_to_text.index[:, 0], contrast.argmax(1))
+
+
+def test_an_image_is_projected_once(model, collection, monkeypatch):
+    image_embeds, tokenizer, *_ = collection
+    projected = []
+    project = type(model).get_image_key_values
+    monkeypatch.setattr(
+        type(model), "get_image_key_values", lambda self, x: projected.append(len(x)) or project(self, x)
+    )
+    TwoStageRetrieval(model, tokenizer, k=3, batch_size=2, show_progress=False)(image_embeds, TEXTS)
+    assert sum(projected) == len(image_embeds)
+
+
+def test_features_in_memory_on_the_disk_and_of_stage_1(model, collection, tmp_path):
+
+    _, tokenizer, *_ = collection
+    pictures = datasets.Dataset.from_list([{"image": make_image(i)} for i in range(4)])
+    cache_features(pictures, model, make_image_processor(), tmp_path / "features", dtype="float32")
+    stored = load_cached_features(tmp_path / "features")
+    pixel_values = make_image_processor()(images=[make_image(i) for i in range(4)], return_tensors="pt")[
+        "pixel_values"
+    ]
+    image_embeds = model.get_image_embeds(pixel_values)
+    retrieval = TwoStageRetrieval(model, tokenizer, k=2, show_progress=False)
+    expected = retrieval(image_embeds, TEXTS)
+    for images in (stored, list(image_embeds.numpy())):
+        rankings = retrieval(images, TEXTS)
+        assert torch.equal(rankings.image_to_text.index, expected.image_to_text.index)
+        close(rankings.text_to_image.scores, expected.text_to_image.scores)
+    stage1 = Blip2ForPreTraining(make_config(None, qformer_config=RETRIEVAL_QFORMER, image_token_index=None)).eval()
+    stage1.load_state_dict(model.state_dict(), strict=False)
+    of_stage1 = TwoStageRetrieval(stage1, tokenizer, k=2, show_progress=False)(image_embeds, TEXTS)
+    close(of_stage1.image_to_text.scores, expected.image_to_text.scores)
+
+
+def test_settings_that_do_not_fit(model):
+    with pytest.raises(ValueError, match="batch_size=0"):
+        TwoStageRetrieval(model, make_bert_tokenizer(), batch_size=0)
