@@ -13,6 +13,7 @@ above the parameters, their gradients and AdamW's state.
 """
 
 import argparse
+import copy
 import json
 
 import torch
@@ -63,21 +64,29 @@ def make_config(arguments: argparse.Namespace) -> Blip2Config:
         **sizes, vocab_size=50272, word_embed_proj_dim=sizes["hidden_size"], dropout=0.0, attention_dropout=0.0
     )
     return Blip2Config(
-        vision_config=Blip2VisionConfig(num_hidden_layers=39 if arguments.tower else 0, post_layernorm_eps=1e-6),
+        vision_config=Blip2VisionConfig(post_layernorm_eps=1e-6),
         qformer_config=Blip2QFormerConfig(),
         text_config=text_config,
         num_query_tokens=QUERIES,
         image_token_index=IMAGE_TOKEN,
+        has_vision_tower=False,
     )
+
+
+def make_theirs(config: Blip2Config, with_tower: bool) -> nn.Module:
+    config = copy.deepcopy(config)
+    config.has_vision_tower = True
+    config.vision_config.num_hidden_layers = 39 if with_tower else 0
+    return transformers.Blip2ForConditionalGeneration(config.to_transformers())
 
 
 def make_models(arguments: argparse.Namespace) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     dtype, config = getattr(torch, arguments.dtype), make_config(arguments)
     ours = Blip2ForConditionalGeneration(config)
-    theirs = transformers.Blip2ForConditionalGeneration(config.to_transformers())
-    weights = ours.state_dict()
-    theirs.load_state_dict({name.replace("query_tokens.weight", "query_tokens"): w for name, w in weights.items()})
+    theirs = make_theirs(config, arguments.tower)
+    weights = {name.replace("query_tokens.weight", "query_tokens"): w for name, w in ours.state_dict().items()}
+    assert not theirs.load_state_dict(weights, strict=False).unexpected_keys
     theirs.vision_model.requires_grad_(False)
     theirs.language_model.requires_grad_(False)
     theirs.vision_model.post_layernorm.requires_grad_(True)

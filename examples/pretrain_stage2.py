@@ -53,7 +53,7 @@ class PretrainingArguments:
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
 
 
-def make_datasets(options: PretrainingArguments, seed: int):
+def make_datasets(options: PretrainingArguments, collator: LanguageModelCollator, seed: int):
     """What is learned from, and what is held out."""
     rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
@@ -62,7 +62,8 @@ def make_datasets(options: PretrainingArguments, seed: int):
     learning = {**columns, "seed": seed, "transform": transform, "prefix_lm": options.prefix_lm}
     if options.streaming:
         rows = rows.shuffle(seed=seed, buffer_size=10_000)
-        return ImageTextStream(rows, repeat=True, skip_broken=options.skip_bad_rows, **learning), None
+        check = collator.check if options.skip_bad_rows else None
+        return ImageTextStream(rows, repeat=True, skip_broken=options.skip_bad_rows, check=check, **learning), None
     rows, held_out = hold_out(rows, options.held_out, seed=seed)
     return ImageTextPairs(rows, **learning), ImageTextPairs(held_out, train=False, **columns)
 
@@ -82,8 +83,8 @@ def main():
         num_query_tokens=model.config.num_query_tokens,
         is_encoder_decoder=model.config.is_encoder_decoder,
     )
-    train, held_out = make_datasets(options, arguments.seed)
     collator = LanguageModelCollator(processor, max_length=options.max_length)
+    train, held_out = make_datasets(options, collator, arguments.seed)
     if options.skip_bad_rows and not options.streaming:
         folder = Path(arguments.output_dir)
         train = leave_out_bad_rows(train, collator, folder / "bad_rows-train.jsonl")

@@ -275,6 +275,19 @@ def test_a_stream_leaves_out_what_is_bad_when_asked(rows, caplog):
         assert error.value.kind == kind
 
 
+def test_a_stream_leaves_out_what_no_batch_can_be_made_of(rows, caplog):
+    rows = [{**rows[0], "caption": caption} for caption in ("a dog", "a cat sat on a mat " * 9, "a bus")]
+    collator = LanguageModelCollator(make_processor(), max_positions=24)
+    stream = ImageTextStream(rows, check=collator.check)
+    with pytest.raises(BadRowError, match="row 1 .* takes .* positions"):
+        list(stream)
+    with caplog.at_level(logging.WARNING):
+        items = list(ImageTextStream(rows, skip_broken=True, check=collator.check))
+    assert [item["image_id"] for item in items] == [0, 2]
+    assert "Left out 1 so far (1 text too long)" in caplog.messages[-1]
+    assert collator(items)["labels"].shape[0] == 2
+
+
 def test_a_stream_does_not_leave_out_mistakes(rows):
     with pytest.raises(ValueError, match="no column 'text'"):
         list(ImageTextStream(rows, text_column="text", skip_broken=True))

@@ -22,6 +22,7 @@ from blip2_hf.data import (
     load_cached_features,
     read_cached_features,
 )
+from blip2_hf.image_loading import ImageLoadError
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "colour", "is", "the", "bus", "dog", "?", "a", "photo"]
@@ -210,6 +211,28 @@ def test_rows_that_share_features(shared, tmp_path):
         ImageTextPairs(rows, images=cached, image_column="picture", transform=RandomResizedCropAndFlip(28), **VQA)
     with pytest.raises(ValueError, match="ImageTextStream"):
         ImageTextPairs(rows, images=cached.to_iterable_dataset(), image_column="picture", **VQA)
+
+
+def test_rows_that_share_features_of_which_one_was_left_out(shared, tmp_path):
+    rows, pictures, numbers = shared
+    broken = [{"jpg": {"bytes": b"no picture", "path": None}}] + [{"jpg": pictures[i]["jpg"]} for i in (1, 2)]
+    features = datasets.Features({"jpg": datasets.Image()})
+    pictures = datasets.Dataset.from_list([broken[0]], features=features)
+    pictures = datasets.concatenate_datasets([pictures, datasets.Dataset.from_list(broken[1:], features=features)])
+    model = make_model("opt").float()
+    cached = load_cached_features(
+        cache_features(pictures, model, make_processor(), tmp_path, "jpg", dtype="float32", skip_broken=True)
+    )
+    assert cached["image_embeds_row"] == [1, 2]
+    pairs = ImageTextPairs(rows, image_column="picture", images=cached, **VQA)
+    for i, number in enumerate(numbers):
+        if number == 0:
+            with pytest.raises(ImageLoadError, match="has 0 in column 'picture'.*left out"):
+                pairs[i]
+        else:
+            item = pairs[i]
+            assert item["image_id"] == number
+            assert torch.equal(item["image_embeds"], read_cached_features(cached[number - 1]))
 
 
 def test_a_batch_is_what_the_processor_makes(parts, dataset):

@@ -112,19 +112,34 @@ class LanguageModelCollator:
             BadRowError: if a row needs more positions than there are, or is cut until nothing is left to learn.
             ValueError: if rows lack something, or mix pictures and features, or features differ in shape or type.
         """
-        batch = _stack_images(rows, self.processor)
+        return _stack_images(rows, self.processor) | self._encode_texts(rows)
+
+    def check(self, row: dict[str, Any]):
+        r"""
+        Whether a batch can be made of a row, whose picture is not looked at.
+
+        Args:
+            row (`dict`):
+                An item with `text` and, if there is one, `prompt`.
+
+        Raises:
+            BadRowError: if it needs more positions than there are, or is cut until nothing is left to learn.
+        """
+        self._encode_texts([row])
+
+    def _encode_texts(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         _check_names(rows, "text")
         text_kwargs: dict[str, Any] = {"split_special_tokens": True}
         if self.max_length is not None:
             text_kwargs |= {"truncation": True, "max_length": self.max_length}
-        batch |= self.processor(
+        batch = self.processor(
             text=[self._with_placeholder(row.get("prompt", "")) for row in rows],
             text_target=[row["text"] for row in rows],
             text_kwargs=text_kwargs,
             return_tensors="pt",
         )
         self._check_lengths(rows, batch)
-        return batch
+        return dict(batch)
 
     def _with_placeholder(self, prompt: str) -> str:
         """The prompt behind its picture: stored features have placeholders too."""

@@ -30,6 +30,7 @@ from .rows import open_image, seeded_generator, select_columns
 logger = logging.get_logger(__name__)
 
 EMBEDS, SHAPE, DTYPE = FEATURE_COLUMNS = ("image_embeds", "image_embeds_shape", "image_embeds_dtype")
+ROW = "image_embeds_row"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _DESCRIPTION = "cache.json"
@@ -99,7 +100,8 @@ def cache_features(
     disk space it needs.
 
     A row of the result has the other columns of `dataset`, and `image_embeds` (the bytes, little-endian, of an array
-    of shape `image_embeds_shape`, `[views, features, width]`, and type `image_embeds_dtype`).
+    of shape `image_embeds_shape`, `[views, features, width]`, and type `image_embeds_dtype`), and
+    `image_embeds_row`, the number of the row in `dataset`: another one, once rows before it were left out.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -222,7 +224,7 @@ def _check_arguments(dataset, image_column, views, transform, dtype, part_index,
         )
     if len(dataset) == 0:
         raise ValueError("The data set has no rows.")
-    if taken := [name for name in FEATURE_COLUMNS if name in dataset.column_names]:
+    if taken := [name for name in (*FEATURE_COLUMNS, ROW) if name in dataset.column_names]:
         raise ValueError(f"The data set has a column {taken[0]!r} already. Rename it, or remove it.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} was expected.")
@@ -314,6 +316,7 @@ class _Shards:
             EMBEDS: datasets.Value("binary"),
             SHAPE: datasets.List(datasets.Value("int32")),
             DTYPE: datasets.Value("string"),
+            ROW: datasets.Value("int64"),
         }
         self.schema = datasets.Features(features).arrow_schema
         description = {
@@ -421,6 +424,7 @@ class _Shards:
             pa.array([row.view(torch.uint8).numpy().tobytes() for row in features], pa.binary()),
             pa.array([shape] * len(rows), self.schema.field(SHAPE).type),
             pa.array([self.dtype] * len(rows), pa.string()),
+            pa.array(rows, pa.int64()),
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
 

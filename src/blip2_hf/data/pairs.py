@@ -30,7 +30,7 @@ from .bad_rows import (
     find_file,
     shorten,
 )
-from .feature_cache import EMBEDS, FEATURE_COLUMNS, SHAPE, read_cached_features
+from .feature_cache import EMBEDS, FEATURE_COLUMNS, ROW, SHAPE, read_cached_features
 from .rows import column_names, get_column, open_image, seeded_generator, select_columns, stable_hash
 from .text import clean_caption, clean_question, split_prefix
 
@@ -230,9 +230,9 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             Whether to move the beginning of the text, up to a random word, behind the prompt ([`split_prefix`]): for
             encoder-decoders. With `train=False` nothing is moved.
         images (`datasets.Dataset` or sequence of `dict`, *optional*):
-            Where the pictures lie, or the features of [`load_cached_features`] (of a cache that left out no row), if
-            rows share them. `image_column` of `dataset` then holds the number of a row of `images`, which is also its
-            `image_id`: rows with one picture are no negatives of each other.
+            Where the pictures lie, or the features of [`load_cached_features`], if rows share them. `image_column` of
+            `dataset` then holds the number of a row of `images`, of features that of the row that they were made of,
+            which is also its `image_id`: rows with one picture are no negatives of each other.
         images_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures in `images`.
 
@@ -285,8 +285,12 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             images=images,
             images_column=images_column,
         )
+        # Where the features of each row are, of those that were not left out
+        self._places: dict[int, int] | None = None
         if self.has_features and self.images is not None:
             self.images = self.images.with_format("arrow")
+            if ROW in column_names(images):
+                self._places = {row: place for place, row in enumerate(images.with_format(None)[ROW])}
         elif self.has_features:
             self.dataset = self.dataset.with_format("arrow")
         self._kept: np.ndarray | None = None
@@ -352,14 +356,17 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             image_number = operator.index(value)
         except TypeError:
             image_number = -1
-        if not 0 <= image_number < len(self.images):
+        place = image_number if self._places is None else self._places.get(image_number, -1)
+        if not 0 <= place < len(self.images):
+            last = len(self.images) - 1 if self._places is None else max(self._places, default=-1)
+            left_out = "," if self._places is None else ", but for those that cache_features left out,"
             raise BadPictureError(
                 f"{name.at_start} has {value!r} in column {self.image_column!r}; the number of a row of images, "
-                f"0 to {len(self.images) - 1}, was expected.",
+                f"0 to {last}{left_out} was expected.",
                 name,
                 PICTURE_MISSING,
             )
-        return _read_row(self.images, image_number), image_number
+        return _read_row(self.images, place), image_number
 
 
 class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
@@ -386,6 +393,9 @@ prefix_lm:
             worker or process uses.
         skip_broken (`bool`, *optional*, defaults to `False`):
             Whether rows that raise [`BadRowError`] are left out, with a warning that counts them by kind.
+        check (`Callable`, *optional*):
+            Is given each item, and raises [`BadRowError`] for those that no batch can be made of:
+            [`LanguageModelCollator.check`].
         repeat (`bool`, *optional*, defaults to `False`):
             Whether the rows begin again, as those of the next epoch, without end.
         rank (`int`, *optional*, defaults to 0), world_size (`int`, *optional*, defaults to 1):
@@ -409,6 +419,7 @@ prefix_lm:
         train: bool = True,
         source: str | None = None,
         skip_broken: bool = False,
+        check: Callable[[dict[str, Any]], Any] | None = None,
         repeat: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -440,6 +451,7 @@ prefix_lm:
             prefix_lm=prefix_lm,
         )
         self.skip_broken = skip_broken
+        self.check = check
         self.repeat = repeat
         self.rank = rank
         self.world_size = world_size
@@ -480,6 +492,8 @@ prefix_lm:
         for number, row in self._numbered_rows():
             try:
                 item = self._item(row, number, epoch)
+                if self.check is not None:
+                    self.check(item)
             except BadRowError as error:
                 if not self.skip_broken:
                     raise
