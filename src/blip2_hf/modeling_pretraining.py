@@ -179,24 +179,12 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
                 parameter.data = parameter.data.float()
         return self
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.embeddings.word_embeddings = value
-
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.lm_head.decoder = new_embeddings
         self.lm_head.bias = new_embeddings.bias
-
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        # transformers sets the vocab_size of a language model's configuration
-        self.config.qformer_config.vocab_size = embeddings.num_embeddings
-        return embeddings
 
     def gradient_caching_enable(self, chunk_size: int):
         r"""

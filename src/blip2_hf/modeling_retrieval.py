@@ -47,6 +47,18 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         if isinstance(module, Blip2Temperature):
             init.constant_(module.weight, 0.07)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embeddings.word_embeddings = value
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        # transformers sets the vocab_size of a language model's configuration
+        self.config.qformer_config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
     @can_return_tuple
     def get_image_features(
         self,
@@ -297,12 +309,6 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
         self._build_image_text_heads(config)
         self.post_init()
         self.freeze()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.embeddings.word_embeddings = value
 
     @can_return_tuple
     def forward(

@@ -126,9 +126,24 @@ class EncoderDecoderSuite(DecoderOnlySuite):
     tiny = EncoderDecoderTester
 
 
-class PreTrainingSuite(Suite):
-    tiny, model = PreTrainingTester, "Blip2ForPreTraining"
+class ImageTextSuite(Suite):
+    """Models without a language model, whose text is the Q-Former's."""
+
+    tiny = PreTrainingTester
     _is_composite = True
+
+    def skip_text_config(self, *args, **kwargs):
+        self.skipTest("reads the sizes of a text_config; here text is the Q-Former's")
+
+    test_get_text_features_output_0 = skip_text_config
+    test_get_text_features_output_2 = skip_text_config
+    test_resize_embeddings_untied = skip_text_config
+    test_resize_embeddings_untied_no_reinit_on_post_init = skip_text_config
+    test_resize_tokens_embeddings = skip_text_config
+
+
+class PreTrainingSuite(ImageTextSuite):
+    model = "Blip2ForPreTraining"
     additional_model_inputs = ["pixel_values"]
 
     @unittest.skip("each pair is contrasted with the others of its batch")
@@ -147,21 +162,30 @@ class PreTrainingSuite(Suite):
     def test_model_base_model_prefix(self):
         pass
 
-    def skip_text_config(self, *args, **kwargs):
-        self.skipTest("reads the sizes of a text_config; here text is the Q-Former's")
-
-    test_get_text_features_output_0 = skip_text_config
-    test_get_text_features_output_2 = skip_text_config
-    test_resize_embeddings_untied = skip_text_config
-    test_resize_embeddings_untied_no_reinit_on_post_init = skip_text_config
-    test_resize_tokens_embeddings = skip_text_config
-
     def setUp(self):
         super().setUp()
         # Comparisons of outputs want no chance in them
         patch = mock.patch.object(torch, "multinomial", lambda weights, *args: weights.argmax(-1, keepdim=True))
         patch.start()
         self.addCleanup(patch.stop)
+
+
+class RetrievalSuite(ImageTextSuite):
+    model = "Blip2ForImageTextRetrieval"
+    additional_model_inputs = ["input_ids"]
+
+    def skip_parts(self, *args, **kwargs):
+        self.skipTest("as transformers' own: what happens inside is in text_model_output and vision_model_output")
+
+    test_attention_outputs = skip_parts
+    test_hidden_states_output = skip_parts
+    test_retain_grad_hidden_states_attentions = skip_parts
+
+    def skip_loss(self, *args, **kwargs):
+        self.skipTest("as transformers' own, it has no loss: Blip2ForPreTraining learns")
+
+    test_training = skip_loss
+    check_training_gradient_checkpointing = skip_loss
 
 
 class ProcessorSuite(ProcessorTesterMixin):

@@ -77,6 +77,10 @@ class PreTrainingTest(TrainedInFull, suites.PreTrainingSuite, unittest.TestCase)
         self.assertEqual(self.all_model_classes[0].main_input_name, "input_ids")
 
 
+class RetrievalTest(suites.RetrievalSuite, unittest.TestCase):
+    family = blip2_hf
+
+
 class ProcessorTest(suites.ProcessorSuite, unittest.TestCase):
     family = blip2_hf
 
