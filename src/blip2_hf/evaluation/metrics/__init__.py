@@ -1,0 +1,101 @@
+"""
+Captions, answers and retrieval scored as the benchmarks do: pure Python, and as modules of `evaluate` that load from
+this package, without a network.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bleu import bleu
+from .captions import tokenize_captions
+from .cider_d import cider_d, cider_d_scores
+from .gqa import gqa_accuracy
+from .ptb import ptb_tokenize
+from .rouge_l import rouge_l, rouge_l_scores
+from .vqa import normalize_vqa_answer, vqa_accuracy, vqa_accuracy_scores
+
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+
+_MODULES = Path(__file__).parent / "modules"
+METRICS = ("bleu_coco", "caption_metrics", "cider_d", "gqa_accuracy", "retrieval_recall", "rouge_l", "vqa_accuracy")
+
+
+def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    r"""
+    The scores of COCO's caption evaluation, for texts: each is cut into words once.
+
+    Args:
+        predictions (`list[str]`):
+            One caption for each picture; it may be empty.
+        references (`list[list[str]]`):
+            The captions that people wrote for each picture.
+
+    Returns:
+        `dict[str, float]`: `CIDEr-D`, `BLEU-1` to `BLEU-4` and `ROUGE-L`.
+
+    Raises:
+        `ValueError`: if there is nothing to score, or a prediction without references.
+
+    Example:
+
+    ```python
+    >>> scores = caption_metrics(
+    ...     ["A dog runs.", "Two cats."], [["A dog runs fast.", "The dog is running."], ["Two cats sleep.", "2 cats"]]
+    ... )
+    >>> round(scores["BLEU-1"], 3)
+    0.819
+    ```"""
+    words = tokenize_captions(predictions, references)
+    return {**cider_d(*words), **bleu(*words), **rouge_l(*words)}
+
+
+def load_metric(name: str, **kwargs: Any) -> "EvaluationModule":
+    r"""
+    A metric as a module of `evaluate`, from this package's own files.
+
+    Args:
+        name (`str`):
+            One of `METRICS`: `"bleu_coco"`, `"caption_metrics"`, `"cider_d"`, `"gqa_accuracy"`, `"retrieval_recall"`,
+            `"rouge_l"`, `"vqa_accuracy"`.
+        kwargs:
+            As for `evaluate.load`, such as `num_process` and `process_id`.
+
+    Returns:
+        `evaluate.EvaluationModule`: with `compute`, `add_batch` and so on.
+
+    Raises:
+        `ValueError`: if there is no such metric.
+
+    Example:
+
+    ```python
+    >>> metric = load_metric("vqa_accuracy")
+    >>> metric.compute(predictions=["two"], references=[["2"] * 10])
+    {'vqa_accuracy': 1.0}
+    ```"""
+    if name not in METRICS:
+        raise ValueError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
+    import evaluate
+
+    return evaluate.load(str(_MODULES / name), module_type="metric", **kwargs)
+
+
+__all__ = [
+    "METRICS",
+    "bleu",
+    "caption_metrics",
+    "cider_d",
+    "cider_d_scores",
+    "gqa_accuracy",
+    "load_metric",
+    "normalize_vqa_answer",
+    "ptb_tokenize",
+    "rouge_l",
+    "rouge_l_scores",
+    "tokenize_captions",
+    "vqa_accuracy",
+    "vqa_accuracy_scores",
+]

@@ -1,0 +1,1 @@
+"""One folder for each metric, as `evaluate` loads them; see [`~evaluation.metrics.load_metric`]."""
