@@ -8,8 +8,8 @@ pipeline("image-text-to-text") with its own Blip2ForConditionalGeneration.
 
 Both have the same weights, image processor, prompt, batch size, number of worker processes and number of new tokens,
 and are given the paths of the same files. With 0 workers, ours decodes in a thread beside the model, theirs before it.
-Prints one line of JSON; a speed_ratio above 1 is in favour of this library. cpu_seconds are those of this process in the
-quickest run, which other jobs on the machine disturb less. Ends with an error if captions differ.
+Prints one line of JSON; a speed_ratio above 1 is in favour of this library. cpu_seconds are those of this process in
+the quickest run, which other jobs on the machine disturb less. Ends with an error if captions differ.
 """
 
 import argparse
