@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from .commands import cache_features
+from .commands import cache_features, caption, evaluate, index, look, search
 
 
-COMMANDS = (cache_features,)
+COMMANDS = (cache_features, caption, evaluate, index, look, search)
 
 
 def main(arguments: Sequence[str] | None = None):

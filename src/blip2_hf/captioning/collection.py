@@ -1,0 +1,216 @@
+"""Captions of a whole collection: what is there already stays, each process takes its share of the rest."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import Subset
+from tqdm import tqdm
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
+
+from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images
+from .outputs import CaptionOutput, open_output
+from .pictures import CollectionError, FolderPictures, Pictures, RowPictures
+
+
+_SAMPLES = 32  # values of each weight that a fingerprint looks at
+
+
+@dataclass
+class CaptionCounts:
+    r"""
+    What [`caption_dataset`] did, over all processes.
+
+    Args:
+        pictures (`int`):
+            Pictures of the collection.
+        done_before (`int`):
+            Those that an earlier run had done.
+        captioned (`int`):
+            Those that this run captioned.
+        broken (`int`):
+            Those that this run could not read.
+    """
+
+    pictures: int
+    done_before: int
+    captioned: int
+    broken: int
+
+
+def caption_dataset(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pictures: str | os.PathLike | datasets.Dataset | Pictures,
+    output: str | os.PathLike | None = None,
+    output_format: str | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    overwrite: bool = False,
+    **generate_kwargs,
+) -> CaptionCounts:
+    r"""
+    Captions a collection and writes the captions to files. It may be interrupted, or killed, and run again: what is
+    done stays, and the result is the same. In several processes (`accelerate launch`, `torchrun`) each takes its
+    share.
+
+    Until the run is finished its captions are in files such as `captions.jsonl.part-00000.jsonl`; then these become
+    one, in the order of the pictures. Pictures that can't be read are listed in `captions.jsonl.broken.jsonl`, and
+    the next run after that tries them again. `captions.jsonl.settings.json` says what the captions were made with.
+
+    Args:
+        model ([`Blip2ForConditionalGeneration`]):
+            The model, on its device.
+        processor ([`Blip2Processor`]):
+            Its processor.
+        pictures (`str`, `os.PathLike`, `datasets.Dataset` or [`Pictures`]):
+            A folder of pictures, a data set, or one of [`FolderPictures`], [`TarPictures`] and [`RowPictures`].
+        output (`str` or `os.PathLike`, *optional*):
+            The file. Of .txt files the folder; without it they lie next to the pictures.
+        output_format (`str`, *optional*):
+            `"txt"` (one file a picture), `"jsonl"` or `"parquet"` (columns `file`, or `shard` and `key`, or `row`, and
+            `caption`). Told by the ending of `output` if it is not given.
+        prompt, max_new_tokens, batch_size, num_workers:
+            As in [`caption_images`].
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to delete the captions that are there, and begin anew.
+        generate_kwargs (`dict`):
+            Those of [`~Blip2ForConditionalGeneration.generate`]: values that JSON has.
+
+    Returns:
+        [`CaptionCounts`].
+
+    Raises:
+        CollectionError: if there are no pictures, or captions of other settings, or the output does not fit.
+
+    Example:
+
+    ```python
+    >>> counts = caption_dataset(model, processor, "photos", "captions.jsonl", prompt="a photo of", num_beams=5)
+    >>> counts.captioned, counts.broken
+    (998, 2)
+    ```"""
+    state = PartialState(cpu=model.device.type == "cpu")
+    pictures = _as_pictures(pictures)
+    files = open_output(output, output_format, pictures)
+    generate_kwargs["max_new_tokens"] = max_new_tokens
+    settings = _settings(model, pictures, prompt, generate_kwargs)
+    if overwrite and state.is_main_process:
+        files.clear()
+    state.wait_for_everyone()
+    files.check(settings)
+    done = files.done()
+    todo = [index for index in range(len(pictures)) if index not in done]
+    part = files.next_part() + state.process_index
+    # All are to see the same files before the first of them changes one
+    state.wait_for_everyone()
+    if state.is_main_process:
+        files.write_settings(settings)
+        _announce(len(pictures), len(todo), state.num_processes, files)
+    state.wait_for_everyone()
+    share = todo[state.process_index :: state.num_processes]
+    captions = caption_images(
+        model,
+        processor,
+        Subset(pictures, share),
+        prompt,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        **generate_kwargs,
+    )
+    captioned, broken = _write(captions, share, files, part, is_shown=state.is_main_process)
+    if state.num_processes > 1:
+        captioned, broken = (sum(column) for column in zip(*gather_object([(captioned, broken)]), strict=True))
+    counts = CaptionCounts(len(pictures), len(done), captioned, broken)
+    if state.is_main_process:
+        files.finish()
+        _report(counts, files)
+    state.wait_for_everyone()
+    return counts
+
+
+def _as_pictures(pictures: Any) -> Pictures:
+    if isinstance(pictures, (str, os.PathLike)):
+        pictures = FolderPictures(pictures)
+    elif not isinstance(pictures, Pictures):
+        pictures = RowPictures(pictures)
+    if len(pictures) == 0:
+        raise CollectionError(f"There are no pictures in {pictures.describe()}.")
+    return pictures
+
+
+def _settings(
+    model: PreTrainedModel, pictures: Pictures, prompt: str | None, generate_kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What captions depend on, as JSON gives it back."""
+    generation = {
+        name: value
+        for name, value in (model.generation_config.to_diff_dict() | generate_kwargs).items()
+        if value is not None and value is not False and name[0] != "_" and name != "transformers_version"
+    }
+    settings = {
+        **pictures.describe(),
+        "model": model.name_or_path,
+        "weights": _fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "prompt": prompt,
+        "generation": generation,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """A hash of some values of each weight."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in model.state_dict().items():
+        flat = weight.flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _announce(pictures: int, todo: int, processes: int, files: CaptionOutput):
+    shares = "" if processes == 1 else f" in {processes} processes, of which this one shows its share"
+    message = f"{pictures:,} pictures, {pictures - todo:,} done already, {todo:,} to caption{shares}: {files.place}"
+    tqdm.write(message, file=sys.stderr)
+
+
+def _report(counts: CaptionCounts, files: CaptionOutput):
+    message = f"Captions written: {counts.captioned:,}."
+    if counts.broken:
+        message += f" Pictures that can't be read: {counts.broken:,}; {files.broken} says why."
+    tqdm.write(message, file=sys.stderr)
+
+
+def _write(
+    captions: Generator[PictureCaption, None, None], share: list[int], files: CaptionOutput, part: int, is_shown: bool
+) -> tuple[int, int]:
+    """Writes captions as they come; returns how many, and how many pictures can't be read."""
+    if not share:
+        return 0, 0
+    broken = 0
+    with (
+        closing(captions),
+        files.open_part(part) as file,
+        logging.tqdm(total=len(share), desc="Captions", unit="picture", disable=not is_shown) as progress,
+    ):
+        for caption in captions:
+            broken += caption.error is not None
+            files.write(file, replace(caption, index=share[caption.index]))
+            progress.update()
+    return len(share) - broken, broken
+
+
+__all__ = ["CaptionCounts", "caption_dataset"]

@@ -1,0 +1,255 @@
+"""Collections of pictures: a folder, WebDataset's tar files, the rows of a data set."""
+
+import functools
+import hashlib
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from ..data.rows import get_column, open_image, select_columns
+from ..image_loading import load_image
+
+
+logger = logging.get_logger(__name__)
+
+_NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}  # PIL knows these formats by name, and can't decode them
+_SAMPLES = 32  # rows that a fingerprint looks at
+
+
+class CollectionError(ValueError):
+    """A collection, or an output, that does not fit. The message says what to do about it."""
+
+
+@functools.cache
+def picture_suffixes() -> frozenset[str]:
+    """Endings of files that PIL reads, in lower case, such as `.jpg`."""
+    Image.init()
+    return frozenset(
+        suffix
+        for suffix, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in _NO_PICTURES
+    )
+
+
+class Pictures(torch.utils.data.Dataset, ABC):
+    """A collection whose entries are pictures, and what tells each of them from the others in the output."""
+
+    columns: Mapping[str, type]  # of the output, without the caption
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Image.Image:
+        """The picture; raises an [`~image_loading.ImageLoadError`] that names it, if it can't be read."""
+
+    @abstractmethod
+    def identity(self, index: int) -> dict[str, Any]:
+        """The values of `columns`."""
+
+    @abstractmethod
+    def position(self, record: Mapping[str, Any]) -> int | None:
+        """Index of the picture that a record of the output is about; `None` if it is not there any more."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What must stay as it is for records of an earlier run to be about the same pictures."""
+
+
+class _NamedPictures(Pictures):
+    """Pictures that names tell apart, so that more of them may join later."""
+
+    @functools.cached_property
+    def _positions(self) -> dict[tuple, int]:
+        return {tuple(self.identity(index).values()): index for index in range(len(self))}
+
+    def position(self, record: Mapping[str, Any]) -> int | None:
+        return self._positions.get(tuple(record[name] for name in self.columns))
+
+
+class FolderPictures(_NamedPictures):
+    r"""
+    Every picture in a folder and the folders inside it, by the endings of their names.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The folder.
+    """
+
+    columns = {"file": str}
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.names = sorted(
+            Path(parent, name).relative_to(self.folder).as_posix()
+            for parent, _, names in os.walk(self.folder)
+            for name in names
+            if os.path.splitext(name)[1].lower() in picture_suffixes()
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return load_image(self.folder / self.names[index])
+
+    def identity(self, index: int) -> dict[str, Any]:
+        return {"file": _as_utf8(self.names[index])}
+
+    def describe(self) -> dict[str, Any]:
+        return {"data": str(self.folder.resolve())}
+
+
+class TarPictures(_NamedPictures):
+    r"""
+    The pictures in tar files of WebDataset, where files of one key are one sample. Headers are read at the start, then
+    each picture from its place.
+
+    Args:
+        paths (`list[str]` or `list[os.PathLike]`):
+            The tar files, not compressed.
+        field (`str`, *optional*):
+            Ending that the pictures have behind their key, such as `"jpg"`. Needed where a sample has several.
+
+    Raises:
+        CollectionError: if a file is no tar file, or a sample has several pictures.
+    """
+
+    columns = {"shard": str, "key": str}
+
+    def __init__(self, paths: Sequence[str | os.PathLike], field: str | None = None):
+        self.paths = [Path(path).absolute() for path in paths]
+        self.folder = Path(os.path.commonpath([path.parent for path in self.paths]))
+        self.field = field
+        self.members = [
+            (shard, *member)
+            for shard in logging.tqdm(range(len(self.paths)), desc="Tar files", unit="file", leave=False)
+            for member in _picture_members(self.paths[shard], field)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        shard, key, ending, offset, size = self.members[index]
+        with open(self.paths[shard], "rb") as file:
+            file.seek(offset)
+            return load_image(file.read(size), f"{key}.{ending} in {self.paths[shard]}")
+
+    def identity(self, index: int) -> dict[str, Any]:
+        shard, key = self.members[index][:2]
+        return {"shard": _as_utf8(self.paths[shard].relative_to(self.folder).as_posix()), "key": _as_utf8(key)}
+
+    def describe(self) -> dict[str, Any]:
+        return {"data": str(self.folder.resolve()), "image_column": self.field}
+
+
+def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, int, int]]:
+    """Key, ending, offset and size of each picture of a tar file."""
+    last_key, last_ending = None, None
+    for name, offset, size in _members(path):
+        folder, slash, base = name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        key = folder + slash + stem
+        is_wanted = f".{ending.rpartition('.')[2]}".lower() in picture_suffixes()
+        if (ending.lower() != field.lower()) if field is not None else not is_wanted:
+            continue
+        if key == last_key:
+            raise CollectionError(
+                f"{path}: the sample {key!r} has several pictures, {last_ending!r} and {ending!r}. Say which are to "
+                "be captioned with image_column (--image-column)."
+            )
+        last_key, last_ending = key, ending
+        yield key, ending, offset, size
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each file in a tar file."""
+    try:
+        archive = tarfile.open(path, "r:")  # noqa: SIM115
+    except tarfile.TarError as error:
+        raise CollectionError(
+            f"{path}: no tar file that is read here ({error}). Give tar files that are not compressed."
+        ) from error
+    with archive:
+        try:
+            for member in archive:
+                if member.isreg():
+                    yield member.name, member.offset_data, member.size
+        except tarfile.TarError as error:
+            logger.warning(f"{path} ends before it should ({error}). What stands before is captioned; fetch it again.")
+
+
+class RowPictures(Pictures):
+    r"""
+    The pictures of a data set of `datasets`.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            The rows.
+        column (`str`, *optional*):
+            Column of the pictures; anything that [`~image_loading.load_image`] takes. Without it, the only column
+            whose type is `datasets.Image`, or else `"image"`.
+
+    Raises:
+        CollectionError: if there is no such column.
+    """
+
+    columns = {"row": int}
+
+    def __init__(self, dataset: datasets.Dataset, column: str | None = None):
+        if not isinstance(dataset, datasets.Dataset):
+            raise CollectionError(
+                f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming."
+            )
+        self.column = _picture_column(dataset) if column is None else column
+        try:
+            self.rows = select_columns(dataset.with_format(None), [self.column], self.column)
+        except ValueError as error:
+            raise CollectionError(f"{error} Say which has the pictures with image_column (--image-column).") from error
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return open_image(get_column(self.rows[index], self.column), f"row {index}")
+
+    def identity(self, index: int) -> dict[str, Any]:
+        return {"row": index}
+
+    def position(self, record: Mapping[str, Any]) -> int | None:
+        return record["row"] if record["row"] < len(self) else None
+
+    def describe(self) -> dict[str, Any]:
+        """Rows have no names: their number, and a hash of some of them."""
+        digest = hashlib.blake2b(digest_size=16)
+        for row in sorted({len(self) * sample // _SAMPLES for sample in range(_SAMPLES)} if len(self) else ()):
+            value = get_column(self.rows[row], self.column)
+            is_file = isinstance(value, Mapping) and value.get("bytes") is not None
+            digest.update(value["bytes"] if is_file else repr(value).encode("utf-8", "surrogatepass"))
+        return {"rows": len(self), "image_column": self.column, "pictures": digest.hexdigest()}
+
+
+def _picture_column(dataset: datasets.Dataset) -> str:
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if len(found) > 1 and "image" not in found:
+        raise CollectionError(
+            f"The data set has several columns of pictures, {found}. Say which with image_column (--image-column)."
+        )
+    return found[0] if len(found) == 1 else "image"
+
+
+def _as_utf8(name: str) -> str:
+    """A name that every format can hold: file systems and tar files have names in other encodings too."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+__all__ = ["CollectionError", "FolderPictures", "Pictures", "RowPictures", "TarPictures"]

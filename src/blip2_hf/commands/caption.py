@@ -1,0 +1,113 @@
+"""`blip2-hf caption`: captions of a whole collection of pictures."""
+
+import argparse
+import glob
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ._common import add_option, load_dataset
+
+
+_LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
+
+
+def add_parser(commands: Any):
+    text = "Caption a collection of pictures. Run again to go on after an interruption, or with pictures that are new."
+    parser = commands.add_parser("caption", help=text, description=text)
+    parser.set_defaults(run=_run)
+
+    add = partial(add_option, parser)
+    kinds = "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), or id on the Hub"
+    add("data", kinds, metavar="DATA")
+    add("--model", "BLIP-2: folder or id on the Hub", required=True)
+    add(
+        "--output",
+        "file that ends in .jsonl or .parquet, or folder of .txt files; without it they lie by the pictures",
+    )
+    add("--format", "told by the ending of --output if it is not given", choices=["txt", "jsonl", "parquet"])
+    add("--prompt", "text that the captions go on from, such as 'a photo of'")
+    add("--num-beams", "beams; without it the model's own setting, which is mostly 1", type=int)
+    add("--max-new-tokens", "the most tokens of a caption", type=int, default=30)
+    add("--top-p", "sample from the likeliest tokens that have this probability together", type=float)
+    add("--temperature", "sample at this temperature", type=float)
+    add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU", type=int)
+    add("--dtype", "without it that of the checkpoint", choices=["bfloat16", "float16", "float32"])
+    add("--device", "such as cuda:1 or cpu; without it a GPU if there is one, its own for each process")
+    add("--num-workers", "processes that decode pictures; 0 takes a thread", type=int, default=2)
+    add("--image-column", "column (or ending in the tar files) of the pictures, where it can't be told")
+    add("--config", "configuration of the data set, where it has several")
+    add("--split", "split of the data set, also `train[:1000]`", default="train")
+    add("--overwrite", "delete the captions that are there, and begin anew", action="store_true")
+
+
+def _run(options: argparse.Namespace):
+    import torch
+    from accelerate import PartialState
+
+    from ..captioning import CollectionError, caption_dataset
+
+    # accelerate sees no other processes on a machine without a GPU, unless it is told so
+    state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+    if state.num_processes > 1 and options.device not in (None, "cpu"):
+        raise SystemExit(
+            f"blip2-hf: --device {options.device} with {state.num_processes} processes: leave it out, and each takes "
+            "a device of its own, or give cpu."
+        )
+    try:
+        pictures = _open_pictures(options)
+        model, processor = _load_model(options, options.device or state.device)
+        caption_dataset(
+            model,
+            processor,
+            pictures,
+            options.output,
+            options.format,
+            prompt=options.prompt,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            overwrite=options.overwrite,
+            **_generate_kwargs(options),
+        )
+    except CollectionError as error:
+        raise SystemExit(f"blip2-hf: {error}") from error
+    except KeyboardInterrupt:
+        state.print("\nInterrupted. What is captioned is kept; the same command goes on with the rest.")
+        raise SystemExit(130) from None
+    state.destroy_process_group()
+
+
+def _open_pictures(options: argparse.Namespace) -> Any:
+    from ..captioning import FolderPictures, RowPictures, TarPictures
+    from ..data import load_rows
+
+    path, has_wildcard = Path(options.data), glob.has_magic(options.data)
+    if path.suffix == ".tar":
+        if not (paths := sorted(glob.glob(options.data, recursive=True)) if has_wildcard else [options.data]):
+            raise SystemExit(f"blip2-hf: no file is called {options.data}.")
+        return TarPictures(paths, options.image_column)
+    if path.is_dir() and not (path / "state.json").is_file():
+        if len(folder := FolderPictures(path)):
+            return folder
+        if paths := sorted(map(str, path.rglob("*.tar"))):
+            return TarPictures(paths, options.image_column)
+    rows = load_rows(options.data) if has_wildcard else load_dataset(options.data, options.config, options.split)
+    return RowPictures(rows, options.image_column)
+
+
+def _load_model(options: argparse.Namespace, device: Any) -> tuple[Any, Any]:
+    from ..modeling_blip2 import Blip2ForConditionalGeneration
+    from ..processing_blip2 import Blip2Processor
+
+    dtype = {} if options.dtype is None else {"dtype": options.dtype}
+    model = Blip2ForConditionalGeneration.from_pretrained(options.model, **dtype).to(device)
+    return model, Blip2Processor.from_pretrained(options.model)
+
+
+def _generate_kwargs(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("num_beams", "max_new_tokens", "top_p", "temperature")
+    kwargs = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.top_p is not None or options.temperature is not None:
+        kwargs["do_sample"] = True
+    return kwargs
