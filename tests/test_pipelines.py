@@ -794,3 +794,45 @@ def test_saved_pipelines_run_without_this_package(images, tmp_path, monkeypatch)
         HF_MODULES_CACHE=str(tmp_path / "modules"),
     )
     assert json.loads(out.splitlines()[-1]) == expected
+
+
+# --- the paper's settings by name ---
+
+
+def generate_arguments(pipe, *args, **kwargs) -> dict:
+    seen = {}
+    generate = pipe.model.generate
+
+    def spy(**arguments):
+        seen.update(arguments)
+        return generate(**arguments)
+
+    with mock.patch.object(pipe.model, "generate", spy):
+        pipe(*args, **kwargs)
+    seen["prompt"] = pipe.tokenizer.decode(seen["input_ids"][0], skip_special_tokens=True)
+    return seen
+
+
+@pytest.mark.parametrize("make_model", [make_blip2, make_blip2_t5])
+def test_presets(make_model, images):
+    model, processor = make(make_model)
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    captioner = pipeline("image-to-text", model=model, processor=processor)
+    seen = generate_arguments(captioner, images[0], preset="caption", max_new_tokens=8)
+    assert (seen["prompt"], seen["num_beams"], seen["max_new_tokens"]) == ("a photo of", 5, 8)
+    seen = generate_arguments(captioner, images[0], preset="caption", prompt="a", generate_kwargs={"num_beams": 2})
+    assert (seen["prompt"], seen["num_beams"], seen["max_new_tokens"]) == ("a", 2, 30)
+    answerer = pipeline("visual-question-answering", model=model, processor=processor, preset="vqa")
+    seen = generate_arguments(answerer, images[0], "how many cat ?", num_beams=3)
+    short = " short" if make_model is make_blip2_t5 else ""
+    assert seen["prompt"] == f"question : how many cat ?{short} answer :"
+    assert (seen["num_beams"], seen["length_penalty"], seen["max_new_tokens"]) == (3, -1.0, 10)
+
+
+def test_presets_that_do_not_fit(blip, images):
+    model, processor = make(make_blip2)
+    captioner = pipeline("image-to-text", model=model, processor=processor)
+    with pytest.raises(ValueError, match="'vqa' asks a question.*image-to-text"):
+        captioner(images[0], preset="vqa")
+    with pytest.raises(ValueError, match="no preset 'coco'"):
+        captioner(images[0], preset="coco")

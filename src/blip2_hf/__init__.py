@@ -18,6 +18,7 @@ _EXPORTS = {
     "modeling_retrieval": ["Blip2ForImageTextRetrieval"],
     "modeling_vision": ["Blip2VisionModel"],
     "pipeline_blip2": ["ImageToTextPipeline", "VisualQuestionAnsweringPipeline"],
+    "pipeline_zero_shot": ["ZeroShotImageClassificationPipeline"],
     "processing_blip2": ["Blip2Processor"],
 }
 __getattr__, __dir__, __all__ = lazy_attributes(__name__, _EXPORTS)
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .modeling_retrieval import Blip2ForImageTextRetrieval
     from .modeling_vision import Blip2VisionModel
     from .pipeline_blip2 import ImageToTextPipeline, VisualQuestionAnsweringPipeline
+    from .pipeline_zero_shot import ZeroShotImageClassificationPipeline
     from .processing_blip2 import Blip2Processor
 
 

@@ -46,8 +46,10 @@ def register_processor():
 
 def register_pipelines():
     from .pipeline_blip2 import register_pipelines as register
+    from .pipeline_zero_shot import register_zero_shot_pipeline
 
     register()
+    register_zero_shot_pipeline()
 
 
 REGISTRATIONS = {

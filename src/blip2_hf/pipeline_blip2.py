@@ -29,7 +29,9 @@ from transformers.image_utils import valid_images
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 
+from .generation_presets import GenerationPreset, generation_preset
 from .image_loading import load_image
+from .sharing import SharedOnHub
 
 
 logger = logging.get_logger(__name__)
@@ -101,7 +103,7 @@ def _is_sequence(inputs: Any) -> bool:
     return isinstance(inputs, (Sequence, Dataset)) and not isinstance(inputs, (str, bytes, bytearray, memoryview))
 
 
-class _ImageTextPipeline(Pipeline):
+class _ImageTextPipeline(SharedOnHub, Pipeline):
     """What both pipelines do alike: encode an image with or without a text, batch, generate, return the new text."""
 
     _load_processor = None
@@ -146,19 +148,24 @@ class _ImageTextPipeline(Pipeline):
         """
         cls._registered_impl = {cls.task_name: transformers_pipelines.PIPELINE_REGISTRY.supported_tasks[cls.task_name]}
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, with_code: bool = False, **kwargs):
         """
         Saves the model and its processor.
 
         Args:
             save_directory (`str` or `os.PathLike`):
                 Folder to save to; it is created if it does not exist.
+            with_code (`bool`, *optional*, defaults to `False`):
+                Whether to put the code next to them, so that `pipeline(..., trust_remote_code=True)` works without
+                this package, and a model card if there is none.
             kwargs (`dict`, *optional*):
                 Passed to the `save_pretrained` of the parts.
         """
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, with_code=False, **kwargs)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory, **kwargs)
+        if with_code:
+            self.write_code(save_directory)
 
     def _run(self, inputs: Any, make: Callable[[Any, str | None], _Item], **kwargs):
         """Runs one input, a sequence (gives a list), or a stream or dataset (gives an iterator)."""
@@ -249,6 +256,13 @@ class _ImageTextPipeline(Pipeline):
         config.update(**added)
         return generate_kwargs | {"generation_config": config}
 
+    def _preset(self, name: str, asks: bool) -> GenerationPreset:
+        settings = generation_preset(name, self.model.config)
+        if settings.asks != asks:
+            kind = "asks a question" if settings.asks else "asks none"
+            raise ValueError(f"The preset {name!r} {kind}: it is not for the {self.task_name} pipeline.")
+        return settings
+
     def _decode(self, sequences: torch.Tensor) -> list[str]:
         texts = self.tokenizer.batch_decode(sequences.flatten(0, 1), skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -261,6 +275,12 @@ def _generate_params(max_new_tokens: int | None, generate_kwargs: dict | None, o
     if twice:
         raise ValueError(f"{twice} given both as an argument and inside `generate_kwargs`; please use only one")
     return params | generate_kwargs
+
+
+def _under(preset: dict[str, Any], max_new_tokens: int | None, generate_kwargs: dict | None, others: dict) -> dict:
+    """What a call says itself, and of a preset what it does not say."""
+    said = {*others, *(generate_kwargs or {})} | ({"max_new_tokens"} if max_new_tokens is not None else set())
+    return {name: value for name, value in preset.items() if name not in said} | others
 
 
 def _stack(tensors: list[torch.Tensor], value: int, is_left: bool) -> torch.Tensor:
@@ -332,8 +352,18 @@ class ImageToTextPipeline(_ImageTextPipeline):
             raise ValueError(f"{type(self.model).__name__} cannot generate text, which image-to-text needs")
 
     def _sanitize_parameters(
-        self, prompt=None, max_new_tokens=None, generate_kwargs=None, timeout=None, **generation_params
+        self,
+        prompt=None,
+        max_new_tokens=None,
+        generate_kwargs=None,
+        timeout=None,
+        preset=None,
+        **generation_params,
     ):
+        if preset is not None:
+            settings = self._preset(preset, asks=False)
+            prompt = settings.prompt if prompt is None else prompt
+            generation_params = _under(settings.generate_kwargs, max_new_tokens, generate_kwargs, generation_params)
         preprocess_params = {"prompt": prompt, "timeout": timeout}
         preprocess_params = {key: value for key, value in preprocess_params.items() if value is not None}
         return preprocess_params, _generate_params(max_new_tokens, generate_kwargs, generation_params), {}
@@ -350,6 +380,9 @@ class ImageToTextPipeline(_ImageTextPipeline):
                 Another name for `inputs`.
             prompt (`str`, *optional*):
                 Text that the model goes on from.
+            preset (`str`, *optional*):
+                Settings of the paper by name (see [`~generation_presets.generation_preset`]): `"caption"` or `"nocaps"`. What the call
+                says itself comes first.
             max_new_tokens (`int`, *optional*):
                 The most tokens to generate.
             generate_kwargs (`dict`, *optional*):
@@ -419,8 +452,13 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         prompt_template=None,
         max_new_tokens=None,
         generate_kwargs=None,
+        preset=None,
         **generation_params,
     ):
+        if preset is not None:
+            settings = self._preset(preset, asks=True)
+            prompt_template = settings.prompt if prompt_template is None else prompt_template
+            generation_params = _under(settings.generate_kwargs, max_new_tokens, generate_kwargs, generation_params)
         preprocess_params = {
             "padding": padding,
             "truncation": truncation,
@@ -447,6 +485,9 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
                 Number of answers of a model that chooses among known answers. Other models do not use it.
             prompt_template (`str`, *optional*):
                 The prompt, with `{}` in place of the question. `"{}"` asks the bare question.
+            preset (`str`, *optional*):
+                Settings of the paper by name (see [`~generation_presets.generation_preset`]): `"vqa"` or `"vqa-finetuned"`. What the call
+                says itself comes first.
             padding (`bool` or `str`, *optional*, defaults to `False`):
                 Padding of the tokenizer.
             truncation (`bool` or `str`, *optional*, defaults to `False`):

@@ -1,0 +1,209 @@
+"""`blip2-hf evaluate`: the paper's benchmarks, and data sets of one's own."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from ..generation_presets import PRESET_NAMES, generation_preset
+from ._common import add_option, load_dataset
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is done, the options that name its data, and the settings of generation."""
+
+    kind: str
+    needs: tuple[str, ...]
+    preset: str | None = None
+
+
+_LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
+_RETRIEVAL_IMAGE_SIZE = 364
+_DTYPES = ("bfloat16", "float16", "float32")
+_TASKS = {
+    "coco-caption": _Task("caption", ("annotations", "images"), "caption"),
+    "nocaps": _Task("caption", ("annotations", "images"), "nocaps"),
+    "vqav2": _Task("vqa", ("questions", "images"), "vqa"),
+    "okvqa": _Task("vqa", ("questions", "images"), "vqa"),
+    "gqa": _Task("vqa", ("questions", "images"), "vqa"),
+    "coco-retrieval": _Task("retrieval", ("annotations", "images")),
+    "flickr30k-retrieval": _Task("retrieval", ("annotations", "images")),
+    "caption": _Task("caption", ("data",), "caption"),
+    "vqa": _Task("vqa", ("data",), "vqa"),
+    "retrieval": _Task("retrieval", ("data",)),
+}
+
+
+def add_parser(commands: Any):
+    text = "Evaluate a model on the paper's benchmarks, or on a data set. Start it with accelerate for many processes."
+    parser = commands.add_parser("evaluate", help=text, description=text)
+    parser.set_defaults(run=_run)
+
+    add = partial(add_option, parser)
+    add("task", f"one of {', '.join(_TASKS)}; the last three take --data", choices=_TASKS, metavar="TASK")
+    add("--model", "BLIP-2: folder or id on the Hub", required=True)
+    add("--output", "where the results go; run again to go on", required=True, metavar="FOLDER")
+    add("--annotations", "file of captions (dataset_coco.json) or of answers (v2_mscoco_val2014_annotations.json)")
+    add("--questions", "file of questions, such as v2_OpenEnded_mscoco_val2014_questions.json")
+    add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
+    add("--data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub")
+    add("--config", "configuration of --data, where it has several")
+    add("--split", "split of --data, also `test[:1000]`, or of Karpathy's file", default="test")
+    add("--image-column", "column of the pictures", default="image")
+    add("--caption-column", "column of a caption, or of a list", default="caption")
+    add("--question-column", "column of the questions", default="question")
+    add("--answer-column", "column of an answer, or of a list", default="answer")
+    add("--id-column", "column of the ids: of pictures with captions, or of questions")
+    add("--image-id-column", "column of the ids of pictures with questions")
+    add("--group-column", "column that accuracy is told apart by")
+    add("--preset", "settings of generation, in place of the task's", choices=PRESET_NAMES)
+    add("--prompt", "prompt in place of the preset's; the question stands at {}")
+    generate = "arguments of generate on top of the preset's, such as length_penalty=0 repetition_penalty=1.15"
+    add("--generate", generate, nargs="+", type=_setting, metavar="NAME=VALUE")
+    add("--k", "retrieval: candidates of contrast that are matched; 0 for contrast alone", type=int, default=128)
+    add("--image-size", "side in pixels of the square that pictures are scaled to, not the checkpoint's", type=int)
+    add("--batch-size", "texts at a time; without it 128, or 16 on a CPU, less where memory runs out", type=int)
+    add("--dtype", "what the model computes in, not the dtype of its checkpoint", choices=_DTYPES)
+    add("--device", "such as cuda:1 or cpu; without it a GPU if there is one, its own for each process")
+    add("--limit", "how many of the first samples count", type=int)
+    add("--num-workers", "processes that load pictures", type=int, default=0)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE was expected, such as num_beams=5")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _run(options: argparse.Namespace):
+    task = _TASKS[options.task]
+    _check(options, task)
+
+    import torch
+    from accelerate import PartialState
+
+    from ..evaluation.report import make_table
+
+    # accelerate sees no other processes on a machine without a GPU, unless it is told so
+    state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+    if state.num_processes > 1 and options.device not in (None, "cpu"):
+        raise SystemExit(
+            f"blip2-hf: --device {options.device} with {state.num_processes} processes: leave it out, and each takes "
+            "a device of its own, or give cpu."
+        )
+    run = _evaluate_retrieval if task.kind == "retrieval" else _evaluate_texts
+    results = run(options, task, _read(options, task), options.device or state.device)
+    if state.is_main_process:
+        scores = {**results["scores_by_group"], "overall": results["scores"]} if results["scores"] else {}
+        print(make_table(options.task, scores, results["num_samples"]), end="")
+    state.destroy_process_group()
+
+
+def _check(options: argparse.Namespace, task: _Task):
+    if missing := [f"--{name}" for name in task.needs if getattr(options, name) is None]:
+        raise SystemExit(f"blip2-hf: {options.task} needs {' and '.join(missing)}.")
+    takes_answers = options.task in ("vqav2", "okvqa")
+    names = [name for name in ("annotations", "questions", "images", "data") if name not in task.needs]
+    names = [name for name in names if not (name == "annotations" and takes_answers)]
+    if task.kind == "retrieval":
+        names += ["preset", "prompt", "generate"]
+    if unused := [f"--{name}" for name in names if getattr(options, name) is not None]:
+        raise SystemExit(f"blip2-hf: {options.task} has no use for {' and '.join(unused)}.")
+
+
+def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
+    from ..evaluation import readers
+
+    files: dict[str, Callable[[], Sequence[Any]]] = {
+        "nocaps": lambda: readers.read_nocaps(options.annotations, options.images),
+        "gqa": lambda: readers.read_gqa(options.questions, options.images),
+    }
+    for name in ("coco-caption", "coco-retrieval", "flickr30k-retrieval"):
+        files[name] = lambda: readers.read_karpathy(options.annotations, options.images, options.split)
+    for name in ("vqav2", "okvqa"):
+        files[name] = lambda: readers.read_vqa(options.questions, options.images, options.annotations)
+    read = files.get(options.task, partial(_read_rows, options, task))
+    try:
+        samples = read()
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"blip2-hf: {error}") from error
+    return samples if options.limit is None else samples[: options.limit]
+
+
+def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
+    from ..evaluation import readers
+
+    rows = load_dataset(options.data, options.config, options.split)
+    if task.kind != "vqa":
+        return readers.read_caption_rows(rows, options.image_column, options.caption_column, options.id_column)
+    return readers.read_question_rows(
+        rows,
+        options.image_column,
+        options.question_column,
+        options.answer_column,
+        options.id_column,
+        options.image_id_column,
+        options.group_column,
+    )
+
+
+def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any) -> dict[str, Any]:
+    from ..evaluation.benchmarks import evaluate_captioning, evaluate_vqa
+    from ..modeling_blip2 import Blip2ForConditionalGeneration
+
+    model, processor, shared = _load(Blip2ForConditionalGeneration, options, device)
+    preset = generation_preset(options.preset or task.preset, model.config)
+    if options.prompt is not None:
+        preset = replace(preset, prompt=options.prompt)
+    preset = replace(preset, generate_kwargs=preset.generate_kwargs | dict(options.generate or []))
+    _tell_image_size(processor, options.image_size, preset.image_size)
+    if task.kind == "caption":
+        return evaluate_captioning(model, processor, samples, options.output, preset, options.task, **shared)
+    protocol = "gqa" if options.task == "gqa" else "vqa"
+    if options.task == "vqa" and all(len(sample.answers) == 1 for sample in samples):
+        protocol = "exact_match"
+    return evaluate_vqa(model, processor, samples, options.output, preset, options.task, protocol, **shared)
+
+
+def _evaluate_retrieval(
+    options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any
+) -> dict[str, Any]:
+    from ..evaluation.retrieval_benchmark import evaluate_retrieval
+    from ..modeling_retrieval import Blip2ForImageTextRetrieval
+
+    model, processor, shared = _load(Blip2ForImageTextRetrieval, options, device)
+    _tell_image_size(processor, options.image_size, _RETRIEVAL_IMAGE_SIZE)
+    return evaluate_retrieval(model, processor, samples, options.output, options.k, options.task, **shared)
+
+
+def _load(model_class: Any, options: argparse.Namespace, device: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, processor, and the arguments that all evaluations share."""
+    from ..processing_blip2 import Blip2Processor
+
+    dtype = {} if options.dtype is None else {"dtype": options.dtype}
+    model = model_class.from_pretrained(options.model, **dtype).to(device).eval()
+    shared = {"image_size": options.image_size, "batch_size": options.batch_size, "num_workers": options.num_workers}
+    return model, Blip2Processor.from_pretrained(options.model), shared
+
+
+def _tell_image_size(processor: Any, given: int | None, of_paper: int):
+    from accelerate import PartialState
+
+    from ..evaluation.text_prediction import own_image_size
+
+    own = own_image_size(processor.image_processor)
+    if given is None and set(own.values()) != {of_paper} and PartialState().is_main_process:
+        print(
+            f"blip2-hf: pictures have the size of the checkpoint's image processor, {own}. The paper's have "
+            f"{of_paper} px: --image-size {of_paper}, for a model that was trained so.",
+            file=sys.stderr,
+        )

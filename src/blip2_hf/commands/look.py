@@ -1,0 +1,122 @@
+"""`blip2-hf look`: where in a picture is what a text says?"""
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ._common import add_option
+
+
+_METHODS = ("gradcam", "attention")
+
+
+def add_parser(commands: Any):
+    text = "Draw over a picture where a BLIP-2 looks for a text, or, without a text, what its queries attend to."
+    parser = commands.add_parser("look", help=text, description=text)
+    parser.set_defaults(run=_run)
+
+    add = partial(add_option, parser)
+    add("picture", "file or URL", metavar="PICTURE")
+    add("text", 'word or sentence, such as "a red circle"', metavar="TEXT", nargs="?")
+    add("--model", "BLIP-2, for a text one that matches images with texts: folder or id on the Hub", required=True)
+    add("--output", "the drawing", required=True, metavar="FILE.png")
+    add("--method", "with TEXT: Grad-CAM of matching, or attention alone", default="gradcam", choices=_METHODS)
+    add("--layer", "layer of the Q-Former, one that has cross-attention; without it, the mean of all", type=int)
+    add("--per-word", "also draw each word of TEXT, as a text of its own", action="store_true")
+    add("--size", "side in pixels of the square that the picture is scaled to for the model", type=int, default=224)
+    add("--device", "such as cuda:1 or cpu; without it, cuda if there is one")
+
+
+def _run(options: argparse.Namespace):
+    if Path(options.output).suffix.lower() != ".png":
+        raise SystemExit(f"blip2-hf: --output is {options.output}: a name that ends in .png was expected.")
+    if options.per_word and options.text is None:
+        raise SystemExit("blip2-hf: --per-word goes with TEXT.")
+
+    # In transformers 5.17 the name in the package itself asks for torchvision
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    from ..attention_maps import overlay
+    from ..image_loading import ImageLoadError, load_image
+
+    try:
+        picture = load_image(options.picture)
+    except ImageLoadError as error:
+        raise SystemExit(f"blip2-hf: {error}") from error
+    model = _load_model(options)
+    # The whole picture, not a centre crop of it
+    image_processor = AutoImageProcessor.from_pretrained(
+        options.model, size={"height": options.size, "width": options.size}, do_center_crop=False
+    )
+    inputs = image_processor(images=[picture], return_tensors="pt").to(model.device)
+    titles, heat_maps = _maps(options, model, inputs["pixel_values"])
+    _save(_side_by_side([overlay(picture, heat_map) for heat_map in heat_maps], titles), Path(options.output))
+    print("\n".join([*titles, f"drawn in {options.output}"]))
+
+
+def _load_model(options: argparse.Namespace) -> Any:
+    """One with heads for matching, where there is a text."""
+    import torch
+
+    from ..configuration_blip2 import Blip2Config
+    from ..modeling_blip2 import Blip2Model
+    from ..modeling_retrieval import Blip2ForImageTextRetrieval
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.text is None:
+        return Blip2Model.from_pretrained(options.model).to(device)
+    matches = Blip2Config.from_pretrained(options.model).qformer_config.use_qformer_text_input
+    if matches:
+        model, info = Blip2ForImageTextRetrieval.from_pretrained(options.model, output_loading_info=True)
+        matches = not any(name.startswith("itm_head") for name in info["missing_keys"])
+    if not matches:
+        raise SystemExit(
+            f"blip2-hf: {options.model} has not learned to match images with texts: give a model of stage 1 or for "
+            "retrieval. What its queries attend to is drawn without TEXT."
+        )
+    return model.to(device)
+
+
+def _maps(options: argparse.Namespace, model: Any, pixel_values: Any) -> tuple[list[str], Any]:
+    """Titles and heat maps of the text, and of its words."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from ..attention_maps import query_attention_map, text_heat_map
+
+    try:
+        if options.text is None:
+            return ["queries"], query_attention_map(model, pixel_values, layer=options.layer)
+        texts = [options.text, *(options.text.split() if options.per_word else [])]
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+        given = tokens["input_ids"], tokens["attention_mask"]
+        heat_maps = text_heat_map(model, *given, pixel_values, method=options.method, layer=options.layer)
+        with torch.inference_mode():
+            probabilities = model.get_matching_logits(*given, pixel_values=pixel_values).softmax(-1)[:, 1]
+    except ValueError as error:
+        raise SystemExit(f"blip2-hf: {error}") from error
+    return [f"{text}: match {p:.2f}" for text, p in zip(texts, probabilities.tolist(), strict=True)], heat_maps
+
+
+def _side_by_side(pictures: list[Any], titles: list[str]) -> Any:
+    from PIL import Image, ImageDraw
+
+    gap, margin = 8, 24
+    draw = ImageDraw.Draw(pictures[0])
+    width, height = pictures[0].size
+    step = max(width, *(int(draw.textlength(title)) for title in titles)) + gap
+    sheet = Image.new("RGB", (step * len(pictures) - gap, height + margin), "white")
+    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        sheet.paste(picture, (number * step, margin))
+        ImageDraw.Draw(sheet).text((number * step + 2, 6), title, fill="black")
+    return sheet
+
+
+def _save(drawing: Any, path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    drawing.save(temporary, format="PNG")
+    os.replace(temporary, path)

@@ -1,0 +1,206 @@
+"""Captioning and visual question answering, scored (section 4 of the paper), in one process or several."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ..data.text import clean_question
+from ..generation_presets import GenerationPreset, generation_preset
+from .generated_text import exact_match
+from .metrics import caption_metrics, gqa_accuracy, vqa_accuracy
+from .prediction_store import PredictionStore
+from .report import write_report
+from .samples import CaptionSample, QuestionSample, Sample
+from .text_prediction import predict_texts, prediction_settings
+
+
+def _first_of_each(score: Callable) -> Callable:
+    """A metric of one reference each, for lists of references."""
+    return lambda predictions, references: score(predictions, [answers[0] for answers in references])
+
+
+# How answers are scored, and what the benchmark's authors call the question and the answer
+_PROTOCOLS: dict[str, tuple[Callable, str, str]] = {
+    "vqa": (vqa_accuracy, "question_id", "answer"),
+    "gqa": (_first_of_each(gqa_accuracy), "questionId", "prediction"),
+    "exact_match": (_first_of_each(lambda *texts: {"exact_match": exact_match(*texts)}), "question_id", "answer"),
+}
+
+
+def evaluate_captioning(
+    model: Any,
+    processor: Any,
+    samples: Sequence[CaptionSample],
+    output: str | os.PathLike,
+    preset: str | GenerationPreset = "caption",
+    task: str = "caption",
+    **kwargs,
+) -> dict[str, Any]:
+    r"""
+    Captions pictures, and scores the captions: CIDEr-D, BLEU and ROUGE-L, for all pictures and for each group of them.
+    All processes of accelerate call it together, and share the pictures.
+
+    Args:
+        model ([`Blip2ForConditionalGeneration`]):
+            The model, on the device of this process.
+        processor ([`Blip2Processor`]):
+            Its processor.
+        samples (`list[CaptionSample]`):
+            Pictures with captions, such as [`read_karpathy`] and [`read_nocaps`] return.
+        output (`str` or `os.PathLike`):
+            Folder for `results.json`, `table.md`, `predictions.json`, and `parts`, with which an interrupted
+            evaluation goes on.
+        preset (`str` or [`~generation_presets.GenerationPreset`], *optional*, defaults to `"caption"`):
+            Prompt and arguments of `generate`, or the name of the paper's.
+        task (`str`, *optional*, defaults to `"caption"`):
+            What results call it.
+        kwargs:
+            `image_size`, `batch_size`, `num_workers` and `show_progress` of [`predict_texts`].
+
+    Returns:
+        `dict`: what results.json holds, in all processes.
+
+    Raises:
+        ValueError: if `output` holds predictions that other settings made, or arguments do not fit.
+        ImageLoadError: if a picture can't be read.
+    """
+    preset = _preset(preset, model, samples)
+    if preset.asks:
+        raise ValueError(f"The preset {preset.name!r} asks a question ({preset.prompt!r}); captioning has none.")
+    return _evaluate(
+        model,
+        processor,
+        samples,
+        [preset.prompt] * len(samples),
+        output,
+        preset,
+        task,
+        references=[sample.captions for sample in samples],
+        score=caption_metrics,
+        submit=lambda sample, text: {"image_id": sample.image_id, "caption": text},
+        **kwargs,
+    )
+
+
+def evaluate_vqa(
+    model: Any,
+    processor: Any,
+    samples: Sequence[QuestionSample],
+    output: str | os.PathLike,
+    preset: str | GenerationPreset = "vqa",
+    task: str = "vqa",
+    protocol: str = "vqa",
+    **kwargs,
+) -> dict[str, Any]:
+    r"""
+    Answers questions, and scores the answers, for all questions and for each group of them. Questions are written as
+    LAVIS writes them ([`~data.clean_question`]). All processes of accelerate call it together, and share the pictures.
+
+    Args:
+        model ([`Blip2ForConditionalGeneration`]):
+            The model, on the device of this process.
+        processor ([`Blip2Processor`]):
+            Its processor.
+        samples (`list[QuestionSample]`):
+            Questions, such as [`read_vqa`] and [`read_gqa`] return.
+        output (`str` or `os.PathLike`):
+            Folder for `results.json`, `table.md`, `predictions.json`, and `parts`, with which an interrupted
+            evaluation goes on.
+        preset (`str` or [`~generation_presets.GenerationPreset`], *optional*, defaults to `"vqa"`):
+            Prompt and arguments of `generate`, or the name of the paper's.
+        task (`str`, *optional*, defaults to `"vqa"`):
+            What results call it.
+        protocol (`str`, *optional*, defaults to `"vqa"`):
+            `"vqa"`: the accuracy of VQAv2 and OK-VQA, over what several people answered. `"gqa"`: GQA's, of the one
+            right answer. `"exact_match"`: [`exact_match`] of the one right answer.
+        kwargs:
+            `image_size`, `batch_size`, `num_workers` and `show_progress` of [`predict_texts`].
+
+    Returns:
+        `dict`: what results.json holds, in all processes.
+
+    Raises:
+        ValueError: if `output` holds predictions that other settings made, or arguments do not fit.
+        ImageLoadError: if a picture can't be read.
+    """
+    if protocol not in _PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r}: one of {', '.join(_PROTOCOLS)} was expected.")
+    score, question_name, answer_name = _PROTOCOLS[protocol]
+    preset = _preset(preset, model, samples)
+    if not preset.asks:
+        raise ValueError(f"The preset {preset.name!r} has no {{}} for the question in its prompt {preset.prompt!r}.")
+    return _evaluate(
+        model,
+        processor,
+        samples,
+        [preset.prompt.replace("{}", clean_question(sample.question)) for sample in samples],
+        output,
+        preset,
+        task,
+        references=[sample.answers for sample in samples],
+        score=score,
+        submit=lambda sample, text: {question_name: sample.question_id, answer_name: text},
+        **kwargs,
+    )
+
+
+def _preset(preset: str | GenerationPreset, model: Any, samples: Sequence[Sample]) -> GenerationPreset:
+    if not samples:
+        raise ValueError("There are no samples.")
+    return generation_preset(preset, model.config) if isinstance(preset, str) else preset
+
+
+def _evaluate(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    prompts: list[str],
+    output: str | os.PathLike,
+    preset: GenerationPreset,
+    task: str,
+    references: list[list[str]],
+    score: Callable,
+    submit: Callable,
+    image_size: int | None = None,
+    **kwargs,
+) -> dict[str, Any]:
+    state = PartialState(cpu=model.device.type == "cpu")
+    settings = prediction_settings(model, processor, preset, samples, prompts, image_size)
+    store = PredictionStore(Path(output) / "parts", {"task": task, **settings}, state)
+    texts, batch_size = predict_texts(
+        model, processor, samples, prompts, preset.generate_kwargs, store, image_size=image_size, **kwargs
+    )
+    if state.is_main_process:
+        groups = _groups(samples)
+        scores = {}
+        if all(references):
+            for group, numbers in groups.items():
+                scores[group] = score([texts[n] for n in numbers], [references[n] for n in numbers])
+        write_report(
+            output,
+            task,
+            model,
+            settings,
+            [submit(sample, text) for sample, text in zip(samples, texts, strict=True)],
+            scores,
+            {group: len(numbers) for group, numbers in groups.items()},
+            {"num_processes": state.num_processes, "batch_size": batch_size},
+        )
+    state.wait_for_everyone()
+    return json.loads((Path(output) / "results.json").read_text(encoding="utf-8"))
+
+
+def _groups(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Numbers of the samples of each group, and of all."""
+    groups: dict[str, list[int]] = {}
+    for number, sample in enumerate(samples):
+        if sample.group is not None:
+            groups.setdefault(sample.group, []).append(number)
+    return dict(sorted(groups.items())) | {"overall": list(range(len(samples)))}
+
+
+__all__ = ["evaluate_captioning", "evaluate_vqa"]

@@ -1,0 +1,88 @@
+"""What an evaluation leaves behind: results.json, table.md and the predictions."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+
+from .. import __version__
+from .prediction_store import write_json, write_text
+
+
+def write_report(
+    output: str | os.PathLike,
+    task: str,
+    model: Any,
+    settings: dict[str, Any],
+    predictions: Any,
+    scores: dict[str, dict[str, float]],
+    num_samples: dict[str, int],
+    run: dict[str, Any],
+) -> dict[str, Any]:
+    r"""
+    Writes `predictions.json`, `table.md` and, when all else is there, `results.json`.
+
+    Args:
+        output (`str` or `os.PathLike`):
+            The folder.
+        task (`str`):
+            What was evaluated.
+        model ([`PreTrainedModel`]):
+            The model.
+        settings (`dict`):
+            What the predictions depend on.
+        predictions (`list[dict]` or `dict`):
+            The predictions, as the benchmark's authors want them where they say.
+        scores (`dict[str, dict[str, float]]`):
+            Those of each group, and of all samples as `overall`; empty where the references are secret.
+        num_samples (`dict[str, int]`):
+            How many samples a group has, and `overall`.
+        run (`dict`):
+            How the predictions were made, where they do not depend on it.
+
+    Returns:
+        `dict`: what results.json holds.
+    """
+    folder = Path(output)
+    results = {
+        "task": task,
+        "scores": scores.get("overall", {}),
+        "scores_by_group": {group: values for group, values in scores.items() if group != "overall"},
+        "num_samples": num_samples,
+        "settings": {"model": model.config.name_or_path, **settings},
+        "run": {"device": str(model.device), **run, "versions": versions()},
+    }
+    write_json(folder / "predictions.json", predictions)
+    write_text(folder / "table.md", make_table(task, scores, num_samples))
+    write_json(folder / "results.json", results)
+    return results
+
+
+def make_table(task: str, scores: dict[str, dict[str, float]], num_samples: dict[str, int]) -> str:
+    """Scores as a table in Markdown, times 100 as papers have them, a line for each group."""
+    if not scores:
+        return f"{task}: there are no references, and so no scores.\n"
+    names = list(scores["overall"])
+    lines = [f"| {task} | samples | {' | '.join(names)} |", f"|---|{'---:|' * (len(names) + 1)}"]
+    for group, values in scores.items():
+        cells = [f"{100 * values[name]:.2f}" for name in names]
+        lines.append(f"| {group} | {num_samples[group]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "blip2_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }
+
+
+__all__ = ["make_table", "write_report"]

@@ -1,0 +1,91 @@
+"""What a model is evaluated on: a picture, what it is asked, and what people wrote."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from ..data.rows import open_image
+
+
+@dataclass(frozen=True)
+class RowImage:
+    r"""
+    A picture in a row of a data set, which is read when it is needed.
+
+    Args:
+        rows (`datasets.Dataset` or `Sequence[Mapping]`):
+            The data set.
+        row (`int`):
+            Number of the row.
+        column (`str`):
+            Column of the pictures.
+    """
+
+    rows: Any = field(repr=False)
+    row: int
+    column: str
+
+
+@dataclass(frozen=True)
+class CaptionSample:
+    r"""
+    A picture and its captions.
+
+    Args:
+        image (`str` or [`RowImage`]):
+            Path of the picture, or anything else that [`~image_loading.load_image`] takes.
+        image_id (`int` or `str`):
+            Its name in the data set.
+        captions (`list[str]`):
+            What people wrote; empty where that is secret.
+        group (`str`, *optional*):
+            What scores are told apart by, such as the domain of NoCaps.
+    """
+
+    image: Any
+    image_id: int | str
+    captions: list[str]
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class QuestionSample:
+    r"""
+    A question about a picture.
+
+    Args:
+        image (`str` or [`RowImage`]):
+            Path of the picture, or anything else that [`~image_loading.load_image`] takes.
+        image_id (`int` or `str`):
+            Its name in the data set.
+        question_id (`int` or `str`):
+            The question's name in the data set.
+        question (`str`):
+            The question.
+        answers (`list[str]`):
+            What people answered; empty where that is secret.
+        group (`str`, *optional*):
+            What scores are told apart by, such as the type of the answer.
+    """
+
+    image: Any
+    image_id: int | str
+    question_id: int | str
+    question: str
+    answers: list[str]
+    group: str | None = None
+
+
+Sample = CaptionSample | QuestionSample
+
+
+def open_sample_image(sample: Sample) -> Image.Image:
+    """The picture of a sample, mode RGB."""
+    image = sample.image
+    if isinstance(image, RowImage):
+        return open_image(image.rows[image.row][image.column], f"row {image.row}")
+    return open_image(image, f"image {sample.image_id}")
+
+
+__all__ = ["CaptionSample", "QuestionSample", "RowImage"]

@@ -1,0 +1,241 @@
+"""
+Texts that a model writes about many pictures: in batches as large as the memory allows, in one process or several, and
+on the disk as they come.
+
+A picture goes through the tower and the Q-Former once for all questions of a batch about it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.utils.data import DataLoader, Dataset
+from transformers.utils import logging
+
+from ..generation_presets import GenerationPreset
+from .prediction_store import PredictionStore
+from .samples import Sample, open_sample_image
+
+
+_FIRST_BATCH_SIZE = {"cpu": 16}  # for it has no error to tell that memory runs out
+_FIRST_BATCH_SIZE_OF_ACCELERATORS = 128
+_SAMPLED_VALUES = 32  # of each weight, for a fingerprint
+
+
+def predict_texts(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    prompts: Sequence[str],
+    generate_kwargs: dict[str, Any],
+    store: PredictionStore,
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    show_progress: bool = True,
+) -> tuple[list[str], int]:
+    r"""
+    Writes a text for each sample. All processes of accelerate call it together, and share the pictures.
+
+    Args:
+        model ([`Blip2ForConditionalGeneration`]):
+            The model, on the device of this process.
+        processor ([`Blip2Processor`]):
+            Its processor.
+        samples (`list[CaptionSample]` or `list[QuestionSample]`):
+            Pictures.
+        prompts (`list[str]`):
+            What the model goes on from, for each sample.
+        generate_kwargs (`dict`):
+            Arguments of `generate`.
+        store ([`PredictionStore`]):
+            What is in it is not written again.
+        image_size (`int`, *optional*):
+            Side of the square that pictures are scaled to. Without it, the image processor's own size.
+        batch_size (`int`, *optional*):
+            How many texts are written at a time. Without it, 128, or 16 on a CPU. It is halved where memory runs out.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that load pictures.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        `tuple[list[str], int]`: the texts, in all processes, and the size that batches had in the end.
+    """
+    state = store.state
+    done = store.read()
+    images = _by_image(samples, done)[state.process_index :: state.num_processes]
+    pictures = _Pictures(samples, images, with_image_size(processor.image_processor, image_size))
+    loader = DataLoader(
+        pictures,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=16 if num_workers else None,
+        generator=torch.Generator(),  # the global one is left alone
+    )
+    queue = ((number, pixel_values) for numbers, pixel_values in loader for number in numbers)
+    writer = _Writer(model, processor, generate_kwargs, batch_size or first_batch_size(model.device))
+    was_training = model.training
+    model.eval()
+    try:
+        with logging.tqdm(
+            total=sum(map(len, images)), unit="text", disable=not (show_progress and state.is_main_process)
+        ) as progress:
+            for numbers, texts in writer.batches(queue, prompts):
+                store.write(dict(zip(numbers, texts, strict=True)))
+                progress.update(len(numbers))
+    finally:
+        model.train(was_training)
+    state.wait_for_everyone()
+    found = store.read()
+    return [found[number] for number in range(len(samples))], writer.batch_size
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """A hash of some values of each weight."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in model.state_dict().items():
+        # Weights that accelerate has put on the disk are not here
+        if isinstance(weight, torch.Tensor) and not weight.is_meta:
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].float().cpu()
+            digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def samples_fingerprint(samples: Sequence[Sample], prompts: Sequence[str]) -> str:
+    """A hash of the pictures' ids and the prompts."""
+    names = [[str(sample.image_id), prompt] for sample, prompt in zip(samples, prompts, strict=True)]
+    return hashlib.blake2b(json.dumps(names).encode(), digest_size=16).hexdigest()
+
+
+def prediction_settings(
+    model: Any,
+    processor: Any,
+    preset: GenerationPreset,
+    samples: Sequence[Sample],
+    prompts: Sequence[str],
+    image_size: int | None,
+) -> dict[str, Any]:
+    """What predictions depend on: neither the batch size nor the number of processes."""
+    image_processor = with_image_size(processor.image_processor, image_size)
+    return {
+        "weights": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "preset": preset.name,
+        "prompt": preset.prompt,
+        "generate_kwargs": preset.generate_kwargs,
+        "image_size": own_image_size(image_processor),
+        "image_processor": json.loads(image_processor.to_json_string()),
+        "num_samples": len(samples),
+        "samples": samples_fingerprint(samples, prompts),
+    }
+
+
+def own_image_size(image_processor: Any) -> dict[str, int]:
+    """The size of what an image processor makes of a picture."""
+    is_cropped = getattr(image_processor, "do_center_crop", None)
+    size = image_processor.crop_size if is_cropped else image_processor.size
+    return {name: value for name, value in dict(size).items() if value is not None}
+
+
+def with_image_size(image_processor: Any, image_size: int | None) -> Any:
+    """The same image processor for squares of a size, which hold the whole picture."""
+    if image_size is None:
+        return image_processor
+    size = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
+    return type(image_processor).from_dict(image_processor.to_dict() | size)
+
+
+def _by_image(samples: Sequence[Sample], done: dict[int, Any]) -> list[list[int]]:
+    """Numbers of the samples that are not done, those about one picture together."""
+    images: dict[Any, list[int]] = {}
+    for number, sample in enumerate(samples):
+        if number not in done:
+            images.setdefault(sample.image_id, []).append(number)
+    return list(images.values())
+
+
+def first_batch_size(device: torch.device) -> int:
+    """How many texts are written at a time, before memory runs out."""
+    return _FIRST_BATCH_SIZE.get(device.type, _FIRST_BATCH_SIZE_OF_ACCELERATORS)
+
+
+class _Pictures(Dataset):
+    """Numbers of the samples about a picture, and what the tower reads of it."""
+
+    def __init__(self, samples: Sequence[Sample], images: list[list[int]], image_processor: Any):
+        self.samples = samples
+        self.images = images
+        self.image_processor = image_processor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[list[int], torch.Tensor]:
+        numbers = self.images[index]
+        picture = open_sample_image(self.samples[numbers[0]])
+        return numbers, self.image_processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+
+
+class _Writer:
+    """Writes texts in batches, which it halves when memory runs out."""
+
+    def __init__(self, model: Any, processor: Any, generate_kwargs: dict[str, Any], batch_size: int):
+        self.model = model
+        self.processor = processor
+        self.generate_kwargs = generate_kwargs
+        self.batch_size = batch_size
+
+    def batches(self, queue: Iterator[tuple[int, torch.Tensor]], prompts: Sequence[str]):
+        """Numbers of samples and their texts, batch after batch."""
+        rows = list(islice(queue, self.batch_size))
+        while rows:
+            numbers, pictures = zip(*rows[: self.batch_size], strict=True)
+            texts = self._write_or_halve([prompts[number] for number in numbers], pictures)
+            if texts:
+                yield numbers, texts
+            rows = rows[len(texts) :]
+            rows += islice(queue, max(0, self.batch_size - len(rows)))
+
+    def _write_or_halve(self, prompts: list[str], pictures: Sequence[torch.Tensor]) -> list[str]:
+        """Texts, or none where memory has run out: the next batch is then half as large."""
+        try:
+            return self.write(prompts, pictures)
+        except RuntimeError as error:
+            if len(prompts) == 1 or not should_reduce_batch_size(error):
+                raise
+        # Only here has the error let go of the batch's tensors
+        clear_device_cache(garbage_collection=True)
+        self.batch_size = len(prompts) // 2
+        logging.get_logger(__name__).warning(f"Memory has run out: {self.batch_size} texts at a time from here on.")
+        return []
+
+    @torch.no_grad()
+    def write(self, prompts: list[str], pictures: Sequence[torch.Tensor]) -> list[str]:
+        """A text for each prompt and picture."""
+        inputs = self.processor(text=prompts, return_tensors="pt").to(self.model.device)
+        # Prompts without a token are an empty tensor of floats
+        inputs["input_ids"] = inputs["input_ids"].long()
+        if self.processor.qformer_tokenizer is not None:
+            # The Q-Former reads the question: each has features of its own
+            inputs["pixel_values"] = self._stack(pictures)
+        else:
+            distinct = {id(picture): picture for picture in pictures}
+            row = {key: number for number, key in enumerate(distinct)}
+            features = self.model.get_image_features(self._stack(list(distinct.values()))).pooler_output
+            inputs["image_features"] = features[[row[id(picture)] for picture in pictures]]
+        tokens = self.model.generate(**inputs, **self.generate_kwargs)
+        return self.processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
+
+    def _stack(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        if len(sizes := {tuple(picture.shape) for picture in pictures}) > 1:
+            raise ValueError(f"The image processor makes pictures of several sizes, {sorted(sizes)}: give image_size.")
+        return torch.stack(list(pictures)).to(self.model.device, self.model.dtype)
+
+
+__all__ = ["predict_texts"]

@@ -1,0 +1,167 @@
+"""The task "zero-shot-image-classification" of transformers, for BLIP-2 too."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import pipelines as transformers_pipelines
+
+from .image_loading import load_image
+from .losses import image_text_similarity
+
+
+_TASK = "zero-shot-image-classification"
+_MODEL_TYPE = "blip2"
+_PAIRS_AT_A_TIME = 128
+
+
+@dataclass
+class _Labels:
+    """Labels as the model reads them: their tokens, and what images are compared with."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    features: torch.Tensor
+
+
+class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageClassificationPipeline):
+    """
+    Which of some labels fits a picture? The `"zero-shot-image-classification"` pipeline of transformers, which does
+    for other models (CLIP, SigLIP, ...) what it did.
+
+    With BLIP-2, labels are compared with pictures by contrast (ITC): cosines over the learned temperature, as softmax
+    wants them. Labels are read once a call, however many pictures there are.
+
+    Args:
+        model ([`Blip2ForImageTextRetrieval`], [`Blip2ForPreTraining`], or any that transformers' pipeline takes):
+            The model.
+        tokenizer ([`PreTrainedTokenizerBase`]):
+            Tokenizer of the labels: the Q-Former's.
+        image_processor ([`BaseImageProcessor`]):
+            Image processor.
+        kwargs (`dict`, *optional*):
+            `device` and the other arguments of [`Pipeline`], and defaults for the arguments of a call.
+
+    Example:
+
+    ```python
+    >>> import blip2_hf
+    >>> from transformers import pipeline
+
+    >>> classifier = pipeline("zero-shot-image-classification", model="stage1")
+    >>> classifier("cat.jpg", candidate_labels=["cat", "dog", "bus"], hypothesis_template="a photo of a {}")
+    [{'score': 0.97, 'label': 'cat'}, {'score': 0.02, 'label': 'dog'}, {'score': 0.01, 'label': 'bus'}]
+    ```
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self._is_blip2:
+            from .modeling_retrieval import Blip2ImageTextPreTrainedModel
+
+            if not isinstance(self.model, Blip2ImageTextPreTrainedModel):
+                raise ValueError(
+                    f"A {type(self.model).__name__} does not compare images with texts: give a "
+                    "Blip2ForImageTextRetrieval or a Blip2ForPreTraining."
+                )
+
+    @property
+    def _is_blip2(self) -> bool:
+        return self.model.config.model_type == _MODEL_TYPE
+
+    def check_model_type(self, supported_models):
+        # transformers' list knows the names of its own models alone
+        if not self._is_blip2:
+            super().check_model_type(supported_models)
+
+    def _sanitize_parameters(self, reranked=None, tokenizer_kwargs=None, labels=None, **kwargs):
+        preprocess, forward, postprocess = super()._sanitize_parameters(tokenizer_kwargs=tokenizer_kwargs, **kwargs)
+        if not self._is_blip2:
+            if reranked is not None:
+                raise ValueError(f"reranked is for BLIP-2: a {type(self.model).__name__} has no matching head.")
+            return preprocess, forward, postprocess
+        if tokenizer_kwargs is not None:
+            preprocess["tokenizer_kwargs"] = tokenizer_kwargs
+        given = {"reranked": reranked, "labels": labels}
+        return preprocess, forward | {name: x for name, x in given.items() if x is not None}, postprocess
+
+    def __call__(self, image: Any, candidate_labels: list[str], **kwargs):
+        """
+        Args:
+            image (an image, or a list, dataset or generator of images):
+                With BLIP-2, anything that [`~blip2_hf.image_loading.load_image`] reads.
+            candidate_labels (`list[str]`):
+                The labels.
+            hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`):
+                The text that a label is put into, in the place of `{}`.
+            reranked (`bool`, *optional*, defaults to `False`):
+                BLIP-2 alone: whether matching (ITM) has a say, which reads each picture together with each label. The
+                score is then the softmax of the logit of "match" plus the cosine, the paper's score for retrieval.
+            tokenizer_kwargs (`dict`, *optional*):
+                Arguments of the tokenizer.
+            timeout (`float`, *optional*):
+                Seconds to wait for an image from a URL. Without it, for ever.
+            batch_size (`int`, *optional*, defaults to 1):
+                Number of images that the model takes at a time.
+
+        Returns:
+            `list[dict]` for an image, `list[list[dict]]` for a list, an iterator of `list[dict]` for a dataset or a
+            generator: a dict for each label, the best first, with **score** (`float`) and **label** (`str`).
+
+        Raises:
+            ValueError: if there are no labels, or the template has no place for them.
+        """
+        if self._is_blip2:
+            kwargs["labels"] = self._read(candidate_labels, **{**self._preprocess_params, **kwargs})
+        return super().__call__(image, candidate_labels, **kwargs)
+
+    def _read(self, candidate_labels, hypothesis_template="This is a photo of {}.", tokenizer_kwargs=None, **_):
+        if isinstance(candidate_labels, str) or not candidate_labels:
+            raise ValueError(f"candidate_labels is a list of one or more labels, but got {candidate_labels!r}.")
+        if "{}" not in hypothesis_template:
+            raise ValueError(f"hypothesis_template needs {{}} where the label goes, but got {hypothesis_template!r}.")
+        texts = [hypothesis_template.replace("{}", label) for label in candidate_labels]
+        tokens = self.tokenizer(texts, return_tensors="pt", **({"padding": True} | (tokenizer_kwargs or {})))
+        input_ids, attention_mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
+        with torch.no_grad():
+            features = self.model.get_text_features(input_ids, attention_mask).pooler_output
+        return _Labels(input_ids, attention_mask, features)
+
+    def preprocess(self, image, candidate_labels=None, timeout=None, **kwargs):
+        if not self._is_blip2:
+            return super().preprocess(image, candidate_labels=candidate_labels, timeout=timeout, **kwargs)
+        inputs = self.image_processor(images=[load_image(image, timeout=timeout)], return_tensors="pt").to(self.dtype)
+        return {"pixel_values": inputs["pixel_values"], "candidate_labels": candidate_labels}
+
+    def _forward(self, model_inputs, labels=None, reranked=False):
+        if not self._is_blip2:
+            return super()._forward(model_inputs)
+        image_embeds = self.model.get_image_embeds(model_inputs["pixel_values"])
+        image_features = self.model.get_image_features(image_embeds=image_embeds).pooler_output
+        similarity = image_text_similarity(image_features, labels.features)
+        logits = similarity + self._match(image_embeds, labels) if reranked else self.model.temperature(similarity)
+        return {"candidate_labels": model_inputs["candidate_labels"], "logits": logits}
+
+    def _match(self, image_embeds: torch.Tensor, labels: _Labels) -> torch.Tensor:
+        """The logit of "match" of all pairs, of shape `(num_images, num_labels)`."""
+        num_images = len(image_embeds)
+        key_values = self.model.get_image_key_values(image_embeds)
+        step = max(1, _PAIRS_AT_A_TIME // num_images)
+        columns = []
+        for start in range(0, len(labels.input_ids), step):
+            texts = (tokens[start : start + step] for tokens in (labels.input_ids, labels.attention_mask))
+            logits = self.model.get_matching_logits(*(tokens.repeat(num_images, 1) for tokens in texts), key_values)
+            columns.append(logits[:, 1].view(num_images, -1))
+        return torch.cat(columns, dim=1)
+
+
+def register_zero_shot_pipeline():
+    """
+    Makes `transformers.pipeline("zero-shot-image-classification")` use this class. Auto classes and the default model
+    of the task stay as they are. A second call changes nothing.
+    """
+    tasks = transformers_pipelines.PIPELINE_REGISTRY.supported_tasks
+    tasks[_TASK] = tasks[_TASK] | {"impl": ZeroShotImageClassificationPipeline}
+
+
+__all__ = ["ZeroShotImageClassificationPipeline", "register_zero_shot_pipeline"]

@@ -1,0 +1,434 @@
+"""Evaluation, from pictures to files: one picture at a time, interrupted, short of memory, in two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import datasets
+import pytest
+import torch
+import transformers
+from stage1 import STAGE1_QFORMER, make_stage1
+from test_evaluation_readers import karpathy_entry, make_pictures, nocaps_file, vqa_files, write
+from tiny import (
+    VOCAB_SIZE,
+    make_config,
+    make_image,
+    make_image_processor,
+    make_model,
+    make_processor,
+    make_tokenizer,
+    randomize,
+)
+
+from blip2_hf import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
+from blip2_hf.cli import main
+from blip2_hf.data import clean_question
+from blip2_hf.evaluation import TwoStageRetrieval
+from blip2_hf.evaluation.benchmarks import evaluate_captioning, evaluate_vqa
+from blip2_hf.evaluation.metrics import caption_metrics, vqa_accuracy
+from blip2_hf.evaluation.readers import read_caption_rows
+from blip2_hf.evaluation.retrieval_benchmark import evaluate_retrieval
+from blip2_hf.evaluation.samples import CaptionSample, QuestionSample
+from blip2_hf.generation_presets import generation_preset
+
+
+CAPTIONS = ["a dog", "a red bus near the street", "two people", "the sky", "a woman holding an umbrella", "grass"]
+QUESTIONS = ["What is this?", "What colour is the bus?", "How many people are near the street, and where?"]
+
+
+def caption_samples(count=5):
+    return [
+        CaptionSample(make_image(i), 100 + i, [CAPTIONS[i], "a photo"], ("in-domain", "near-domain")[i % 2])
+        for i in range(count)
+    ]
+
+
+def question_samples():
+    """Two questions about each picture, which do not lie together."""
+    return [
+        QuestionSample(make_image(i % 3), i % 3, 70 + i, QUESTIONS[i % 2], ["bus"] * 10, ("other", "number")[i % 2])
+        for i in range(6)
+    ]
+
+
+def fast_preset(name, model):
+    """The paper's, but for the time it takes."""
+    preset = generation_preset(name, model.config)
+    fast = {"num_beams": 2, "max_new_tokens": 5, "min_new_tokens": 0}
+    return replace(preset, generate_kwargs=preset.generate_kwargs | fast)
+
+
+def one_by_one(model, processor, samples, prompts, preset):
+    texts = []
+    for sample, prompt in zip(samples, prompts, strict=True):
+        inputs = processor(images=sample.image, text=prompt, return_tensors="pt")
+        tokens = model.generate(**inputs, **preset.generate_kwargs)
+        texts += processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
+    return texts
+
+
+def predictions(folder):
+    return json.loads((folder / "predictions.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def opt():
+    torch.manual_seed(0)
+    return make_model(), make_processor()
+
+
+@pytest.mark.parametrize("prompt", ["a photo of", ""])
+def test_captions_are_those_of_one_picture_at_a_time(opt, tmp_path, prompt):
+    model, processor = opt
+    samples, preset = caption_samples(), replace(fast_preset("caption", model), prompt=prompt)
+    results = evaluate_captioning(model.train(), processor, samples, tmp_path, preset, batch_size=2)
+    assert model.training
+    expected = one_by_one(model.eval(), processor, samples, [prompt] * 5, preset)
+    assert predictions(tmp_path) == [{"image_id": 100 + i, "caption": caption} for i, caption in enumerate(expected)]
+    references = [sample.captions for sample in samples]
+    assert results["scores"] == pytest.approx(caption_metrics(expected, references))
+    assert results["scores_by_group"]["near-domain"] == pytest.approx(
+        caption_metrics(expected[1::2], references[1::2])
+    )
+    assert results["num_samples"] == {"in-domain": 3, "near-domain": 2, "overall": 5}
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    settings = results["settings"]
+    assert settings["prompt"] == prompt and settings["generate_kwargs"] == preset.generate_kwargs
+    assert settings["image_size"] == {"height": 28, "width": 28} and settings["dtype"] == "float32"
+    assert results["run"]["versions"]["torch"] == torch.__version__
+    line = (tmp_path / "table.md").read_text().splitlines()[-1]
+    assert line.startswith("| overall | 5 |") and f"{100 * results['scores']['CIDEr-D']:.2f}" in line
+
+
+@pytest.mark.parametrize("language_model", ["opt", "t5"])
+def test_answers_are_those_of_one_question_at_a_time(tmp_path, language_model):
+    model, processor = make_model(language_model), make_processor(language_model == "t5")
+    samples, preset = question_samples(), fast_preset("vqa", model)
+    passes = []
+    model.vision_model.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    results = evaluate_vqa(model, processor, samples, tmp_path, preset, batch_size=4)
+    # Both questions about a picture lie in one batch, and it is seen once
+    assert passes == [2, 1]
+    prompts = [preset.prompt.format(clean_question(sample.question)) for sample in samples]
+    assert ("Short answer" in prompts[0]) == (language_model == "t5")
+    expected = one_by_one(model, processor, samples, prompts, preset)
+    assert len(set(expected)) > 2
+    assert predictions(tmp_path) == [{"question_id": 70 + i, "answer": answer} for i, answer in enumerate(expected)]
+    assert set(results["scores_by_group"]) == {"number", "other"}
+    score = vqa_accuracy(expected, [sample.answers for sample in samples])
+    assert results["scores"] == score and set(score) == {"vqa_accuracy"}
+
+
+def test_questions_that_the_qformer_reads(tmp_path):
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(
+        make_stage1(num_query_tokens=4), make_model().language_model, instruction_aware=True
+    ).eval()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "question", "what", "this", "answer", "bus", "people"]
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=20)
+    processor = make_processor(qformer_tokenizer=tokenizer)
+    model.config.image_token_index = processor.image_token_id
+    preset = fast_preset("vqa", model)
+    evaluate_vqa(model, processor, question_samples(), tmp_path, preset)
+    prompts = [preset.prompt.format(clean_question(sample.question)) for sample in question_samples()]
+    expected = one_by_one(model, processor, question_samples(), prompts, preset)
+    assert [prediction["answer"] for prediction in predictions(tmp_path)] == expected
+
+
+def test_gqas_submission_and_secret_answers(opt, tmp_path):
+    model, processor = opt
+    preset = fast_preset("vqa", model)
+    results = evaluate_vqa(model, processor, question_samples()[:2], tmp_path / "gqa", preset, "gqa", "gqa")
+    assert [sorted(prediction) for prediction in predictions(tmp_path / "gqa")] == [["prediction", "questionId"]] * 2
+    assert set(results["scores"]) == {"gqa_accuracy"}
+    secret = [replace(sample, answers=[], group=None) for sample in question_samples()[:2]]
+    results = evaluate_vqa(model, processor, secret, tmp_path / "secret", preset)
+    assert results["scores"] == {} and len(predictions(tmp_path / "secret")) == 2
+    assert "no references" in (tmp_path / "secret" / "table.md").read_text()
+
+
+def test_an_interrupted_evaluation_goes_on(opt, tmp_path, monkeypatch):
+    model, processor = opt
+    samples, preset = caption_samples(), fast_preset("caption", model)
+    evaluate_captioning(model, processor, samples, tmp_path / "whole", preset, batch_size=2)
+    generate, sizes = model.generate, []
+
+    def interrupted(**kwargs):
+        if len(sizes) == 2:
+            raise KeyboardInterrupt
+        sizes.append(len(kwargs["input_ids"]))
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_captioning(model, processor, samples, tmp_path / "parts", preset, batch_size=2)
+    assert not (tmp_path / "parts" / "results.json").exists()
+    # Killed within a line, and gone on with where there was another process
+    (part,) = (tmp_path / "parts" / "parts").glob("part-*.jsonl")
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:2]) + lines[2][:7])
+    (part.parent / "part-00001.jsonl").write_text(lines[3] + lines[2][:5])
+    sizes[:] = [0]
+    results = evaluate_captioning(model, processor, samples, tmp_path / "parts", preset, batch_size=2)
+    assert sizes == [0, 2]
+    assert predictions(tmp_path / "parts") == predictions(tmp_path / "whole")
+    assert results["scores"] == json.loads((tmp_path / "whole" / "results.json").read_text())["scores"]
+
+
+def test_leftovers_of_other_settings_are_refused(opt, tmp_path):
+    model, processor = opt
+    samples, preset = caption_samples(2), fast_preset("caption", model)
+    evaluate_captioning(model, processor, samples, tmp_path, preset)
+    evaluate_captioning(model, processor, samples, tmp_path, preset, batch_size=1)
+    with pytest.raises(ValueError, match="made otherwise .*prompt: a photo of there, a picture of now"):
+        evaluate_captioning(model, processor, samples, tmp_path, replace(preset, prompt="a picture of"))
+    with pytest.raises(ValueError, match="made otherwise .*samples"):
+        evaluate_captioning(model, processor, samples[:1], tmp_path, preset)
+    with pytest.raises(ValueError, match="made otherwise .*image_size: .*28.* there, .*42"):
+        evaluate_captioning(model, processor, samples, tmp_path, preset, image_size=42)
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match="made otherwise .*weights"):
+        evaluate_captioning(make_model(), processor, samples, tmp_path, preset)
+
+
+def test_batches_are_halved_when_memory_runs_out(opt, tmp_path, monkeypatch):
+    model, processor = opt
+    samples, preset = caption_samples(4), fast_preset("caption", model)
+    generate, sizes = model.generate, []
+
+    def out_of_memory(**kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", out_of_memory)
+    results = evaluate_captioning(model, processor, samples, tmp_path, preset)
+    assert sizes == [4, 2, 2] and results["run"]["batch_size"] == 2
+    monkeypatch.setattr(model, "generate", generate)
+    expected = one_by_one(model, processor, samples, [preset.prompt] * 4, preset)
+    assert [prediction["caption"] for prediction in predictions(tmp_path)] == expected
+
+    def other_error(**kwargs):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(model, "generate", other_error)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        evaluate_captioning(model, processor, samples, tmp_path / "other", preset)
+
+
+def test_pictures_of_another_size_in_worker_processes(opt, tmp_path):
+    model, processor = opt
+    samples, preset = caption_samples(3), fast_preset("caption", model)
+    results = evaluate_captioning(model, processor, samples, tmp_path, preset, image_size=42, num_workers=1)
+    assert results["settings"]["image_size"] == {"height": 42, "width": 42}
+    larger = Blip2Processor(make_image_processor(42), processor.tokenizer, num_query_tokens=4)
+    expected = one_by_one(model, larger, samples, [preset.prompt] * 3, preset)
+    assert [prediction["caption"] for prediction in predictions(tmp_path)] == expected
+
+
+def test_arguments_that_do_not_fit(opt, tmp_path):
+    model, processor = opt
+    with pytest.raises(ValueError, match="no samples"):
+        evaluate_captioning(model, processor, [], tmp_path)
+    with pytest.raises(ValueError, match="'vqa' asks a question"):
+        evaluate_captioning(model, processor, caption_samples(1), tmp_path, "vqa")
+    with pytest.raises(ValueError, match="'caption' has no {} for the question"):
+        evaluate_vqa(model, processor, question_samples(), tmp_path, "caption")
+    with pytest.raises(ValueError, match="protocol='coco': one of vqa, gqa"):
+        evaluate_vqa(model, processor, question_samples(), tmp_path, protocol="coco")
+
+
+def make_retrieval():
+    torch.manual_seed(0)
+    fields = {"qformer_config": {**STAGE1_QFORMER, "vocab_size": VOCAB_SIZE}, "image_token_index": None}
+    model = randomize(Blip2ForImageTextRetrieval(make_config(None, **fields))).eval()
+    return model, Blip2Processor(make_image_processor(), make_tokenizer(eos=True), is_encoder_decoder=False)
+
+
+@torch.no_grad()
+def test_retrieval(tmp_path, monkeypatch):
+    model, processor = make_retrieval()
+    # More pictures than a block has
+    rows = [{"image": make_image(i), "caption": [f"{CAPTIONS[i % 6]}, {i}!", f"picture {i}"]} for i in range(23)]
+    samples = read_caption_rows(datasets.Dataset.from_list(rows))
+    results = evaluate_retrieval(model, processor, samples, tmp_path / "rows", k=6, show_progress=False)
+    texts = [text.lower().replace("!", "") for sample in samples for text in sample.captions]
+    pixel_values = processor(images=[make_image(i) for i in range(23)], return_tensors="pt")["pixel_values"]
+    embeds = model.get_image_embeds(pixel_values)
+    expected = TwoStageRetrieval(model, processor.tokenizer, k=6)(embeds, texts)
+    for k in (1, 5, 10):
+        hits = [any(text // 2 == image for text in row[:k]) for image, row in enumerate(expected.image_to_text.index)]
+        assert results["scores"][f"image_to_text_r{k}"] == pytest.approx(sum(hits) / 23)
+        hits = [any(image == text // 2 for image in row[:k]) for text, row in enumerate(expected.text_to_image.index)]
+        assert results["scores"][f"text_to_image_r{k}"] == pytest.approx(sum(hits) / 46)
+    found = predictions(tmp_path / "rows")
+    assert found["image_to_text"][3]["captions"] == [texts[text] for text in expected.image_to_text.index[3]]
+    assert found["text_to_image"][7]["image_ids"] == expected.text_to_image.index[7].tolist()
+
+    # Going on computes the block that is missing, and nothing else
+    blocks = sorted((tmp_path / "rows" / "parts").glob("pairs-*.npy"))
+    assert len(blocks) == 2
+    blocks[1].unlink()
+    match, counts = TwoStageRetrieval.match, []
+
+    def counted(self, images, input_ids, pairs):
+        counts.append(pairs)
+        return match(self, images, input_ids, pairs)
+
+    monkeypatch.setattr(TwoStageRetrieval, "match", counted)
+    again = evaluate_retrieval(model, processor, samples, tmp_path / "rows", k=6, batch_size=3, show_progress=False)
+    assert len(counts) == 1 and counts[0][:, 0].unique().tolist() == [20, 21, 22]
+    assert again["scores"] == results["scores"]
+    with pytest.raises(ValueError, match="made otherwise .*k: 6 there, 5 now"):
+        evaluate_retrieval(model, processor, samples, tmp_path / "rows", k=5, show_progress=False)
+    with pytest.raises(ValueError, match="1 images have no caption, the first of them x"):
+        evaluate_retrieval(model, processor, [CaptionSample(make_image(0), "x", [])], tmp_path / "none")
+
+
+@pytest.fixture(scope="module")
+def folder(opt, tmp_path_factory):
+    """A checkpoint, pictures, and files in the formats of the benchmarks' authors."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    for part in opt:
+        part.save_pretrained(folder / "model")
+    for part in make_retrieval():
+        part.save_pretrained(folder / "retrieval")
+    names = [f"COCO_val2014_{number:012d}.jpg" for number in range(4)]
+    make_pictures(folder / "images", *names, "000.jpg", "001.jpg", "n1.jpg")
+    entries = [karpathy_entry(number, "test") for number in range(4)]
+    write(folder / "dataset_coco.json", {"images": entries, "dataset": "coco"})
+    nocaps_file(folder / "nocaps.json")
+    vqa_files(folder)
+    make_pictures(folder / "images", "COCO_val2014_000000000042.jpg")
+    write(folder / "gqa.json", {"201": {"imageId": "n1", "question": "Is it overcast?", "answer": "no"}})
+    rows = [{"image": make_image(i), "caption": CAPTIONS[i], "question": QUESTIONS[0]} for i in range(3)]
+    datasets.Dataset.from_list([{**row, "answer": "bus"} for row in rows]).to_parquet(folder / "rows.parquet")
+    return folder
+
+
+def command(folder, task, output, *options):
+    model = folder / ("retrieval" if "retrieval" in task else "model")
+    return ["evaluate", task, "--model", str(model), "--output", str(output), "--device", "cpu", *map(str, options)]
+
+
+FAST = ("--generate", "num_beams=2", "max_new_tokens=5", "min_new_tokens=0")
+
+
+@pytest.mark.parametrize(
+    ("task", "files", "keys"),
+    [
+        ("coco-caption", {"annotations": "dataset_coco.json", "images": "images"}, {"image_id", "caption"}),
+        ("nocaps", {"annotations": "nocaps.json", "images": "images"}, {"image_id", "caption"}),
+        (
+            "vqav2",
+            {"questions": "questions.json", "annotations": "annotations.json", "images": "images"},
+            {"question_id", "answer"},
+        ),
+        ("okvqa", {"questions": "questions.json", "images": "images"}, {"question_id", "answer"}),
+        ("gqa", {"questions": "gqa.json", "images": "images"}, {"questionId", "prediction"}),
+        ("caption", {"data": "rows.parquet"}, {"image_id", "caption"}),
+        ("vqa", {"data": "rows.parquet"}, {"question_id", "answer"}),
+    ],
+)
+def test_the_command(folder, tmp_path, capsys, task, files, keys):
+    options = [text for name, value in files.items() for text in (f"--{name}", folder / value)]
+    if "data" in files:
+        options += ["--split", "train"]
+    main(command(folder, task, tmp_path, *options, *FAST, "--limit", 2))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["task"] == task and results["settings"]["model"] == str(folder / "model")
+    assert results["settings"]["generate_kwargs"]["num_beams"] == 2
+    assert {*predictions(tmp_path)[0]} == keys
+    assert len(predictions(tmp_path)) == (1 if task == "gqa" else 2)
+    output = capsys.readouterr()
+    assert output.out == (tmp_path / "table.md").read_text() and task in output.out
+    assert "The paper's have" in output.err
+    assert set(results["scores_by_group"]) == {
+        "nocaps": {"in-domain", "out-domain"},
+        "vqav2": {"yes/no", "other"},
+    }.get(task, set())
+
+
+def test_the_commands_presets(folder, tmp_path):
+    files = ["--annotations", folder / "nocaps.json", "--images", folder / "images"]
+    options = [
+        *files,
+        "--preset",
+        "caption",
+        "--generate",
+        "num_beams=1",
+        "--prompt",
+        "",
+        "--dtype",
+        "bfloat16",
+        "--image-size",
+        42,
+    ]
+    main(command(folder, "nocaps", tmp_path, *options))
+    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+    assert (settings["preset"], settings["prompt"], settings["dtype"]) == ("caption", "", "bfloat16")
+    assert settings["generate_kwargs"]["min_new_tokens"] == 7
+    assert settings["image_size"] == {"height": 42, "width": 42}
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("nocaps", [], "nocaps needs --annotations and --images"),
+        ("caption", ["--data", "x", "--questions", "y"], "caption has no use for --questions"),
+        ("retrieval", ["--data", "x", "--preset", "vqa"], "retrieval has no use for --preset"),
+        ("gqa", ["--questions", "nothing.json", "--images", "."], "There is no file nothing.json"),
+    ],
+)
+def test_options_that_do_not_fit(folder, tmp_path, task, options, message):
+    with pytest.raises(SystemExit, match=message):
+        main(command(folder, task, tmp_path, *options))
+
+
+def test_a_setting_of_generation_that_is_none(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(command(folder, "caption", tmp_path, "--data", "x", "--generate", "num_beams"))
+    assert "'num_beams': NAME=VALUE was expected" in capsys.readouterr().err
+
+
+# One start of two processes for several commands, each of which would end the process group
+PROGRAM = """
+import json, sys
+import torch
+from accelerate import PartialState
+from blip2_hf.cli import main
+torch.set_num_threads(1)
+PartialState.destroy_process_group = lambda self: None
+for arguments in json.loads(sys.argv[1]):
+    main(arguments)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
+    files = ["--annotations", folder / "dataset_coco.json", "--images", folder / "images"]
+    tasks = {"coco-caption": [*files, *FAST], "coco-retrieval": [*files, "--k", 3]}
+    for task, options in tasks.items():
+        main(command(folder, task, tmp_path / task / "one", *options))
+    arguments = [command(folder, task, tmp_path / task / "two", *options) for task, options in tasks.items()]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    result = subprocess.run(
+        [*start, sys.executable, "-c", PROGRAM, json.dumps(arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    tables = ""
+    for task in tasks:
+        one, two = (json.loads((tmp_path / task / name / "results.json").read_text()) for name in ("one", "two"))
+        assert (one["run"]["num_processes"], two["run"]["num_processes"]) == (1, 2)
+        assert one["scores"] == two["scores"] and one["settings"] == two["settings"]
+        assert predictions(tmp_path / task / "one") == predictions(tmp_path / task / "two")
+        tables += (tmp_path / task / "two" / "table.md").read_text()
+    assert result.stdout == tables
+    assert len(list((tmp_path / "coco-caption" / "two" / "parts").glob("part-*.jsonl"))) == 2
