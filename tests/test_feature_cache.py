@@ -27,6 +27,7 @@ from blip2_hf.image_loading import ImageLoadError
 
 
 NUM_ROWS, FEATURES, WIDTH = 10, 5, 32
+STORED = ["image_embeds", "image_embeds_shape", "image_embeds_dtype", "image_embeds_row"]
 TRANSFORM = RandomResizedCropAndFlip(28)
 
 
@@ -129,7 +130,7 @@ def test_other_types(dtype, tolerance, dataset, model, processor, tmp_path):
 def test_the_other_columns_stay(folder, dataset):
     cached = load_cached_features(folder)
     others = [name for name in dataset.column_names if name != "image"]
-    assert cached.column_names == [*others, "image_embeds", "image_embeds_shape", "image_embeds_dtype", "image_embeds_row"]
+    assert cached.column_names == [*others, *STORED]
     assert cached.select_columns(others).to_list() == dataset.select_columns(others).to_list()
     assert {name: cached.features[name] for name in others} == {name: dataset.features[name] for name in others}
     assert cached[0]["image_embeds_shape"] == [3, FEATURES, WIDTH]
@@ -140,7 +141,7 @@ def test_the_other_columns_stay(folder, dataset):
 def test_a_data_set_of_pictures_alone_and_rows_in_another_order(dataset, model, processor, tmp_path):
     pictures = dataset.select_columns(["image"]).select([4, 2, 7])
     cached = load_cached_features(cache(pictures, model, processor, tmp_path, views=1))
-    assert cached.column_names == ["image_embeds", "image_embeds_shape", "image_embeds_dtype", "image_embeds_row"]
+    assert cached.column_names == STORED
     expected = expected_features(dataset, model, processor, 7, 0)
     torch.testing.assert_close(read_cached_features(cached[2]).float(), expected, rtol=2**-8, atol=1e-5)
 

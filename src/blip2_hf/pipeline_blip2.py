@@ -381,8 +381,8 @@ class ImageToTextPipeline(_ImageTextPipeline):
             prompt (`str`, *optional*):
                 Text that the model goes on from.
             preset (`str`, *optional*):
-                Settings of the paper by name (see [`~generation_presets.generation_preset`]): `"caption"` or `"nocaps"`. What the call
-                says itself comes first.
+                Settings of the paper by name, `"caption"` or `"nocaps"`
+                (see [`~generation_presets.generation_preset`]). What the call says itself comes first.
             max_new_tokens (`int`, *optional*):
                 The most tokens to generate.
             generate_kwargs (`dict`, *optional*):
@@ -486,8 +486,8 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
             prompt_template (`str`, *optional*):
                 The prompt, with `{}` in place of the question. `"{}"` asks the bare question.
             preset (`str`, *optional*):
-                Settings of the paper by name (see [`~generation_presets.generation_preset`]): `"vqa"` or `"vqa-finetuned"`. What the call
-                says itself comes first.
+                Settings of the paper by name, `"vqa"` or `"vqa-finetuned"`
+                (see [`~generation_presets.generation_preset`]). What the call says itself comes first.
             padding (`bool` or `str`, *optional*, defaults to `False`):
                 Padding of the tokenizer.
             truncation (`bool` or `str`, *optional*, defaults to `False`):

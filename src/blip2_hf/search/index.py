@@ -1,0 +1,375 @@
+"""A folder of pictures that is searched: by contrast (ITC), re-ranked by matching (ITM), as in section 4.4."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from ..image_loading import load_image
+from ..losses import image_text_similarity
+from ..modeling_retrieval import Blip2ImageTextPreTrainedModel
+from .approximate import ApproximateIndex, import_faiss
+from .model import check_same_model, describe_model, model_and_processor
+from .pictures import PictureInputs, collate, find_pictures
+from .store import DESCRIPTION, Store, create_store, read_description
+from .update import Updater
+
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_NAME = ".blip2-index"  # of the folder of an index, inside that of the pictures
+
+_MAX_TEXT_LENGTH = 35  # tokens, as in the authors' evaluation
+_BATCH_SIZE = 32  # pictures that are matched at a time
+
+
+class SearchResult(NamedTuple):
+    r"""
+    A picture that was found.
+
+    Args:
+        path (`Path`):
+            Its file.
+        score (`float`):
+            The cosine of contrast or, re-ranked, the logit of "match" plus the cosine.
+    """
+
+    path: Path
+    score: float
+
+
+class SearchIndex:
+    r"""
+    Finds pictures of a folder by text, or by another picture. Make it with [`SearchIndex.build`] or
+    [`SearchIndex.open`].
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            The folder of the index.
+        model ([`Blip2ForImageTextRetrieval`] or [`Blip2ForPreTraining`]):
+            The model that it was built with. It computes on the device that it is on.
+        processor ([`Blip2Processor`]):
+            Its processor, with the Q-Former's tokenizer.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars, and to say what is done.
+
+    Raises:
+        ValueError: if it was built with another model.
+
+    Example:
+
+    ```python
+    >>> from blip2_hf.search import SearchIndex
+
+    >>> index = SearchIndex.build("holidays", model="Salesforce/blip2-itm-vit-g")
+    >>> for path, score in index.search("a red bus", top=5, rerank=50):
+    ...     print(f"{score:.3f} {path}")
+    ```"""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        model: Blip2ImageTextPreTrainedModel,
+        processor: Any,
+        show_progress: bool = True,
+    ):
+        self.directory = Path(directory)
+        self.model = model.eval()
+        self.image_processor = processor.image_processor
+        self.tokenizer = processor.qformer_tokenizer or processor.tokenizer
+        self.show_progress = show_progress
+        self._store = Store(self.directory)
+        self._approximate = ApproximateIndex(self._store)
+        # Resolved first: ".." leads elsewhere from a link
+        self.folder = Path(os.path.normpath(self.directory.resolve() / self._store.description["folder"]))
+        check_same_model(self.directory, self._store.description, describe_model(model, self.image_processor))
+
+    def __len__(self) -> int:
+        return len(self._store.rows)
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike,
+        model: str | os.PathLike | Blip2ImageTextPreTrainedModel | None = None,
+        processor: Any = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        show_progress: bool = True,
+    ) -> "SearchIndex":
+        r"""
+        Opens an index.
+
+        Args:
+            directory (`str` or `os.PathLike`):
+                Its folder, or that of the pictures.
+            model (`str`, `os.PathLike` or [`Blip2ForImageTextRetrieval`], *optional*):
+                The model that it was built with: loaded, or what [`load_retrieval_model`] takes. If it is not given:
+                from where it was then.
+            processor ([`Blip2Processor`], *optional*):
+                Goes with a model that is loaded.
+            device (`str` or `torch.device`, *optional*), dtype (`str` or `torch.dtype`, *optional*):
+                Those of [`load_retrieval_model`].
+            show_progress (`bool`, *optional*, defaults to `True`):
+                Whether to show progress bars.
+
+        Returns:
+            [`SearchIndex`].
+
+        Raises:
+            FileNotFoundError: if there is no index.
+            ValueError: if it was built with another model.
+        """
+        directory = Path(directory)
+        if not (directory / DESCRIPTION).exists() and (directory / DEFAULT_NAME / DESCRIPTION).exists():
+            directory = directory / DEFAULT_NAME
+        name = read_description(directory)["model"]
+        model, processor = model_and_processor(model if model is not None else name, processor, device, dtype)
+        return cls(directory, model, processor, show_progress)
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | os.PathLike,
+        model: str | os.PathLike | Blip2ImageTextPreTrainedModel | None = None,
+        processor: Any = None,
+        directory: str | os.PathLike | None = None,
+        store_embeds: bool = False,
+        approximate: bool | None = None,
+        rebuild: bool = False,
+        batch_size: int = 32,
+        rows_per_shard: int = 500,
+        num_workers: int = 0,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        show_progress: bool = True,
+    ) -> "SearchIndex":
+        r"""
+        Makes an index of a folder of pictures and of the folders in it, or brings it up to date: new and changed
+        pictures are computed, those that are gone are dropped. It can be stopped and run again.
+
+        Files and folders whose name begins with a dot are passed over. Pictures that can't be read are listed in
+        `broken.json`, and tried again when they have changed.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                The pictures.
+            model (`str`, `os.PathLike` or [`Blip2ForImageTextRetrieval`], *optional*):
+                Loaded, or what [`load_retrieval_model`] takes. If it is not given: that of the index.
+            processor ([`Blip2Processor`], *optional*):
+                Goes with a model that is loaded.
+            directory (`str` or `os.PathLike`, *optional*):
+                Where the index lies; `.blip2-index` inside `folder`, if it is not given.
+            store_embeds (`bool`, *optional*, defaults to `False`):
+                Whether to store the tower's output, in float16, so that re-ranking need not run the tower. An index
+                that has it goes on with it.
+            approximate (`bool`, *optional*):
+                Whether to make an approximate index, with faiss. If it is not given: where there is one already, and
+                from 100,000 pictures on.
+            rebuild (`bool`, *optional*, defaults to `False`):
+                Whether to begin anew. After an interruption, go on without it.
+            batch_size (`int`, *optional*, defaults to 32):
+                How many pictures the model takes at a time.
+            rows_per_shard (`int`, *optional*, defaults to 500):
+                Pictures of a file: what is computed again after an interruption.
+            num_workers (`int`, *optional*, defaults to 0):
+                Processes that load pictures while the model runs.
+            device (`str` or `torch.device`, *optional*), dtype (`str` or `torch.dtype`, *optional*):
+                Those of [`load_retrieval_model`].
+            show_progress (`bool`, *optional*, defaults to `True`):
+                Whether to show progress bars, and to say what is done.
+
+        Returns:
+            [`SearchIndex`].
+
+        Raises:
+            ValueError: if there are no pictures, or the index was built with another model.
+            ImportError: if `approximate=True` and faiss is not installed.
+            OSError: if the disk has too little space.
+        """
+        folder = Path(folder)
+        directory = folder / DEFAULT_NAME if directory is None else Path(directory)
+        if batch_size < 1 or rows_per_shard < 1:
+            raise ValueError(f"batch_size={batch_size}, rows_per_shard={rows_per_shard}: both are at least 1.")
+        if approximate:
+            import_faiss()
+        found = find_pictures(folder, directory)
+        if model is None:
+            model = read_description(directory)["model"]
+        model, processor = model_and_processor(model, processor, device, dtype)
+        if rebuild or not (directory / DESCRIPTION).exists():
+            description = _describe_index(directory, folder, model, processor.image_processor, store_embeds)
+            create_store(directory, description)
+        index = cls(directory, model, processor, show_progress)
+        index._check_options(folder, store_embeds)
+        Updater(
+            index._store,
+            index.folder,
+            index.model,
+            index.image_processor,
+            batch_size,
+            rows_per_shard,
+            num_workers,
+            show_progress,
+        ).update(found)
+        index._approximate.update(approximate, show_progress)
+        return index
+
+    def broken(self) -> dict[str, str]:
+        r"""
+        Returns:
+            `dict[str, str]`: pictures that could not be read, by their path inside the folder, and why.
+        """
+        return {path: reason for path, (_, _, reason) in self._store.read_broken().items()}
+
+    @torch.inference_mode()
+    def search(
+        self,
+        text: str | None = None,
+        image: Any = None,
+        top: int = 12,
+        rerank: int = 0,
+        exact: bool = False,
+    ) -> list[SearchResult]:
+        r"""
+        Finds pictures, by a text or by a picture: the score of a picture is the highest of the cosines of its queries
+        with the text; with a picture, the mean of that over the queries of the picture.
+
+        Args:
+            text (`str`, *optional*):
+                What to look for.
+            image (*optional*):
+                In its place: a picture, of any kind that [`~image_loading.load_image`] takes.
+            top (`int`, *optional*, defaults to 12):
+                How many pictures to find.
+            rerank (`int`, *optional*, defaults to 0):
+                How many of the first are matched with the text, and ranked by the logit of "match" plus the cosine.
+                The paper has 128.
+            exact (`bool`, *optional*, defaults to `False`):
+                Whether to compare with all pictures even where there is an approximate index.
+
+        Returns:
+            `list[SearchResult]`: the best first; fewer than `top` where there are not as many.
+
+        Raises:
+            ValueError: if not one of `text` and `image` is given, or the numbers do not fit.
+            ImageLoadError: if `image` can't be read.
+        """
+        if (text is None) == (image is None):
+            raise ValueError("Give either a text or an image to search for.")
+        if top < 1 or rerank < 0:
+            raise ValueError(f"top={top}, rerank={rerank}: top is at least 1, rerank at least 0.")
+        if rerank and image is not None:
+            raise ValueError("rerank goes with a text: an image is not matched with images.")
+        if 0 < rerank < top:
+            raise ValueError(f"rerank={rerank} with top={top}: rerank as many as are to be found, or more.")
+        tokens = None if text is None else self._tokens(text)
+        queries = self._image_queries(image) if tokens is None else self.model.get_text_features(*tokens).pooler_output
+        rows, scores = self._compare(queries, max(top, rerank), exact)
+        if rerank:
+            rows, scores = self._rerank(rows, scores, *tokens)
+        found = [
+            SearchResult(self.folder / self._store.name(shard, row), score)
+            for (shard, row), score in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
+        return sorted(found, key=lambda result: (-result.score, result.path))[:top]
+
+    def _tokens(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if not text.strip():
+            raise ValueError("The text to search for is empty.")
+        tokens = self.tokenizer(text, truncation=True, max_length=_MAX_TEXT_LENGTH, return_tensors="pt")
+        vocab_size = self.model.config.qformer_config.vocab_size
+        if int(tokens["input_ids"].max()) >= vocab_size:
+            raise ValueError(
+                f"The tokenizer has tokens beyond the {vocab_size} of the Q-Former. Give a processor with the "
+                "Q-Former's tokenizer, not with a language model's."
+            )
+        return tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device)
+
+    def _image_queries(self, image: Any) -> torch.Tensor:
+        pixel_values = self.image_processor(images=[load_image(image)], return_tensors="pt")["pixel_values"]
+        return self.model.get_image_features(pixel_values.to(self.model.device)).pooler_output[0]
+
+    def _compare(self, queries: torch.Tensor, count: int, exact: bool) -> tuple[np.ndarray, torch.Tensor]:
+        """Shard and row of the best `count` pictures, and their scores."""
+        candidates = None if exact else self._approximate.propose(queries, count)
+        rows = (self._store.rows if candidates is None else self._store.rows[candidates])[:, 1:]
+        if not len(rows):
+            return rows, torch.empty(0)
+        shards, starts = np.unique(rows[:, 0], return_index=True)
+        parts = zip(shards.tolist(), np.split(rows[:, 1], starts[1:]), strict=True)
+        scores = [self._similarity(self._store.read("features", *part), queries) for part in parts]
+        best = torch.cat(scores).topk(min(count, len(rows)))
+        return rows[best.indices.cpu().numpy()], best.values.cpu()
+
+    def _similarity(self, features: np.ndarray, queries: torch.Tensor) -> torch.Tensor:
+        """For each query the highest of the cosines with a picture's, and of these the mean."""
+        return image_text_similarity(torch.from_numpy(features).to(queries.device).float(), queries).mean(dim=1)
+
+    def _rerank(
+        self, rows: np.ndarray, scores: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """The same rows, less those whose picture is not there any more, by the logit of "match" plus the cosine."""
+        kept: list[int] = []
+        logits = [torch.empty(0)]
+        with logging.tqdm(total=len(rows), desc="Re-ranking", unit="picture", disable=not self.show_progress) as bar:
+            for start in range(0, len(rows), _BATCH_SIZE):
+                part = rows[start : start + _BATCH_SIZE]
+                readable, image_embeds = self._embeds(part)
+                if image_embeds is not None:
+                    pairs = [tokens.expand(len(readable), -1) for tokens in (input_ids, attention_mask)]
+                    key_values = self.model.get_image_key_values(image_embeds)
+                    matching = self.model.get_matching_logits(*pairs, image_key_values=key_values)
+                    logits.append(matching[:, 1].float().cpu())
+                    kept += [start + i for i in readable]
+                bar.update(len(part))
+        return rows[kept], scores[kept] + torch.cat(logits)
+
+    def _embeds(self, rows: np.ndarray) -> tuple[Sequence[int], torch.Tensor | None]:
+        """Which of some rows can be read, and the tower's output for them."""
+        if self._store.has_embeds:
+            stored = np.concatenate([self._store.read("embeds", shard, [row]) for shard, row in rows.tolist()])
+            dtype = next(self.model.qformer.parameters()).dtype
+            return range(len(rows)), torch.from_numpy(stored).to(self.model.device, dtype)
+        paths = [self._store.name(shard, row) for shard, row in rows.tolist()]
+        pictures = PictureInputs(self.folder, paths, self.image_processor)
+        with ThreadPoolExecutor() as pool:
+            readable, pixel_values, broken = collate(list(pool.map(pictures.__getitem__, range(len(paths)))))
+        for _, reason in broken:
+            logger.warning(f"Left out: {reason}")
+        if pixel_values is None:
+            return readable, None
+        return readable, self.model.get_image_embeds(pixel_values.to(self.model.device))
+
+    def _check_options(self, folder: Path, store_embeds: bool):
+        if self.folder.resolve() != folder.resolve():
+            raise ValueError(
+                f"{self.directory} is an index of {self.folder}, not of {folder}. Give another folder for the index."
+            )
+        if store_embeds and not self._store.has_embeds:
+            raise ValueError(
+                f"{self.directory} was built without the tower's output. To store it, begin anew with rebuild=True "
+                "(--rebuild), or leave it."
+            )
+
+
+def _describe_index(
+    directory: Path, folder: Path, model: Blip2ImageTextPreTrainedModel, image_processor: Any, store_embeds: bool
+) -> dict[str, Any]:
+    inside, root = directory.resolve(), folder.resolve()
+    name = model.name_or_path
+    return {
+        # Pictures and index can be moved together
+        "folder": os.path.relpath(root, inside) if inside.is_relative_to(root) else str(root),
+        "model": str(Path(name).resolve()) if name and Path(name).is_dir() else name,
+        "store_embeds": store_embeds,
+        **describe_model(model, image_processor),
+    }
+
+
+__all__ = ["SearchIndex", "SearchResult"]

@@ -1,0 +1,232 @@
+"""
+The files of an index. It is a folder of its own: each shard is `features-*.npy`, `pictures-*.json`, which is written
+last and makes the shard count, and, where the tower's output is stored, `embeds-*.npy`. `index.json` says what made
+them. A picture has a number that no other ever has; the approximate index holds vectors under these numbers, so it may
+lag behind.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .files import write_file, write_json
+
+
+DESCRIPTION = "index.json"
+
+_VERSION = 1
+_BROKEN = "broken.json"
+_SHARD_FILE = re.compile(r"(?:features|embeds|pictures)-(\d+)\.(?:npy|json)")
+_APPROXIMATE_FILE = re.compile(r"approximate-(\d+)\.faiss")
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """What made an index; an error where there is none, or one of another version."""
+    path = directory / DESCRIPTION
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{directory} has no index: {DESCRIPTION} was looked for in it. Build one: blip2-hf index FOLDER --model "
+            "MODEL."
+        )
+    description = json.loads(path.read_text())
+    if description.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} has version {description.get('version')}, this release reads {_VERSION}. Remove {directory}, "
+            "and build the index anew."
+        )
+    return description
+
+
+def create_store(directory: Path, description: dict[str, Any]):
+    """Makes an empty index, in a new folder or in place of another index."""
+    if (directory / DESCRIPTION).exists():
+        _remove_files(directory)
+    elif directory.exists() and any(not path.name.endswith(".tmp") for path in directory.iterdir()):
+        raise ValueError(f"{directory} has files in it, but no index. Give a folder of its own to the index.")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / DESCRIPTION, {"version": _VERSION, **description}, indent=1)
+
+
+def _remove_files(directory: Path):
+    """All files of an index but its description, lists of pictures first: a shard never counts without its arrays."""
+    for path in sorted(directory.iterdir(), key=lambda path: not path.name.startswith("pictures-")):
+        is_own = _SHARD_FILE.fullmatch(path.name) or _APPROXIMATE_FILE.fullmatch(path.name) or path.name == _BROKEN
+        if is_own or path.name.endswith(".tmp"):
+            path.unlink()
+
+
+@dataclass
+class Shard:
+    """Pictures whose features lie in one file: row by row their number, their path (`None`: gone), size and mtime."""
+
+    number: int
+    ids: list[int]
+    paths: list[str | None]
+    stats: list[list[int]]
+
+    def alive(self) -> list[int]:
+        return [row for row, path in enumerate(self.paths) if path is not None]
+
+
+class Store:
+    """The files of an index, and what is in them; it knows nothing of models."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.description = read_description(directory)
+        self.has_embeds: bool = self.description["store_embeds"]
+        self.shards = _read_shards(directory)
+        self._rows: np.ndarray | None = None
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Of each picture its number, its shard and its row, of shape `(num_pictures, 3)`, in the order of shards."""
+        if self._rows is None:
+            rows = [(shard.ids[row], i, row) for i, shard in enumerate(self.shards) for row in shard.alive()]
+            self._rows = np.array(rows, np.int64).reshape(-1, 3)
+        return self._rows
+
+    def name(self, shard: int, row: int) -> str:
+        """The path of a picture inside the folder."""
+        return str(self.shards[shard].paths[row])
+
+    def stats(self) -> dict[str, list[int]]:
+        """Size and mtime of each picture."""
+        return {str(shard.paths[row]): shard.stats[row] for shard in self.shards for row in shard.alive()}
+
+    def read(self, name: str, shard: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Features or embeds of rows of a shard, in rising order."""
+        return self._read(name, self.shards[shard], rows)
+
+    def _read(self, name: str, shard: Shard, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        path = self._path(name, shard.number)
+        # A few rows alone are read where not all are wanted
+        return np.load(path) if len(rows) == len(shard.ids) else np.load(path, mmap_mode="r")[rows]
+
+    def add(self, paths: list[str], stats: list[list[int]], parts: list[dict[str, np.ndarray]]):
+        """A shard of its own for new pictures."""
+        first = self.next_id()
+        shard = Shard(self._next_number(), list(range(first, first + len(paths))), list(paths), stats)
+        self._write_shard(shard, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    def _write_shard(self, shard: Shard, arrays: dict[str, np.ndarray]):
+        for name, array in arrays.items():
+            write_file(self._path(name, shard.number), lambda file, array=array: np.save(file, array))
+        self._write_pictures(shard)
+        self.shards.append(shard)
+        self._rows = None
+
+    def _write_pictures(self, shard: Shard):
+        columns = {"ids": shard.ids, "paths": shard.paths, "stats": shard.stats}
+        write_json(self._path("pictures", shard.number), columns)
+
+    def drop(self, paths: set[str]):
+        """Leaves pictures out."""
+        self._rows = None
+        for shard in list(self.shards):
+            if paths.isdisjoint(shard.paths):
+                continue
+            shard.paths = [None if path in paths else path for path in shard.paths]
+            if shard.alive():
+                self._write_pictures(shard)
+            else:
+                self._remove_shard(shard)
+
+    def _remove_shard(self, shard: Shard):
+        # Without its list of pictures a shard counts no more
+        for name in ("pictures", "features", "embeds"):
+            self._path(name, shard.number).unlink(missing_ok=True)
+        self.shards.remove(shard)
+        self._rows = None
+
+    def gather_small_shards(self, rows_per_shard: int):
+        """Shards of which less than half is left, or that began small, become larger ones."""
+        small = [shard for shard in self.shards if len(shard.alive()) <= rows_per_shard // 2]
+        while len(small) > 1:
+            group: list[Shard] = []
+            while small and sum(len(shard.alive()) for shard in [*group, small[0]]) <= rows_per_shard:
+                group.append(small.pop(0))
+            self._gather(group)
+
+    def _gather(self, group: list[Shard]):
+        """One shard in place of several; it has the highest number, by which it counts as soon as it is there."""
+        rows = [(shard, row) for shard in group for row in shard.alive()]
+        gathered = Shard(
+            self._next_number(),
+            [shard.ids[row] for shard, row in rows],
+            [shard.paths[row] for shard, row in rows],
+            [shard.stats[row] for shard, row in rows],
+        )
+        arrays = {
+            name: np.concatenate([self._read(name, shard, shard.alive()) for shard in group])
+            for name in (("features", "embeds") if self.has_embeds else ("features",))
+        }
+        self._write_shard(gathered, arrays)
+        for shard in group:
+            self._remove_shard(shard)
+
+    def remove_leftovers(self):
+        """Files that a killed run has left unfinished, or has not come to remove."""
+        numbers = {shard.number for shard in self.shards}
+        newest, _ = self.approximate_file()
+        for path in self.directory.iterdir():
+            shard = _SHARD_FILE.fullmatch(path.name)
+            is_old = (shard and int(shard[1]) not in numbers) or (
+                _APPROXIMATE_FILE.fullmatch(path.name) and path != newest
+            )
+            if is_old or path.name.endswith(".tmp"):
+                path.unlink()
+
+    def next_id(self) -> int:
+        """The number of the next picture."""
+        _, covered = self.approximate_file()
+        return max([covered, *(max(shard.ids) + 1 for shard in self.shards)])
+
+    def _next_number(self) -> int:
+        return max((shard.number for shard in self.shards), default=-1) + 1
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.directory / f"{name}-{number:06d}.{'json' if name == 'pictures' else 'npy'}"
+
+    def read_broken(self) -> dict[str, tuple[int, int, str]]:
+        """Size and mtime of pictures that can't be read, and why."""
+        path = self.directory / _BROKEN
+        if not path.exists():
+            return {}
+        return {name: (size, mtime, reason) for name, (size, mtime, reason) in json.loads(path.read_text()).items()}
+
+    def write_broken(self, broken: dict[str, tuple[int, int, str]]):
+        """What `read_broken` will return."""
+        if broken != self.read_broken():
+            write_json(self.directory / _BROKEN, broken, indent=1)
+
+    def approximate_file(self) -> tuple[Path | None, int]:
+        """The approximate index, and the number up to which pictures may be in it."""
+        matches = [match for path in self.directory.iterdir() if (match := _APPROXIMATE_FILE.fullmatch(path.name))]
+        covered = max((int(match[1]) for match in matches), default=0)
+        return (self.new_approximate_file(covered) if matches else None), covered
+
+    def new_approximate_file(self, covered: int) -> Path:
+        """Where an approximate index goes that has all pictures whose number is lower."""
+        return self.directory / f"approximate-{covered:09d}.faiss"
+
+
+def _read_shards(directory: Path) -> list[Shard]:
+    shards, seen = [], set()
+    numbered = {
+        int(match[1]): path
+        for path in directory.glob("pictures-*.json")
+        if (match := _SHARD_FILE.fullmatch(path.name))
+    }
+    # A run that was killed while it gathered shards has left pictures in two: the later counts
+    for number, path in sorted(numbered.items(), reverse=True):
+        columns = json.loads(path.read_text())
+        paths = [None if picture in seen else picture for picture in columns["paths"]]
+        seen.update(paths)
+        shards.append(Shard(number, columns["ids"], paths, columns["stats"]))
+    return [shard for shard in reversed(shards) if shard.alive()]
