@@ -413,6 +413,19 @@ def test_two_processes_are_one(photos, parts, model_folder, tmp_path):
     assert len(FolderPictures(photos)) == 7
 
 
+def test_a_preset_and_what_is_said_besides(photos, model_folder, parts, tmp_path):
+    settings = {}
+    for name, options in {"preset": [], "both": ["--num-beams", "2", "--prompt", "a"]}.items():
+        output = tmp_path / f"{name}.jsonl"
+        options = ["--preset", "caption", "--max-new-tokens", TOKENS, *options]
+        run(photos, "--model", model_folder, "--output", output, "--num-workers", "0", *options)
+        settings[name] = json.loads((tmp_path / f"{name}.jsonl.settings.json").read_text())
+    assert settings["preset"]["prompt"] == "a photo of"
+    assert settings["preset"]["generation"]["num_beams"] == 5
+    assert settings["both"]["prompt"] == "a"
+    assert settings["both"]["generation"]["num_beams"] == 2
+
+
 def test_what_is_opened(photos, model_folder, tmp_path):
     def opened(data, *arguments):
         parser = argparse.ArgumentParser()

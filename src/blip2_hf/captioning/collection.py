@@ -106,7 +106,7 @@ def caption_dataset(
     pictures = _as_pictures(pictures)
     files = open_output(output, output_format, pictures)
     generate_kwargs["max_new_tokens"] = max_new_tokens
-    settings = _settings(model, pictures, prompt, generate_kwargs)
+    settings = _settings(model, processor, pictures, prompt, generate_kwargs)
     if overwrite and state.is_main_process:
         files.clear()
     state.wait_for_everyone()
@@ -152,7 +152,11 @@ def _as_pictures(pictures: Any) -> Pictures:
 
 
 def _settings(
-    model: PreTrainedModel, pictures: Pictures, prompt: str | None, generate_kwargs: Mapping[str, Any]
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pictures: Pictures,
+    prompt: str | None,
+    generate_kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What captions depend on, as JSON gives it back."""
     generation = {
@@ -165,6 +169,7 @@ def _settings(
         "model": model.name_or_path,
         "weights": _fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "image_processor": json.loads(processor.image_processor.to_json_string()),
         "prompt": prompt,
         "generation": generation,
     }

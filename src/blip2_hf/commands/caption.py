@@ -27,9 +27,10 @@ def add_parser(commands: Any):
         "file that ends in .jsonl or .parquet, or folder of .txt files; without it they lie by the pictures",
     )
     add("--format", "told by the ending of --output if it is not given", choices=["txt", "jsonl", "parquet"])
+    add("--preset", "the paper's settings; what other options say comes first", choices=["caption", "nocaps"])
     add("--prompt", "text that the captions go on from, such as 'a photo of'")
     add("--num-beams", "beams; without it the model's own setting, which is mostly 1", type=int)
-    add("--max-new-tokens", "the most tokens of a caption", type=int, default=30)
+    add("--max-new-tokens", "the most tokens of a caption; without it 30, or the preset's", type=int)
     add("--top-p", "sample from the likeliest tokens that have this probability together", type=float)
     add("--temperature", "sample at this temperature", type=float)
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU", type=int)
@@ -64,11 +65,10 @@ def _run(options: argparse.Namespace):
             pictures,
             options.output,
             options.format,
-            prompt=options.prompt,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
             overwrite=options.overwrite,
-            **_generate_kwargs(options),
+            **_caption_kwargs(options, model.config),
         )
     except CollectionError as error:
         raise SystemExit(f"blip2-hf: {error}") from error
@@ -105,9 +105,16 @@ def _load_model(options: argparse.Namespace, device: Any) -> tuple[Any, Any]:
     return model, Blip2Processor.from_pretrained(options.model)
 
 
-def _generate_kwargs(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("num_beams", "max_new_tokens", "top_p", "temperature")
-    kwargs = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+def _caption_kwargs(options: argparse.Namespace, model_config: Any) -> dict[str, Any]:
+    """The prompt and arguments of `generate`: the preset's, and over them those that were given."""
+    from ..generation_presets import generation_preset
+
+    kwargs: dict[str, Any] = {}
+    if options.preset is not None:
+        preset = generation_preset(options.preset, model_config)
+        kwargs = {"prompt": preset.prompt, **preset.generate_kwargs}
+    names = ("prompt", "num_beams", "max_new_tokens", "top_p", "temperature")
+    kwargs |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.top_p is not None or options.temperature is not None:
         kwargs["do_sample"] = True
     return kwargs
