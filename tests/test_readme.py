@@ -1,6 +1,7 @@
 """The README's snippets, as written, with small models under the names that it uses."""
 
 import re
+import shlex
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ from tiny import LANGUAGE_MODELS, make_image, make_image_processor, make_model, 
 from train_stage1 import Processor
 
 import blip2_hf
+from blip2_hf.cli import make_parser
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -68,6 +70,17 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     assert loaded.config.vision_config.model_type == "dinov2"
     assert type(namespace["captioner"]).__name__ == "ImageToTextPipeline"
     assert any("query_tokens" in name for name, p in namespace["adapted"].named_parameters() if p.requires_grad)
+
+
+PAGES = [README, *(path.read_text() for path in sorted((Path(__file__).parents[1] / "docs").glob("*.md")))]
+COMMANDS = re.findall(r"^blip2-hf [a-z].*?[^\\]$", "\n".join(PAGES), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_the_options_that_are_shown(command):
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    if words[-1] != "...":
+        assert callable(make_parser().parse_args(words[1:]).run)
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
