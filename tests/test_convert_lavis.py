@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from blip2_hf import Blip2Config, Blip2ForConditionalGeneration, Blip2Model, Blip2VisionConfig
-from blip2_hf.convert import convert_lavis_state_dict, load_lavis_checkpoint
+from blip2_hf.convert import convert_lavis_state_dict, load_lavis_checkpoint, load_lavis_tower, resize_tower
 from blip2_hf.modeling_pretraining import Blip2ForPreTraining
 from blip2_hf.modeling_retrieval import Blip2ForImageTextRetrieval
 
@@ -360,6 +360,25 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     assert not (tmp_path / "was_run").exists()
 
 
+def test_a_tower_whose_pickle_runs_code_is_refused(tmp_path):
+    torch.save({"cls_token": torch.zeros(1, 1, 1408), "more": Payload(tmp_path / "was_run")}, tmp_path / "eva.pth")
+    state_dict = without(tensors(STAGE1, "state_dict"), "visual_encoder.")
+    with pytest.raises(ValueError, match="could run code"):
+        load_lavis_checkpoint(state_dict, sizes(STAGE1), vision_model=tmp_path / "eva.pth")
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint.safetensors"])
+def test_half_a_file_is_refused(name, tmp_path):
+    state_dict = tensors(STAGE1, "state_dict")
+    path = tmp_path / name
+    save_file(state_dict, path) if name.endswith("safetensors") else torch.save(state_dict, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"{name} is no file of.*Download it again"):
+        load_lavis_checkpoint(path, sizes(STAGE1))
+
+
 def test_what_is_no_state_dict_is_refused(tmp_path):
     save_file({}, tmp_path / "empty.safetensors")
     with pytest.raises(ValueError, match="holds no weights"):
@@ -507,3 +526,109 @@ def test_clip(width, heads):
     state_dict = without(state_dict, "visual_encoder.")
     with_tower = load_lavis_checkpoint(state_dict, config, Blip2Model, vision_model=tower)
     assert_close(with_tower(pixel_values).last_hidden_state, model(pixel_values).last_hidden_state)
+
+
+# LAVIS's own files of its towers, and transformers' CLIP
+
+
+def tower_file(folder: Path, more: int) -> dict[str, torch.Tensor]:
+    """The tower of a fixture as a file of its own, with `more` blocks than BLIP-2 takes, and what is behind them."""
+    names = "visual_encoder."
+    weights = {k.removeprefix(names): v for k, v in tensors(folder, "state_dict").items() if k.startswith(names)}
+    depth = sizes(folder).vision_config.num_hidden_layers
+    for index in range(depth, depth + more):
+        last = {k: v for k, v in weights.items() if k.startswith(f"blocks.{depth - 1}.")}
+        weights |= {k.replace(f"blocks.{depth - 1}.", f"blocks.{index}."): v + 1 for k, v in last.items()}
+    return weights | {"norm.weight": torch.ones(64), "norm.bias": torch.ones(64), "head.weight": torch.ones(8, 64)}
+
+
+@torch.no_grad()
+def test_a_checkpoint_and_the_file_of_its_tower(tmp_path):
+    torch.save(tower_file(STAGE1, more=1), tmp_path / "eva_vit_g.pth")
+    state_dict = without(tensors(STAGE1, "state_dict"), "visual_encoder.")
+    model, report = load_lavis_checkpoint(
+        state_dict, sizes(STAGE1), vision_model=tmp_path / "eva_vit_g.pth", output_loading_info=True
+    )
+    inputs, expected = tensors(STAGE1, "inputs"), tensors(STAGE1, "outputs")
+    assert_close(model.get_image_embeds(inputs["image"]), expected["vit_output"])
+    assert_close(model.get_image_features(inputs["image"]).pooler_output, expected["image_feats"])
+    assert report.tower.taken.keys() | report.tower.left.keys() == tower_file(STAGE1, more=1).keys()
+    depth = model.config.vision_config.num_hidden_layers
+    behind = {name for name in report.tower.left if not name.startswith(f"blocks.{depth}.")}
+    assert behind == {"norm.weight", "norm.bias", "head.weight"} and len(report.tower.left) == 3 + 13
+    for line in ("file of the vision tower:", f"blocks.*.norm1.weight: LAVIS takes the output of block {depth - 1}"):
+        assert line in str(report)
+
+
+def test_a_tower_of_its_own_starts_with_a_new_layernorm():
+    tower = load_lavis_tower(tower_file(STAGE1, more=2), sizes(STAGE1).vision_config)
+    assert torch.equal(tower.post_layernorm.weight, torch.ones(64)) and not tower.training
+    assert torch.equal(tower.post_layernorm.bias, torch.zeros(64))
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.proj.weight", "pos_embed", "blocks.0.attn.q_bias"])
+def test_half_a_tower_is_refused(name):
+    state_dict = tower_file(STAGE1, more=0)
+    del state_dict[name]
+    with pytest.raises(ValueError, match="not in the file|not the q_bias"):
+        load_lavis_tower(state_dict, sizes(STAGE1).vision_config)
+    with pytest.raises(ValueError, match="1 names.*rel_pos_bias"):
+        load_lavis_tower(tower_file(STAGE1, more=0) | {"rel_pos_bias": torch.ones(2)}, sizes(STAGE1).vision_config)
+    with pytest.raises(ValueError, match="ViT-g.*a width of 64"):
+        load_lavis_tower(tower_file(STAGE1, more=0))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@torch.no_grad()
+def test_position_embeddings_of_another_size(align_corners):
+    config = sizes(STAGE1).vision_config
+    config.interpolate_align_corners = align_corners
+    state_dict = tower_file(STAGE1, more=1)
+    plain = load_lavis_tower(state_dict, config)
+    grid = state_dict["pos_embed"][:, 1:].reshape(1, 4, 4, 64).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=align_corners)
+    expected = torch.cat([state_dict["pos_embed"][:, :1], grid.permute(0, 2, 3, 1).reshape(1, 36, 64)], dim=1)
+    config.image_size = 84
+    tower = load_lavis_tower(state_dict, config)
+    assert_close(tower.embeddings.position_embedding, expected, atol=1e-6)
+    # What is done at each image of another size, done once
+    pixel_values = torch.randn(1, 3, 84, 84)
+    expected = plain(pixel_values).last_hidden_state
+    assert_close(tower(pixel_values, interpolate_pos_encoding=False).last_hidden_state, expected, atol=1e-6)
+    resize_tower(plain, 84)
+    assert_close(plain(pixel_values, interpolate_pos_encoding=False).last_hidden_state, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["LAVIS", "transformers"])
+@torch.no_grad()
+def test_the_last_block_but_one_of_a_whole_clip(source, tmp_path):
+    whole, weights = clip_tower(32, num_hidden_layers=3, num_attention_heads=4)
+    state_dict = random_state_dict(qformer_shapes(64, layers=2, every=2, tower_width=32, text=False))
+    vision_config = Blip2VisionConfig.clip_vit_l(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=42
+    )
+    qformer = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 1}
+    config = Blip2Config(vision_config=vision_config, qformer_config=qformer, num_query_tokens=5)
+    given = tmp_path / "clip_vit_L.pth"
+    if source == "LAVIS":
+        more = {"ln_post.weight": torch.ones(32), "ln_post.bias": torch.ones(32), "proj": torch.ones(32, 16)}
+        torch.save({k.removeprefix("visual_encoder."): v for k, v in weights.items()} | more, given)
+    else:
+        given = whole
+    model = load_lavis_checkpoint(state_dict, config, Blip2Model, vision_model=given)
+    pixel_values = torch.randn(2, 3, 42, 42)
+    expected = whole(pixel_values, output_hidden_states=True).hidden_states[-2]
+    assert_close(model.get_image_embeds(pixel_values), expected)
+    assert model.config.vision_config.model_type == "blip2_vision_model"
+    assert model.config.vision_config.num_hidden_layers == 2
+
+
+def test_an_opt_ends_at_a_newline():
+    from test_lavis_stage2 import NEWLINE, opt_processor
+
+    tokenizer = opt_processor().tokenizer
+    model = load(OPT, tokenizer=tokenizer)
+    assert model.generation_config.eos_token_id == model.config.text_config.eos_token_id == NEWLINE
+    assert model.config.eos_token_id == NEWLINE
+    # The configuration that was given says what marks an image
+    assert model.config.image_token_index is None

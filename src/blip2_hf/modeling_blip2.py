@@ -39,6 +39,7 @@ from .parts import (
     load_tower_config,
     measure_width,
 )
+from .sharing import SharedOnHub
 
 
 @dataclass
@@ -86,8 +87,8 @@ class Blip2QueryTokens(nn.Module):
         return self.weight.expand(batch_size, -1, -1)
 
 
-class Blip2PreTrainedModel(PreTrainedModel):
-    """What all BLIP-2 models share: initialisation, frozen parts, and transformers' own format."""
+class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
+    """What all BLIP-2 models share: initialisation, frozen parts, transformers' own format, and sharing on the Hub."""
 
     config: Blip2Config
     config_class = Blip2Config
@@ -158,14 +159,21 @@ class Blip2PreTrainedModel(PreTrainedModel):
             transformers_compatible (`bool`, *optional*, defaults to `False`):
                 Whether to write a checkpoint that plain transformers loads as its own BLIP-2.
             args, kwargs:
-                Those of [`~transformers.PreTrainedModel.save_pretrained`].
+                Those of [`~transformers.PreTrainedModel.save_pretrained`], and `with_code` (`bool`, defaults to
+                `False`): whether to put the code next to the weights, so that `AutoModel...` and `pipeline` load the
+                folder with `trust_remote_code=True` where this package is not installed, and a model card if there
+                is none.
 
         Raises:
-            ValueError: if `transformers_compatible` and the tower is not a [`Blip2VisionModel`] of EVA-CLIP's shape.
+            ValueError: if `transformers_compatible` and the tower is not a [`Blip2VisionModel`] of EVA-CLIP's shape,
+                or with `with_code`.
         """
         kwargs.setdefault("save_original_format", False)
         if not transformers_compatible:
             return super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.pop("with_code", None):
+            raise ValueError("with_code: what plain transformers loads (transformers_compatible) needs no code.")
+        kwargs["with_code"] = False
         config = self.config
         state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
         state_dict["query_tokens"] = state_dict.pop("query_tokens.weight")

@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import AddedToken
 
 from .chat_messages import messages_to_text
 from .image_loading import load_images
+from .sharing import SharedOnHub
 
 
 IMAGE_TOKEN = "<image>"
@@ -25,7 +26,7 @@ class Blip2HfProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"return_token_type_ids": False}}
 
 
-class Blip2HfProcessor(ProcessorMixin):
+class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
     r"""
     Wraps an image processor and the language model's tokenizer (and the Q-Former's, where it reads text). Known as
     `Blip2Processor`: the name of the class differs from transformers' own, which `AutoProcessor` would find first.
@@ -124,12 +125,17 @@ class Blip2HfProcessor(ProcessorMixin):
                 Whether to push it to the Hub.
             transformers_compatible (`bool`, *optional*, defaults to `False`):
                 Whether plain transformers is to load its own processor from the files.
+            kwargs:
+                Those of [`~transformers.ProcessorMixin.save_pretrained`], and `with_code` (`bool`, defaults to
+                `False`): whether to put the code next to it, for `trust_remote_code=True`.
         """
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
         if not transformers_compatible:
             return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
-        files = super().save_pretrained(str(save_directory), **kwargs)
+        if kwargs.pop("with_code", None):
+            raise ValueError("with_code: what plain transformers loads (transformers_compatible) needs no code.")
+        files = super().save_pretrained(str(save_directory), with_code=False, **kwargs)
         for name in ("processor_config.json", "tokenizer_config.json"):
             path = Path(save_directory) / name
             content = json.loads(path.read_text()) | {"processor_class": "Blip2Processor"}

@@ -1,6 +1,17 @@
 """Checkpoints of other codes, loaded into the models of this library."""
 
-from .lavis import ConversionReport, convert_lavis_state_dict, load_lavis_checkpoint
+from .instructblip import load_instructblip_checkpoint, save_instructblip_checkpoint
+from .lavis import load_lavis_checkpoint
+from .lavis_names import ConversionReport, convert_lavis_state_dict
+from .towers import load_lavis_tower, resize_tower
 
 
-__all__ = ["ConversionReport", "convert_lavis_state_dict", "load_lavis_checkpoint"]
+__all__ = [
+    "ConversionReport",
+    "convert_lavis_state_dict",
+    "load_instructblip_checkpoint",
+    "load_lavis_checkpoint",
+    "load_lavis_tower",
+    "resize_tower",
+    "save_instructblip_checkpoint",
+]

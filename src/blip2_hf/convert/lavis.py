@@ -1,37 +1,29 @@
-"""
-Checkpoints of BLIP-2 in LAVIS, the authors' code: `RENAMINGS` says which name there is which here, functions do what a
-new name does not, and a [`ConversionReport`] accounts for each tensor.
-"""
+"""Checkpoints of BLIP-2 in LAVIS, the authors' code, loaded into the models of this library."""
 
-import copy
-import math
 import os
-import pickle
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..configuration_blip2 import (
-    Blip2Config,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
-    TransformersBlip2VisionConfig,
-)
+from ..configuration_blip2 import Blip2Config
 from ..modeling_blip2 import Blip2ForConditionalGeneration, Blip2PreTrainedModel
 from ..modeling_pretraining import Blip2ForPreTraining
 from ..modeling_retrieval import Blip2ForImageTextRetrieval
+from ..parts import image_token_id, load_language_model
+from .lavis_names import ConversionReport, check_tied, convert_lavis_state_dict
+from .lavis_sizes import config_from_shapes, config_with_parts
+from .reading import StateDict, enumerate_names, read_state_dict
+from .towers import load_tower_for_lavis
 
 
 logger = logging.get_logger(__name__)
@@ -46,7 +38,9 @@ def load_lavis_checkpoint(
     *,
     language_model: str | os.PathLike | PreTrainedModel | None = None,
     vision_model: str | os.PathLike | PreTrainedModel | None = None,
-) -> Blip2PreTrainedModel:
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output_loading_info: bool = False,
+) -> Any:
     r"""
     Loads a BLIP-2 that was saved by LAVIS, the authors' code. Each tensor is accounted for: what is unknown or missing
     is an error, and the [`ConversionReport`] is logged at level info.
@@ -67,16 +61,22 @@ def load_lavis_checkpoint(
             if there is the Q-Former's language-modelling head, [`Blip2ForConditionalGeneration`] if there is a
             projection to a language model, [`Blip2ForImageTextRetrieval`] if there is a head for matching alone.
         language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
-            The language model that the file was trained with. `image_token_index` is taken from its tokenizer where it
-            is a folder or an id and `config` is not given.
+            The language model that the file was trained with.
         vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
-            The tower that the file was trained with, or a BLIP-2 that has it. Its `last_hidden_state`, or what
-            `config.vision_feature_layer` picks, is to be what LAVIS takes: the output of the last block but one,
-            before any LayerNorm.
+            The tower that the file was trained with: LAVIS's own file of it (`eva_vit_g.pth`, `clip_vit_L.pth`; see
+            [`load_lavis_tower`]), transformers' CLIP ViT-L, or a BLIP-2 that has it. The `last_hidden_state` of any
+            other tower, or what `config.vision_feature_layer` picks, is to be what LAVIS takes: the output of the last
+            block but one, before any LayerNorm.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            That of the language model; where `language_model` is a folder or an id, the one that is there. It tells
+            `image_token_index`, if `config` is not given, and the newline at which LAVIS lets an OPT end, in place of
+            `</s>`.
+        output_loading_info (`bool`, *optional*, defaults to `False`):
+            Whether to return the [`ConversionReport`] too.
 
     Returns:
         [`Blip2ForPreTraining`], [`Blip2ForConditionalGeneration`], [`Blip2ForImageTextRetrieval`] or `model_class`: in
-        eval mode, its tower and language model frozen.
+        eval mode, its tower and language model frozen. With `output_loading_info`, a `tuple` of it and the report.
 
     Raises:
         ValueError: if the file holds something else, lacks a part that is not given, or does not fit `config`.
@@ -84,21 +84,23 @@ def load_lavis_checkpoint(
     Example:
 
     ```python
-    >>> from blip2_hf import Blip2Model, load_lavis_checkpoint
+    >>> from blip2_hf import load_lavis_checkpoint
 
-    >>> tower = Blip2Model.from_pretrained("Salesforce/blip2-opt-2.7b")
-    >>> model = load_lavis_checkpoint("blip2_pretrained.pth", vision_model=tower)
+    >>> model = load_lavis_checkpoint("blip2_pretrained.pth", vision_model="eva_vit_g.pth")
     ```"""
     weights, report = convert_lavis_state_dict(read_state_dict(path_or_state_dict))
     if model_class is None:
         model_class = _model_class(weights)
-    _check_parts(weights, config, model_class, language_model, vision_model)
-    tower = None if vision_model is None else _load_tower(vision_model)
+    _check_parts(weights, report, config, model_class, language_model, vision_model)
+    tower = None
+    if vision_model is not None:
+        tower, report.tower = load_tower_for_lavis(vision_model, config)
     loaded_language_model = None if language_model is None else load_language_model(language_model)
+    if tokenizer is None and isinstance(language_model, (str, os.PathLike)):
+        tokenizer = AutoTokenizer.from_pretrained(language_model)
     if config is None:
         config = config_from_shapes(weights, tower, loaded_language_model)
-        if isinstance(language_model, (str, os.PathLike)):
-            config.image_token_index = image_token_id(AutoTokenizer.from_pretrained(language_model))
+        config.image_token_index = None if tokenizer is None else image_token_id(tokenizer)
     else:
         config = config_with_parts(config, tower, loaded_language_model)
     _check_language_model_type(report, config)
@@ -110,8 +112,18 @@ def load_lavis_checkpoint(
     _fit(weights, model, report, given=[name for name, part in parts.items() if part is not None])
     model.load_state_dict(weights, strict=False)
     model.tie_weights(recompute_mapping=False)
+    if tokenizer is not None and config.text_config is not None and config.text_config.model_type == "opt":
+        _end_at_newline(model, tokenizer)
     logger.info("%s from a LAVIS checkpoint.\n%s", type(model).__name__, report)
-    return model.freeze().eval()
+    model.freeze().eval()
+    return (model, report) if output_loading_info else model
+
+
+def _end_at_newline(model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+    generation_configs = (model.generation_config, model.language_model.generation_config)
+    for config in (model.config, model.config.text_config, model.language_model.config, *generation_configs):
+        config.eos_token_id = newline
 
 
 def _model_class(weights: StateDict) -> type[Blip2PreTrainedModel]:
@@ -128,7 +140,27 @@ def _model_class(weights: StateDict) -> type[Blip2PreTrainedModel]:
     )
 
 
-def _check_parts(weights: StateDict, config: Blip2Config | None, model_class: type, language_model, vision_model):
+# What the published files were trained with, by the widths that their projections and cross-attentions have
+LANGUAGE_MODELS = {
+    ("opt", 2560): "facebook/opt-2.7b",
+    ("opt", 4096): "facebook/opt-6.7b",
+    ("t5", 2048): "google/flan-t5-xl",
+    ("t5", 4096): "google/flan-t5-xxl",
+}
+TOWERS = {
+    1408: "EVA-CLIP ViT-g: LAVIS's eva_vit_g.pth, or a checkpoint that has it, such as Salesforce/blip2-opt-2.7b",
+    1024: "CLIP ViT-L/14: LAVIS's clip_vit_L.pth, or openai/clip-vit-large-patch14",
+}
+
+
+def _check_parts(
+    weights: StateDict,
+    report: ConversionReport,
+    config: Blip2Config | None,
+    model_class: type,
+    language_model,
+    vision_model,
+):
     """Whether the tower and the language model are in the file or given."""
     parts = {name.partition(".")[0] for name in weights if not name.startswith("vision_model.post_layernorm.")}
     if "vision_model" in parts and vision_model is not None:
@@ -137,7 +169,7 @@ def _check_parts(weights: StateDict, config: Blip2Config | None, model_class: ty
     if wants_tower and "vision_model" not in parts and vision_model is None:
         raise ValueError(
             "The vision tower (visual_encoder.*) is not in the file: LAVIS leaves it out where it was frozen. Give "
-            "the tower that the file was trained with as vision_model."
+            f"the tower that the file was trained with as vision_model{_which_tower(weights)}."
         )
     if not issubclass(model_class, Blip2ForConditionalGeneration):
         if language_model is not None:
@@ -151,7 +183,7 @@ def _check_parts(weights: StateDict, config: Blip2Config | None, model_class: ty
     if "language_model" not in parts and language_model is None:
         raise ValueError(
             "The language model (opt_model.*, t5_model.*) is not in the file: LAVIS leaves it out, for it is frozen. "
-            "Give the one that the file was trained with as language_model."
+            f"Give the one that the file was trained with as language_model{_which_language_model(weights, report)}."
         )
     if language_model is None and (config is None or config.text_config is None):
         raise ValueError(
@@ -160,14 +192,20 @@ def _check_parts(weights: StateDict, config: Blip2Config | None, model_class: ty
         )
 
 
-def _load_tower(vision_model) -> PreTrainedModel:
-    tower = load_tower(vision_model)
-    if isinstance(tower.config, TransformersBlip2VisionConfig):
-        raise ValueError(
-            "vision_model is transformers' Blip2VisionModel, which applies the LayerNorm that the file has too. Give "
-            "the same checkpoint as blip2_hf loads it: vision_model=blip2_hf.Blip2Model.from_pretrained(...)."
-        )
-    return tower
+def _which_tower(weights: StateDict) -> str:
+    key = weights.get("qformer.encoder.layer.0.crossattention.attention.key.weight")
+    if key is None:
+        return ""
+    return f" (by its width, {key.shape[1]}: {TOWERS.get(key.shape[1], 'none that LAVIS has published')})"
+
+
+def _which_language_model(weights: StateDict, report: ConversionReport) -> str:
+    projection = weights.get("language_projection.weight")
+    if projection is None:
+        return ""
+    kind = next((kind for name, kind in LANGUAGE_MODEL_TYPES.items() if name in report.taken), "")
+    name = LANGUAGE_MODELS.get((kind, projection.shape[0]), f"a {kind.upper()} that LAVIS has not published")
+    return f" (by its width, {projection.shape[0]}: {name})"
 
 
 def _check_language_model_type(report: ConversionReport, config: Blip2Config):
@@ -282,6 +320,6 @@ def _check_shapes(weights: StateDict, expected: Mapping[str, torch.Tensor], repo
     ]
     if differing:
         raise ValueError(
-            f"{len(differing)} tensors of the file have other shapes than the model: {enumerate_names(differing)}. Give a "
-            "config, and parts, of the file's sizes."
+            f"{len(differing)} tensors of the file have other shapes than the model: {enumerate_names(differing)}. "
+            "Give a config, and parts, of the file's sizes."
         )

@@ -150,12 +150,15 @@ sequence of `torch.Tensor`):
         found = self.compare(image_features, texts.features)
         if self.k == 0:
             return found
-        pairs = torch.cat([_pairs(found.image_to_text), _pairs(found.text_to_image).flip(1)]).unique(dim=0)
-        matched = self.match(images, texts.input_ids, pairs)
-        return TwoStageRankings(
-            _ranked_anew(found.image_to_text, pairs, matched, len(texts.input_ids)),
-            _ranked_anew(found.text_to_image, pairs, matched, len(texts.input_ids), by_text=True),
-        )
+        num_texts = len(texts.input_ids)
+        image, text = (torch.arange(len(r.index))[:, None] for r in (found.image_to_text, found.text_to_image))
+        # A pair is one number: image * num_texts + text
+        wanted = image * num_texts + found.image_to_text.index, found.text_to_image.index * num_texts + text
+        pairs = torch.cat([numbers.flatten() for numbers in wanted]).unique()
+        matched = self.match(images, texts.input_ids, torch.stack([pairs // num_texts, pairs % num_texts], dim=1))
+        scores = (matched[torch.searchsorted(pairs, numbers)] for numbers in wanted)
+        rankings = zip((found.image_to_text, found.text_to_image), scores, strict=True)
+        return TwoStageRankings(*(_ranked_anew(ranking, added) for ranking, added in rankings))
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
@@ -284,21 +287,9 @@ sequence of `torch.Tensor`):
         return logging.tqdm(total=total, desc=name, unit="pair", disable=not self.show_progress)
 
 
-def _pairs(ranking: Ranking) -> torch.Tensor:
-    """Query and candidate of each entry, of shape `(entries, 2)`."""
-    queries = torch.arange(len(ranking.index))[:, None].expand_as(ranking.index)
-    return torch.stack([queries, ranking.index], dim=2).flatten(0, 1)
-
-
-def _ranked_anew(
-    found: Ranking, pairs: torch.Tensor, matched: torch.Tensor, num_texts: int, by_text: bool = False
-) -> Ranking:
-    """By the logit of "match" plus the cosine; `pairs` are sorted."""
-    wanted = _pairs(found)
-    if by_text:
-        wanted = wanted.flip(1)
-    place = torch.searchsorted(pairs[:, 0] * num_texts + pairs[:, 1], wanted[:, 0] * num_texts + wanted[:, 1])
-    scores = found.scores + matched[place].view_as(found.scores)
+def _ranked_anew(found: Ranking, matched: torch.Tensor) -> Ranking:
+    """By the logit of "match" plus the cosine."""
+    scores = found.scores + matched
     order = scores.argsort(dim=1, descending=True, stable=True)
     return Ranking(found.index.gather(1, order), scores.gather(1, order))
 

@@ -1,17 +1,24 @@
 """`Trainer`, told what is particular to BLIP-2: what decays, which losses there are, which epoch it is."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
+from transformers.trainer_utils import HubStrategy
 
 from ..data.callbacks import SetEpochCallback
 from ..data.pairs import ImageTextStream
+from ..model_card import CARD_NAME, PIPELINE_TAGS, write_model_card
 from ..modeling_pretraining import Blip2ForPreTraining
+from ..sharing import SharedOnHub
 from .arguments import Blip2Arguments
 from .layer_decay import split_by_scale, vision_layer_scales
 from .presets import describe_trained_parts, train_only, without_adapters
@@ -19,6 +26,9 @@ from .presets import describe_trained_parts, train_only, without_adapters
 
 # Beside biases and norms, which Trainer leaves out by itself; under PEFT the names go on after these
 WITHOUT_WEIGHT_DECAY = ("query_tokens.", "temperature.")
+# What an evaluation logs beside its scores
+_SPEED = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+_SETTINGS_IN_CARD = ("weight_decay", "preset", "vision_layer_decay", "gradient_caching_chunk_size")
 
 
 class Blip2Trainer(Seq2SeqTrainer):
@@ -33,7 +43,9 @@ class Blip2Trainer(Seq2SeqTrainer):
     - with `predict_with_generate`, metrics are given the new tokens, without the prompt;
     - [`~data.ImageTextPairs`] learn which epoch it is, and an [`~data.ImageTextStream`] that repeats is shared out
       among processes, each of which reads no more than its rows;
-    - `gradient_caching_chunk_size` of [`Stage1Arguments`] is heeded.
+    - `gradient_caching_chunk_size` of [`Stage1Arguments`] is heeded;
+    - with `push_to_hub`, checkpoints and what is pushed have the code with them, and a card with the settings of the
+      training and the last evaluation.
 
     Args:
         model ([`Blip2PreTrainedModel`]):
@@ -59,6 +71,10 @@ class Blip2Trainer(Seq2SeqTrainer):
         self._losses: dict[str, _MeanLosses] = {"train": _MeanLosses(), "eval": _MeanLosses()}
         if args.gradient_caching_chunk_size is not None and isinstance(self._bare_model(), Blip2ForPreTraining):
             self._bare_model().gradient_caching_enable(args.gradient_caching_chunk_size)
+        if args.push_to_hub:
+            for shared in (self._bare_model(), self.processing_class):
+                if isinstance(shared, SharedOnHub):
+                    shared.saves_code = True
 
     def _bare_model(self) -> nn.Module:
         return without_adapters(self.accelerator.unwrap_model(self.model))
@@ -154,6 +170,88 @@ class Blip2Trainer(Seq2SeqTrainer):
         losses = self._losses["eval"].take(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
         return output
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+    ):
+        r"""
+        Writes the model card into `output_dir`, unless there is one of yours. `push_to_hub` calls it, and passes its
+        keyword arguments on.
+
+        Args:
+            language (`str`, *optional*):
+                Code of the language of the texts.
+            license (`str`, *optional*):
+                Identifier of the licence.
+            tags (`str` or `list[str]`, *optional*):
+                More tags.
+            model_name (`str`, *optional*):
+                Name of the model, where there is no repository.
+            finetuned_from (`str` or `list[str]`, *optional*):
+                Ids of the models that it was made of. If it is not given, those that its configuration names.
+            dataset (`str` or `list[str]`, *optional*):
+                Ids of the data sets. One alone is also that of the evaluation.
+        """
+        if not self.is_world_process_zero():
+            return
+        settings = extract_hyperparameters_from_trainer(self)
+        settings |= {name: getattr(self.args, name) for name in _SETTINGS_IN_CARD}
+        optimizer = getattr(self.args.optim, "value", self.args.optim)
+        settings["optimizer"] = f"{optimizer}, betas {self.args.adam_beta1} and {self.args.adam_beta2}"
+        if self.args.bf16:
+            settings["mixed_precision_training"] = "bfloat16"
+        write_model_card(
+            self.args.output_dir,
+            self.accelerator.unwrap_model(self.model),
+            repo_id=self.hub_model_id or model_name,
+            language=language,
+            license=license,
+            datasets=dataset,
+            base_model=finetuned_from,
+            results=self._last_evaluation(),
+            training={name: value for name, value in settings.items() if value is not None},
+            tags=tags,
+        )
+
+    def _last_evaluation(self) -> dict[str, Any] | None:
+        for logs in reversed(self.state.log_history):
+            names = [name for name in logs if name.startswith("eval_") and name not in _SPEED]
+            if names:
+                settings = {name: logs[name] for name in ("step", "epoch") if name in logs}
+                if self.args.predict_with_generate:
+                    generation = ("generation_max_length", "generation_num_beams")
+                    settings |= {name: getattr(self.args, name) for name in generation}
+                return {
+                    "task": PIPELINE_TAGS[type(self._bare_model()).__name__],
+                    "scores": {name.removeprefix("eval_"): logs[name] for name in names},
+                    "settings": {name: value for name, value in settings.items() if value is not None},
+                }
+        return None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        card = Path(output_dir or self.args.output_dir) / CARD_NAME
+        before = card.read_bytes() if card.exists() else None
+        super()._save(output_dir, state_dict)
+        if not self.args.push_to_hub:
+            return
+        # PEFT writes a card of its own with each save, most of it blank
+        if before is not None:
+            card.write_bytes(before)
+        else:
+            card.unlink(missing_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            for file in Path(checkpoint_folder).glob("*.py"):
+                shutil.copyfile(file, Path(self.args.output_dir or ".") / file.name)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 class _MeanLosses:
