@@ -20,7 +20,7 @@ from tiny import (
 
 from blip2_hf import Blip2ForImageTextRetrieval, Blip2ForPreTraining
 from blip2_hf.data import cache_features, load_cached_features
-from blip2_hf.evaluation import TwoStageRetrieval
+from blip2_hf.evaluation import TwoStageRetrieval, retrieval_recall
 
 
 IMAGE = 60
@@ -136,11 +136,43 @@ def test_what_does_not_fit(model):
         model(**inputs, use_image_text_matching_head=True, all_pairs=False)
     with pytest.raises(ValueError, match="3 texts for 2 images"):
         model.get_matching_logits(**inputs)
+    with pytest.raises(ValueError, match="no temperature"):
+        model(**inputs, use_image_text_matching_head=True, use_temperature=True)
+    with pytest.raises(ValueError, match="all_pairs is for matching"):
+        model(**inputs, all_pairs=True)
+    with pytest.raises(ValueError, match="no images"):
+        model(**inputs | {"image_embeds": inputs["image_embeds"][:0]})
+    with pytest.raises(ValueError, match="41 tokens.*40 positions"):
+        model(image_embeds=inputs["image_embeds"], input_ids=torch.full((1, 41), 5))
     with pytest.raises(ValueError, match="use_qformer_text_input=True"):
         Blip2ForImageTextRetrieval(make_config(None))
 
 
+@torch.no_grad()
+def test_return_dict_false():
+    model, inputs = make_retrieval(), make_inputs(3)
+    expected = model(**inputs).logits_per_image
+    model.config.return_dict = False
+    close(model(**inputs)[0], expected)
+
+
 # Checkpoints
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_precision_are_told_apart(tmp_path, model, dtype):
+    model.save_pretrained(tmp_path)
+    half = Blip2ForImageTextRetrieval.from_pretrained(tmp_path, dtype=dtype)
+    assert half.itm_head.weight.dtype == half.vision_projection.weight.dtype == torch.float32
+    assert half.vision_model.embeddings.patch_embedding.weight.dtype == dtype
+    torch.manual_seed(0)
+    texts = torch.randint(4, 60, (64, 6))
+    image = make_inputs(2)["image_embeds"][:1]
+    logits = half(image_embeds=image, input_ids=texts, use_image_text_matching_head=True).logits_per_image
+    assert logits.dtype == torch.float32
+    assert len(logits[0, :, 1].unique()) == 64
+    close(logits, model(image_embeds=image, input_ids=texts, use_image_text_matching_head=True).logits_per_image, 0.2)
 
 
 @torch.no_grad()
@@ -302,6 +334,49 @@ def test_features_in_memory_on_the_disk_and_of_stage_1(model, collection, tmp_pa
     close(of_stage1.image_to_text.scores, expected.image_to_text.scores)
 
 
-def test_settings_that_do_not_fit(model):
+def test_recall(model, collection):
+    image_embeds, tokenizer, contrast, _ = collection
+    is_match = torch.rand(contrast.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    is_match[:, 0] = is_match[0] = True
+    rankings = TwoStageRetrieval(model, tokenizer, k=0, show_progress=False)(image_embeds, TEXTS)
+    assert rankings.recall(is_match) == retrieval_recall(contrast, is_match)
+    few = TwoStageRetrieval(model, tokenizer, k=0, show_progress=False)
+    rankings = few.compare(few.encode_images(image_embeds), few.encode_texts(TEXTS).features, k=5)
+    expected = retrieval_recall(contrast, is_match)
+    # Five of seven texts were ranked, and all five images
+    assert rankings.recall(is_match) == {
+        name: value for name, value in expected.items() if name != "image_to_text_r10"
+    }
+
+
+def test_the_model_is_left_as_it_was(model, collection):
+    image_embeds, tokenizer, *_ = collection
+    retrieval = TwoStageRetrieval(model.train(), tokenizer, k=2, show_progress=False)
+    retrieval(image_embeds, TEXTS)
+    assert model.training and not model.vision_model.encoder.training
+    features = retrieval.encode_images(image_embeds)
+    model.eval()
+    # No inference tensors: they can go into a graph
+    (torch.nn.Parameter(torch.ones(16)) * features).sum().backward()
+
+
+def test_settings_and_input_that_do_not_fit(model, collection):
+    image_embeds, tokenizer, *_ = collection
     with pytest.raises(ValueError, match="batch_size=0"):
-        TwoStageRetrieval(model, make_bert_tokenizer(), batch_size=0)
+        TwoStageRetrieval(model, tokenizer, batch_size=0)
+    retrieval = TwoStageRetrieval(model, tokenizer, k=2, show_progress=False)
+    with pytest.raises(ValueError, match="list of texts.*'a cat'"):
+        retrieval(image_embeds, "a cat")
+    with pytest.raises(ValueError, match="list of texts"):
+        retrieval(image_embeds, [])
+    with pytest.raises(ValueError, match="no images"):
+        retrieval(image_embeds[:0], TEXTS)
+    with pytest.raises(ValueError, match="5 images and 3 image_features"):
+        retrieval(image_embeds, TEXTS, image_features=retrieval.encode_images(image_embeds[:3]))
+    with pytest.raises(ValueError, match="0 to 4"):
+        retrieval.match(image_embeds, [[2, 3]], torch.tensor([[-1, 0]]))
+    with pytest.raises(ValueError, match="Features of images are not finite"):
+        retrieval(torch.full_like(image_embeds, float("nan")), TEXTS)
+    small = make_retrieval(qformer_config={**RETRIEVAL_QFORMER, "vocab_size": 40})
+    with pytest.raises(ValueError, match="vocabulary of 40"):
+        TwoStageRetrieval(small, tokenizer, show_progress=False)(image_embeds, TEXTS)

@@ -253,8 +253,8 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         input_ids, attention_mask = pad_right(input_ids, attention_mask)
         if not return_loss:
             # Of this process alone: others may be doing something else
-            image_features = self.get_image_features(image_embeds=image_embeds).pooler_output
-            text_features = self.get_text_features(input_ids, attention_mask).pooler_output
+            image_features = self.get_image_features(image_embeds=image_embeds, return_dict=True).pooler_output
+            text_features = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
             own = GlobalBatch([len(input_ids)], rank=0, length=input_ids.shape[1])
             return Blip2ForPreTrainingOutput(**self._compare(own, image_features, text_features))
         batch = GlobalBatch.of(len(input_ids), input_ids.shape[1], input_ids.device)

@@ -165,11 +165,11 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
             attention_output, attention_weights = self._attend(query, key, value, attention_mask, **kwargs)
         else:
             # Each set of images serves as many rows as the others
+            queries = (query,) if len(key_values) == 1 else query.chunk(len(key_values))
+            masks = _chunk_mask(attention_mask, len(key_values))
             attended = [
                 self._attend_to_images(rows, key, value, mask, **kwargs)
-                for rows, (key, value), mask in zip(
-                    query.chunk(len(key_values)), key_values, _chunk_mask(attention_mask, len(key_values)), strict=True
-                )
+                for rows, (key, value), mask in zip(queries, key_values, masks, strict=True)
             ]
             attention_output = torch.cat([output for output, _ in attended]) if len(attended) > 1 else attended[0][0]
             attention_weights = attended[0][1] if len(attended) == 1 else None
@@ -210,7 +210,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
 
 
 def _chunk_mask(attention_mask: torch.Tensor | None, chunks: int) -> tuple[torch.Tensor | None, ...]:
-    if attention_mask is None or attention_mask.shape[0] == 1:
+    if attention_mask is None or chunks == 1 or attention_mask.shape[0] == 1:
         return (attention_mask,) * chunks
     return attention_mask.chunk(chunks)
 

@@ -214,7 +214,7 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same texts without placeholders of images, all their padding behind them."""
-        image_token = self.config.image_token_index
+        image_token, limit = self.config.image_token_index, self.config.qformer_config.max_position_embeddings
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if image_token is not None:
@@ -224,6 +224,11 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
             length = max(int(attention_mask.sum(dim=1).max()), 1)
             input_ids, attention_mask = input_ids[:, :length], attention_mask[:, :length]
             input_ids = input_ids.masked_fill(attention_mask.eq(0), self.config.qformer_config.pad_token_id or 0)
+        if input_ids.shape[1] > limit:
+            raise ValueError(
+                f"A text has {input_ids.shape[1]} tokens, and the Q-Former {limit} positions: cut it, with "
+                f"tokenizer(..., truncation=True, max_length={limit})."
+            )
         return input_ids, attention_mask
 
 
@@ -289,12 +294,15 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
     >>> pixel_values = processor(images=["cat.jpg", "dog.jpg"], return_tensors="pt")["pixel_values"]
     >>> texts = processor.tokenizer(["a cat", "a dog", "a bus"], padding=True, return_tensors="pt")
     >>> similarity = model(pixel_values, texts.input_ids, texts.attention_mask).logits_per_image  # (2, 3)
-    >>> matching = model(pixel_values, texts.input_ids, texts.attention_mask, use_image_text_matching_head=True)
-    >>> probability = matching.logits_per_image.softmax(-1)[..., 1]  # (2, 3)
+    >>> matching = {"use_image_text_matching_head": True, "all_pairs": True}
+    >>> logits = model(pixel_values, texts.input_ids, texts.attention_mask, **matching).logits_per_image
+    >>> probability = logits.softmax(-1)[..., 1]  # (2, 3)
     ```"""
 
     main_input_name = "pixel_values"
     _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\.", r"^lm_head\."]
+    # Small, and what the scores are made with: in half precision near scores would be the same
+    _keep_in_fp32_modules_strict = ["vision_projection", "text_projection", "itm_head", "temperature"]
     # Learned before, or 0.07
     _keys_to_ignore_on_load_missing = [r"^temperature\.weight$"]
 
@@ -349,13 +357,19 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
             [`Blip2ForImageTextRetrievalOutput`].
 
         Raises:
-            ValueError: if not exactly one of `pixel_values` and `image_embeds` is given, there is no text, or pairs
-                are asked for of unequal numbers.
+            ValueError: if not exactly one of `pixel_values` and `image_embeds` is given, there is no text or no image,
+                a text is longer than the Q-Former's positions, or an option is given that says nothing.
         """
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
-        if input_ids is None:
+        if input_ids is None or len(input_ids) == 0:
             raise ValueError("Give input_ids, the texts. For images alone there is get_image_features.")
+        if len(image_embeds if pixel_values is None else pixel_values) == 0:
+            raise ValueError("There are no images. For texts alone there is get_text_features.")
+        if use_temperature and use_image_text_matching_head:
+            raise ValueError("use_temperature=True is for contrast: matching has no temperature.")
+        if all_pairs is not None and not use_image_text_matching_head:
+            raise ValueError("all_pairs is for matching: contrast always compares all pairs.")
         vision_outputs = None
         if pixel_values is not None:
             vision_outputs = self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs)
@@ -367,8 +381,8 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
         return Blip2ForImageTextRetrievalOutput(**outputs)
 
     def _forward_contrast(self, image_embeds, input_ids, attention_mask, use_temperature, **kwargs) -> dict[str, Any]:
-        image_features = self.get_image_features(image_embeds=image_embeds).pooler_output
-        text_outputs = self.get_text_features(input_ids, attention_mask, **kwargs)
+        image_features = self.get_image_features(image_embeds=image_embeds, return_dict=True).pooler_output
+        text_outputs = self.get_text_features(input_ids, attention_mask, **{**kwargs, "return_dict": True})
         similarity = image_text_similarity(image_features, text_outputs.pooler_output)
         if use_temperature:
             similarity = self.temperature(similarity)

@@ -204,7 +204,7 @@ def _which_language_model(weights: StateDict, report: ConversionReport) -> str:
     if projection is None:
         return ""
     kind = next((kind for name, kind in LANGUAGE_MODEL_TYPES.items() if name in report.taken), "")
-    name = LANGUAGE_MODELS.get((kind, projection.shape[0]), f"a {kind.upper()} that LAVIS has not published")
+    name = LANGUAGE_MODELS.get((kind, projection.shape[0]), "none that LAVIS has published")
     return f" (by its width, {projection.shape[0]}: {name})"
 
 

@@ -6,7 +6,8 @@ An image's keys and values are computed once, however many texts it is matched w
 for are matched once. Texts of like lengths are matched together, no longer than the longest of them.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,31 @@ class TwoStageRankings:
     image_to_text: Ranking
     text_to_image: Ranking
 
+    def recall(self, is_match: torch.Tensor, k: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+        r"""
+        Recall at k, both ways: the share of images with a text of theirs among the first k, and of texts.
+
+        Args:
+            is_match (`torch.BoolTensor` of shape `(num_images, num_texts)`):
+                Which belong together.
+            k (`tuple[int, ...]`, *optional*, defaults to `(1, 5, 10)`):
+                How many of the first count. A number is left out where fewer were ranked, unless these are all.
+
+        Returns:
+            `dict[str, float]`: `image_to_text_r1`, `text_to_image_r1` and so on, between 0 and 1.
+        """
+        recall = {}
+        directions = {
+            "image_to_text": (self.image_to_text, is_match),
+            "text_to_image": (self.text_to_image, is_match.T),
+        }
+        for name, (ranking, right) in directions.items():
+            found = right.gather(1, ranking.index)
+            for count in k:
+                if count <= found.shape[1] or found.shape[1] == right.shape[1]:
+                    recall[f"{name}_r{count}"] = found[:, :count].any(dim=1).double().mean().item()
+        return recall
+
 
 @dataclass
 class EncodedTexts:
@@ -73,6 +99,22 @@ class EncodedTexts:
 
     input_ids: list[list[int]]
     features: torch.Tensor
+
+
+def _in_eval_mode(method: Callable) -> Callable:
+    """Without dropout and without a graph; the model is left as it was."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return method(self, *args, **kwargs)
+        finally:
+            self.model.train(training)
+
+    return run
 
 
 class TwoStageRetrieval:
@@ -96,11 +138,12 @@ class TwoStageRetrieval:
     Example:
 
     ```python
-    >>> from blip2_hf.evaluation import TwoStageRetrieval, retrieval_recall
+    >>> from blip2_hf.evaluation import TwoStageRetrieval
 
     >>> retrieval = TwoStageRetrieval(model, processor.tokenizer, k=128)
     >>> rankings = retrieval(load_cached_features("features"), captions)
     >>> rankings.image_to_text.index[0]  # the captions of image 0, the best first
+    >>> rankings.recall(is_match)
     ```"""
 
     def __init__(
@@ -114,14 +157,14 @@ class TwoStageRetrieval:
     ):
         if k < 0 or batch_size < 1:
             raise ValueError(f"k={k}, batch_size={batch_size}: k is at least 0, batch_size at least 1.")
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.k = k
         self.batch_size = batch_size
         self.max_length = max_length
         self.show_progress = show_progress
 
-    @torch.inference_mode()
+    @_in_eval_mode
     def __call__(
         self,
         images: torch.Tensor | datasets.Dataset | Sequence[torch.Tensor],
@@ -147,6 +190,8 @@ sequence of `torch.Tensor`):
             texts = self.encode_texts(texts)
         if image_features is None:
             image_features = self.encode_images(images)
+        if len(image_features) != len(images):
+            raise ValueError(f"There are {len(images)} images and {len(image_features)} image_features: as many.")
         found = self.compare(image_features, texts.features)
         if self.k == 0:
             return found
@@ -160,7 +205,7 @@ sequence of `torch.Tensor`):
         rankings = zip((found.image_to_text, found.text_to_image), scores, strict=True)
         return TwoStageRankings(*(_ranked_anew(ranking, added) for ranking, added in rankings))
 
-    @torch.inference_mode()
+    @_in_eval_mode
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         r"""
         Args:
@@ -170,17 +215,22 @@ sequence of `torch.Tensor`):
         Returns:
             [`EncodedTexts`]: on the CPU.
         """
+        if isinstance(texts, str) or len(texts) == 0:
+            raise ValueError(f"A list of texts was expected, at least one; got {texts!r}.")
         input_ids = self.tokenizer(
             list(texts), truncation=True, max_length=self.max_length, return_attention_mask=False
         )["input_ids"]
+        self._check_vocabulary(input_ids)
         order = sorted(range(len(input_ids)), key=lambda i: len(input_ids[i]))
         parts = []
         for start in self._progress(range(0, len(order), self.batch_size), "Texts"):
             ids, mask = self._pad([input_ids[i] for i in order[start : start + self.batch_size]])
-            parts.append(self.model.get_text_features(ids, mask).pooler_output.cpu())
-        return EncodedTexts(input_ids, torch.cat(parts)[torch.tensor(order).argsort()])
+            parts.append(self.model.get_text_features(ids, mask, return_dict=True).pooler_output.cpu())
+        features = torch.cat(parts)[torch.tensor(order).argsort()]
+        _check_finite(features, "Features of texts")
+        return EncodedTexts(input_ids, features)
 
-    @torch.inference_mode()
+    @_in_eval_mode
     def encode_images(self, images: torch.Tensor | datasets.Dataset | Sequence[torch.Tensor]) -> torch.Tensor:
         r"""
         Args:
@@ -190,13 +240,20 @@ sequence of `torch.Tensor`):
         Returns:
             `torch.FloatTensor` of shape `(num_images, num_query_tokens, image_text_hidden_size)`: on the CPU.
         """
-        starts = self._progress(range(0, len(images), self.batch_size), "Images")
-        rows = (range(start, min(start + self.batch_size, len(images))) for start in starts)
-        parts = [self.model.get_image_features(image_embeds=self._read(images, part)).pooler_output for part in rows]
-        return torch.cat([part.cpu() for part in parts])
+        if len(images) == 0:
+            raise ValueError("There are no images.")
+        parts = []
+        for start in self._progress(range(0, len(images), self.batch_size), "Images"):
+            embeds = self._read(images, range(start, min(start + self.batch_size, len(images))))
+            parts.append(self.model.get_image_features(image_embeds=embeds, return_dict=True).pooler_output.cpu())
+        features = torch.cat(parts)
+        _check_finite(features, "Features of images")
+        return features
 
-    @torch.inference_mode()
-    def compare(self, image_features: torch.Tensor, text_features: torch.Tensor) -> TwoStageRankings:
+    @_in_eval_mode
+    def compare(
+        self, image_features: torch.Tensor, text_features: torch.Tensor, k: int | None = None
+    ) -> TwoStageRankings:
         r"""
         By contrast alone.
 
@@ -205,22 +262,25 @@ sequence of `torch.Tensor`):
                 What [`~TwoStageRetrieval.encode_images`] returned.
             text_features (`torch.Tensor` of shape `(num_texts, image_text_hidden_size)`):
                 Features of texts.
+            k (`int`, *optional*):
+                How many of the first are kept, 0 for all; that of the constructor if it is not given.
 
         Returns:
-            [`TwoStageRankings`]: the first `k` of each (all, with `k=0`), by the cosine.
+            [`TwoStageRankings`]: the first `k` of each, by the cosine.
         """
+        k = self.k if k is None else k
         device = self.model.device
         text_features = text_features.to(device)
         chunks = image_features.split(self.batch_size)
         similarity = torch.cat([image_text_similarity(chunk.to(device), text_features).cpu() for chunk in chunks])
         rankings = []
         for scores in (similarity, similarity.T):
-            count = min(self.k, scores.shape[1]) if self.k else scores.shape[1]
+            count = min(k, scores.shape[1]) if k else scores.shape[1]
             best = scores.topk(count, dim=1)
             rankings.append(Ranking(best.indices, best.values))
         return TwoStageRankings(*rankings)
 
-    @torch.inference_mode()
+    @_in_eval_mode
     def match(
         self,
         images: torch.Tensor | datasets.Dataset | Sequence[torch.Tensor],
@@ -241,6 +301,8 @@ sequence of `torch.Tensor`):
         Returns:
             `torch.FloatTensor` of shape `(num_pairs,)`: on the CPU.
         """
+        if len(pairs) and (int(pairs.min()) < 0 or int(pairs[:, 0].max()) >= len(images)):
+            raise ValueError(f"pairs name images that are not there: 0 to {len(images) - 1} was expected.")
         scores = torch.empty(len(pairs))
         by_image: dict[int, list[int]] = {}
         texts = pairs[:, 1].tolist()
@@ -260,6 +322,7 @@ sequence of `torch.Tensor`):
                     logits = self.model.get_matching_logits(ids, mask, image_key_values=key_values)
                     scores[chunk] = logits[:, 1].float().cpu()
                     bar.update(len(chunk))
+        _check_finite(scores, "Scores of pairs")
         return scores
 
     def _read(self, images: Any, rows: Sequence[int]) -> torch.Tensor:
@@ -271,6 +334,14 @@ sequence of `torch.Tensor`):
         else:
             embeds = torch.stack([torch.as_tensor(images[row]) for row in rows])
         return embeds.to(self.model.device)
+
+    def _check_vocabulary(self, input_ids: list[list[int]]):
+        size, highest = self.model.config.qformer_config.vocab_size, max(max(ids, default=0) for ids in input_ids)
+        if highest >= size:
+            raise ValueError(
+                f"The tokenizer gave the token {highest}, and the Q-Former has a vocabulary of {size}: give the "
+                "Q-Former's tokenizer, not that of a language model."
+            )
 
     def _pad(self, input_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.model.device
@@ -285,6 +356,13 @@ sequence of `torch.Tensor`):
 
     def _bar(self, total: int, name: str):
         return logging.tqdm(total=total, desc=name, unit="pair", disable=not self.show_progress)
+
+
+def _check_finite(values: torch.Tensor, what: str):
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"{what} are not finite: let the model compute in bfloat16 or float32, and look at its input."
+        )
 
 
 def _ranked_anew(found: Ranking, matched: torch.Tensor) -> Ranking:

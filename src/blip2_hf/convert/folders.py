@@ -1,0 +1,106 @@
+"""Folders of checkpoints: read in whatever format they have, and written whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
+from ..modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model, Blip2PreTrainedModel
+from ..modeling_pretraining import Blip2ForPreTraining
+from ..modeling_retrieval import Blip2ForImageTextRetrieval
+from .instructblip import InstructBlipConfig, load_instructblip_checkpoint
+from .reading import enumerate_names
+
+
+# By the architecture that a config.json names; transformers has some of these too
+CLASSES: dict[str, type[Blip2PreTrainedModel]] = {
+    "Blip2ForConditionalGeneration": Blip2ForConditionalGeneration,
+    "Blip2ForPreTraining": Blip2ForPreTraining,
+    "Blip2ForImageTextRetrieval": Blip2ForImageTextRetrieval,
+    "Blip2HfModel": Blip2Model,
+}
+# What transformers' checkpoints have not
+NEW_IN_OURS = {"temperature.weight"}
+
+
+def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedModel, list[str]]:
+    r"""
+    Loads a checkpoint of this library, of transformers' BLIP-2 or of its InstructBLIP, in the class and the precision
+    that it was saved in.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`):
+            A folder or an id on the Hub.
+
+    Returns:
+        `tuple` of the model and the names of the tensors that it has no place for.
+
+    Raises:
+        ValueError: if it is something else, or lacks weights.
+    """
+    content, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    model_type, architecture = content.get("model_type"), (content.get("architectures") or ["no class"])[0]
+    if model_type == InstructBlipConfig.model_type:
+        return load_instructblip_checkpoint(name_or_path), []
+    if model_type not in (Blip2Config.model_type, TRANSFORMERS_MODEL_TYPE):
+        raise ValueError(f"{name_or_path} is of type {model_type!r}: a BLIP-2 or an InstructBLIP was expected.")
+    # transformers' Blip2Model has a language model, and ours none: they share no name here
+    model_class = CLASSES.get(architecture) or CLASSES.get(architecture.replace("Blip2Hf", "Blip2"))
+    if model_class is None:
+        raise ValueError(f"{name_or_path} holds {architecture}: one of {', '.join(CLASSES)} was expected.")
+    loaded: Any = model_class.from_pretrained(name_or_path, output_loading_info=True)
+    model, info = loaded
+    if missing := sorted({str(name) for name in info["missing_keys"]} - NEW_IN_OURS):
+        raise ValueError(f"{name_or_path} lacks {len(missing)} weights: {enumerate_names(missing)}.")
+    return model, sorted(str(name) for name in info["unexpected_keys"])
+
+
+def check_output(output: str | os.PathLike, overwrite: bool):
+    r"""
+    Refuses an output that is there already.
+
+    Args:
+        output (`str` or `os.PathLike`):
+            The folder that is to be written.
+        overwrite (`bool`):
+            Whether the folder of a model may be replaced.
+
+    Raises:
+        ValueError: if it may not.
+    """
+    path = Path(output)
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{output} is there already: give another --output, or --overwrite to replace it.")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file()):
+        raise ValueError(f"{output} is not the folder of a model, and is not replaced: give another --output.")
+
+
+@contextmanager
+def whole_folder(output: str | os.PathLike) -> Iterator[Path]:
+    r"""
+    A new folder beside `output`, which takes its place once all is written; nothing is left of it if that fails.
+
+    Args:
+        output (`str` or `os.PathLike`):
+            The folder that is to be written; what is there is replaced.
+    """
+    target = Path(output).resolve()
+    part, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("part", "old"))
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if target.exists():
+            os.replace(target, old)
+        os.replace(part, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

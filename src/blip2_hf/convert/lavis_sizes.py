@@ -1,0 +1,114 @@
+"""The sizes of a BLIP-2 of LAVIS's, from the shapes of its tensors."""
+
+import copy
+import math
+import re
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+
+from ..configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+from .reading import StateDict
+
+
+# Heads of the towers that LAVIS has, which shapes do not tell, by (is a CLIP, width)
+TOWER_HEADS = {(False, 1408): 16, (True, 1024): 16}
+QFORMER_HEAD_DIM = 64
+
+
+class Shapes(dict):
+    """Shapes of tensors by name."""
+
+    @classmethod
+    def of(cls, weights: StateDict) -> "Shapes":
+        return cls({name: tuple(tensor.shape) for name, tensor in weights.items()})
+
+    def __missing__(self, name: str):
+        raise ValueError(f"{name} is not in the file, so its sizes cannot be read: give a whole checkpoint.")
+
+    def num_layers(self, prefix: str) -> int:
+        return 1 + max(self.layers_with(prefix, ""), default=-1)
+
+    def layers_with(self, prefix: str, part: str) -> list[int]:
+        """Indices of the layers that have a parameter whose name goes on with `part`."""
+        matches = (re.match(rf"{re.escape(prefix)}\.(\d+)\.{re.escape(part)}", name) for name in self)
+        return sorted({int(match[1]) for match in matches if match})
+
+
+def config_from_shapes(
+    weights: StateDict, tower: PreTrainedModel | None, language_model: PreTrainedModel | None
+) -> Blip2Config:
+    """The configuration of a model of these weights and parts."""
+    shapes = Shapes.of(weights)
+    sizes = {"num_query_tokens": shapes["query_tokens.weight"][1]}
+    if "vision_projection.weight" in shapes:
+        sizes["image_text_hidden_size"] = shapes["vision_projection.weight"][0]
+    return Blip2Config(
+        vision_config=vision_config_from_shapes(shapes) if tower is None else copy.deepcopy(tower.config),
+        qformer_config=_qformer_config_from_shapes(shapes),
+        text_config=None if language_model is None else copy.deepcopy(language_model.config),
+        **sizes,
+    )
+
+
+def vision_config_from_shapes(shapes: Shapes, config: Blip2VisionConfig | None = None) -> Blip2VisionConfig:
+    """The configuration of a tower in a BLIP-2, or `config` with the image size of its position embeddings."""
+    width, _, patch_size, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
+    num_patches = shapes["vision_model.embeddings.position_embedding"][1] - 1
+    image_size = math.isqrt(num_patches) * patch_size
+    if config is not None:
+        return Blip2VisionConfig(**(config.to_dict() | {"image_size": image_size}))
+    is_clip = "vision_model.pre_layernorm.weight" in shapes
+    if (is_clip, width) not in TOWER_HEADS:
+        raise ValueError(
+            f"The tower is {width} wide, which is neither EVA-CLIP ViT-g (1408) nor CLIP ViT-L (1024): how many heads "
+            "it has cannot be told. Give a config."
+        )
+    make = Blip2VisionConfig.clip_vit_l if is_clip else Blip2VisionConfig
+    return make(
+        hidden_size=width,
+        intermediate_size=shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=shapes.num_layers("vision_model.encoder.layers"),
+        num_attention_heads=TOWER_HEADS[is_clip, width],
+        image_size=image_size,
+        patch_size=patch_size,
+    )
+
+
+def _qformer_config_from_shapes(shapes: Shapes) -> Blip2QFormerConfig:
+    layers = "qformer.encoder.layer"
+    width = shapes["query_tokens.weight"][-1]
+    if width % QFORMER_HEAD_DIM:
+        raise ValueError(
+            f"The Q-Former is {width} wide, no multiple of the {QFORMER_HEAD_DIM} that BERT's heads have: how many "
+            "heads it has cannot be told. Give a config."
+        )
+    num_layers = shapes.num_layers(layers)
+    cross_layers = shapes.layers_with(layers, "crossattention.")
+    sizes = {"use_qformer_text_input": bool(shapes.layers_with(layers, "intermediate."))}
+    if "embeddings.word_embeddings.weight" in shapes:
+        # [DEC] is the last of LAVIS's vocabulary
+        sizes["vocab_size"] = shapes["embeddings.word_embeddings.weight"][0]
+        sizes["bos_token_id"] = sizes["vocab_size"] - 1
+        sizes["max_position_embeddings"] = shapes["embeddings.position_embeddings.weight"][0]
+    return Blip2QFormerConfig(
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // QFORMER_HEAD_DIM,
+        intermediate_size=shapes[f"{layers}.0.intermediate_query.dense.weight"][0],
+        cross_attention_frequency=cross_layers[1] if len(cross_layers) > 1 else max(num_layers, 1),
+        encoder_hidden_size=shapes[f"{layers}.0.crossattention.attention.key.weight"][1],
+        **sizes,
+    )
+
+
+def config_with_parts(
+    config: Blip2Config, tower: PreTrainedModel | None, language_model: PreTrainedModel | None
+) -> Blip2Config:
+    """A copy of the configuration, with those of the parts in their places."""
+    parts: dict[str, Any] = {}
+    if tower is not None:
+        parts |= {"vision_config": copy.deepcopy(tower.config), "has_vision_tower": True}
+    if language_model is not None:
+        parts["text_config"] = copy.deepcopy(language_model.config)
+    return Blip2Config(**(config.to_dict() | parts)) if parts else copy.deepcopy(config)

@@ -1,0 +1,200 @@
+"""The vision towers of LAVIS, from its own files of them and from transformers' CLIP."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import PreTrainedModel
+
+from ..configuration_blip2 import Blip2Config, Blip2VisionConfig, TransformersBlip2VisionConfig
+from ..modeling_vision import Blip2VisionModel
+from ..parts import load_tower
+from .lavis_names import ConversionReport, convert_lavis_state_dict
+from .lavis_sizes import Shapes, vision_config_from_shapes
+from .reading import StateDict, enumerate_names, read_state_dict
+
+
+PREFIX = "visual_encoder."
+# Blocks that LAVIS keeps of the towers that it has, by (is a CLIP, width): all but the last
+DEPTHS = {(False, 1408): 39, (True, 1024): 23}
+# What a tower has behind its blocks, and why it stays there
+BEHIND_THE_BLOCKS = (
+    (r"(norm|fc_norm|ln_post)\.(weight|bias)", "a LayerNorm behind the blocks: LAVIS takes what is before it"),
+    (r"head\.(weight|bias)|proj", "the projection to CLIP's own space, which BLIP-2 has no use for"),
+)
+# A parameter of transformers' CLIP, and its name here; queries, keys and values are joined after that
+CLIP_RENAMINGS = (
+    (r"embeddings\.(class_embedding|patch_embedding\.weight)", r"embeddings.\1"),
+    (r"embeddings\.position_embedding\.weight", r"embeddings.position_embedding"),
+    (r"pre_layrnorm\.(weight|bias)", r"pre_layernorm.\1"),
+    (r"(encoder\.layers\.\d+\.self_attn)\.out_proj\.(weight|bias)", r"\1.projection.\2"),
+    (r"(encoder\.layers\.\d+\.(?:layer_norm[12]|mlp\.fc[12])\.(?:weight|bias))", r"\1"),
+)
+
+
+def load_lavis_tower(
+    path_or_state_dict: str | os.PathLike | Mapping[str, Any], config: Blip2VisionConfig | None = None
+) -> Blip2VisionModel:
+    r"""
+    Loads a vision tower from LAVIS's own file of it, `eva_vit_g.pth` or `clip_vit_L.pth`: the blocks that BLIP-2 takes
+    (all but the last), and nothing that is behind them.
+
+    Args:
+        path_or_state_dict (`str`, `os.PathLike` or `dict`):
+            The file, of which only tensors and plain values are read, or the state dict that is in it.
+        config ([`Blip2VisionConfig`], *optional*):
+            Sizes, where the tower is neither of the two. If its `image_size` is not that of the file, the position
+            embeddings are interpolated, as LAVIS does.
+
+    Returns:
+        [`Blip2VisionModel`]: in eval mode. The LayerNorm behind it, which BLIP-2 trains, is new.
+
+    Raises:
+        ValueError: if the file holds something else.
+
+    Example:
+
+    ```python
+    >>> from blip2_hf import Blip2ForPreTraining
+    >>> from blip2_hf.convert import load_lavis_tower
+
+    >>> tower = load_lavis_tower("eva_vit_g.pth")
+    >>> model = Blip2ForPreTraining.from_encoders_pretrained(tower, "google-bert/bert-base-uncased")
+    ```"""
+    return _load(path_or_state_dict, config)[0]
+
+
+def load_tower_for_lavis(
+    vision_model: str | os.PathLike | PreTrainedModel, config: Blip2Config | None
+) -> tuple[PreTrainedModel, ConversionReport | None]:
+    """A tower whose output is what LAVIS takes, and what became of its file where it is one of LAVIS's."""
+    vision_config = None if config is None else config.vision_config
+    if not isinstance(vision_config, Blip2VisionConfig):
+        vision_config = None
+    if isinstance(vision_model, (str, os.PathLike)) and os.path.isfile(vision_model):
+        return _load(vision_model, vision_config)
+    tower = load_tower(vision_model)
+    if isinstance(tower.config, TransformersBlip2VisionConfig):
+        raise ValueError(
+            "vision_model is transformers' Blip2VisionModel, which applies the LayerNorm that the file has too. Give "
+            "the same checkpoint as blip2_hf loads it: vision_model=blip2_hf.Blip2Model.from_pretrained(...)."
+        )
+    if tower.config.model_type == "clip_vision_model" and _is_whole(tower, vision_config):
+        tower = tower_from_clip(tower)
+        if vision_config is not None:
+            resize_tower(tower, vision_config.image_size)
+    return tower, None
+
+
+def _is_whole(clip: PreTrainedModel, config: Blip2VisionConfig | None) -> bool:
+    """Whether a CLIP still has the block that BLIP-2 leaves out."""
+    depth = DEPTHS.get((True, clip.config.hidden_size)) if config is None else config.num_hidden_layers
+    return depth is not None and clip.config.num_hidden_layers == depth + 1
+
+
+def _load(path_or_state_dict, config: Blip2VisionConfig | None) -> tuple[Blip2VisionModel, ConversionReport]:
+    state_dict = read_state_dict(path_or_state_dict)
+    depth = _depth(state_dict) if config is None else config.num_hidden_layers
+    left: dict[str, str] = {}
+    for name in state_dict:
+        block = re.match(r"(?:transformer\.res)?blocks\.(\d+)\.", name)
+        if block and int(block[1]) >= depth:
+            left[name] = f"LAVIS takes the output of block {depth - 1}"
+        for pattern, why in BEHIND_THE_BLOCKS:
+            if re.fullmatch(pattern, name):
+                left[name] = why
+    kept = {PREFIX + name: tensor for name, tensor in state_dict.items() if name not in left}
+    weights, report = convert_lavis_state_dict(kept)
+    weights = {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()}
+    report.taken = {name.removeprefix(PREFIX): new_name for name, new_name in report.taken.items()}
+    report.left = left
+    own = vision_config_from_shapes(Shapes.of({f"vision_model.{k}": v for k, v in weights.items()}), config)
+    tower = _make(own, weights)
+    if config is not None and config.image_size != own.image_size:
+        resize_tower(tower, config.image_size)
+        report.reshaped["vision_model.embeddings.position_embedding"] = (
+            f"interpolated from {own.image_size} to {config.image_size} pixels"
+        )
+    return tower, report
+
+
+def _depth(state_dict: StateDict) -> int:
+    embedding = state_dict.get("cls_token", state_dict.get("class_embedding"))
+    width = None if embedding is None else embedding.shape[-1]
+    depth = DEPTHS.get(("class_embedding" in state_dict, width))
+    if depth is None:
+        raise ValueError(
+            f"A file of EVA-CLIP ViT-g (1408 wide) or CLIP ViT-L (1024 wide) was expected as vision_model, but this "
+            f"has {f'a width of {width}' if width else enumerate_names(sorted(state_dict), 5)}. Give a config."
+        )
+    return depth
+
+
+def _make(config: Blip2VisionConfig, weights: StateDict) -> Blip2VisionModel:
+    """A tower of these weights, which are all that it has."""
+    with no_init_weights():
+        tower = Blip2VisionModel(config)
+    tower.post_layernorm.reset_parameters()
+    expected = {name: p for name, p in tower.state_dict().items() if not name.startswith("post_layernorm.")}
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise ValueError(f"{len(missing)} parameters of the tower are not in the file: {enumerate_names(missing)}.")
+    differing = [
+        f"{name} {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
+        for name, tensor in weights.items()
+        if name not in expected or tensor.shape != expected[name].shape
+    ]
+    if differing:
+        raise ValueError(
+            f"{len(differing)} tensors of the tower have other shapes than its config: {enumerate_names(differing)}."
+        )
+    tower.load_state_dict(weights, strict=False)
+    return tower.eval()
+
+
+@torch.no_grad()
+def tower_from_clip(clip: PreTrainedModel) -> Blip2VisionModel:
+    """transformers' CLIP as the tower that LAVIS makes of it: the same numbers, without the last block."""
+    given = {name.removeprefix("vision_model."): tensor for name, tensor in clip.state_dict().items()}
+    depth = clip.config.num_hidden_layers - 1
+    weights: StateDict = {}
+    for name, tensor in given.items():
+        for pattern, new_name in CLIP_RENAMINGS:
+            if match := re.fullmatch(pattern, name):
+                weights[match.expand(new_name)] = tensor
+    weights = {k: v for k, v in weights.items() if not k.startswith(f"encoder.layers.{depth}.")}
+    for index in range(depth):
+        attention = f"encoder.layers.{index}.self_attn"
+        for kind in ("weight", "bias"):
+            weights[f"{attention}.qkv.{kind}"] = torch.cat([given[f"{attention}.{x}_proj.{kind}"] for x in "qkv"])
+    for name in ("class_embedding", "position_embedding"):
+        weights[f"embeddings.{name}"] = weights[f"embeddings.{name}"].reshape(1, -1, clip.config.hidden_size)
+    weight = weights["embeddings.patch_embedding.weight"]
+    weights["embeddings.patch_embedding.bias"] = weight.new_zeros(len(weight))
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size", "hidden_act")
+    sizes = {name: getattr(clip.config, name) for name in (*names, "layer_norm_eps")}
+    return _make(Blip2VisionConfig.clip_vit_l(num_hidden_layers=depth, **sizes), weights).to(clip.dtype)
+
+
+@torch.no_grad()
+def resize_tower(tower: Blip2VisionModel, image_size: int):
+    r"""
+    Makes a tower one for images of another size: its position embeddings are interpolated, as they would be at each
+    image of that size.
+
+    Args:
+        tower ([`Blip2VisionModel`]):
+            The tower. It is changed.
+        image_size (`int`):
+            Side of the images in pixels.
+    """
+    embeddings = tower.embeddings
+    positions = embeddings.interpolate_pos_encoding(embeddings.position_embedding, image_size, image_size)
+    trained = embeddings.position_embedding.requires_grad
+    embeddings.position_embedding = nn.Parameter(positions.clone(), requires_grad=trained)
+    embeddings.image_size = tower.config.image_size = image_size
+    embeddings.num_patches = positions.shape[1] - 1
+    embeddings.num_positions = positions.shape[1]

@@ -1,0 +1,123 @@
+"""The image side of BLIP-2 as one graph, for serving: pictures in, soft prompts or features out."""
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from .configuration_blip2 import Blip2Config
+from .modeling_blip2 import Blip2ForConditionalGeneration, Blip2PreTrainedModel
+from .modeling_retrieval import Blip2ImageTextPreTrainedModel
+
+
+FORMATS = {"torch": ".pt2", "onnx": ".onnx"}
+INPUT, OUTPUT = "pixel_values", "image_features"
+
+
+class ImageEncoder(nn.Module):
+    r"""
+    The tower, the Q-Former and the projection of a model, and nothing else of it.
+
+    Args:
+        model ([`Blip2ForConditionalGeneration`], [`Blip2ForPreTraining`] or [`Blip2ForImageTextRetrieval`]):
+            The model. Its parts are shared.
+
+    Raises:
+        ValueError: if it is another, or has no tower.
+    """
+
+    def __init__(self, model: Blip2PreTrainedModel):
+        super().__init__()
+        self.is_retrieval = isinstance(model, Blip2ImageTextPreTrainedModel)
+        if not self.is_retrieval and not isinstance(model, Blip2ForConditionalGeneration):
+            raise ValueError(
+                f"{type(model).__name__} has no projection: give a model with a language model, or heads."
+            )
+        config: Blip2Config = model.config
+        if not config.has_vision_tower:
+            raise ValueError("The model has no vision tower: call attach_vision_tower first.")
+        self.vision_model = model.vision_model
+        self.query_tokens = model.query_tokens
+        self.qformer = model.qformer
+        self.projection = model.vision_projection if self.is_retrieval else model.language_projection
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        layernorm = self.vision_model.post_layernorm
+        image_embeds = self.vision_model(pixel_values).last_hidden_state.to(layernorm.weight.dtype)
+        queries = self.qformer(
+            query_embeds=self.query_tokens(pixel_values.shape[0]), encoder_hidden_states=layernorm(image_embeds)
+        ).last_hidden_state
+        features = self.projection(queries.to(self.projection.weight.dtype))
+        return normalize(features, dim=-1) if self.is_retrieval else features
+
+
+def check_format(path: str | os.PathLike, format: str | None = None) -> str:
+    """The format that a file is to have, if it is known and what it needs is installed."""
+    suffix = Path(path).suffix
+    found = format or next((name for name, ending in FORMATS.items() if suffix == ending), None)
+    if found not in FORMATS:
+        endings = " or ".join(FORMATS.values())
+        raise ValueError(f"{path}: a name that ends in {endings} was expected, or a format of {', '.join(FORMATS)}.")
+    if found == "onnx" and not all(find_spec(name) for name in ("onnx", "onnxscript")):
+        raise ImportError('ONNX needs onnx and onnxscript: pip install "blip2-hf[export]".')
+    return found
+
+
+@torch.no_grad()
+def export_image_encoder(
+    model: Blip2PreTrainedModel, path: str | os.PathLike, format: str | None = None, image_size: int | None = None
+):
+    r"""
+    Writes what `get_image_features(pixel_values).pooler_output` computes as one graph: input `pixel_values` of shape
+    `(batch_size, channels, image_size, image_size)` with any `batch_size`, output `image_features`. Of a
+    [`Blip2ForConditionalGeneration`] these are soft prompts of shape
+    `(batch_size, num_query_tokens, language model hidden_size)`, which `generate(image_features=...)` takes; of the
+    models that compare images with texts, features of shape `(batch_size, num_query_tokens, image_text_hidden_size)`.
+
+    Args:
+        model ([`Blip2ForConditionalGeneration`], [`Blip2ForPreTraining`] or [`Blip2ForImageTextRetrieval`]):
+            The model, in the precision that the graph is to have. A Q-Former that reads the question is given none.
+        path (`str` or `os.PathLike`):
+            The file. The weights of ONNX go beside it, to the same name with `.data` behind it.
+        format (`str`, *optional*):
+            `"torch"` (torch.export) or `"onnx"`. Told by the ending of `path`, `.pt2` or `.onnx`, if it is not given.
+        image_size (`int`, *optional*):
+            Side of the pictures in pixels; that of the tower if it is not given.
+
+    Raises:
+        ValueError: if the format or the model is another.
+        ImportError: if ONNX is asked for and is not installed.
+    """
+    format = check_format(path, format)
+    encoder = ImageEncoder(model).eval()
+    config = model.config.vision_config
+    size = image_size or getattr(config, "image_size", None) or 224
+    parameter = next(model.vision_model.parameters())
+    # Two: a batch of one would be taken for a constant
+    picture = torch.zeros(
+        2, getattr(config, "num_channels", 3), size, size, dtype=parameter.dtype, device=parameter.device
+    )
+    program = torch.export.export(encoder, (picture,), dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}})
+    _write(program, Path(path), format)
+
+
+def _write(program: torch.export.ExportedProgram, path: Path, format: str):
+    """Into a folder beside `path` first, under the same names: an ONNX tells the name of the file of its weights."""
+    folder = path.parent / f".{path.name}.part-{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        file = folder / path.name
+        if format == "torch":
+            torch.export.save(program, file)
+        else:
+            onnx = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
+            onnx.save(file, external_data=True)
+        # Weights first: the graph is not there before them
+        for written in sorted(folder.iterdir(), key=lambda found: found.name == path.name):
+            os.replace(written, path.parent / written.name)
+    finally:
+        shutil.rmtree(folder)
