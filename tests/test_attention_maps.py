@@ -11,6 +11,7 @@ from tiny import make_config, make_image, make_image_processor, make_model, rand
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Model, Blip2Processor
 from blip2_hf.attention_maps import feature_grid, normalize_heat_map, overlay, query_attention_map, text_heat_map
 from blip2_hf.cli import main
+from blip2_hf.modeling_blip2 import Blip2PreTrainedModel
 
 
 SIDE, PATCH = 40, 5
@@ -390,7 +391,7 @@ def test_the_command(trained, tmp_path, capsys):
     _, _, folder = trained
     picture, covered = draw_squares(np.random.default_rng(5), ["blue", "red"])
     picture.resize((160, 120)).save(tmp_path / "picture.png")
-    arguments = ["--model", str(folder), "--size", str(SIDE), "--device", "cpu"]
+    arguments = ["--model", str(folder), "--device", "cpu"]
     output = tmp_path / "maps" / "map.png"
     main(["look", str(tmp_path / "picture.png"), "red square", *arguments, "--output", str(output), "--per-word"])
     lines = capsys.readouterr().out.splitlines()
@@ -409,7 +410,7 @@ def test_the_command_without_a_text(tmp_path, capsys):
     make_model().save_pretrained(tmp_path / "captioner")
     make_image_processor().save_pretrained(tmp_path / "captioner")
     make_image().save(tmp_path / "picture.png")
-    arguments = [str(tmp_path / "picture.png"), "--model", str(tmp_path / "captioner"), "--size", "56"]
+    arguments = [str(tmp_path / "picture.png"), "--model", str(tmp_path / "captioner"), "--image-size", "56"]
     main(["look", *arguments, "--output", str(tmp_path / "map.png"), "--layer", "2"])
     assert Image.open(tmp_path / "map.png").height == make_image().height + 24
     arguments += ["--output", str(tmp_path / "other.png")]
@@ -423,4 +424,55 @@ def test_the_command_without_a_text(tmp_path, capsys):
         main(["look", *arguments, "--output", "map.jpg"])
     with pytest.raises(SystemExit, match="missing.png"):
         main(["look", str(tmp_path / "missing.png"), *arguments[1:]])
+    with pytest.raises(SystemExit, match="blip2-hf: .*nosuch"):
+        main(["look", *arguments, "--model", str(tmp_path / "nosuch")])
     assert not (tmp_path / "other.png").exists()
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the tower and matching are given."""
+    seen = {}
+    get_image_embeds, get_matching_logits = Blip2Model.get_image_embeds, Blip2ForImageTextRetrieval.get_matching_logits
+
+    def spy_on_images(self, pixel_values, *args, **kwargs):
+        seen["size"], seen["dtype"] = tuple(pixel_values.shape[-2:]), self.vision_model.dtype
+        return get_image_embeds(self, pixel_values, *args, **kwargs)
+
+    def spy_on_texts(self, input_ids, *args, **kwargs):
+        seen["input_ids"] = input_ids.tolist()
+        return get_matching_logits(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Blip2PreTrainedModel, "get_image_embeds", spy_on_images)
+    monkeypatch.setattr(Blip2ForImageTextRetrieval, "get_matching_logits", spy_on_texts)
+    return seen
+
+
+def test_the_size_and_the_precision_that_the_command_takes(tmp_path, seen):
+    make_model().save_pretrained(tmp_path)
+    make_image(size=(60, 40)).save(tmp_path / "picture.png")
+    arguments = ["look", str(tmp_path / "picture.png"), "--model", str(tmp_path), "--device", "cpu"]
+    arguments += ["--output", str(tmp_path / "map.png")]
+    make_image_processor(42).save_pretrained(tmp_path)
+    main(arguments)
+    assert (seen["size"], seen["dtype"]) == ((42, 42), torch.float32)
+    main([*arguments, "--image-size", "56", "--dtype", "bfloat16"])
+    assert (seen["size"], seen["dtype"]) == ((56, 56), torch.bfloat16)
+    cropping = transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(
+        size={"shortest_edge": 60}, crop_size={"height": 28, "width": 28}
+    )
+    cropping.save_pretrained(tmp_path)
+    main(arguments)
+    assert seen["size"] == (28, 28)
+
+
+def test_the_command_reads_texts_with_the_tokenizer_of_the_q_former(trained, tmp_path, seen):
+    model, processor, _ = trained
+    model.save_pretrained(tmp_path)
+    other = transformers.BertTokenizer(vocab={word: i for i, word in enumerate([*WORDS[:4], *WORDS[:3:-1]])})
+    Blip2Processor(processor.image_processor, other, qformer_tokenizer=processor.tokenizer).save_pretrained(tmp_path)
+    make_image().save(tmp_path / "picture.png")
+    output = ["--output", str(tmp_path / "map.png"), "--device", "cpu"]
+    main(["look", str(tmp_path / "picture.png"), "a red square", "--model", str(tmp_path), *output])
+    assert seen["input_ids"] == [processor.tokenizer("a red square")["input_ids"]]
+    assert seen["input_ids"] != [other("a red square")["input_ids"]]

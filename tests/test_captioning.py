@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tiny import make_image, make_model, make_processor
+from stage1 import make_stage1
+from tiny import make_image, make_image_processor, make_model, make_processor
 from transformers import pipeline
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
@@ -424,6 +425,68 @@ def test_a_preset_and_what_is_said_besides(photos, model_folder, parts, tmp_path
     assert settings["preset"]["generation"]["num_beams"] == 5
     assert settings["both"]["prompt"] == "a"
     assert settings["both"]["generation"]["num_beams"] == 2
+
+
+def test_a_preset_under_fewer_tokens_than_it_asks_for(photos, model_folder, tmp_path):
+    kept = {}
+    for tokens, options in {4: ["--max-new-tokens", "4"], 30: [], 5: ["--generate", "max_new_tokens=5"]}.items():
+        output = tmp_path / f"{tokens}.jsonl"
+        options = ["--preset", "caption", "--num-beams", "2", *options]
+        run(photos, "--model", model_folder, "--output", output, "--num-workers", "0", *options)
+        generation = json.loads((tmp_path / f"{tokens}.jsonl.settings.json").read_text())["generation"]
+        assert generation["max_new_tokens"] == tokens
+        kept[tokens] = generation["min_new_tokens"]
+    assert kept == {4: 4, 5: 5, 30: 7}
+
+
+def test_arguments_of_generate_and_the_size_of_pictures(photos, model_folder, parts, tmp_path, capsys):
+    options = ["--model", model_folder, "--num-workers", "0", "--max-new-tokens", TOKENS]
+    penalties = ["--generate", "repetition_penalty=1.5", "num_beams=2"]
+    output = tmp_path / "other.jsonl"
+    run(photos, *options, "--output", output, "--image-size", "42", *penalties)
+    model, processor = parts[0], make_processor()
+    processor.image_processor = make_image_processor(42)
+    expected = expected_records((model, processor), photos, repetition_penalty=1.5, num_beams=2)
+    assert read_lines(output) == expected != expected_records(parts, photos, repetition_penalty=1.5, num_beams=2)
+    with pytest.raises(SystemExit, match="made otherwise.*image_processor"):
+        run(photos, *options, "--output", output, *penalties)
+    assert "The paper's have" not in capsys.readouterr().err
+    run(photos, *options, "--output", tmp_path / "paper.jsonl", "--preset", "caption")
+    assert "The paper's have 364 px: --image-size 364" in capsys.readouterr().err
+
+
+def test_what_people_mistake(photos, model_folder, tmp_path):
+    with pytest.raises(SystemExit, match="blip2-hf: .*nosuch"):
+        run(photos, "--model", tmp_path / "nosuch", "--output", tmp_path / "captions.jsonl")
+    with pytest.raises(SystemExit, match="blip2-hf: .*nosuch"):
+        run(tmp_path / "nosuch", "--model", model_folder, "--output", tmp_path / "captions.jsonl")
+    make_stage1().save_pretrained(tmp_path / "stage1")
+    make_processor().save_pretrained(tmp_path / "stage1")
+    with pytest.raises(SystemExit, match="blip2-hf: .*text_config"):
+        run(photos, "--model", tmp_path / "stage1", "--output", tmp_path / "captions.jsonl")
+    model = make_model()
+    weights = {name: x for name, x in model.state_dict().items() if not name.startswith("language_projection")}
+    model.save_pretrained(tmp_path / "half", state_dict=weights)
+    make_processor().save_pretrained(tmp_path / "half")
+    with pytest.raises(SystemExit, match="half writes no captions: it lacks 2 weights"):
+        run(photos, "--model", tmp_path / "half", "--output", tmp_path / "captions.jsonl")
+    assert not files_beside(tmp_path / "captions.jsonl")
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "texts"])
+def test_a_mistake_in_the_arguments_binds_no_later_run(photos, model_folder, parts, tmp_path, name):
+    options = ["--model", model_folder, "--output", tmp_path / name, "--max-new-tokens", TOKENS, "--num-workers", "0"]
+    with pytest.raises(SystemExit, match="blip2-hf: .*num_beam'"):
+        run(photos, *options, "--generate", "num_beam=2")
+    run(photos, *options, "--generate", "num_beams=2")
+    expected = expected_records(parts, photos, num_beams=2)
+    if name == "texts":
+        found = {path.relative_to(tmp_path / name).as_posix() for path in (tmp_path / name).rglob("*.txt")}
+        assert found == {os.path.splitext(record["file"])[0] + ".txt" for record in expected}
+    else:
+        assert read_lines(tmp_path / name) == expected
+    with pytest.raises(SystemExit, match="made otherwise"):
+        run(photos, *options, "--generate", "num_beams=3")
 
 
 def test_what_is_opened(photos, model_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Evaluation, from pictures to files: one picture at a time, interrupted, short of memory, in two processes."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 import torch
+import tqdm
 import transformers
 from stage1 import STAGE1_QFORMER, make_stage1
 from test_evaluation_readers import karpathy_entry, make_pictures, nocaps_file, vqa_files, write
@@ -31,7 +34,7 @@ from blip2_hf.evaluation.benchmarks import evaluate_captioning, evaluate_vqa
 from blip2_hf.evaluation.metrics import caption_metrics, vqa_accuracy
 from blip2_hf.evaluation.readers import read_caption_rows
 from blip2_hf.evaluation.retrieval_benchmark import evaluate_retrieval
-from blip2_hf.evaluation.samples import CaptionSample, QuestionSample
+from blip2_hf.evaluation.samples import CaptionSample, QuestionSample, samples_fingerprint
 from blip2_hf.generation_presets import generation_preset
 
 
@@ -193,6 +196,38 @@ def test_leftovers_of_other_settings_are_refused(opt, tmp_path):
         evaluate_captioning(make_model(), processor, samples, tmp_path, preset)
 
 
+@pytest.mark.parametrize("change", [{"captions": ["a cat"]}, {"image": make_image(7)}])
+def test_leftovers_of_other_data_with_the_same_ids_are_refused(opt, tmp_path, change):
+    model, processor = opt
+    samples, preset = caption_samples(2), fast_preset("caption", model)
+    evaluate_captioning(model, processor, samples, tmp_path, preset)
+    with pytest.raises(ValueError, match="made otherwise .*samples"):
+        evaluate_captioning(model, processor, [samples[0], replace(samples[1], **change)], tmp_path, preset)
+    # Groups have a part in scores alone
+    others = [replace(sample, group="all") for sample in samples]
+    assert set(evaluate_captioning(model, processor, others, tmp_path, preset)["scores_by_group"]) == {"all"}
+
+
+def test_pictures_and_texts_tell_samples_apart(tmp_path):
+    folders = [make_pictures(tmp_path / name, "0.jpg") for name in "ab"]
+    paths = [CaptionSample(str(folder / "0.jpg"), 0, ["a dog"]) for folder in folders]
+    question = QuestionSample(make_image(0), 0, 0, "What?", ["bus"])
+    others = [replace(question, question="Where?"), replace(question, answers=["bike"]), replace(question, image_id=1)]
+    assert len({samples_fingerprint([sample]) for sample in [*paths, question, *others]}) == 6
+
+
+def test_settings_that_predicted_nothing_may_change(opt, tmp_path):
+    model, processor = opt
+    samples, preset = caption_samples(2), fast_preset("caption", model)
+    typo = replace(preset, generate_kwargs={"num_beam": 2})
+    with pytest.raises(ValueError, match="num_beam"):
+        evaluate_captioning(model, processor, samples, tmp_path, typo)
+    results = evaluate_captioning(model, processor, samples, tmp_path, preset)
+    assert results["settings"]["generate_kwargs"] == preset.generate_kwargs
+    with pytest.raises(ValueError, match="made otherwise .*num_beam"):
+        evaluate_captioning(model, processor, samples, tmp_path, typo)
+
+
 def test_batches_are_halved_when_memory_runs_out(opt, tmp_path, monkeypatch):
     model, processor = opt
     samples, preset = caption_samples(4), fast_preset("caption", model)
@@ -248,28 +283,41 @@ def make_retrieval():
     return model, Blip2Processor(make_image_processor(), make_tokenizer(eos=True), is_encoder_decoder=False)
 
 
-@torch.no_grad()
-def test_retrieval(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def retrieval():
+    """Model, processor, samples of more pictures than a block has, their texts, and the tower's output."""
     model, processor = make_retrieval()
-    # More pictures than a block has
     rows = [{"image": make_image(i), "caption": [f"{CAPTIONS[i % 6]}, {i}!", f"picture {i}"]} for i in range(23)]
     samples = read_caption_rows(datasets.Dataset.from_list(rows))
-    results = evaluate_retrieval(model, processor, samples, tmp_path / "rows", k=6, show_progress=False)
     texts = [text.lower().replace("!", "") for sample in samples for text in sample.captions]
     pixel_values = processor(images=[make_image(i) for i in range(23)], return_tensors="pt")["pixel_values"]
-    embeds = model.get_image_embeds(pixel_values)
+    with torch.no_grad():
+        return model, processor, samples, texts, model.get_image_embeds(pixel_values)
+
+
+def recall(rankings, counts):
+    """Texts 2i and 2i + 1 are those of image i."""
+    scores = {}
+    for count in counts:
+        hits = [any(text // 2 == image for text in row[:count]) for image, row in enumerate(rankings[0].tolist())]
+        scores[f"image_to_text_r{count}"] = sum(hits) / len(hits)
+        hits = [any(image == text // 2 for image in row[:count]) for text, row in enumerate(rankings[1].tolist())]
+        scores[f"text_to_image_r{count}"] = sum(hits) / len(hits)
+    return pytest.approx(scores)
+
+
+def test_retrieval(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, texts, embeds = retrieval
+    results = evaluate_retrieval(model, processor, samples, tmp_path, k=6, show_progress=False)
     expected = TwoStageRetrieval(model, processor.tokenizer, k=6)(embeds, texts)
-    for k in (1, 5, 10):
-        hits = [any(text // 2 == image for text in row[:k]) for image, row in enumerate(expected.image_to_text.index)]
-        assert results["scores"][f"image_to_text_r{k}"] == pytest.approx(sum(hits) / 23)
-        hits = [any(image == text // 2 for image in row[:k]) for text, row in enumerate(expected.text_to_image.index)]
-        assert results["scores"][f"text_to_image_r{k}"] == pytest.approx(sum(hits) / 46)
-    found = predictions(tmp_path / "rows")
+    # Six were ranked: there is no recall at 10
+    assert results["scores"] == recall((expected.image_to_text.index, expected.text_to_image.index), (1, 5))
+    found = predictions(tmp_path)
     assert found["image_to_text"][3]["captions"] == [texts[text] for text in expected.image_to_text.index[3]]
     assert found["text_to_image"][7]["image_ids"] == expected.text_to_image.index[7].tolist()
 
     # Going on computes the block that is missing, and nothing else
-    blocks = sorted((tmp_path / "rows" / "parts").glob("pairs-*.npy"))
+    blocks = sorted((tmp_path / "parts").glob("pairs-*.npy"))
     assert len(blocks) == 2
     blocks[1].unlink()
     match, counts = TwoStageRetrieval.match, []
@@ -279,13 +327,97 @@ def test_retrieval(tmp_path, monkeypatch):
         return match(self, images, input_ids, pairs)
 
     monkeypatch.setattr(TwoStageRetrieval, "match", counted)
-    again = evaluate_retrieval(model, processor, samples, tmp_path / "rows", k=6, batch_size=3, show_progress=False)
+    again = evaluate_retrieval(model, processor, samples, tmp_path, k=6, batch_size=3, show_progress=False)
     assert len(counts) == 1 and counts[0][:, 0].unique().tolist() == [20, 21, 22]
     assert again["scores"] == results["scores"]
-    with pytest.raises(ValueError, match="made otherwise .*k: 6 there, 5 now"):
-        evaluate_retrieval(model, processor, samples, tmp_path / "rows", k=5, show_progress=False)
+    with pytest.raises(ValueError, match="made otherwise .*image_size"):
+        evaluate_retrieval(model, processor, samples, tmp_path, k=6, image_size=42, show_progress=False)
     with pytest.raises(ValueError, match="1 images have no caption, the first of them x"):
         evaluate_retrieval(model, processor, [CaptionSample(make_image(0), "x", [])], tmp_path / "none")
+
+
+def test_features_serve_any_k(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, texts, embeds = retrieval
+    evaluate_retrieval(model, processor, samples, tmp_path, k=1, show_progress=False)
+    written = [*(tmp_path / "parts" / "features").glob("*.arrow"), tmp_path / "parts" / "contrast.pt"]
+    times = [path.stat().st_mtime_ns for path in written]
+    results = evaluate_retrieval(model, processor, samples, tmp_path, k=12, show_progress=False)
+    expected = TwoStageRetrieval(model, processor.tokenizer, k=12)(embeds, texts)
+    assert results["scores"] == recall((expected.image_to_text.index, expected.text_to_image.index), (1, 5, 10))
+    assert results["settings"]["k"] == 12
+
+    compare, sizes = TwoStageRetrieval.compare, []
+
+    def measured(self, *args, **kwargs):
+        found = compare(self, *args, **kwargs)
+        sizes.append([len(found.image_to_text.index[0]), len(found.text_to_image.index[0])])
+        return found
+
+    monkeypatch.setattr(TwoStageRetrieval, "compare", measured)
+    results = evaluate_retrieval(model, processor, samples, tmp_path, k=0, show_progress=False)
+    whole = TwoStageRetrieval(model, processor.tokenizer, k=0)(embeds, texts)
+    assert results["scores"] == recall((whole.image_to_text.index, whole.text_to_image.index), (1, 5, 10))
+    # No more than are told of
+    assert sizes == [[10, 10], [46, 23]]
+    assert [path.stat().st_mtime_ns for path in written] == times
+
+
+def test_batches_of_retrieval_become_smaller_when_memory_runs_out(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, *_ = retrieval
+    samples = samples[:6]
+    sizes = {"get_image_features": [], "get_text_features": [], "get_matching_logits": []}
+
+    def limited(name):
+        method = getattr(model, name)
+
+        def run(*args, **kwargs):
+            sizes[name].append(len(kwargs["image_embeds"] if name == "get_image_features" else args[0]))
+            if sizes[name][-1] > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            return method(*args, **kwargs)
+
+        return run
+
+    for name in sizes:
+        monkeypatch.setattr(model, name, limited(name))
+    results = evaluate_retrieval(model, processor, samples, tmp_path, k=3, batch_size=6, show_progress=False)
+    assert sizes["get_text_features"][:3] == [6, 5, 4] and results["run"]["batch_size"] == 4
+    assert max(sizes["get_image_features"] + sizes["get_matching_logits"]) == 4
+    monkeypatch.undo()
+    expected = evaluate_retrieval(model, processor, samples, tmp_path / "whole", k=3, show_progress=False)
+    assert results["scores"] == expected["scores"]
+
+
+def test_one_bar_tells_of_all_pairs(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, *_ = retrieval
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, file=io.StringIO())
+            if not self.disable and self.unit == "pair":
+                bars.append(self)
+
+    monkeypatch.setattr(transformers.utils.logging, "tqdm", Bar)
+    evaluate_retrieval(model, processor, samples, tmp_path, k=1)
+    (bar,) = bars
+    first, second = (len(np.load(path)) for path in sorted((tmp_path / "parts").glob("pairs-*.npy")))
+    assert (bar.initial, bar.n, bar.total) == (0, first + second, first + second)
+    sorted((tmp_path / "parts").glob("pairs-*.npy"))[1].unlink()
+    evaluate_retrieval(model, processor, samples, tmp_path, k=1)
+    assert (bars[1].initial, bars[1].n, bars[1].total) == (first, first + second, first + second)
+    assert len(bars) == 2
+
+
+def test_features_that_were_not_written_may_be_of_another_size(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, *_ = retrieval
+    write_shards = "blip2_hf.data.feature_cache._write_shard"
+    with monkeypatch.context() as patch:
+        patch.setattr(write_shards, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_retrieval(model, processor, samples[:2], tmp_path, k=0, image_size=42, show_progress=False)
+    results = evaluate_retrieval(model, processor, samples[:2], tmp_path, k=0, show_progress=False)
+    assert results["settings"]["image_size"] == {"height": 28, "width": 28}
 
 
 @pytest.fixture(scope="module")
@@ -294,8 +426,13 @@ def folder(opt, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     for part in opt:
         part.save_pretrained(folder / "model")
-    for part in make_retrieval():
+    model, processor = make_retrieval()
+    for part in (model, processor):
         part.save_pretrained(folder / "retrieval")
+    # As after stage 2: the heads of retrieval are not there
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("itm_head")}
+    model.save_pretrained(folder / "headless", state_dict=weights)
+    opt[0].config.save_pretrained(folder / "config")
     names = [f"COCO_val2014_{number:012d}.jpg" for number in range(4)]
     make_pictures(folder / "images", *names, "000.jpg", "001.jpg", "n1.jpg")
     entries = [karpathy_entry(number, "test") for number in range(4)]
@@ -381,11 +518,32 @@ def test_the_commands_presets(folder, tmp_path):
         ("caption", ["--data", "x", "--questions", "y"], "caption has no use for --questions"),
         ("retrieval", ["--data", "x", "--preset", "vqa"], "retrieval has no use for --preset"),
         ("gqa", ["--questions", "nothing.json", "--images", "."], "There is no file nothing.json"),
+        ("retrieval", ["--data", "x", "--k", "-1"], "--k -1: at least 0 was expected"),
+        ("vqa", ["--data", "x", "--batch-size", "0"], "--batch-size 0: at least 1 was expected"),
     ],
 )
 def test_options_that_do_not_fit(folder, tmp_path, task, options, message):
     with pytest.raises(SystemExit, match=message):
         main(command(folder, task, tmp_path, *options))
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "options", "message"),
+    [
+        ("retrieval", "headless", [], "headless is no model for retrieval: it lacks 2 weights"),
+        ("retrieval", "model", [], "Blip2ForImageTextRetrieval reads text with the Q-Former"),
+        ("caption", "retrieval", [], "'caption' is one for a language model, and this model has none"),
+        ("caption", "nosuch", [], "nosuch"),
+        ("caption", "model", ["--generate", "num_beam=2"], r"not used by the model: \['num_beam'\]"),
+        # The folder has no weights: they are not asked for
+        ("vqa", "config", ["--preset", "caption"], "'caption' has no {} for the question"),
+        ("caption", "config", ["--prompt", "{}?"], "'caption' asks a question"),
+    ],
+)
+def test_models_that_do_not_fit(folder, tmp_path, task, model, options, message):
+    data = ["--data", folder / "rows.parquet", "--split", "train", "--model", folder / model]
+    with pytest.raises(SystemExit, match=f"^blip2-hf: .*{message}"):
+        main(command(folder, task, tmp_path, *data, *options))
 
 
 def test_a_setting_of_generation_that_is_none(folder, tmp_path, capsys):

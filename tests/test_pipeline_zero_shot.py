@@ -8,6 +8,7 @@ import transformers
 from stage1 import STAGE1_QFORMER, make_stage1
 from tiny import make_config, make_image, make_image_processor, make_model, randomize
 from transformers import AutoModelForZeroShotImageClassification, pipeline
+from transformers import Blip2ForImageTextRetrieval as TransformersRetrieval
 from transformers import pipelines as transformers_pipelines
 
 from blip2_hf import Blip2ForImageTextRetrieval, Blip2Processor
@@ -153,6 +154,76 @@ def test_what_does_not_fit(folder):
         classifier("missing.png", candidate_labels=LABELS)
     with pytest.raises(ValueError, match="does not compare images with texts"):
         pipeline(TASK, model=make_model(), tokenizer=make_tokenizer(), image_processor=make_image_processor())
+
+
+@pytest.mark.parametrize("reranked", [False, True])
+def test_checkpoints_of_transformers(tmp_path, reranked):
+    torch.manual_seed(0)
+    make_retrieval().save_pretrained(tmp_path, transformers_compatible=True)
+    Blip2Processor(make_image_processor(), make_tokenizer()).save_pretrained(tmp_path)
+    assert type(AutoModelForZeroShotImageClassification.from_pretrained(tmp_path)) is TransformersRetrieval
+    classifier = pipeline(TASK, model=str(tmp_path), device="cpu", hypothesis_template=TEMPLATE, reranked=reranked)
+    assert isinstance(classifier.model, Blip2ForImageTextRetrieval)
+    assert classifier.model.temperature.weight.item() == pytest.approx(0.07)
+    images, texts = [make_image(0), make_image(1)], [TEMPLATE.replace("{}", label) for label in LABELS]
+    expected = obvious_scores(tmp_path, images, texts, reranked)
+    assert expected.std(dim=1).min() > 0.005
+    assert_scores(classifier(images, candidate_labels=LABELS), expected)
+    half = pipeline(TASK, model=str(tmp_path), device="cpu", dtype=torch.float16).model
+    assert half.dtype == torch.float16
+    assert half.qformer.dtype == half.query_tokens.weight.dtype == torch.float32
+
+
+def test_models_that_have_not_learned_to_compare(tmp_path):
+    parts = {"tokenizer": make_tokenizer(), "image_processor": make_image_processor()}
+    stage2 = make_model(qformer_config=dict(STAGE1_QFORMER))
+    for name, compatible in {"ours": False, "theirs": True}.items():
+        stage2.save_pretrained(tmp_path / name, transformers_compatible=compatible)
+        with pytest.raises(ValueError, match=f"{name} has not learned .* its vision_projection"):
+            pipeline(TASK, model=str(tmp_path / name), **parts)
+    lacks_matching = make_retrieval()
+    torch.nn.init.zeros_(lacks_matching.itm_head.bias)
+    with pytest.raises(ValueError, match="This model has not learned .* its itm_head"):
+        pipeline(TASK, model=lacks_matching, **parts)
+    with torch.device("meta"):
+        on_disk = TransformersRetrieval(make_retrieval().config.to_transformers())
+    with pytest.raises(ValueError, match="not in memory: give the pipeline what"):
+        pipeline(TASK, model=on_disk, **parts)
+
+
+def test_long_labels_are_cut_to_the_positions_of_the_q_former(folder):
+    positions = STAGE1_QFORMER["max_position_embeddings"]
+    long, cut = " ".join(["cat"] * 60), " ".join(["cat"] * (positions - 2))
+    classifier = pipeline(TASK, model=str(folder), device="cpu", hypothesis_template="{}")
+    for reranked in (False, True):
+        found = {
+            entry["label"]: entry["score"]
+            for entry in classifier(make_image(), candidate_labels=[long, cut, "cat cat"], reranked=reranked)
+        }
+        assert found[long] == pytest.approx(found[cut], rel=1e-4)
+        assert found[long] != pytest.approx(found["cat cat"], rel=1e-2)
+    short = classifier(make_image(), candidate_labels=[long, "cat"], tokenizer_kwargs={"max_length": 3})
+    assert short[0]["score"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["blip2", "clip"])
+def test_images_and_labels_given_in_other_ways(name):
+    model = make_retrieval() if name == "blip2" else make_other(name)
+    parts = {"model": model, "tokenizer": make_tokenizer(), "image_processor": make_image_processor()}
+    parts["tokenizer"].model_input_names = ["input_ids", "attention_mask"]
+    plain, with_labels = pipeline(TASK, **parts), pipeline(TASK, candidate_labels=LABELS, **parts)
+    image = make_image()
+    expected = plain(image, LABELS)
+    assert len(expected) == len(LABELS)
+    assert plain(images=image, candidate_labels=LABELS) == expected
+    assert plain(images=[image], candidate_labels=LABELS) == [expected]
+    assert with_labels(image) == with_labels(images=image) == expected
+    assert with_labels(image, candidate_labels=LABELS[:2]) == plain(image, LABELS[:2])
+    assert with_labels(image) == expected
+    with pytest.raises(ValueError, match="candidate_labels is a list"):
+        plain(image)
+    with pytest.raises(ValueError, match="without an images argument"):
+        with_labels()
 
 
 def make_other(name):

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -29,6 +30,7 @@ from blip2_hf import (
     Blip2VisionConfig,
     pipeline_blip2,
 )
+from blip2_hf.generation_presets import generation_preset
 from blip2_hf.image_loading import ImageLoadError
 from blip2_hf.pipeline_blip2 import ImageToTextPipeline, VisualQuestionAnsweringPipeline, register_pipelines
 
@@ -651,7 +653,10 @@ def test_import_adds_the_two_tasks_and_changes_no_other(first):
         aliases, exported = dict(pipelines.TASK_ALIASES), pipelines.ImageTextToTextPipeline
         import blip2_hf
         after = pipelines.SUPPORTED_TASKS
-        assert all(after[task] is before[task] for task in before)
+        theirs = set(before) - {"zero-shot-image-classification"}
+        assert all(after[task] is before[task] for task in theirs)
+        impl = after["zero-shot-image-classification"]["impl"]
+        assert issubclass(impl, pipelines.ZeroShotImageClassificationPipeline)
         assert pipelines.TASK_ALIASES == aliases and pipelines.ImageTextToTextPipeline is exported
         for task in ("image-to-text", "visual-question-answering"):
             name, entry, _ = pipelines.check_task(task)
@@ -827,6 +832,31 @@ def test_presets(make_model, images):
     short = " short" if make_model is make_blip2_t5 else ""
     assert seen["prompt"] == f"question : how many cat ?{short} answer :"
     assert (seen["num_beams"], seen["length_penalty"], seen["max_new_tokens"]) == (3, -1.0, 10)
+
+
+def test_a_preset_under_fewer_tokens_than_it_asks_for(images):
+    model, processor = make(make_blip2)
+    captioner = pipeline("image-to-text", model=model, processor=processor)
+    for options in ({"max_new_tokens": 4}, {"generate_kwargs": {"max_new_tokens": 4}}):
+        seen = generate_arguments(captioner, images[0], preset="caption", num_beams=1, **options)
+        assert (seen["min_new_tokens"], seen["max_new_tokens"]) == (4, 4)
+    seen = generate_arguments(captioner, images[0], preset="caption", num_beams=1, max_new_tokens=9)
+    assert (seen["min_new_tokens"], seen["max_new_tokens"]) == (7, 9)
+    seen = generate_arguments(captioner, images[0], preset="caption", num_beams=1, max_new_tokens=9, min_new_tokens=1)
+    assert (seen["min_new_tokens"], seen["max_new_tokens"]) == (1, 9)
+
+
+def test_presets_of_ones_own(images):
+    model, processor = make(make_blip2)
+    short = replace(generation_preset("caption", model.config), prompt="a", generate_kwargs={"max_new_tokens": 3})
+    captioner = pipeline("image-to-text", model=model, processor=processor)
+    seen = generate_arguments(captioner, images[0], preset=short)
+    assert (seen["prompt"], seen["max_new_tokens"]) == ("a", 3) and "num_beams" not in seen
+    answerer = pipeline("visual-question-answering", model=model, processor=processor)
+    question = replace(short, name="mine", prompt="how {}")
+    assert generate_arguments(answerer, images[0], "many", preset=question)["prompt"] == "how many"
+    with pytest.raises(ValueError, match="'mine' asks a question"):
+        captioner(images[0], preset=question)
 
 
 def test_presets_that_do_not_fit(blip, images):

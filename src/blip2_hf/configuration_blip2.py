@@ -250,6 +250,10 @@ class Blip2HfConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        if __name__ == "blip2_hf.configuration_blip2":
+            # The package needs no code from a checkpoint; a copy of this file on the Hub does
+            kwargs.pop("auto_map", None)
+            kwargs.pop("custom_pipelines", None)
         self.vision_config = _sub_config(self.vision_config, Blip2VisionConfig)
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
         self.qformer_config = _sub_config(self.qformer_config, Blip2QFormerConfig)

@@ -256,11 +256,11 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
         config.update(**added)
         return generate_kwargs | {"generation_config": config}
 
-    def _preset(self, name: str, asks: bool) -> GenerationPreset:
-        settings = generation_preset(name, self.model.config)
+    def _preset(self, preset: str | GenerationPreset, asks: bool) -> GenerationPreset:
+        settings = generation_preset(preset, self.model.config) if isinstance(preset, str) else preset
         if settings.asks != asks:
             kind = "asks a question" if settings.asks else "asks none"
-            raise ValueError(f"The preset {name!r} {kind}: it is not for the {self.task_name} pipeline.")
+            raise ValueError(f"The preset {settings.name!r} {kind}: it is not for the {self.task_name} pipeline.")
         return settings
 
     def _decode(self, sequences: torch.Tensor) -> list[str]:
@@ -279,8 +279,11 @@ def _generate_params(max_new_tokens: int | None, generate_kwargs: dict | None, o
 
 def _under(preset: dict[str, Any], max_new_tokens: int | None, generate_kwargs: dict | None, others: dict) -> dict:
     """What a call says itself, and of a preset what it does not say."""
-    said = {*others, *(generate_kwargs or {})} | ({"max_new_tokens"} if max_new_tokens is not None else set())
-    return {name: value for name, value in preset.items() if name not in said} | others
+    said = others | (generate_kwargs or {}) | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+    kept = {name: value for name, value in preset.items() if name not in said}
+    if "min_new_tokens" in kept and "max_new_tokens" in said:
+        kept["min_new_tokens"] = min(kept["min_new_tokens"], said["max_new_tokens"])
+    return kept | others
 
 
 def _stack(tensors: list[torch.Tensor], value: int, is_left: bool) -> torch.Tensor:
@@ -380,8 +383,8 @@ class ImageToTextPipeline(_ImageTextPipeline):
                 Another name for `inputs`.
             prompt (`str`, *optional*):
                 Text that the model goes on from.
-            preset (`str`, *optional*):
-                Settings of the paper by name, `"caption"` or `"nocaps"`
+            preset (`str` or [`~generation_presets.GenerationPreset`], *optional*):
+                Settings of the paper by name, `"caption"` or `"nocaps"`, or settings of one's own
                 (see [`~generation_presets.generation_preset`]). What the call says itself comes first.
             max_new_tokens (`int`, *optional*):
                 The most tokens to generate.
@@ -485,8 +488,8 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
                 Number of answers of a model that chooses among known answers. Other models do not use it.
             prompt_template (`str`, *optional*):
                 The prompt, with `{}` in place of the question. `"{}"` asks the bare question.
-            preset (`str`, *optional*):
-                Settings of the paper by name, `"vqa"` or `"vqa-finetuned"`
+            preset (`str` or [`~generation_presets.GenerationPreset`], *optional*):
+                Settings of the paper by name, `"vqa"` or `"vqa-finetuned"`, or settings of one's own
                 (see [`~generation_presets.generation_preset`]). What the call says itself comes first.
             padding (`bool` or `str`, *optional*, defaults to `False`):
                 Padding of the tokenizer.

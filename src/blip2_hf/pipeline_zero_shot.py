@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import Blip2ForImageTextRetrieval as TransformersBlip2ForImageTextRetrieval
 from transformers import pipelines as transformers_pipelines
 
 from .image_loading import load_image
@@ -29,18 +30,23 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
     Which of some labels fits a picture? The `"zero-shot-image-classification"` pipeline of transformers, which does
     for other models (CLIP, SigLIP, ...) what it did.
 
-    With BLIP-2, labels are compared with pictures by contrast (ITC): cosines over the learned temperature, as softmax
-    wants them. Labels are read once a call, however many pictures there are.
+    With BLIP-2, labels are compared with pictures by contrast (ITC): cosines over the temperature, as softmax wants
+    them. The temperature is the one that the model has learned, or 0.07 for a checkpoint of transformers' own BLIP-2,
+    which has lost it. Labels are read once a call, however many pictures there are, and cut where the Q-Former has no
+    more positions.
 
     Args:
         model ([`Blip2ForImageTextRetrieval`], [`Blip2ForPreTraining`], or any that transformers' pipeline takes):
-            The model.
+            The model. transformers' own `Blip2ForImageTextRetrieval` becomes ours, with the same weights.
         tokenizer ([`PreTrainedTokenizerBase`]):
             Tokenizer of the labels: the Q-Former's.
         image_processor ([`BaseImageProcessor`]):
             Image processor.
         kwargs (`dict`, *optional*):
             `device` and the other arguments of [`Pipeline`], and defaults for the arguments of a call.
+
+    Raises:
+        ValueError: if a BLIP-2 has not learned to compare images with texts.
 
     Example:
 
@@ -55,15 +61,11 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
     """
 
     def __init__(self, **kwargs):
+        if isinstance(kwargs["model"], TransformersBlip2ForImageTextRetrieval):
+            kwargs["model"] = _of_this_library(kwargs["model"])
         super().__init__(**kwargs)
         if self._is_blip2:
-            from .modeling_retrieval import Blip2ImageTextPreTrainedModel
-
-            if not isinstance(self.model, Blip2ImageTextPreTrainedModel):
-                raise ValueError(
-                    f"A {type(self.model).__name__} does not compare images with texts: give a "
-                    "Blip2ForImageTextRetrieval or a Blip2ForPreTraining."
-                )
+            _check_it_compares(self.model)
 
     @property
     def _is_blip2(self) -> bool:
@@ -85,13 +87,15 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
         given = {"reranked": reranked, "labels": labels}
         return preprocess, forward | {name: x for name, x in given.items() if x is not None}, postprocess
 
-    def __call__(self, image: Any, candidate_labels: list[str], **kwargs):
+    def __call__(self, image: Any = None, candidate_labels: list[str] | None = None, **kwargs):
         """
         Args:
             image (an image, or a list, dataset or generator of images):
                 With BLIP-2, anything that [`~blip2_hf.image_loading.load_image`] reads.
-            candidate_labels (`list[str]`):
-                The labels.
+            candidate_labels (`list[str]`, *optional*):
+                The labels, if they were not given when the pipeline was made.
+            images (same as `image`, *optional*):
+                Another name for `image`.
             hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`):
                 The text that a label is put into, in the place of `{}`.
             reranked (`bool`, *optional*, defaults to `False`):
@@ -109,19 +113,25 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
             generator: a dict for each label, the best first, with **score** (`float`) and **label** (`str`).
 
         Raises:
-            ValueError: if there are no labels, or the template has no place for them.
+            ValueError: if there are no images or no labels, or the template has no place for them.
         """
+        if "images" in kwargs:
+            image = kwargs.pop("images")
+        if candidate_labels is None:
+            candidate_labels = self._preprocess_params.get("candidate_labels")
+        if isinstance(candidate_labels, str) or not candidate_labels:
+            raise ValueError(f"candidate_labels is a list of one or more labels, but got {candidate_labels!r}.")
         if self._is_blip2:
-            kwargs["labels"] = self._read(candidate_labels, **{**self._preprocess_params, **kwargs})
+            kwargs["labels"] = self._read(**self._preprocess_params | kwargs | {"candidate_labels": candidate_labels})
         return super().__call__(image, candidate_labels, **kwargs)
 
     def _read(self, candidate_labels, hypothesis_template="This is a photo of {}.", tokenizer_kwargs=None, **_):
-        if isinstance(candidate_labels, str) or not candidate_labels:
-            raise ValueError(f"candidate_labels is a list of one or more labels, but got {candidate_labels!r}.")
         if "{}" not in hypothesis_template:
             raise ValueError(f"hypothesis_template needs {{}} where the label goes, but got {hypothesis_template!r}.")
         texts = [hypothesis_template.replace("{}", label) for label in candidate_labels]
-        tokens = self.tokenizer(texts, return_tensors="pt", **({"padding": True} | (tokenizer_kwargs or {})))
+        limit = self.model.config.qformer_config.max_position_embeddings
+        options = {"padding": True, "truncation": True, "max_length": limit} | (tokenizer_kwargs or {})
+        tokens = self.tokenizer(texts, return_tensors="pt", **options)
         input_ids, attention_mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
         with torch.no_grad():
             features = self.model.get_text_features(input_ids, attention_mask).pooler_output
@@ -153,6 +163,38 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
             logits = self.model.get_matching_logits(*(tokens.repeat(num_images, 1) for tokens in texts), key_values)
             columns.append(logits[:, 1].view(num_images, -1))
         return torch.cat(columns, dim=1)
+
+
+def _of_this_library(model: TransformersBlip2ForImageTextRetrieval) -> Any:
+    """The same weights in our class, with the temperature that training begins with."""
+    from .modeling_retrieval import Blip2ForImageTextRetrieval
+
+    if any(weight.is_meta or not weight.is_floating_point() for weight in model.parameters()):
+        raise ValueError(
+            "This Blip2ForImageTextRetrieval of transformers is quantised, or some of its weights are not in memory: "
+            "give the pipeline what blip2_hf.Blip2ForImageTextRetrieval.from_pretrained loads."
+        )
+    dtype = model.vision_model.dtype  # that of the model itself is the queries', which stay in float32
+    ours = Blip2ForImageTextRetrieval.from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), dtype=dtype
+    )
+    ours.name_or_path = model.name_or_path
+    return ours
+
+
+def _check_it_compares(model: Any):
+    expected = "a Blip2ForImageTextRetrieval or a Blip2ForPreTraining"
+    # By name: each file of remote code has a copy of the class of its own
+    if "Blip2ImageTextPreTrainedModel" not in [base.__name__ for base in type(model).__mro__]:
+        raise ValueError(f"A {type(model).__name__} does not compare images with texts: give {expected}.")
+    for name in ("vision_projection", "text_projection", "itm_head"):
+        bias = getattr(model, name).bias
+        # Zeros are what training begins with, and what stands in for weights that a checkpoint lacks
+        if not bias.is_meta and not bias.any():
+            raise ValueError(
+                f"{model.name_or_path or 'This model'} has not learned to compare images with texts: its {name} is as "
+                f"it was made. Give {expected} that has."
+            )
 
 
 def register_zero_shot_pipeline():

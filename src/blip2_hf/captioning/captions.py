@@ -77,7 +77,8 @@ def caption_images(
         num_workers (`int`, *optional*, defaults to 0):
             Processes that decode pictures; 0 takes a thread of this one. What is no sequence is read by a thread.
         generate_kwargs (`dict`):
-            Those of [`~Blip2ForConditionalGeneration.generate`], such as `num_beams`.
+            Those of [`~Blip2ForConditionalGeneration.generate`], such as `num_beams`. A preset of the paper is given
+            as its parts: `prompt=preset.prompt, **preset.generate_kwargs`.
 
     Returns:
         generator of [`PictureCaption`].

@@ -87,7 +87,8 @@ def caption_dataset(
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to delete the captions that are there, and begin anew.
         generate_kwargs (`dict`):
-            Those of [`~Blip2ForConditionalGeneration.generate`]: values that JSON has.
+            Those of [`~Blip2ForConditionalGeneration.generate`]: values that JSON has. A preset of the paper is
+            given as its parts: `prompt=preset.prompt, **preset.generate_kwargs`.
 
     Returns:
         [`CaptionCounts`].

@@ -66,6 +66,10 @@ class CaptionOutput(ABC):
         pattern = re.compile(re.escape(self.base.name) + r"\.part-\d{5,}\.jsonl")
         return sorted(path for path in found if pattern.fullmatch(path.name))
 
+    def has_parts(self) -> bool:
+        """Whether a run that was not finished has left something in its parts."""
+        return any(path.stat().st_size for path in self.parts())
+
     def next_part(self) -> int:
         numbers = [int(path.name.rpartition(".part-")[2].partition(".")[0]) for path in self.parts()]
         return max(numbers, default=-1) + 1
@@ -148,7 +152,9 @@ class CaptionFile(CaptionOutput):
 
     def check(self, settings: Mapping[str, Any]):
         if self.settings.exists():
-            _compare(self.place, json.loads(self.settings.read_text()), settings)
+            # A run that failed at its first pictures binds no other
+            if self.path.exists() or self.has_parts():
+                _compare(self.place, json.loads(self.settings.read_text()), settings)
         elif self.path.exists():
             raise CollectionError(
                 f"{self.path} is there already, without {self.settings.name}, which would tell what wrote it. Give "
@@ -199,7 +205,7 @@ class SidecarFiles(CaptionOutput):
             sidecar.unlink(missing_ok=True)
 
     def check(self, settings: Mapping[str, Any]):
-        if self.settings.exists():
+        if self.settings.exists() and (self.has_parts() or any(self.folder.rglob("*.txt"))):
             _compare(self.place, json.loads(self.settings.read_text()), settings)
 
     def write(self, part: IO[bytes], caption: PictureCaption):

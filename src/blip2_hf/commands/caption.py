@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ._common import add_option, load_dataset
+from .evaluate import _setting, _tell_image_size
 
 
 _LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
@@ -31,8 +32,12 @@ def add_parser(commands: Any):
     add("--prompt", "text that the captions go on from, such as 'a photo of'")
     add("--num-beams", "beams; without it the model's own setting, which is mostly 1", type=int)
     add("--max-new-tokens", "the most tokens of a caption; without it 30, or the preset's", type=int)
-    add("--top-p", "sample from the likeliest tokens that have this probability together", type=float)
-    add("--temperature", "sample at this temperature", type=float)
+    sampled = "; with a preset its five beams are sampled: --num-beams 1 for plain sampling"
+    add("--top-p", f"sample from the likeliest tokens that have this probability together{sampled}", type=float)
+    add("--temperature", f"sample at this temperature{sampled}", type=float)
+    others = "other arguments of generate, such as length_penalty=0 repetition_penalty=1.15"
+    add("--generate", others, nargs="+", type=_setting, metavar="NAME=VALUE")
+    add("--image-size", "side in pixels of the square that pictures are scaled to, not the checkpoint's", type=int)
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU", type=int)
     add("--dtype", "without it that of the checkpoint", choices=["bfloat16", "float16", "float32"])
     add("--device", "such as cuda:1 or cpu; without it a GPU if there is one, its own for each process")
@@ -47,7 +52,8 @@ def _run(options: argparse.Namespace):
     import torch
     from accelerate import PartialState
 
-    from ..captioning import CollectionError, caption_dataset
+    from ..captioning import caption_dataset
+    from ..evaluation.text_prediction import with_image_size
 
     # accelerate sees no other processes on a machine without a GPU, unless it is told so
     state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
@@ -59,18 +65,21 @@ def _run(options: argparse.Namespace):
     try:
         pictures = _open_pictures(options)
         model, processor = _load_model(options, options.device or state.device)
+        prompt, generate_kwargs = _generation(options, processor, model.config)
+        processor.image_processor = with_image_size(processor.image_processor, options.image_size)
         caption_dataset(
             model,
             processor,
             pictures,
             options.output,
             options.format,
+            prompt,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
             overwrite=options.overwrite,
-            **_caption_kwargs(options, model.config),
+            **generate_kwargs,
         )
-    except CollectionError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"blip2-hf: {error}") from error
     except KeyboardInterrupt:
         state.print("\nInterrupted. What is captioned is kept; the same command goes on with the rest.")
@@ -101,20 +110,29 @@ def _load_model(options: argparse.Namespace, device: Any) -> tuple[Any, Any]:
     from ..processing_blip2 import Blip2Processor
 
     dtype = {} if options.dtype is None else {"dtype": options.dtype}
-    model = Blip2ForConditionalGeneration.from_pretrained(options.model, **dtype).to(device)
-    return model, Blip2Processor.from_pretrained(options.model)
+    model, info = Blip2ForConditionalGeneration.from_pretrained(options.model, output_loading_info=True, **dtype)
+    if missing := sorted(name for name in info["missing_keys"] if name.startswith("language_")):
+        raise ValueError(
+            f"{options.model} writes no captions: it lacks {len(missing)} weights of the language model "
+            f"({missing[0]}, ...). A checkpoint of Blip2ForConditionalGeneration was expected."
+        )
+    return model.to(device), Blip2Processor.from_pretrained(options.model)
 
 
-def _caption_kwargs(options: argparse.Namespace, model_config: Any) -> dict[str, Any]:
+def _generation(options: argparse.Namespace, processor: Any, model_config: Any) -> tuple[str | None, dict[str, Any]]:
     """The prompt and arguments of `generate`: the preset's, and over them those that were given."""
     from ..generation_presets import generation_preset
 
-    kwargs: dict[str, Any] = {}
-    if options.preset is not None:
-        preset = generation_preset(options.preset, model_config)
-        kwargs = {"prompt": preset.prompt, **preset.generate_kwargs}
-    names = ("prompt", "num_beams", "max_new_tokens", "top_p", "temperature")
-    kwargs |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    names = ("num_beams", "max_new_tokens", "top_p", "temperature")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.top_p is not None or options.temperature is not None:
-        kwargs["do_sample"] = True
-    return kwargs
+        given["do_sample"] = True
+    given |= dict(options.generate or [])
+    if options.preset is None:
+        return options.prompt, given
+    preset = generation_preset(options.preset, model_config)
+    _tell_image_size(processor, options.image_size, preset.image_size)
+    kwargs = preset.generate_kwargs | given
+    if "min_new_tokens" not in given:
+        kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], kwargs["max_new_tokens"])
+    return preset.prompt if options.prompt is None else options.prompt, kwargs

@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from ..generation_presets import PRESET_NAMES, generation_preset
+from ..generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
 from ._common import add_option, load_dataset
 
 
@@ -92,6 +92,7 @@ def _run(options: argparse.Namespace):
     from accelerate import PartialState
 
     from ..evaluation.report import make_table
+    from ..search.files import printable
 
     # accelerate sees no other processes on a machine without a GPU, unless it is told so
     state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
@@ -101,7 +102,10 @@ def _run(options: argparse.Namespace):
             "a device of its own, or give cpu."
         )
     run = _evaluate_retrieval if task.kind == "retrieval" else _evaluate_texts
-    results = run(options, task, _read(options, task), options.device or state.device)
+    try:
+        results = run(options, task, _read(options, task), options.device or state.device)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
     if state.is_main_process:
         scores = {**results["scores_by_group"], "overall": results["scores"]} if results["scores"] else {}
         print(make_table(options.task, scores, results["num_samples"]), end="")
@@ -116,6 +120,9 @@ def _check(options: argparse.Namespace, task: _Task):
     names = [name for name in names if not (name == "annotations" and takes_answers)]
     if task.kind == "retrieval":
         names += ["preset", "prompt", "generate"]
+    for name, least in (("k", 0), ("limit", 1), ("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise SystemExit(f"blip2-hf: --{name.replace('_', '-')} {value}: at least {least} was expected.")
     if unused := [f"--{name}" for name in names if getattr(options, name) is not None]:
         raise SystemExit(f"blip2-hf: {options.task} has no use for {' and '.join(unused)}.")
 
@@ -131,11 +138,7 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
         files[name] = lambda: readers.read_karpathy(options.annotations, options.images, options.split)
     for name in ("vqav2", "okvqa"):
         files[name] = lambda: readers.read_vqa(options.questions, options.images, options.annotations)
-    read = files.get(options.task, partial(_read_rows, options, task))
-    try:
-        samples = read()
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"blip2-hf: {error}") from error
+    samples = files.get(options.task, partial(_read_rows, options, task))()
     return samples if options.limit is None else samples[: options.limit]
 
 
@@ -159,13 +162,14 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any) -> dict[str, Any]:
     from ..evaluation.benchmarks import evaluate_captioning, evaluate_vqa
     from ..modeling_blip2 import Blip2ForConditionalGeneration
+    from ..processing_blip2 import Blip2Processor
 
-    model, processor, shared = _load(Blip2ForConditionalGeneration, options, device)
-    preset = generation_preset(options.preset or task.preset, model.config)
-    if options.prompt is not None:
-        preset = replace(preset, prompt=options.prompt)
-    preset = replace(preset, generate_kwargs=preset.generate_kwargs | dict(options.generate or []))
+    preset = _preset(options, task)
+    processor = Blip2Processor.from_pretrained(options.model)
     _tell_image_size(processor, options.image_size, preset.image_size)
+    dtype = {} if options.dtype is None else {"dtype": options.dtype}
+    model = Blip2ForConditionalGeneration.from_pretrained(options.model, **dtype).to(device)
+    shared = _shared(options)
     if task.kind == "caption":
         return evaluate_captioning(model, processor, samples, options.output, preset, options.task, **shared)
     protocol = "gqa" if options.task == "gqa" else "vqa"
@@ -174,25 +178,32 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
     return evaluate_vqa(model, processor, samples, options.output, preset, options.task, protocol, **shared)
 
 
+def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
+    """What is asked and how; for it the model's configuration is enough."""
+    from ..configuration_blip2 import Blip2Config
+    from ..evaluation.benchmarks import check_preset
+
+    preset = generation_preset(options.preset or task.preset, Blip2Config.from_pretrained(options.model))
+    if options.prompt is not None:
+        preset = replace(preset, prompt=options.prompt)
+    check_preset(preset, asks=task.kind == "vqa")
+    return replace(preset, generate_kwargs=preset.generate_kwargs | dict(options.generate or []))
+
+
 def _evaluate_retrieval(
     options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any
 ) -> dict[str, Any]:
     from ..evaluation.retrieval_benchmark import evaluate_retrieval
-    from ..modeling_retrieval import Blip2ForImageTextRetrieval
+    from ..search.model import load_retrieval_model
 
-    model, processor, shared = _load(Blip2ForImageTextRetrieval, options, device)
+    model, processor = load_retrieval_model(options.model, device, options.dtype)
     _tell_image_size(processor, options.image_size, _RETRIEVAL_IMAGE_SIZE)
-    return evaluate_retrieval(model, processor, samples, options.output, options.k, options.task, **shared)
+    return evaluate_retrieval(model, processor, samples, options.output, options.k, options.task, **_shared(options))
 
 
-def _load(model_class: Any, options: argparse.Namespace, device: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, processor, and the arguments that all evaluations share."""
-    from ..processing_blip2 import Blip2Processor
-
-    dtype = {} if options.dtype is None else {"dtype": options.dtype}
-    model = model_class.from_pretrained(options.model, **dtype).to(device).eval()
-    shared = {"image_size": options.image_size, "batch_size": options.batch_size, "num_workers": options.num_workers}
-    return model, Blip2Processor.from_pretrained(options.model), shared
+def _shared(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments that all evaluations share."""
+    return {"image_size": options.image_size, "batch_size": options.batch_size, "num_workers": options.num_workers}
 
 
 def _tell_image_size(processor: Any, given: int | None, of_paper: int):

@@ -25,8 +25,14 @@ def add_parser(commands: Any):
     add("--method", "with TEXT: Grad-CAM of matching, or attention alone", default="gradcam", choices=_METHODS)
     add("--layer", "layer of the Q-Former, one that has cross-attention; without it, the mean of all", type=int)
     add("--per-word", "also draw each word of TEXT, as a text of its own", action="store_true")
-    add("--size", "side in pixels of the square that the picture is scaled to for the model", type=int, default=224)
-    add("--device", "such as cuda:1 or cpu; without it, cuda if there is one")
+    size = "side in pixels of the square that the picture is scaled to; without it the size of the checkpoint's own"
+    add("--image-size", size, type=int)
+    add(
+        "--dtype",
+        "what the model computes in, not the dtype of its checkpoint",
+        choices=["bfloat16", "float16", "float32"],
+    )
+    add("--device", "such as cuda:1 or cpu; without it, an accelerator if there is one")
 
 
 def _run(options: argparse.Namespace):
@@ -35,23 +41,17 @@ def _run(options: argparse.Namespace):
     if options.per_word and options.text is None:
         raise SystemExit("blip2-hf: --per-word goes with TEXT.")
 
-    # In transformers 5.17 the name in the package itself asks for torchvision
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     from ..attention_maps import overlay
-    from ..image_loading import ImageLoadError, load_image
+    from ..image_loading import load_image
 
     try:
         picture = load_image(options.picture)
-    except ImageLoadError as error:
+        model = _load_model(options)
+        image_processor = _load_image_processor(options)
+        inputs = image_processor(images=[picture], return_tensors="pt").to(model.device, model.dtype)
+        titles, heat_maps = _maps(options, model, inputs["pixel_values"])
+    except (ValueError, OSError) as error:
         raise SystemExit(f"blip2-hf: {error}") from error
-    model = _load_model(options)
-    # The whole picture, not a centre crop of it
-    image_processor = AutoImageProcessor.from_pretrained(
-        options.model, size={"height": options.size, "width": options.size}, do_center_crop=False
-    )
-    inputs = image_processor(images=[picture], return_tensors="pt").to(model.device)
-    titles, heat_maps = _maps(options, model, inputs["pixel_values"])
     _save(_side_by_side([overlay(picture, heat_map) for heat_map in heat_maps], titles), Path(options.output))
     print("\n".join([*titles, f"drawn in {options.output}"]))
 
@@ -64,40 +64,53 @@ def _load_model(options: argparse.Namespace) -> Any:
     from ..modeling_blip2 import Blip2Model
     from ..modeling_retrieval import Blip2ForImageTextRetrieval
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    dtype = {} if options.dtype is None else {"dtype": options.dtype}
     if options.text is None:
-        return Blip2Model.from_pretrained(options.model).to(device)
+        return Blip2Model.from_pretrained(options.model, **dtype).to(device)
     matches = Blip2Config.from_pretrained(options.model).qformer_config.use_qformer_text_input
     if matches:
-        model, info = Blip2ForImageTextRetrieval.from_pretrained(options.model, output_loading_info=True)
+        model, info = Blip2ForImageTextRetrieval.from_pretrained(options.model, output_loading_info=True, **dtype)
         matches = not any(name.startswith("itm_head") for name in info["missing_keys"])
     if not matches:
-        raise SystemExit(
-            f"blip2-hf: {options.model} has not learned to match images with texts: give a model of stage 1 or for "
-            "retrieval. What its queries attend to is drawn without TEXT."
+        raise ValueError(
+            f"{options.model} has not learned to match images with texts: give a model of stage 1 or for retrieval. "
+            "What its queries attend to is drawn without TEXT."
         )
     return model.to(device)
+
+
+def _load_image_processor(options: argparse.Namespace) -> Any:
+    """One that scales the whole picture to the size that the model reads, and cuts nothing off."""
+    # In transformers 5.17 the name in the package itself asks for torchvision
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    if options.image_size is not None:
+        size = {"height": options.image_size, "width": options.image_size}
+    else:
+        own = AutoImageProcessor.from_pretrained(options.model)
+        own_size = own.crop_size if own.do_center_crop else own.size
+        size = {name: value for name, value in dict(own_size).items() if value is not None}
+    return AutoImageProcessor.from_pretrained(options.model, size=size, do_center_crop=False)
 
 
 def _maps(options: argparse.Namespace, model: Any, pixel_values: Any) -> tuple[list[str], Any]:
     """Titles and heat maps of the text, and of its words."""
     import torch
-    from transformers import AutoTokenizer
 
     from ..attention_maps import query_attention_map, text_heat_map
+    from ..processing_blip2 import Blip2Processor
 
-    try:
-        if options.text is None:
-            return ["queries"], query_attention_map(model, pixel_values, layer=options.layer)
-        texts = [options.text, *(options.text.split() if options.per_word else [])]
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
-        given = tokens["input_ids"], tokens["attention_mask"]
-        heat_maps = text_heat_map(model, *given, pixel_values, method=options.method, layer=options.layer)
-        with torch.inference_mode():
-            probabilities = model.get_matching_logits(*given, pixel_values=pixel_values).softmax(-1)[:, 1]
-    except ValueError as error:
-        raise SystemExit(f"blip2-hf: {error}") from error
+    if options.text is None:
+        return ["queries"], query_attention_map(model, pixel_values, layer=options.layer)
+    texts = [options.text, *(options.text.split() if options.per_word else [])]
+    processor = Blip2Processor.from_pretrained(options.model)
+    tokenizer = processor.qformer_tokenizer or processor.tokenizer
+    tokens = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+    given = tokens["input_ids"], tokens["attention_mask"]
+    heat_maps = text_heat_map(model, *given, pixel_values, method=options.method, layer=options.layer)
+    with torch.inference_mode():
+        probabilities = model.get_matching_logits(*given, pixel_values=pixel_values).softmax(-1)[:, 1]
     return [f"{text}: match {p:.2f}" for text, p in zip(texts, probabilities.tolist(), strict=True)], heat_maps
 
 

@@ -69,8 +69,7 @@ def evaluate_captioning(
         ImageLoadError: if a picture can't be read.
     """
     preset = _preset(preset, model, samples)
-    if preset.asks:
-        raise ValueError(f"The preset {preset.name!r} asks a question ({preset.prompt!r}); captioning has none.")
+    check_preset(preset, asks=False)
     return _evaluate(
         model,
         processor,
@@ -131,8 +130,7 @@ def evaluate_vqa(
         raise ValueError(f"protocol={protocol!r}: one of {', '.join(_PROTOCOLS)} was expected.")
     score, question_name, answer_name = _PROTOCOLS[protocol]
     preset = _preset(preset, model, samples)
-    if not preset.asks:
-        raise ValueError(f"The preset {preset.name!r} has no {{}} for the question in its prompt {preset.prompt!r}.")
+    check_preset(preset, asks=True)
     return _evaluate(
         model,
         processor,
@@ -146,6 +144,14 @@ def evaluate_vqa(
         submit=lambda sample, text: {question_name: sample.question_id, answer_name: text},
         **kwargs,
     )
+
+
+def check_preset(preset: GenerationPreset, asks: bool):
+    """Refuses a prompt that has a question where there is none, or none where there is one."""
+    if preset.asks and not asks:
+        raise ValueError(f"The preset {preset.name!r} asks a question ({preset.prompt!r}); captioning has none.")
+    if asks and not preset.asks:
+        raise ValueError(f"The preset {preset.name!r} has no {{}} for the question in its prompt {preset.prompt!r}.")
 
 
 def _preset(preset: str | GenerationPreset, model: Any, samples: Sequence[Sample]) -> GenerationPreset:
@@ -169,7 +175,7 @@ def _evaluate(
     **kwargs,
 ) -> dict[str, Any]:
     state = PartialState(cpu=model.device.type == "cpu")
-    settings = prediction_settings(model, processor, preset, samples, prompts, image_size)
+    settings = prediction_settings(model, processor, preset, samples, image_size)
     store = PredictionStore(Path(output) / "parts", {"task": task, **settings}, state)
     texts, batch_size = predict_texts(
         model, processor, samples, prompts, preset.generate_kwargs, store, image_size=image_size, **kwargs

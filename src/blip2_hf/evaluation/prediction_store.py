@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from accelerate import PartialState
 class PredictionStore:
     r"""
     A folder with settings.json, which says what makes the predictions, and a file of lines for each process. All
-    processes of a run open it together.
+    processes of a run open it together. As long as there are no predictions, the settings may change.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -21,25 +21,35 @@ class PredictionStore:
             What the predictions depend on.
         state ([`~accelerate.PartialState`]):
             The processes.
+        results (`Sequence[str]`, *optional*, defaults to `("part-*.jsonl",)`):
+            Patterns of the files that the settings have made.
 
     Raises:
         ValueError: if the folder holds predictions that other settings made.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any], state: PartialState):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        settings: Mapping[str, Any],
+        state: PartialState,
+        results: Sequence[str] = ("part-*.jsonl",),
+    ):
         self.folder = Path(folder)
         self.state = state
         self.settings = json.loads(json.dumps(settings))
         self.path = self.folder / f"part-{state.process_index:05d}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_settings()
         _cut_torn_line(self.path)
+        self._check_settings(results)
         state.wait_for_everyone()
 
-    def _check_settings(self):
+    def _check_settings(self, results: Sequence[str]):
         path = self.folder / "settings.json"
-        if self.state.is_main_process and not path.exists():
-            write_json(path, self.settings)
+        if self.state.is_main_process:
+            has_begun = any(file.stat().st_size for pattern in results for file in self.folder.glob(pattern))
+            if not (has_begun and path.exists()):
+                write_json(path, self.settings)
         self.state.wait_for_everyone()
         found = json.loads(path.read_text(encoding="utf-8"))
         names = [name for name in self.settings | found if found.get(name) != self.settings.get(name)]

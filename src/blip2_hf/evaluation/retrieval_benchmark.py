@@ -3,26 +3,29 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size
+from transformers.utils import logging
 
 from ..data.feature_cache import cache_features, load_cached_features
 from ..data.text import clean_caption
 from .prediction_store import PredictionStore
 from .report import write_report
-from .samples import CaptionSample, RowImage
-from .text_prediction import first_batch_size, model_fingerprint, own_image_size, samples_fingerprint, with_image_size
-from .two_stage import Ranking, TwoStageRankings, TwoStageRetrieval
+from .samples import CaptionSample, RowImage, samples_fingerprint
+from .text_prediction import first_batch_size, model_fingerprint, own_image_size, with_image_size
+from .two_stage import EncodedTexts, TwoStageRankings, TwoStageRetrieval
 
 
 _RECALL_AT = (1, 5, 10)
+_RESULTS = ("features/*.arrow", "contrast.pt", "pairs-*.npy")
 _IMAGES_PER_BLOCK = 20  # whose pairs are matched again after an interruption
 
 
@@ -52,7 +55,8 @@ def evaluate_retrieval(
             Pictures with captions, such as [`read_karpathy`] returns.
         output (`str` or `os.PathLike`):
             Folder for `results.json`, `table.md`, `predictions.json` (the first ten of each), and `parts`, with which
-            an interrupted evaluation goes on. `parts` holds the tower's output, of which it tells the size.
+            an interrupted evaluation goes on. `parts` holds the tower's output, of which it tells the size, and which
+            serves any `k`.
         k (`int`, *optional*, defaults to 128):
             How many candidates of contrast are matched. 0: contrast alone.
         task (`str`, *optional*, defaults to `"retrieval"`):
@@ -60,7 +64,7 @@ def evaluate_retrieval(
         image_size (`int`, *optional*):
             Side of the square that pictures are scaled to. Without it, the image processor's own size.
         batch_size (`int`, *optional*):
-            How many pictures, or pairs, the model takes at a time. Without it, 128, or 16 on a CPU. It is lowered
+            How many pictures, texts or pairs the model takes at a time. Without it, 128, or 16 on a CPU. It is lowered
             where memory runs out.
         num_workers (`int`, *optional*, defaults to 0):
             Processes that load pictures.
@@ -69,7 +73,8 @@ def evaluate_retrieval(
 
     Returns:
         `dict`: what results.json holds, in all processes: the share of images with a caption of theirs among the
-        first 1, 5 and 10 (`image_to_text_r1`, ...), and of captions with their image (`text_to_image_r1`, ...).
+        first 1, 5 and 10 (`image_to_text_r1`, ...), and of captions with their image (`text_to_image_r1`, ...). Where
+        `k` is less than 10, and than the number of candidates, only those up to `k` are told.
 
     Raises:
         ValueError: if `output` holds what other settings made, or a sample has no caption.
@@ -82,40 +87,39 @@ def evaluate_retrieval(
     state = PartialState(cpu=model.device.type == "cpu")
     texts = [clean_caption(caption) for sample in samples for caption in sample.captions]
     image_processor = with_image_size(processor.image_processor, image_size)
+    tokenizer = processor.qformer_tokenizer or processor.tokenizer
     start = batch_size or first_batch_size(model.device)
-    retrieval = _SharedRetrieval(
-        model,
-        processor.qformer_tokenizer or processor.tokenizer,
-        k=k,
-        show_progress=show_progress and state.is_main_process,
-    )
+    retrieval = _SharedRetrieval(model, tokenizer, k, start, show_progress=show_progress and state.is_main_process)
     settings = _settings(retrieval, image_processor, samples)
-    retrieval.store = PredictionStore(Path(output) / "parts", {"task": task, **settings}, state)
-    retrieval.batch_size_of_pairs = start
+    retrieval.store = PredictionStore(Path(output) / "parts", {"task": task, **settings}, state, _RESULTS)
     images = _tower_outputs(model, image_processor, samples, retrieval.store, start, num_workers)
-    rankings = retrieval(images, texts)
+    image_features, encoded = retrieval.encode(images, texts)
+    if k == 0:
+        rankings = retrieval.compare(image_features, encoded.features, k=max(_RECALL_AT))
+    else:
+        rankings = retrieval(images, encoded, image_features)
     if state.is_main_process:
         counts = {"overall": len(samples)}
         run = {"num_processes": state.num_processes, "batch_size": retrieval.batch_size}
-        scores = {"overall": _scores(rankings, samples)}
-        write_report(output, task, model, settings, _first_ten(rankings, samples, texts), scores, counts, run)
+        scores = {"overall": rankings.recall(_matches(samples), _RECALL_AT)}
+        found = _first_ten(rankings, samples, texts)
+        write_report(output, task, model, {**settings, "k": k}, found, scores, counts, run)
     state.wait_for_everyone()
     return json.loads((Path(output) / "results.json").read_text(encoding="utf-8"))
 
 
 def _settings(retrieval: TwoStageRetrieval, image_processor: Any, samples: Sequence[CaptionSample]) -> dict[str, Any]:
-    """What the rankings depend on."""
+    """What features and scores of pairs depend on: not `k`, which only says of which pairs."""
     model = retrieval.model
     return {
         "weights": model_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "k": retrieval.k,
         "max_length": retrieval.max_length,
         "image_size": own_image_size(image_processor),
         "image_processor": json.loads(image_processor.to_json_string()),
         "num_samples": len(samples),
         "num_texts": sum(len(sample.captions) for sample in samples),
-        "samples": samples_fingerprint(samples, [json.dumps(sample.captions) for sample in samples]),
+        "samples": samples_fingerprint(samples),
     }
 
 
@@ -129,6 +133,11 @@ def _tower_outputs(
 ) -> datasets.Dataset:
     """The tower's output for each picture, on the disk: each process computes a share of the files."""
     state = store.state
+    folder = store.folder / "features"
+    if state.is_main_process and not any(folder.glob("*.arrow")):
+        # Other settings may have ended before the first file
+        (folder / "cache.json").unlink(missing_ok=True)
+    state.wait_for_everyone()
     rows, column = _image_rows(samples)
 
     @find_executable_batch_size(starting_batch_size=batch_size)
@@ -137,7 +146,7 @@ def _tower_outputs(
             rows,
             model,
             image_processor,
-            store.folder / "features",
+            folder,
             image_column=column,
             dtype=str(model.dtype).removeprefix("torch."),
             batch_size=batch_size,
@@ -147,7 +156,7 @@ def _tower_outputs(
             num_parts=state.num_processes,
         )
 
-    folder = compute()
+    compute()
     state.wait_for_everyone()
     return load_cached_features(folder)
 
@@ -163,54 +172,79 @@ def _image_rows(samples: Sequence[CaptionSample]) -> tuple[datasets.Dataset, str
 
 
 class _SharedRetrieval(TwoStageRetrieval):
-    """Retrieval in two stages whose pairs are matched block by block, by all processes, into files that stay."""
+    """Retrieval in two stages by all processes, whose features and scores of pairs go into files that stay."""
 
     store: PredictionStore
-    batch_size_of_pairs: int
 
-    @torch.inference_mode()
+    def encode(self, images: datasets.Dataset, texts: list[str]) -> tuple[torch.Tensor, EncodedTexts]:
+        """Features of images and texts. One process computes them, so that all have the same candidates."""
+        path = self.store.folder / "contrast.pt"
+        if self.store.state.is_main_process and not path.exists():
+
+            @find_executable_batch_size(starting_batch_size=self.batch_size)
+            def compute(batch_size: int) -> dict[str, Any]:
+                self.batch_size = batch_size
+                encoded = self.encode_texts(texts)
+                features = {"image_features": self.encode_images(images), "text_features": encoded.features}
+                return {**features, "input_ids": encoded.input_ids, "batch_size": batch_size}
+
+            _write(path, partial(torch.save, compute()))
+        self.store.state.wait_for_everyone()
+        found = torch.load(path)
+        # Where memory has run out, it has done so in one process
+        self.batch_size = min(self.batch_size, found["batch_size"])
+        return found["image_features"], EncodedTexts(found["input_ids"], found["text_features"])
+
     def match(self, images: Any, input_ids: list[list[int]], pairs: torch.Tensor) -> torch.Tensor:
-        blocks = pairs.split(
-            torch.unique_consecutive(pairs[:, 0] // _IMAGES_PER_BLOCK, return_counts=True)[1].tolist()
-        )
-        paths = [self._path(block) for block in blocks]
+        """Block by block, each by one process."""
+        sizes = torch.unique_consecutive(pairs[:, 0] // _IMAGES_PER_BLOCK, return_counts=True)[1]
+        blocks = {self._path(block): block for block in pairs.split(sizes.tolist())}
         state = self.store.state
-        mine = list(zip(paths, blocks, strict=True))[state.process_index :: state.num_processes]
-        # Features are computed in batches of one size, whatever the memory: candidates don't depend on it
+        mine = list(blocks.items())[state.process_index :: state.num_processes]
+        done = sum(len(block) for path, block in mine if path.exists())
+        bar = logging.tqdm(
+            total=sum(len(block) for _, block in mine),
+            initial=done,
+            desc="Pairs",
+            unit="pair",
+            disable=not self.show_progress,
+        )
+        self.show_progress = False  # of each block
         match = super().match
 
-        @find_executable_batch_size(starting_batch_size=self.batch_size_of_pairs)
+        @find_executable_batch_size(starting_batch_size=self.batch_size)
         def compute(batch_size: int):
             self.batch_size = batch_size
             for path, block in mine:
                 if not path.exists():
-                    scores = match(images, input_ids, block)
-                    temporary = path.with_name(f"{path.name}.tmp")
-                    with open(temporary, "wb") as file:
-                        np.save(file, scores.numpy())
-                    os.replace(temporary, path)
+                    scores = match(images, input_ids, block).numpy()
+                    _write(path, partial(np.save, arr=scores))
+                    bar.update(len(block))
 
-        compute()
+        with bar:
+            compute()
         state.wait_for_everyone()
-        return torch.cat([torch.from_numpy(np.load(path)) for path in paths])
+        return torch.cat([torch.from_numpy(np.load(path)) for path in blocks])
 
     def _path(self, block: torch.Tensor) -> Path:
         digest = hashlib.blake2b(block.numpy().tobytes(), digest_size=8).hexdigest()
         return self.store.folder / f"pairs-{int(block[0, 0]):06d}-{digest}.npy"
 
 
-def _scores(rankings: TwoStageRankings, samples: Sequence[CaptionSample]) -> dict[str, float]:
+def _write(path: Path, write: Callable[[BinaryIO], Any]):
+    """Writes a file that is never there in part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def _matches(samples: Sequence[CaptionSample]) -> torch.Tensor:
+    """Which pictures and captions belong together."""
     owners = [number for number, sample in enumerate(samples) for _ in sample.captions]
     is_match = torch.zeros(len(samples), len(owners), dtype=torch.bool)
     is_match[owners, range(len(owners))] = True
-    return _recall("image_to_text", rankings.image_to_text, is_match) | _recall(
-        "text_to_image", rankings.text_to_image, is_match.T
-    )
-
-
-def _recall(name: str, ranking: Ranking, is_match: torch.Tensor) -> dict[str, float]:
-    found = is_match.gather(1, ranking.index)
-    return {f"{name}_r{count}": found[:, :count].any(dim=1).double().mean().item() for count in _RECALL_AT}
+    return is_match
 
 
 def _first_ten(rankings: TwoStageRankings, samples: Sequence[CaptionSample], texts: list[str]) -> dict[str, list]:

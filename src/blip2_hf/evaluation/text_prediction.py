@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..generation_presets import GenerationPreset
 from .prediction_store import PredictionStore
-from .samples import Sample, open_sample_image
+from .samples import Sample, open_sample_image, samples_fingerprint
 
 
 _FIRST_BATCH_SIZE = {"cpu": 16}  # for it has no error to tell that memory runs out
@@ -107,18 +107,11 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def samples_fingerprint(samples: Sequence[Sample], prompts: Sequence[str]) -> str:
-    """A hash of the pictures' ids and the prompts."""
-    names = [[str(sample.image_id), prompt] for sample, prompt in zip(samples, prompts, strict=True)]
-    return hashlib.blake2b(json.dumps(names).encode(), digest_size=16).hexdigest()
-
-
 def prediction_settings(
     model: Any,
     processor: Any,
     preset: GenerationPreset,
     samples: Sequence[Sample],
-    prompts: Sequence[str],
     image_size: int | None,
 ) -> dict[str, Any]:
     """What predictions depend on: neither the batch size nor the number of processes."""
@@ -132,7 +125,7 @@ def prediction_settings(
         "image_size": own_image_size(image_processor),
         "image_processor": json.loads(image_processor.to_json_string()),
         "num_samples": len(samples),
-        "samples": samples_fingerprint(samples, prompts),
+        "samples": samples_fingerprint(samples),
     }
 
 

@@ -16,9 +16,10 @@ from transformers.trainer_utils import HubStrategy
 
 from ..data.callbacks import SetEpochCallback
 from ..data.pairs import ImageTextStream
-from ..model_card import CARD_NAME, PIPELINE_TAGS, write_model_card
+from ..hub import is_of_this_package
+from ..model_card import CARD_NAME, PIPELINE_TAGS, class_name, write_model_card
 from ..modeling_pretraining import Blip2ForPreTraining
-from ..sharing import SharedOnHub
+from ..processing_blip2 import Blip2Processor
 from .arguments import Blip2Arguments
 from .layer_decay import split_by_scale, vision_layer_scales
 from .presets import describe_trained_parts, train_only, without_adapters
@@ -72,9 +73,10 @@ class Blip2Trainer(Seq2SeqTrainer):
         if args.gradient_caching_chunk_size is not None and isinstance(self._bare_model(), Blip2ForPreTraining):
             self._bare_model().gradient_caching_enable(args.gradient_caching_chunk_size)
         if args.push_to_hub:
-            for shared in (self._bare_model(), self.processing_class):
-                if isinstance(shared, SharedOnHub):
-                    shared.saves_code = True
+            if is_of_this_package(self._bare_model()):
+                self._bare_model().saves_code = True
+            if isinstance(self.processing_class, Blip2Processor):
+                self.processing_class.saves_code = True
 
     def _bare_model(self) -> nn.Module:
         return without_adapters(self.accelerator.unwrap_model(self.model))
@@ -228,7 +230,7 @@ class Blip2Trainer(Seq2SeqTrainer):
                     generation = ("generation_max_length", "generation_num_beams")
                     settings |= {name: getattr(self.args, name) for name in generation}
                 return {
-                    "task": PIPELINE_TAGS[type(self._bare_model()).__name__],
+                    "task": PIPELINE_TAGS[class_name(self._bare_model())],
                     "scores": {name.removeprefix("eval_"): logs[name] for name in names},
                     "settings": {name: value for name, value in settings.items() if value is not None},
                 }
