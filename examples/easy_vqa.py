@@ -24,7 +24,14 @@ from blip2_hf.data import VisionTower, cache_features
 
 
 LAYER, SIZE = 9, 112
-TYPES = {"yes": "yes/no", "no": "yes/no", "circle": "shape", "triangle": "shape", "rectangle": "shape"}
+SHAPES = ("circle", "triangle", "rectangle")
+
+
+def type_of(question: str, answer: str) -> str:
+    """What is asked for; of yes and no, what they are about."""
+    if answer in ("yes", "no"):
+        return "yes/no, shape" if any(shape in question for shape in SHAPES) else "yes/no, colour"
+    return "shape" if answer in SHAPES else "colour"
 
 
 def make_data(folder: Path):
@@ -38,7 +45,7 @@ def make_data(folder: Path):
             features = datasets.Features({"image": datasets.Image()})
             datasets.Dataset.from_list(pictures, features=features).to_parquet(folder / f"images-{split}.parquet")
             rows = [
-                {"image": image, "question": question, "answer": answer, "type": TYPES.get(answer, "colour")}
+                {"image": image, "question": question, "answer": answer, "type": type_of(question, answer)}
                 for question, answer, image in questions
             ]
             for part in ("train", "validation") if split == "train" else ("test",):
@@ -106,11 +113,11 @@ def main():
         "use_cpu": not torch.cuda.is_available(),
         "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 128,
-        "max_steps": 1200,
+        "max_steps": 1700,
         "eval_strategy": "steps",
-        "eval_steps": 600,
+        "eval_steps": 850,
         "save_strategy": "steps",
-        "save_steps": 600,
+        "save_steps": 850,
         "learning_rate": 7e-4,
         "warmup_steps": 100,
         "adam_beta2": 0.98,
