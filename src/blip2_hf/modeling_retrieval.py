@@ -23,7 +23,7 @@ class Blip2Temperature(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((1,), 0.07))
+        self.weight = nn.Parameter(torch.full((1,), 0.07, dtype=torch.float32))
 
     def forward(self, similarity: torch.Tensor) -> torch.Tensor:
         return similarity / self.weight
@@ -35,10 +35,11 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
     _parts_not_in_transformers = ("temperature",)
 
     def _build_image_text_heads(self, config: Blip2Config):
-        hidden_size = config.qformer_config.hidden_size
-        self.vision_projection = nn.Linear(hidden_size, config.image_text_hidden_size)
-        self.text_projection = nn.Linear(hidden_size, config.image_text_hidden_size)
-        self.itm_head = nn.Linear(hidden_size, 2)
+        # In float32 whatever the rest is made in: in half precision near scores would be the same
+        sizes, dtype = (config.qformer_config.hidden_size, config.image_text_hidden_size), torch.float32
+        self.vision_projection = nn.Linear(*sizes, dtype=dtype)
+        self.text_projection = nn.Linear(*sizes, dtype=dtype)
+        self.itm_head = nn.Linear(sizes[0], 2, dtype=dtype)
         self.temperature = Blip2Temperature()
 
     @torch.no_grad()
@@ -301,7 +302,6 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
 
     main_input_name = "pixel_values"
     _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\.", r"^lm_head\."]
-    # Small, and what the scores are made with: in half precision near scores would be the same
     _keep_in_fp32_modules_strict = ["vision_projection", "text_projection", "itm_head", "temperature"]
     # Learned before, or 0.07
     _keys_to_ignore_on_load_missing = [r"^temperature\.weight$"]

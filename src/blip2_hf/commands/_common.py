@@ -1,6 +1,8 @@
 """What the commands share: nothing heavy is imported before a command runs."""
 
 import argparse
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,29 @@ def load_dataset(data: str, config: str | None = None, split: str = "train") -> 
     if (path / "state.json").is_file():
         return datasets.load_from_disk(data)
     return datasets.load_dataset(data, config, split=split)
+
+
+def generate_argument(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as an argument of `generate`; the value is JSON where it can be."""
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE was expected, such as num_beams=5")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def tell_image_size(processor: Any, given: int | None, of_paper: int):
+    """Says so where pictures have another size than the paper's."""
+    from accelerate import PartialState
+
+    from ..evaluation.text_prediction import own_image_size
+
+    own = own_image_size(processor.image_processor)
+    if given is None and set(own.values()) != {of_paper} and PartialState().is_main_process:
+        print(
+            f"blip2-hf: pictures have the size of the checkpoint's image processor, {own}. The paper's have "
+            f"{of_paper} px: --image-size {of_paper}, for a model that was trained so.",
+            file=sys.stderr,
+        )

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._common import add_option, load_dataset
-from .evaluate import _setting, _tell_image_size
+from ._common import add_option, generate_argument, load_dataset, tell_image_size
 
 
 _LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
@@ -36,7 +35,7 @@ def add_parser(commands: Any):
     add("--top-p", f"sample from the likeliest tokens that have this probability together{sampled}", type=float)
     add("--temperature", f"sample at this temperature{sampled}", type=float)
     others = "other arguments of generate, such as length_penalty=0 repetition_penalty=1.15"
-    add("--generate", others, nargs="+", type=_setting, metavar="NAME=VALUE")
+    add("--generate", others, nargs="+", type=generate_argument, metavar="NAME=VALUE")
     add("--image-size", "side in pixels of the square that pictures are scaled to, not the checkpoint's", type=int)
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU", type=int)
     add("--dtype", "without it that of the checkpoint", choices=["bfloat16", "float16", "float32"])
@@ -131,7 +130,7 @@ def _generation(options: argparse.Namespace, processor: Any, model_config: Any) 
     if options.preset is None:
         return options.prompt, given
     preset = generation_preset(options.preset, model_config)
-    _tell_image_size(processor, options.image_size, preset.image_size)
+    tell_image_size(processor, options.image_size, preset.image_size)
     kwargs = preset.generate_kwargs | given
     if "min_new_tokens" not in given:
         kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], kwargs["max_new_tokens"])

@@ -1,8 +1,6 @@
 """`blip2-hf evaluate`: the paper's benchmarks, and data sets of one's own."""
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -10,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import add_option, load_dataset
+from ._common import add_option, generate_argument, load_dataset, tell_image_size
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def add_parser(commands: Any):
     add("--preset", "settings of generation, in place of the task's", choices=PRESET_NAMES)
     add("--prompt", "prompt in place of the preset's; the question stands at {}")
     generate = "arguments of generate on top of the preset's, such as length_penalty=0 repetition_penalty=1.15"
-    add("--generate", generate, nargs="+", type=_setting, metavar="NAME=VALUE")
+    add("--generate", generate, nargs="+", type=generate_argument, metavar="NAME=VALUE")
     add("--k", "retrieval: candidates of contrast that are matched; 0 for contrast alone", type=int, default=128)
     add("--image-size", "side in pixels of the square that pictures are scaled to, not the checkpoint's", type=int)
     add("--batch-size", "texts at a time; without it 128, or 16 on a CPU, less where memory runs out", type=int)
@@ -72,16 +70,6 @@ def add_parser(commands: Any):
     add("--device", "such as cuda:1 or cpu; without it a GPU if there is one, its own for each process")
     add("--limit", "how many of the first samples count", type=int)
     add("--num-workers", "processes that load pictures", type=int, default=0)
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, sign, value = text.partition("=")
-    if not sign or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE was expected, such as num_beams=5")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _run(options: argparse.Namespace):
@@ -166,7 +154,7 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
 
     preset = _preset(options, task)
     processor = Blip2Processor.from_pretrained(options.model)
-    _tell_image_size(processor, options.image_size, preset.image_size)
+    tell_image_size(processor, options.image_size, preset.image_size)
     dtype = {} if options.dtype is None else {"dtype": options.dtype}
     model = Blip2ForConditionalGeneration.from_pretrained(options.model, **dtype).to(device)
     shared = _shared(options)
@@ -187,7 +175,11 @@ def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
     if options.prompt is not None:
         preset = replace(preset, prompt=options.prompt)
     check_preset(preset, asks=task.kind == "vqa")
-    return replace(preset, generate_kwargs=preset.generate_kwargs | dict(options.generate or []))
+    given = dict(options.generate or [])
+    generate_kwargs = preset.generate_kwargs | given
+    if "max_new_tokens" in given and "min_new_tokens" in generate_kwargs and "min_new_tokens" not in given:
+        generate_kwargs["min_new_tokens"] = min(generate_kwargs["min_new_tokens"], given["max_new_tokens"])
+    return replace(preset, generate_kwargs=generate_kwargs)
 
 
 def _evaluate_retrieval(
@@ -197,24 +189,10 @@ def _evaluate_retrieval(
     from ..search.model import load_retrieval_model
 
     model, processor = load_retrieval_model(options.model, device, options.dtype)
-    _tell_image_size(processor, options.image_size, _RETRIEVAL_IMAGE_SIZE)
+    tell_image_size(processor, options.image_size, _RETRIEVAL_IMAGE_SIZE)
     return evaluate_retrieval(model, processor, samples, options.output, options.k, options.task, **_shared(options))
 
 
 def _shared(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments that all evaluations share."""
     return {"image_size": options.image_size, "batch_size": options.batch_size, "num_workers": options.num_workers}
-
-
-def _tell_image_size(processor: Any, given: int | None, of_paper: int):
-    from accelerate import PartialState
-
-    from ..evaluation.text_prediction import own_image_size
-
-    own = own_image_size(processor.image_processor)
-    if given is None and set(own.values()) != {of_paper} and PartialState().is_main_process:
-        print(
-            f"blip2-hf: pictures have the size of the checkpoint's image processor, {own}. The paper's have "
-            f"{of_paper} px: --image-size {of_paper}, for a model that was trained so.",
-            file=sys.stderr,
-        )
