@@ -61,3 +61,18 @@ def tell_image_size(processor: Any, given: int | None, of_paper: int):
             f"{of_paper} px: --image-size {of_paper}, for a model that was trained so.",
             file=sys.stderr,
         )
+
+
+def load_captioner(name: str, dtype: str | None, device: Any) -> tuple[Any, Any]:
+    """The model of stage 2 and its processor; one without a language model of its own is refused."""
+    from ..modeling_blip2 import Blip2ForConditionalGeneration
+    from ..processing_blip2 import Blip2Processor
+
+    kwargs = {} if dtype is None else {"dtype": dtype}
+    model, info = Blip2ForConditionalGeneration.from_pretrained(name, output_loading_info=True, **kwargs)
+    if missing := sorted(key for key in info["missing_keys"] if key.startswith("language_")):
+        raise ValueError(
+            f"{name} writes no text: it lacks {len(missing)} weights of the language model ({missing[0]}, ...). A "
+            "checkpoint of Blip2ForConditionalGeneration was expected."
+        )
+    return model.to(device), Blip2Processor.from_pretrained(name)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._common import add_option, generate_argument, load_dataset, tell_image_size
+from ._common import add_option, generate_argument, load_captioner, load_dataset, tell_image_size
 
 
 _LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace):
         )
     try:
         pictures = _open_pictures(options)
-        model, processor = _load_model(options, options.device or state.device)
+        model, processor = load_captioner(options.model, options.dtype, options.device or state.device)
         prompt, generate_kwargs = _generation(options, processor, model.config)
         processor.image_processor = with_image_size(processor.image_processor, options.image_size)
         caption_dataset(
@@ -102,20 +102,6 @@ def _open_pictures(options: argparse.Namespace) -> Any:
             return TarPictures(paths, options.image_column)
     rows = load_rows(options.data) if has_wildcard else load_dataset(options.data, options.config, options.split)
     return RowPictures(rows, options.image_column)
-
-
-def _load_model(options: argparse.Namespace, device: Any) -> tuple[Any, Any]:
-    from ..modeling_blip2 import Blip2ForConditionalGeneration
-    from ..processing_blip2 import Blip2Processor
-
-    dtype = {} if options.dtype is None else {"dtype": options.dtype}
-    model, info = Blip2ForConditionalGeneration.from_pretrained(options.model, output_loading_info=True, **dtype)
-    if missing := sorted(name for name in info["missing_keys"] if name.startswith("language_")):
-        raise ValueError(
-            f"{options.model} writes no captions: it lacks {len(missing)} weights of the language model "
-            f"({missing[0]}, ...). A checkpoint of Blip2ForConditionalGeneration was expected."
-        )
-    return model.to(device), Blip2Processor.from_pretrained(options.model)
 
 
 def _generation(options: argparse.Namespace, processor: Any, model_config: Any) -> tuple[str | None, dict[str, Any]]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import add_option, generate_argument, load_dataset, tell_image_size
+from ._common import add_option, generate_argument, load_captioner, load_dataset, tell_image_size
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,10 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 
 def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any) -> dict[str, Any]:
     from ..evaluation.benchmarks import evaluate_captioning, evaluate_vqa
-    from ..modeling_blip2 import Blip2ForConditionalGeneration
-    from ..processing_blip2 import Blip2Processor
 
     preset = _preset(options, task)
-    processor = Blip2Processor.from_pretrained(options.model)
+    model, processor = load_captioner(options.model, options.dtype, device)
     tell_image_size(processor, options.image_size, preset.image_size)
-    dtype = {} if options.dtype is None else {"dtype": options.dtype}
-    model = Blip2ForConditionalGeneration.from_pretrained(options.model, **dtype).to(device)
     shared = _shared(options)
     if task.kind == "caption":
         return evaluate_captioning(model, processor, samples, options.output, preset, options.task, **shared)
