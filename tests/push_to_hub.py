@@ -17,7 +17,7 @@ from stage1 import make_stage1
 from tiny import make_image, make_image_processor, make_model, make_processor, make_tokenizer
 from train_stage2 import CAPTIONS
 
-from blip2_hf import ImageToTextPipeline
+from blip2_hf import Blip2ForConditionalGeneration, ImageToTextPipeline
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator, cache_features, load_cached_features
 from blip2_hf.training import Blip2Trainer, Stage2Arguments
 
@@ -75,6 +75,41 @@ def push_others(folder: Path):
     make_processor(qformer_tokenizer=make_tokenizer()).save_pretrained(folder / "saved", push_to_hub=True)
 
 
+def push_over(folder: Path) -> dict:
+    """Over what is there: weights in other files, a model of another class, another card; and what is refused."""
+    api, report = HfApi(), {}
+    api.create_repo("me/over")
+    for name in ("mine.py", "model_notes.txt"):
+        api.upload_file(path_or_fileobj=b"# mine\n", path_in_repo=name, repo_id="me/over")
+    stage1 = make_stage1()
+    stage1.push_to_hub("me/over", license="mit", base_model="me/tower", results=RESULTS)
+    model = make_model()
+    make_processor().push_to_hub("me/over")
+    for name, value, size in (("whole", 1.0, None), ("sharded", 2.0, "100KB"), ("whole again", 3.0, None)):
+        torch.nn.init.constant_(model.query_tokens.weight, value)
+        model.push_to_hub("me/over", max_shard_size=size)
+        loaded = Blip2ForConditionalGeneration.from_pretrained("me/over")
+        report[name] = [loaded.query_tokens.weight.unique().tolist(), api.list_repo_files("me/over")]
+
+    state_dict = {name: value.clone() for name, value in model.state_dict().items()}
+    state_dict["query_tokens.weight"].fill_(4.0)
+    (folder / "given").mkdir()
+    (folder / "given" / "notes.txt").write_text("not for the Hub")
+    model.save_pretrained(
+        folder / "given", state_dict=state_dict, max_shard_size="100KB", push_to_hub=True, repo_id="me/given"
+    )
+    loaded = Blip2ForConditionalGeneration.from_pretrained("me/given")
+    report["given"] = [loaded.query_tokens.weight.unique().tolist(), api.list_repo_files("me/given")]
+    loaded.push_to_hub("me/given", license="mit")  # which is not made of itself
+
+    for facts in ({"licence": "mit"}, {"results": {"accuracy": 0.5}}):
+        try:
+            model.push_to_hub("me/refused", **facts)
+        except (TypeError, ValueError) as error:
+            report.setdefault("refused", []).append(f"{type(error).__name__}: {error}")
+    return report
+
+
 def train(folder: Path, repo_id: str, model=None, **options) -> Blip2Trainer:
     rows = [{"image": make_image(i), "caption": CAPTIONS[i % 6]} for i in range(4)]
     processor = make_processor()
@@ -112,9 +147,17 @@ def push_while_training(folder: Path):
     trainer.push_to_hub(license="mit", dataset="me/pictures")
     trainer.save_model()  # which pushes too, and knows less
 
+    card = b"---\nlicense: apache-2.0\n---\n# My own words\n"
+    api = HfApi()
+    api.create_repo("me/trained")
+    api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="me/trained")
+    train(folder, "me/trained", hub_strategy="every_save", hub_token="hf_secret")._finish_current_push()
+
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    base = make_model()
+    base.name_or_path = str(folder / "base")
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"]))
     train(folder, "me/adapter", model=adapted, hub_strategy="end").push_to_hub()
 
 
@@ -136,6 +179,7 @@ def main():
     folder = Path(sys.argv[1])
     report = push_model(folder)
     push_others(folder)
+    report["over"] = push_over(folder)
     push_while_training(folder)
     push_features(folder)
     (folder / "report.json").write_text(json.dumps(report))

@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -64,6 +65,7 @@ def test_a_file_of_lavis_becomes_one_of_ours(lavis, opt, tmp_path, capsys):
     convert(lavis, tmp_path / "out", "--language-model", opt)
     printed = capsys.readouterr().out
     assert "visual_encoder.blocks.*.attn.q_bias -> vision_model.encoder.layers.*.self_attn.qkv.bias" in printed
+    assert 'epoch: beside "model", which alone is read' in printed
     assert "Blip2ForConditionalGeneration for pictures of 42 pixels" in printed
     expected = load_lavis_checkpoint(lavis, language_model=opt)
     model = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out")
@@ -293,9 +295,13 @@ def test_what_is_there_is_refused_or_replaced(model_folder, tmp_path):
     convert(model_folder, output, "--overwrite", "--transformers")
     assert not (output / "stale").exists()
     assert json.loads((output / "config.json").read_text())["model_type"] == "blip-2"
-    # The source itself
-    convert(output, output, "--overwrite")
-    assert json.loads((output / "config.json").read_text())["model_type"] == "blip2"
+    (output / "README.md").write_text("mine")
+    (output / "parts").mkdir()
+    (output / "parts" / "blip2.pth").write_text("")
+    for source in (output, output / "parts" / "blip2.pth"):
+        with pytest.raises(SystemExit, match=f"{source} would be replaced by what is made of it"):
+            convert(source, output, "--overwrite")
+    assert (output / "README.md").read_text() == "mine"
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     (pictures / "cat.png").write_text("")
@@ -303,6 +309,59 @@ def test_what_is_there_is_refused_or_replaced(model_folder, tmp_path):
         convert(model_folder, pictures, "--overwrite")
     assert (pictures / "cat.png").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures", "theirs"]
+
+
+def files_dtypes(folder) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_each_weight_of_a_folder_stays_as_it_is(name, tmp_path):
+    make_theirs(name).half().save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", "--transformers")
+    for folder in ("ours", "back"):
+        assert set(files_dtypes(tmp_path / folder).values()) == {torch.float16}
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "back"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_each_weight_of_shards_in_two_precisions_stays_as_it_is(tmp_path):
+    """float32 beside bfloat16, which transformers would load as bfloat16."""
+    model = load_model_of_two_precisions(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "mixed", max_shard_size="50KB")
+    assert len(list((tmp_path / "mixed").glob("*.safetensors"))) > 1
+    convert(tmp_path / "mixed", tmp_path / "again")
+    weights = load_file(tmp_path / "again" / "model.safetensors")
+    own = model.state_dict()
+    assert {weights[name].dtype for name in weights} == {torch.bfloat16, torch.float32}
+    assert all(tensor.dtype == own[name].dtype and torch.equal(tensor, own[name]) for name, tensor in weights.items())
+
+
+def load_model_of_two_precisions(folder) -> blip2_hf.Blip2ForConditionalGeneration:
+    make_theirs("opt").save_pretrained(folder)
+    model = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(folder)
+    model.vision_model.bfloat16()
+    model.language_model.bfloat16()
+    return model
+
+
+def test_an_instructblip_in_float16_stays_so_and_brings_no_code(tmp_path):
+    make_instructblip("opt").half().save_pretrained(tmp_path / "theirs")
+    model, _ = load_checkpoint(tmp_path / "theirs")
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float16}
+    model.saves_code = True
+    save_instructblip_checkpoint(model, tmp_path / "back")
+    assert not list((tmp_path / "back").glob("*.py")) and not (tmp_path / "back" / "README.md").exists()
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "back"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_adapter_is_named_as_one(model_folder, tmp_path):
+    model = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(model_folder)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SystemExit, match=r"adapter holds an adapter of PEFT.*merge_and_unload"):
+        convert(tmp_path / "adapter", tmp_path / "out")
 
 
 def test_sources_that_are_something_else(model_folder, tmp_path):

@@ -227,6 +227,19 @@ def test_the_report_has_every_tensor(case, caplog):
         assert line in str(report)
 
 
+def test_what_stands_beside_the_model_is_reported():
+    file = {"model": tensors(OPT, "state_dict"), "epoch": 3, "stray.weight": torch.zeros(2)}
+    _, report = load_lavis_checkpoint(file, sizes(OPT), output_loading_info=True)
+    assert {"epoch", "stray.weight"} < report.left.keys() and "model" not in report.left
+
+
+def test_float16_is_read_in_float32():
+    state_dict = {name: tensor.half() for name, tensor in tensors(OPT, "state_dict").items()}
+    model = load_lavis_checkpoint(state_dict, sizes(OPT))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.query_tokens.weight, state_dict["query_tokens"].float())
+
+
 def test_the_given_dict_is_not_changed():
     state_dict = tensors(STAGE1, "state_dict")
     names, temp = list(state_dict), state_dict["temp"]

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+import peft
 import pytest
 import torch
 import transformers
@@ -88,6 +89,16 @@ def test_a_tower_of_automodel_and_another_size(tmp_path):
     assert_exported(model, tmp_path / "encoder.pt2", size=42)
 
 
+def test_a_model_in_training_stays_in_training(tmp_path):
+    torch.manual_seed(0)
+    model = make_model().train()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert before["qformer"] and not before["vision_model.encoder"]
+    export_image_encoder(model, tmp_path / "encoder.pt2")
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert_exported(model.eval(), tmp_path / "encoder.pt2")
+
+
 def test_soft_prompts_go_into_generation(tmp_path):
     torch.manual_seed(0)
     model, pixel_values = make_model("opt"), make_pixel_values(2)
@@ -105,6 +116,9 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
         export_image_encoder(make_model(), tmp_path / "encoder.bin")
     with pytest.raises(ValueError, match="Blip2HfModel has no projection"):
         export_image_encoder(Blip2Model(make_config(None)), tmp_path / "encoder.pt2")
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        adapted = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))
+        export_image_encoder(adapted, tmp_path / "encoder.pt2")
     with pytest.raises(ValueError, match="attach_vision_tower"):
         export_image_encoder(make_stage1(has_vision_tower=False), tmp_path / "encoder.pt2")
     monkeypatch.setattr(blip2_hf.export, "find_spec", lambda name: None)

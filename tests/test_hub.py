@@ -1,8 +1,10 @@
 """Pushed to a Hub on loopback by one process, read from it by others; and the model cards that say what is known."""
 
+import copy
 import json
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -14,13 +16,15 @@ import pytest
 import torch
 import yaml
 from hub_server import HubServer
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import LocalEntryNotFoundError
 from push_to_hub import RESULTS
 from stage1 import make_stage1
 from tiny import make_image, make_model, make_processor, make_tokenizer
 
-from blip2_hf.hub import push
+from blip2_hf.hub import fetch_card, push
 from blip2_hf.model_card import write_model_card
+from blip2_hf.training import Blip2Trainer, Stage2Arguments
 
 
 TESTS = Path(__file__).parent
@@ -146,7 +150,12 @@ def test_a_second_push_commits_what_has_changed_and_nothing_otherwise(hub, repor
     commits = hub.commits("me/captioner")
     assert report["unchanged"] == [report["first"]] * 2
     assert [commit["message"] for commit in commits[2:]] == ["Other weights"]
-    assert commits[2]["changed"] == ["model.safetensors"]
+    assert commits[2]["changed"] == ["README.md", "model.safetensors"]
+    # The results were those of the first weights
+    before, after = (ModelCard(commit["files"]["README.md"].decode()) for commit in commits[1:3])
+    assert "cider_d" in before.text and before.data.eval_results
+    assert "cider_d" not in after.text and after.data.eval_results is None
+    assert (after.data.license, after.data.datasets) == ("mit", ["me/pictures"])
 
 
 def test_an_upload_that_breaks_off_leaves_the_repository_as_it_was(hub, report):
@@ -164,6 +173,60 @@ def test_private_repositories_branches_and_cards_of_the_users(hub):
     assert "modeling_pretraining.py" in hub.files("me/stage1", "next")
     assert hub.files("me/carded")["README.md"] == b"---\nlicense: apache-2.0\n---\n# My own words\n"
     assert "model.safetensors" in hub.files("me/carded")
+
+
+def test_what_a_push_replaces_is_deleted(report, hub):
+    for name, value in (("whole", 1), ("sharded", 2), ("whole again", 3)):
+        loaded, files = report["over"][name]
+        assert loaded == [value], name
+        assert ("model.safetensors" in files) == (name != "sharded")
+        assert ("model.safetensors.index.json" in files) == (name == "sharded")
+        assert {"mine.py", "model_notes.txt", "processing_blip2.py", "modeling_blip2.py"} <= set(files)
+        assert "modeling_pretraining.py" not in files
+    assert "modeling_pretraining.py" in hub.commits("me/over")[2]["files"]
+    # Each of the pushes is one commit
+    assert len(hub.commits("me/over")) == 2 + 1 + 1 + 3
+
+
+def test_a_model_of_another_class_has_a_card_of_its_own(hub):
+    stage1 = ModelCard(hub.commits("me/over")[2]["files"]["README.md"].decode()).data
+    assert (stage1.pipeline_tag, stage1.base_model) == ("zero-shot-image-classification", ["me/tower"])
+    assert stage1.eval_results
+    data = card_of(hub, "me/over").data
+    assert (data.pipeline_tag, data.license) == ("image-to-text", "mit")
+    assert data.base_model is None and data.eval_results is None
+
+
+def test_saving_pushes_what_was_saved(report, hub):
+    loaded, files = report["over"]["given"]
+    assert loaded == [4]
+    assert "model.safetensors.index.json" in files and "model.safetensors" not in files
+    assert "notes.txt" not in files
+    data = card_of(hub, "me/given").data
+    assert data.license == "mit" and data.base_model is None
+
+
+def test_wrong_facts_are_refused_before_anything_is_made(report, hub):
+    unknown, results = report["over"]["refused"]
+    assert "no place for licence" in unknown and "license" in unknown
+    assert "`task` and `scores`" in results
+    assert "me/refused" not in hub.repositories
+
+
+def test_what_plain_transformers_loads_is_not_pushed_half_done(tmp_path):
+    for shared in (make_model(), make_processor()):
+        with pytest.raises(ValueError, match="push_to_hub does not go with transformers_compatible"):
+            shared.save_pretrained(tmp_path, transformers_compatible=True, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_that_does_not_answer_is_no_hub_without_a_card(tmp_path, monkeypatch):
+    def no_answer(*args, **kwargs):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", no_answer)
+    with pytest.raises(OSError, match="no connection"):
+        fetch_card(tmp_path, "me/captioner")
 
 
 def test_saving_pushes_too_with_the_code(hub):
@@ -194,15 +257,50 @@ def test_trainer_pushes_code_and_card_with_every_strategy(hub, folder):
 def test_what_trainer_was_told_stays_in_the_card_when_it_pushes_again(hub):
     data = card_of(hub, "me/at-end").data
     assert data.license == "mit" and data.datasets == ["me/pictures"]
-    (result,) = data.eval_results
-    assert (result.dataset_type, result.metric_type, result.metric_args["step"]) == ("me/pictures", "loss", 2)
-    # Of the others nobody said what the data are called
-    assert card_of(hub, "me/every-save").data.eval_results is None
+    # Nobody said what the data of the evaluation are called
+    assert data.eval_results is None
+
+
+def test_trainer_leaves_a_card_of_the_users_alone_and_pushes_no_secret(hub):
+    assert hub.files("me/trained")["README.md"] == b"---\nlicense: apache-2.0\n---\n# My own words\n"
+    assert "training_args.bin" in hub.files("me/trained")
+    for name, content in hub.files("me/trained").items():
+        assert b"hf_secret" not in content, name
+
+
+def test_copies_of_the_arguments_keep_the_token(tmp_path):
+    arguments = Stage2Arguments(str(tmp_path), hub_token="hf_secret", report_to=[])
+    for copied in (copy.copy(arguments), copy.deepcopy(arguments)):
+        assert type(copied) is Stage2Arguments and copied.hub_token == "hf_secret"
+        assert copied.max_steps == arguments.max_steps
+    assert copied.lr_scheduler_kwargs is not arguments.lr_scheduler_kwargs
+    assert pickle.loads(pickle.dumps(arguments)).hub_token is None
+
+
+def test_trainer_reports_all_sets_and_the_weights_that_are_there(tmp_path):
+    trainer = Blip2Trainer(make_model(), Stage2Arguments(str(tmp_path), report_to=[]))
+    assert trainer._last_evaluation() is None
+    for step, value in ((1, 1.0), (2, 2.0)):
+        for name in ("coco", "nocaps"):
+            logs = {f"eval_{name}_loss": value, f"eval_{name}_runtime": 9.0, f"eval_{name}_samples_per_second": 9.0}
+            trainer.state.log_history.append({**logs, "epoch": float(step), "step": step})
+    trainer.state.log_history.append({"train_runtime": 9.0, "step": 2})
+    last = trainer._last_evaluation()
+    assert last["scores"] == {"coco_loss": 2.0, "nocaps_loss": 2.0}
+    assert last["settings"] == {"step": 2, "epoch": 2.0}
+    trainer.state.best_global_step = 1
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    trainer.save_model(tmp_path / "checkpoint-1")
+    assert trainer._last_evaluation() == last
+    trainer._load_best_model()
+    assert trainer._last_evaluation()["scores"] == {"coco_loss": 1.0, "nocaps_loss": 1.0}
 
 
 def test_an_adapter_is_pushed_with_the_same_card(hub):
     files, card = hub.files("me/adapter"), card_of(hub, "me/adapter")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files)
+    # It came from a folder, of which the others need not know
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
     assert card.data.library_name == "peft" and "PeftModel.from_pretrained" in card.text
     assert "| learning_rate | 0.0001 |" in card.text
 
@@ -314,6 +412,10 @@ def test_a_fine_tuned_model_names_the_model_that_it_came_from(tmp_path):
 
 def test_results_json_gives_a_result_for_each_score(tmp_path):
     report = {"task": "vqa", "scores": {"vqa_accuracy": 0.5, "loss": float("nan")}, "settings": {}, "split": "test"}
+    # The data of the training are not those of the evaluation
+    write_model_card(tmp_path, make_model(), datasets="me/questions", results=report)
+    assert read_card(tmp_path).data.eval_results is None
+    report["dataset"] = "me/questions"
     (tmp_path / "results.json").write_text(json.dumps(report))
     write_model_card(tmp_path, make_model(), datasets="me/questions", results=[tmp_path / "results.json", RESULTS])
     results = read_card(tmp_path).data.eval_results
@@ -354,6 +456,26 @@ def test_our_own_card_is_written_anew_and_keeps_what_it_was_told(tmp_path):
     assert (data.license, data.datasets, data.language) == ("mit", ["me/pictures"], "en")
     assert [result.metric_value for result in data.eval_results] == [1.25, 0.5]
     assert "| cider_d | 1.2500 |" in path.read_text()
+
+
+def test_results_stay_with_the_weights_that_they_are_of(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    path = write_model_card(tmp_path, model, license="mit", results=RESULTS)
+    first = path.read_text()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    write_model_card(tmp_path, model)
+    assert path.read_text() == first
+    torch.nn.init.constant_(model.query_tokens.weight, 7.0)
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        write_model_card(tmp_path, model, language="en")
+    assert "results of the previous ones" in caplog.text
+    data = read_card(tmp_path).data
+    assert (data.license, data.language, data.eval_results) == ("mit", "en", None)
+    assert "cider_d" not in path.read_text()
 
 
 def test_each_class_has_the_task_that_pipelines_know(tmp_path):

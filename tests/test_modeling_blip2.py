@@ -188,6 +188,19 @@ def test_config_round_trip():
         Blip2Config(text_config={"hidden_size": 3})
 
 
+@pytest.mark.parametrize("transformers_compatible", [False, True])
+def test_config_json_names_no_folder(transformers_compatible, tmp_path):
+    model = make_model()
+    vision, text = model.config.vision_config, model.config.text_config
+    vision.name_or_path, text.name_or_path = "me/tower", str(tmp_path)
+    model.save_pretrained(tmp_path / "model", transformers_compatible=transformers_compatible)
+    assert (vision.name_or_path, text.name_or_path) == ("me/tower", str(tmp_path))
+    assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+    loaded = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "model").config
+    assert loaded.text_config.name_or_path == ""
+    assert loaded.vision_config.name_or_path == ("" if transformers_compatible else "me/tower")
+
+
 def make_parts(folder, language_model="opt"):
     bert_config = transformers.BertConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
@@ -233,6 +246,7 @@ def test_from_pretrained_parts(name, tmp_path):
     assert all(torch.equal(reloaded[key], value) for key, value in model.language_model.state_dict().items())
     assert all(n.startswith(TRAINED) for n, p in model.named_parameters() if p.requires_grad)
     model.save_pretrained(tmp_path / "blip2")
+    assert str(tmp_path) not in (tmp_path / "blip2" / "config.json").read_text()
     loaded = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "blip2")
     pixel_values = make_pixel_values()
     expected = model.eval()(pixel_values=pixel_values, input_ids=IDS, labels=IDS).logits

@@ -6,6 +6,8 @@ the models and of the processor, are named `Blip2Hf...`, and `Blip2...` is what 
 """
 
 import copy
+import os
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -280,6 +282,14 @@ class Blip2HfConfig(PreTrainedConfig):
             config_dict = cls.from_transformers(TransformersBlip2Config.from_dict(config_dict)).to_dict()
         return config_dict, kwargs
 
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dict, without the folders that its parts were loaded from."""
+        output = super().to_dict()
+        for name in self.sub_configs:
+            if output.get(name) is not None:
+                _drop_folder_names(output[name])
+        return output
+
     @classmethod
     def from_transformers(cls, config: TransformersBlip2Config) -> "Blip2Config":
         """
@@ -337,9 +347,12 @@ class Blip2HfConfig(PreTrainedConfig):
                 **_own_fields(self.qformer_config, TransformersBlip2QFormerConfig)
             ),
         }
+        text_config = copy.deepcopy(self.text_config)
+        if text_config is not None and not _is_hub_id(text_config.name_or_path):
+            text_config.name_or_path = ""
         return TransformersBlip2Config(
             **sub_configs,
-            text_config=copy.deepcopy(self.text_config),
+            text_config=text_config,
             num_query_tokens=self.num_query_tokens,
             image_text_hidden_size=self.image_text_hidden_size,
             image_token_index=self.image_token_index,
@@ -385,6 +398,19 @@ def _sub_config(config: dict | PreTrainedConfig | None, default: type[PreTrained
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"transformers knows no configuration of model_type {model_type!r}.")
     return CONFIG_MAPPING[model_type](**config)
+
+
+def _drop_folder_names(config: dict[str, Any]):
+    """A folder means nothing on another machine, and may say whose this one is."""
+    if not _is_hub_id(config.get("_name_or_path")):
+        config.pop("_name_or_path", None)
+    for value in config.values():
+        if isinstance(value, dict):
+            _drop_folder_names(value)
+
+
+def _is_hub_id(name: str | None) -> bool:
+    return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
 def _own_fields(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> dict[str, Any]:

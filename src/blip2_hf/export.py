@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,11 +29,13 @@ class ImageEncoder(nn.Module):
             The model. Its parts are shared.
 
     Raises:
-        ValueError: if it is another, or has no tower.
+        ValueError: if it is another, is wrapped by PEFT, or has no tower.
     """
 
     def __init__(self, model: Blip2PreTrainedModel):
         super().__init__()
+        if type(model).__module__.partition(".")[0] == "peft":
+            raise ValueError("The model is one of PEFT: export what its merge_and_unload() returns.")
         self.is_retrieval = isinstance(model, Blip2ImageTextPreTrainedModel)
         if not self.is_retrieval and not isinstance(model, Blip2ForConditionalGeneration):
             raise ValueError(
@@ -93,7 +97,7 @@ def export_image_encoder(
         ImportError: if ONNX is asked for and is not installed.
     """
     format = check_format(path, format)
-    encoder = ImageEncoder(model).eval()
+    encoder = ImageEncoder(model)
     config = model.config.vision_config
     size = image_size or getattr(config, "image_size", None) or 224
     parameter = next(model.vision_model.parameters())
@@ -101,8 +105,22 @@ def export_image_encoder(
     picture = torch.zeros(
         2, getattr(config, "num_channels", 3), size, size, dtype=parameter.dtype, device=parameter.device
     )
-    program = torch.export.export(encoder, (picture,), dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}})
+    with _in_eval_mode(encoder):
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(encoder, (picture,), dynamic_shapes={INPUT: {0: batch}})
     _write(program, Path(path), format)
+
+
+@contextmanager
+def _in_eval_mode(encoder: ImageEncoder) -> Iterator[None]:
+    """The parts are the caller's, who may be training them."""
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _write(program: torch.export.ExportedProgram, path: Path, format: str):

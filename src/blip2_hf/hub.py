@@ -3,18 +3,19 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.pipelines.base import Pipeline
 from transformers.processing_utils import ProcessorMixin
 
-from .model_card import CARD_NAME, write_model_card
+from .model_card import CARD_NAME, check_facts, is_ours, write_model_card
 
 
 # Of each model: what it is to the Auto classes, by module, as _registration.py tells them
@@ -54,6 +55,9 @@ _PIPELINES = {
         ),
     },
 }
+
+# Weights at the top of a repository, whole or in shards, of which from_pretrained takes the first kind that it finds
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 def write_code(folder: str | os.PathLike, shared: Any):
@@ -168,11 +172,13 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     max_shard_size: int | str | None = None,
+    saved: dict[str, Path] | None = None,
     **facts,
 ) -> CommitInfo:
     r"""
     Pushes a model, a processor or a pipeline with its code and, but for a processor, a card. All files go into one
-    commit: what breaks off leaves the repository as it was, and what has not changed is not sent again.
+    commit: what breaks off leaves the repository as it was, and what has not changed is not sent again. Weights in
+    other files than those of the new model, and code that it does not need, are deleted from the repository.
 
     Args:
         shared ([`Blip2PreTrainedModel`], [`Blip2Processor`] or one of the pipelines):
@@ -191,6 +197,9 @@ def push(
             Whether to open a pull request in place of a commit.
         max_shard_size (`int` or `str`, *optional*):
             Largest size of a file of weights.
+        saved (`dict[str, Path]`, *optional*):
+            Files that `save_pretrained` has written, by their names in the repository. If it is not given, they are
+            written now.
         facts:
             What the card is to say: see [`~model_card.write_model_card`].
 
@@ -199,24 +208,32 @@ def push(
 
     Raises:
         TypeError: if the card has no place for one of `facts`.
+        ValueError: if `results` are not what was expected.
     """
     api = HfApi(token=token)
     model, _ = _parts(shared)
     if not is_of_this_package(model) and facts:
         raise TypeError(f"{', '.join(sorted(facts))}: there is a card with a BLIP-2 model of this package alone.")
+    check_facts(facts)
     with tempfile.TemporaryDirectory() as folder:
-        shared.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        if saved is None:
+            shared.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        for name, path in (saved or {}).items():
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, Path(folder) / name)
         write_code(folder, shared)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if is_of_this_package(model):
-            _fetch_card(api, repo_id, revision, folder)
+            fetch_card(folder, repo_id, revision=revision, token=token)
             write_model_card(folder, model, repo_id=repo_id, **facts)
+        additions = _additions(Path(folder))
+        stale = [] if model is None else _stale_files(api.list_repo_files(repo_id, revision=revision), additions)
         # Not upload_folder, which may make several commits
         return api.create_commit(
             repo_id,
-            _additions(Path(folder)),
+            [*additions, *stale],
             commit_message=commit_message or f"Upload {type(shared).__name__}",
             commit_description=commit_description,
             revision=revision,
@@ -224,12 +241,71 @@ def push(
         )
 
 
-def _fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: str):
+def push_saved(
+    shared: Any, folder: str | os.PathLike, before: dict[str, tuple[int, int]], repo_id: str | None, **options
+) -> CommitInfo:
+    r"""
+    Pushes what `save_pretrained` has just written into a folder, whatever else is there.
+
+    Args:
+        shared ([`Blip2PreTrainedModel`], [`Blip2Processor`] or one of the pipelines):
+            What was saved.
+        folder (`str` or `os.PathLike`):
+            The folder.
+        before (`dict[str, tuple[int, int]]`):
+            What [`file_states`] said of it before.
+        repo_id (`str`, *optional*):
+            Name of the repository; that of the folder if it is not given.
+        options:
+            Those of [`push`].
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`]: the commit.
+    """
+    states = file_states(folder)
+    saved = {name: Path(folder) / name for name, state in states.items() if before.get(name) != state}
+    # A processor has no options that change what is saved, and files in folders that were written before
+    saved_now = None if _parts(shared)[0] is None else saved
+    return push(shared, repo_id or Path(folder).resolve().name, saved=saved_now, **options)
+
+
+def file_states(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
+    """Of each file in a folder, by name: what changes when it is written again."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    stats = {path.relative_to(folder).as_posix(): path.stat() for path in files}
+    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
+
+
+def fetch_card(
+    folder: str | os.PathLike, repo_id: str, *, revision: str | None = None, token: str | bool | None = None
+):
+    r"""
+    Puts the card of a repository into a folder. One that is there gives way only if this library wrote it and
+    the repository's is yours.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The folder.
+        repo_id (`str`):
+            Name of the repository.
+        revision (`str`, *optional*):
+            Its branch; `main` if it is not given.
+        token (`str` or `bool`, *optional*):
+            The token. That of `hf auth login` if it is not given.
+
+    Raises:
+        OSError: if the repository can't be read.
+    """
     try:
-        path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, force_download=True)
+        path = HfApi(token=token).hf_hub_download(repo_id, CARD_NAME, revision=revision, force_download=True)
+    except LocalEntryNotFoundError:
+        # There may be a card: the Hub has not answered
+        raise
     except EntryNotFoundError:
         return
-    shutil.copyfile(path, Path(folder) / CARD_NAME)
+    here = Path(folder) / CARD_NAME
+    if not here.exists() or (is_ours(here.read_bytes().decode()) and not is_ours(Path(path).read_bytes().decode())):
+        shutil.copyfile(path, here)
 
 
 def _additions(folder: Path) -> list[CommitOperationAdd]:
@@ -237,4 +313,25 @@ def _additions(folder: Path) -> list[CommitOperationAdd]:
     return [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
 
 
-__all__ = ["is_of_this_package", "push", "write_code", "write_code_and_card"]
+def _stale_files(there: list[str], additions: list[CommitOperationAdd]) -> list[CommitOperationDelete]:
+    """Of the files of a repository: other weights than those of the new model, and code that nothing there needs."""
+    needed = {addition.path_in_repo for addition in additions}
+    if "processor_config.json" in there:
+        needed |= {path.name for path in _source_files([_PROCESSOR])}
+    tables = [_AUTO_CLASSES_OF_ALL, *_AUTO_CLASSES.values()]
+    classes = [reference for table in tables for reference in table.values()]
+    pipelines = [reference for table in _PIPELINES.values() for reference, _ in table.values()]
+    code = {path.name for path in _source_files([_PROCESSOR, *classes, *pipelines])}
+    stale = [name for name in there if name not in needed and (name in code or _WEIGHTS.fullmatch(name))]
+    return [CommitOperationDelete(name) for name in stale]
+
+
+__all__ = [
+    "fetch_card",
+    "file_states",
+    "is_of_this_package",
+    "push",
+    "push_saved",
+    "write_code",
+    "write_code_and_card",
+]

@@ -1,6 +1,7 @@
 """Model cards: what is known of a model and of its training, as README.md with metadata that the Hub reads."""
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -9,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 from transformers.utils import logging
 
 
@@ -18,13 +21,16 @@ logger = logging.get_logger(__name__)
 CARD_NAME = "README.md"
 _MARK = "\n<!-- Written by blip2-hf; a card that you change is yours, and is left alone. "
 _MARK_END = " -->\n"
+# In place of a digest, where there are no weights in the folder
+_UNKNOWN = "unknown"
+_NO_FACTS = ("folder", "model", "repo_id")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 PIPELINE_TAGS = {
     "Blip2HfForConditionalGeneration": "image-to-text",
     "Blip2HfForPreTraining": "zero-shot-image-classification",
     "Blip2HfForImageTextRetrieval": "zero-shot-image-classification",
-    "Blip2HfModel": "feature-extraction",
+    "Blip2HfModel": "image-feature-extraction",
 }
 _DESCRIPTIONS = {
     "Blip2HfForConditionalGeneration": "It writes captions of pictures and answers questions about them: a Querying "
@@ -88,7 +94,8 @@ def write_model_card(
     Writes the model card, README.md, into a folder, from what is known. What is not known is left out.
 
     A card that you have written or changed is left alone. One that this function wrote is written anew where something
-    is said here; of its metadata, what is not said anew stays.
+    is said here, or where the model's class or the weights in the folder are others; of its metadata, what is not said
+    anew stays, but for the results of other weights.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -121,32 +128,90 @@ def write_model_card(
         ValueError: if `results` are not what was expected.
     """
     path = Path(folder) / CARD_NAME
+    name = Path(folder).resolve().name if repo_id is None else repo_id
     arguments: dict[str, Any] = {"license": license, "language": language, "datasets": datasets}
     arguments |= {"base_model": base_model, "results": results, "training": training, "tags": tags}
     given = {name: value for name, value in arguments.items() if value is not None}
     old = path.read_bytes().decode() if path.exists() else None
-    if old is not None and not _is_ours(old):
+    if old is not None and not is_ours(old):
         if given:
             logger.warning(f"{CARD_NAME} is yours and is left alone: {', '.join(given)} are not written into it.")
         return path
-    if old is not None and not given:
+    kind, weights = _kind(model), _weights_digest(Path(folder))
+    old_kind, old_weights = (kind, weights) if old is None else _read_mark(old)
+    are_others = _UNKNOWN not in (weights, old_weights) and weights != old_weights
+    if old is not None and not given and kind == old_kind and not are_others:
         return path
-    name = Path(folder).resolve().name if repo_id is None else repo_id
     old_data = ModelCardData() if old is None else ModelCard(old).data
+    if kind != old_kind:
+        old_data.base_model = None
+    if (are_others or kind != old_kind) and old_data.eval_results:
+        if results is None:
+            logger.warning(f"The weights are others, and the results of the previous ones leave {CARD_NAME}.")
+        old_data.eval_results = None
     kept = {key: old_data.get(key) for key in _KEPT if old_data.get(key) is not None}
     facts = kept | given
-    reports = [_read_results(report, _as_list(facts.get("datasets"))) for report in _as_list(results)]
+    reports = [_read_results(report) for report in _as_list(results)]
     data = _metadata(model, name, facts, reports, old_data)
     text = f"---\n{data.to_yaml()}\n---\n\n{_text(model, name, data, reports, training)}"
     temporary = path.with_name(f"{CARD_NAME}.tmp")
-    temporary.write_bytes(f"{text}{_MARK}{_digest(text)}{_MARK_END}".encode())
+    mark = f"{_MARK}{_digest(text)}, {kind}, weights {old_weights if weights == _UNKNOWN else weights}{_MARK_END}"
+    temporary.write_bytes(f"{text}{mark}".encode())
     os.replace(temporary, path)
     return path
 
 
-def _is_ours(card: str) -> bool:
-    text, _, digest = card.replace("\r\n", "\n").rpartition(_MARK)
-    return digest == f"{_digest(text)}{_MARK_END}"
+def check_facts(facts: Mapping[str, Any]):
+    r"""
+    Looks at what a card is to say, before anything is written.
+
+    Args:
+        facts (`Mapping`):
+            Keyword arguments of [`write_model_card`].
+
+    Raises:
+        TypeError: if there is no such argument.
+        ValueError: if `results` are not what was expected.
+    """
+    known = [name for name in inspect.signature(write_model_card).parameters if name not in _NO_FACTS]
+    unknown = sorted(set(facts) - set(known))
+    if unknown:
+        raise TypeError(f"A card has no place for {', '.join(unknown)}. It takes {', '.join(known)}.")
+    for report in _as_list(facts.get("results")):
+        _read_results(report)
+
+
+def is_ours(card: str) -> bool:
+    """Whether this library wrote the card, and nobody has changed it."""
+    text, _, mark = card.replace("\r\n", "\n").rpartition(_MARK)
+    digest, *rest = mark.split(", ")
+    return digest == _digest(text) and len(rest) == 2 and mark.endswith(_MARK_END)
+
+
+def _read_mark(card: str) -> tuple[str, str]:
+    """The model's kind and the digest of its weights, of a card of ours."""
+    mark = card.replace("\r\n", "\n").rpartition(_MARK)[2].removesuffix(_MARK_END)
+    _, kind, weights = mark.split(", ")
+    return kind, weights.removeprefix("weights ")
+
+
+def _kind(model: Any) -> str:
+    name = class_name(_bare_model(model))
+    return f"adapter of {name}" if _is_adapter(model) else name
+
+
+def _weights_digest(folder: Path) -> str:
+    """Of the weights in the folder, in however many files; from there, for the model's may be on several machines."""
+    files = [path for path in folder.glob("*.safetensors") if path.name.startswith(("model", "adapter_model"))]
+    if not files:
+        return _UNKNOWN
+    digests = {}
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                content = tensors.get_tensor(name).reshape(-1).view(torch.uint8).numpy()
+                digests[name] = hashlib.sha256(content).hexdigest()
+    return _digest(repr(sorted(digests.items())))
 
 
 def _digest(text: str) -> str:
@@ -175,7 +240,9 @@ def _is_adapter(model: Any) -> bool:
 def _metadata(
     model: Any, name: str, facts: dict[str, Any], reports: list[dict[str, Any]], old: ModelCardData
 ) -> ModelCardData:
-    base_models = _as_list(facts.get("base_model")) or _base_models(_bare_model(model))
+    # A model that was loaded from the repository it goes to is not made of itself
+    base_models = [base for base in _as_list(facts.get("base_model")) if base != name]
+    base_models = base_models or [base for base in _base_models(_bare_model(model)) if base != name]
     evaluations = [result for report in reports for result in _evaluations(report)]
     if not reports:
         evaluations = old.eval_results or []
@@ -197,18 +264,19 @@ def _metadata(
 def _base_models(model: Any) -> list[str]:
     """Ids of the model that this one was loaded from, or else of its parts. Folders have none."""
     config = model.config
-    if _is_id(config.name_or_path):
+    if is_repository(config.name_or_path):
         return [config.name_or_path]
     parts = [config.vision_config, config.text_config]
     names = [part.name_or_path for part in parts if part is not None]
-    return list(dict.fromkeys(name for name in names if _is_id(name)))
+    return list(dict.fromkeys(name for name in names if is_repository(name)))
 
 
-def _is_id(name: str | None) -> bool:
+def is_repository(name: str | None) -> bool:
+    """Whether the name is that of a repository on the Hub, and of no folder here."""
     return bool(name) and _REPOSITORY.fullmatch(name) is not None and not os.path.exists(name)
 
 
-def _read_results(results: str | os.PathLike | Mapping, datasets: list[str]) -> dict[str, Any]:
+def _read_results(results: str | os.PathLike | Mapping) -> dict[str, Any]:
     """A report of an evaluation, with what the metadata need to know of its task and data, as far as that is known."""
     report = results if isinstance(results, Mapping) else json.loads(Path(results).read_text(encoding="utf-8"))
     if not isinstance(report, Mapping) or not {"task", "scores"} <= set(report):
@@ -216,7 +284,7 @@ def _read_results(results: str | os.PathLike | Mapping, datasets: list[str]) -> 
         raise ValueError(f"results are those of `blip2-hf evaluate`, with `task` and `scores`, but got {found}.")
     task, settings = report["task"], report.get("settings") or {}
     task_type, benchmark, dataset_name = _BENCHMARKS.get(task, (_TASK_TYPES.get(task, task), None, None))
-    dataset = report.get("dataset") or benchmark or (datasets[0] if len(datasets) == 1 else None)
+    dataset = report.get("dataset") or benchmark
     return {
         "task": task,
         "task_type": task_type,
@@ -344,4 +412,4 @@ def _licence(data: ModelCardData) -> str:
     return f"{terms} The Python files are those of blip2-hf, Apache-2.0.\n"
 
 
-__all__ = ["CARD_NAME", "PIPELINE_TAGS", "class_name", "write_model_card"]
+__all__ = ["CARD_NAME", "PIPELINE_TAGS", "check_facts", "class_name", "is_ours", "is_repository", "write_model_card"]

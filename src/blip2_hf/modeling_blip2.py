@@ -166,13 +166,18 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
 
         Raises:
             ValueError: if `transformers_compatible` and the tower is not a [`Blip2VisionModel`] of EVA-CLIP's shape,
-                or with `with_code`.
+                or with `with_code` or `push_to_hub`.
         """
         kwargs.setdefault("save_original_format", False)
         if not transformers_compatible:
             return super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.pop("with_code", None):
             raise ValueError("with_code: what plain transformers loads (transformers_compatible) needs no code.")
+        if kwargs.pop("push_to_hub", None):
+            raise ValueError(
+                "push_to_hub does not go with transformers_compatible. Save without it, then upload the folder: "
+                "huggingface_hub.upload_folder(repo_id=..., folder_path=...)."
+            )
         kwargs["with_code"] = False
         config = self.config
         state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())

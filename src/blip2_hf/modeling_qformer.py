@@ -145,8 +145,11 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         return self.key, self.value
 
     def project_image(self, image_states: Blip2ImageStates) -> KeyValues:
-        key, value = (image_states.project(projection) for projection in self.image_projections)
-        return self.split_heads(key), self.split_heads(value)
+        key, value = (self.split_heads(image_states.project(projection)) for projection in self.image_projections)
+        if self.training and key.device.type == "cpu":
+            # Products on a CPU want a head in one piece: brought there once, not in each pass
+            key, value = key.contiguous(), value.contiguous()
+        return key, value
 
     def forward(
         self,
@@ -191,15 +194,15 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         if attention_mask is not None:
             # Flex attention looks the mask up by query
             attention_mask = attention_mask.expand(-1, -1, query.shape[2], -1)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self._attn_implementation(query, attention_mask), eager_attention_forward
-        )
+        name = self._attn_implementation(query, attention_mask)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        attend = partial(attention_interface, self, dropout=dropout, scaling=self.scaling, **kwargs)
-        # With dropout no kernel for a CPU goes without keeping the probabilities, three times
-        if dropout > 0 and query.requires_grad and query.device.type == "cpu":
-            return checkpoint(attend, query, key, value, attention_mask, use_reentrant=False)
-        return attend(query, key, value, attention_mask)
+        if name == "sdpa" and dropout > 0 and query.device.type == "cpu" and torch.is_grad_enabled():
+            # No kernel for a CPU has dropout: SDPA scales and copies the keys, and keeps the probabilities three times
+            attend = partial(_attend_eagerly, self, dropout=dropout)
+            return checkpoint(attend, query, key, value, attention_mask, use_reentrant=False), None
+        kwargs |= {"dropout": dropout, "scaling": self.scaling}
+        return attention_interface(self, query, key, value, attention_mask, **kwargs)
 
     def _attn_implementation(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> str:
         name = self.config._attn_implementation
@@ -207,6 +210,12 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         if "flash" in name and (attention_mask is not None or query.dtype == torch.float32):
             return "sdpa"
         return name
+
+
+def _attend_eagerly(module: nn.Module, query, key, value, attention_mask, dropout: float) -> torch.Tensor:
+    # Scaled before, for there are fewer queries than scores
+    query = query * module.scaling
+    return eager_attention_forward(module, query, key, value, attention_mask, scaling=1.0, dropout=dropout)[0]
 
 
 def _chunk_mask(attention_mask: torch.Tensor | None, chunks: int) -> tuple[torch.Tensor | None, ...]:

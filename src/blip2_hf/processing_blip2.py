@@ -128,7 +128,15 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
             kwargs:
                 Those of [`~transformers.ProcessorMixin.save_pretrained`], and `with_code` (`bool`, defaults to
                 `False`): whether to put the code next to it, for `trust_remote_code=True`.
+
+        Raises:
+            ValueError: if `transformers_compatible` with `with_code` or `push_to_hub`.
         """
+        if transformers_compatible and push_to_hub:
+            raise ValueError(
+                "push_to_hub does not go with transformers_compatible. Save without it, then upload the folder: "
+                "huggingface_hub.upload_folder(repo_id=..., folder_path=...)."
+            )
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
         if not transformers_compatible:

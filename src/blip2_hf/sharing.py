@@ -1,7 +1,6 @@
 """What models, processors and pipelines do alike when they are saved or pushed to the Hub."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 
@@ -20,17 +19,20 @@ class SharedOnHub:
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args, with_code: bool | None = None, **kwargs
     ) -> Any:
-        # transformers would push before the code is there
-        is_pushed = with_code is not False and kwargs.pop("push_to_hub", False)
-        of_push = {name: kwargs.pop(name) for name in _OF_PUSH if is_pushed and name in kwargs}
+        # transformers would push before the code is there; without the package there is none
+        hub = _hub(is_needed=False) if with_code is not False and kwargs.get("push_to_hub") else None
+        if hub is not None:
+            kwargs.pop("push_to_hub")
+            of_push = {name: kwargs.pop(name) for name in _OF_PUSH if name in kwargs}
+            before = hub.file_states(save_directory)
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             if with_code:
                 self.write_code(save_directory)
             elif with_code is None and self.saves_code:
                 _hub().write_code(save_directory, self)
-            if is_pushed:
-                self.push_to_hub(of_push.pop("repo_id", None) or Path(save_directory).resolve().name, **of_push)
+            if hub is not None:
+                hub.push_saved(self, save_directory, before, of_push.pop("repo_id", None), **of_push)
         return saved
 
     def write_code(self, save_directory: str | os.PathLike):

@@ -41,7 +41,8 @@ def _run(options: argparse.Namespace):
     if given := [name for name in only_files if getattr(options, name) is not None and not is_file]:
         raise SystemExit(f"blip2-hf: --{given[0].replace('_', '-')} goes with a file of LAVIS.")
     try:
-        check_output(options.output, options.overwrite)
+        sources = [options.source, *(getattr(options, name) for name in only_files)]
+        check_output(options.output, options.overwrite, sources)
         model, processor = (_from_lavis if is_file else _from_folder)(options)
         _adjust(model, processor, options)
         with whole_folder(options.output) as folder:

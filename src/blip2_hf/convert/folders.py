@@ -2,19 +2,23 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 
 from ..configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
 from ..modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model, Blip2PreTrainedModel
 from ..modeling_pretraining import Blip2ForPreTraining
 from ..modeling_retrieval import Blip2ForImageTextRetrieval
-from .instructblip import InstructBlipConfig, load_instructblip_checkpoint
-from .reading import enumerate_names
+from .instructblip import RENAMINGS, InstructBlipConfig, load_instructblip_checkpoint
+from .reading import enumerate_names, read_dtypes
 
 
 # By the architecture that a config.json names; transformers has some of these too
@@ -26,6 +30,8 @@ CLASSES: dict[str, type[Blip2PreTrainedModel]] = {
 }
 # What transformers' checkpoints have not
 NEW_IN_OURS = {"temperature.weight"}
+# They hold the queries as a bare parameter
+QUERY_TOKENS = {r"^query_tokens$": "query_tokens.weight"}
 
 
 def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedModel, list[str]]:
@@ -41,26 +47,68 @@ def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedMod
         `tuple` of the model and the names of the tensors that it has no place for.
 
     Raises:
-        ValueError: if it is something else, or lacks weights.
+        ValueError: if it is something else, such as an adapter of PEFT, or lacks weights.
     """
-    content, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    content = _read_config(name_or_path)
     model_type, architecture = content.get("model_type"), (content.get("architectures") or ["no class"])[0]
     if model_type == InstructBlipConfig.model_type:
-        return load_instructblip_checkpoint(name_or_path), []
+        return _in_precision_of_files(partial(_load_instructblip, name_or_path), name_or_path)
     if model_type not in (Blip2Config.model_type, TRANSFORMERS_MODEL_TYPE):
         raise ValueError(f"{name_or_path} is of type {model_type!r}: a BLIP-2 or an InstructBLIP was expected.")
     # transformers' Blip2Model has a language model, and ours none: they share no name here
     model_class = CLASSES.get(architecture) or CLASSES.get(architecture.replace("Blip2Hf", "Blip2"))
     if model_class is None:
         raise ValueError(f"{name_or_path} holds {architecture}: one of {', '.join(CLASSES)} was expected.")
-    loaded: Any = model_class.from_pretrained(name_or_path, output_loading_info=True)
+    return _in_precision_of_files(partial(_load_blip2, name_or_path, model_class), name_or_path)
+
+
+def _load_instructblip(name_or_path: str | os.PathLike, **kwargs) -> tuple[Blip2PreTrainedModel, list[str]]:
+    return load_instructblip_checkpoint(name_or_path, **kwargs), []
+
+
+def _load_blip2(
+    name_or_path: str | os.PathLike, model_class: type[Blip2PreTrainedModel], **kwargs
+) -> tuple[Blip2PreTrainedModel, list[str]]:
+    loaded: Any = model_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     model, info = loaded
     if missing := sorted({str(name) for name in info["missing_keys"]} - NEW_IN_OURS):
         raise ValueError(f"{name_or_path} lacks {len(missing)} weights: {enumerate_names(missing)}.")
     return model, sorted(str(name) for name in info["unexpected_keys"])
 
 
-def check_output(output: str | os.PathLike, overwrite: bool):
+def _read_config(name_or_path: str | os.PathLike) -> dict[str, Any]:
+    # Without a config.json it is empty
+    content, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    if not content.get("model_type") and find_adapter_config_file(str(name_or_path)) is not None:
+        raise ValueError(
+            f"{name_or_path} holds an adapter of PEFT, and not the model under it: load it with "
+            "PeftModel.from_pretrained, and give a folder in which its merge_and_unload() was saved."
+        )
+    return content
+
+
+def _in_precision_of_files(
+    load: Callable[..., tuple[Blip2PreTrainedModel, list[str]]], name_or_path: str | os.PathLike
+) -> tuple[Blip2PreTrainedModel, list[str]]:
+    """What `load` returns, each tensor as precise as in its file: transformers loads most in one precision."""
+    model, left = load()
+    dtypes = read_dtypes(name_or_path, RENAMINGS | QUERY_TOKENS)
+    if any(tensor.dtype not in (dtype, torch.float32) for tensor, dtype in _with_dtypes(model, dtypes)):
+        model, left = load(dtype=torch.float32)
+    for tensor, dtype in _with_dtypes(model, dtypes):
+        tensor.data = tensor.data.to(dtype)
+    return model, left
+
+
+def _with_dtypes(
+    model: Blip2PreTrainedModel, dtypes: dict[str, torch.dtype]
+) -> Iterator[tuple[torch.Tensor, torch.dtype]]:
+    for name, tensor in chain(model.named_parameters(remove_duplicate=False), model.named_buffers()):
+        if name in dtypes:
+            yield tensor, dtypes[name]
+
+
+def check_output(output: str | os.PathLike, overwrite: bool, sources: Iterable[str | os.PathLike | None] = ()):
     r"""
     Refuses an output that is there already.
 
@@ -69,6 +117,9 @@ def check_output(output: str | os.PathLike, overwrite: bool):
             The folder that is to be written.
         overwrite (`bool`):
             Whether the folder of a model may be replaced.
+        sources (`Iterable`, *optional*):
+            Files and folders that are read, and may not go with what is replaced; ids on the Hub and `None` are
+            passed over.
 
     Raises:
         ValueError: if it may not.
@@ -78,6 +129,9 @@ def check_output(output: str | os.PathLike, overwrite: bool):
         return
     if not overwrite:
         raise ValueError(f"{output} is there already: give another --output, or --overwrite to replace it.")
+    for source in (Path(source) for source in sources if source is not None):
+        if source.exists() and path.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"{source} would be replaced by what is made of it: give another --output.")
     if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file()):
         raise ValueError(f"{output} is not the folder of a model, and is not replaced: give another --output.")
 

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -10,7 +9,7 @@ from transformers.models.instructblip.configuration_instructblip import Instruct
 
 from ..configuration_blip2 import Blip2Config, TransformersBlip2Config
 from ..modeling_blip2 import Blip2ForConditionalGeneration
-from .reading import enumerate_names
+from .reading import enumerate_names, rename
 
 
 # There the Q-Former holds its embeddings; the first pattern that matches is taken
@@ -85,22 +84,14 @@ def save_instructblip_checkpoint(model: Blip2ForConditionalGeneration, save_dire
             "The Q-Former of this model reads no text: it is a BLIP-2. Save it with transformers_compatible=True."
         )
     theirs = _to_instructblip(config)
-    state_dict = {_rename(name): tensor for name, tensor in model.state_dict().items()}
+    state_dict = {rename(name, BACK): tensor for name, tensor in model.state_dict().items()}
     try:
         model.config = theirs
-        model.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        model.save_pretrained(save_directory, state_dict=state_dict, with_code=False, **kwargs)
     finally:
         model.config = config
     theirs.architectures = ["InstructBlipForConditionalGeneration"]
     theirs.save_pretrained(save_directory)
-
-
-def _rename(name: str) -> str:
-    for pattern, new_name in BACK.items():
-        name, count = re.subn(pattern, new_name, name)
-        if count:
-            break
-    return name
 
 
 def _from_instructblip(config: InstructBlipConfig) -> Blip2Config:

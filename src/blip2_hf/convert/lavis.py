@@ -88,7 +88,9 @@ def load_lavis_checkpoint(
 
     >>> model = load_lavis_checkpoint("blip2_pretrained.pth", vision_model="eva_vit_g.pth")
     ```"""
-    weights, report = convert_lavis_state_dict(read_state_dict(path_or_state_dict))
+    state_dict, beside = read_state_dict(path_or_state_dict)
+    weights, report = convert_lavis_state_dict(state_dict)
+    report.left |= beside
     if model_class is None:
         model_class = _model_class(weights)
     _check_parts(weights, report, config, model_class, language_model, vision_model)

@@ -102,7 +102,7 @@ class ConversionReport:
         reshaped (`dict[str, str]`):
             Parameters that are not stored as they are here, and what they were made of.
         left (`dict[str, str]`):
-            LAVIS's name of each tensor that was not taken, and why.
+            LAVIS's name of each tensor that was not taken, or of what stands beside the model in its file, and why.
         missing (`list[str]`):
             Parameters that are not in the checkpoint, but came with `vision_model` or `language_model`.
         tower (`ConversionReport`, *optional*):

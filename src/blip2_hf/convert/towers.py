@@ -97,9 +97,8 @@ def _is_whole(clip: PreTrainedModel, config: Blip2VisionConfig | None) -> bool:
 
 
 def _load(path_or_state_dict, config: Blip2VisionConfig | None) -> tuple[Blip2VisionModel, ConversionReport]:
-    state_dict = read_state_dict(path_or_state_dict)
+    state_dict, left = read_state_dict(path_or_state_dict)
     depth = _depth(state_dict) if config is None else config.num_hidden_layers
-    left: dict[str, str] = {}
     for name in state_dict:
         block = re.match(r"(?:transformer\.res)?blocks\.(\d+)\.", name)
         if block and int(block[1]) >= depth:

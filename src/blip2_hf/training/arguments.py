@@ -1,5 +1,6 @@
 """The paper's settings, as `TrainingArguments` with other defaults."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,22 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
             self.per_device_train_batch_size *= self.gradient_accumulation_steps
             self.gradient_accumulation_steps = 1
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles the arguments into training_args.bin and pushes it: no place for a secret
+        return {**vars(self), "hub_token": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Blip2Arguments":
+        # By way of `__getstate__` a copy would lose the token
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __copy__(self) -> "Blip2Arguments":
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """`Trainer`, told what is particular to BLIP-2: what decays, which losses there are, which epoch it is."""
 
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +15,12 @@ from torch.utils.data import DataLoader
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 from ..data.callbacks import SetEpochCallback
 from ..data.pairs import ImageTextStream
-from ..hub import is_of_this_package
-from ..model_card import CARD_NAME, PIPELINE_TAGS, class_name, write_model_card
+from ..hub import fetch_card, is_of_this_package
+from ..model_card import CARD_NAME, PIPELINE_TAGS, class_name, is_repository, write_model_card
 from ..modeling_pretraining import Blip2ForPreTraining
 from ..processing_blip2 import Blip2Processor
 from .arguments import Blip2Arguments
@@ -25,10 +28,12 @@ from .layer_decay import split_by_scale, vision_layer_scales
 from .presets import describe_trained_parts, train_only, without_adapters
 
 
+logger = logging.get_logger(__name__)
+
 # Beside biases and norms, which Trainer leaves out by itself; under PEFT the names go on after these
 WITHOUT_WEIGHT_DECAY = ("query_tokens.", "temperature.")
-# What an evaluation logs beside its scores
-_SPEED = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+# Ends of the names of what an evaluation, of one set or of several, logs beside its scores
+_SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 _SETTINGS_IN_CARD = ("weight_decay", "preset", "vision_layer_decay", "gradient_caching_chunk_size")
 
 
@@ -46,7 +51,7 @@ class Blip2Trainer(Seq2SeqTrainer):
       among processes, each of which reads no more than its rows;
     - `gradient_caching_chunk_size` of [`Stage1Arguments`] is heeded;
     - with `push_to_hub`, checkpoints and what is pushed have the code with them, and a card with the settings of the
-      training and the last evaluation.
+      training and the last evaluation, or, where `load_best_model_at_end` goes back to earlier weights, that of these.
 
     Args:
         model ([`Blip2PreTrainedModel`]):
@@ -69,6 +74,7 @@ class Blip2Trainer(Seq2SeqTrainer):
             model = train_only(model, args.preset)
         super().__init__(model, args, **kwargs)
         self.add_callback(SetEpochCallback())
+        self._step_of_weights: int | None = None  # where they are not those of the last step
         self._losses: dict[str, _MeanLosses] = {"train": _MeanLosses(), "eval": _MeanLosses()}
         if args.gradient_caching_chunk_size is not None and isinstance(self._bare_model(), Blip2ForPreTraining):
             self._bare_model().gradient_caching_enable(args.gradient_caching_chunk_size)
@@ -84,7 +90,12 @@ class Blip2Trainer(Seq2SeqTrainer):
     def train(self, *args, **kwargs):
         if self.is_world_process_zero():
             print(describe_trained_parts(self._bare_model()))
+        self._step_of_weights = None
         return super().train(*args, **kwargs)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._step_of_weights = self.state.best_global_step
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -183,8 +194,8 @@ class Blip2Trainer(Seq2SeqTrainer):
         dataset: str | list[str] | None = None,
     ):
         r"""
-        Writes the model card into `output_dir`, unless there is one of yours. `push_to_hub` calls it, and passes its
-        keyword arguments on.
+        Writes the model card into `output_dir`, unless there is one of yours, there or in the repository.
+        `push_to_hub` calls it, and passes its keyword arguments on.
 
         Args:
             language (`str`, *optional*):
@@ -198,9 +209,11 @@ class Blip2Trainer(Seq2SeqTrainer):
             finetuned_from (`str` or `list[str]`, *optional*):
                 Ids of the models that it was made of. If it is not given, those that its configuration names.
             dataset (`str` or `list[str]`, *optional*):
-                Ids of the data sets. One alone is also that of the evaluation.
+                Ids of the data sets that the model was trained on.
         """
         if not self.is_world_process_zero():
+            return
+        if self.hub_model_id is not None and not self._has_fetched_card():
             return
         settings = extract_hyperparameters_from_trainer(self)
         settings |= {name: getattr(self.args, name) for name in _SETTINGS_IN_CARD}
@@ -221,20 +234,39 @@ class Blip2Trainer(Seq2SeqTrainer):
             tags=tags,
         )
 
+    def _has_fetched_card(self) -> bool:
+        args = self.args
+        try:
+            fetch_card(args.output_dir, self.hub_model_id, revision=args.hub_revision, token=args.hub_token)
+        except OSError as error:
+            # No reason to break off a training
+            logger.warning(
+                f"No card is written: that of {self.hub_model_id}, which may be yours, is not read ({error})."
+            )
+            return False
+        return True
+
     def _last_evaluation(self) -> dict[str, Any] | None:
-        for logs in reversed(self.state.log_history):
-            names = [name for name in logs if name.startswith("eval_") and name not in _SPEED]
-            if names:
-                settings = {name: logs[name] for name in ("step", "epoch") if name in logs}
-                if self.args.predict_with_generate:
-                    generation = ("generation_max_length", "generation_num_beams")
-                    settings |= {name: getattr(self.args, name) for name in generation}
-                return {
-                    "task": PIPELINE_TAGS[class_name(self._bare_model())],
-                    "scores": {name.removeprefix("eval_"): logs[name] for name in names},
-                    "settings": {name: value for name, value in settings.items() if value is not None},
-                }
-        return None
+        """The scores of the last evaluation, or of that of the weights, on all sets."""
+        evaluations = [logs for logs in self.state.log_history if _scores(logs)]
+        if self._step_of_weights is not None:
+            evaluations = [logs for logs in evaluations if logs.get("step") == self._step_of_weights]
+        if not evaluations:
+            return None
+        last = evaluations[-1]
+        scores: dict[str, float] = {}
+        for logs in evaluations:
+            if logs.get("step") == last.get("step"):
+                scores |= _scores(logs)
+        settings = {name: last.get(name) for name in ("step", "epoch")}
+        if self.args.predict_with_generate:
+            generation = ("generation_max_length", "generation_num_beams")
+            settings |= {name: getattr(self.args, name) for name in generation}
+        return {
+            "task": PIPELINE_TAGS[class_name(self._bare_model())],
+            "scores": scores,
+            "settings": {name: value for name, value in settings.items() if value is not None},
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         card = Path(output_dir or self.args.output_dir) / CARD_NAME
@@ -242,6 +274,7 @@ class Blip2Trainer(Seq2SeqTrainer):
         super()._save(output_dir, state_dict)
         if not self.args.push_to_hub:
             return
+        _leave_out_local_base(Path(output_dir or self.args.output_dir) / "adapter_config.json")
         # PEFT writes a card of its own with each save, most of it blank
         if before is not None:
             card.write_bytes(before)
@@ -254,6 +287,21 @@ class Blip2Trainer(Seq2SeqTrainer):
                 shutil.copyfile(file, Path(self.args.output_dir or ".") / file.name)
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _leave_out_local_base(path: Path):
+    """An adapter's base model, where it is a folder, says nothing to others but what this machine's folders are."""
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    base = config.get("base_model_name_or_path")
+    if base and not is_repository(base):
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(json.dumps(config | {"base_model_name_or_path": None}, indent=2), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _scores(logs: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name in logs if name.startswith("eval_") and not name.endswith(_SPEED)]
+    return {name.removeprefix("eval_"): logs[name] for name in names}
 
 
 class _MeanLosses:
