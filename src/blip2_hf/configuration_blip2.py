@@ -402,8 +402,8 @@ def _sub_config(config: dict | PreTrainedConfig | None, default: type[PreTrained
 
 def _drop_folder_names(config: dict[str, Any]):
     """A folder means nothing on another machine, and may say whose this one is."""
-    if not _is_hub_id(config.get("_name_or_path")):
-        config.pop("_name_or_path", None)
+    if config.get("_name_or_path") and not _is_hub_id(config["_name_or_path"]):
+        config["_name_or_path"] = ""
     for value in config.values():
         if isinstance(value, dict):
             _drop_folder_names(value)
