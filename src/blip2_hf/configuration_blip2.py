@@ -348,7 +348,7 @@ class Blip2HfConfig(PreTrainedConfig):
             ),
         }
         text_config = copy.deepcopy(self.text_config)
-        if text_config is not None and not _is_hub_id(text_config.name_or_path):
+        if text_config is not None and not is_hub_id(text_config.name_or_path):
             text_config.name_or_path = ""
         return TransformersBlip2Config(
             **sub_configs,
@@ -402,14 +402,15 @@ def _sub_config(config: dict | PreTrainedConfig | None, default: type[PreTrained
 
 def _drop_folder_names(config: dict[str, Any]):
     """A folder means nothing on another machine, and may say whose this one is."""
-    if config.get("_name_or_path") and not _is_hub_id(config["_name_or_path"]):
+    if config.get("_name_or_path") and not is_hub_id(config["_name_or_path"]):
         config["_name_or_path"] = ""
     for value in config.values():
         if isinstance(value, dict):
             _drop_folder_names(value)
 
 
-def _is_hub_id(name: str | None) -> bool:
+def is_hub_id(name: str | None) -> bool:
+    """Whether the name is that of a repository on the Hub, `owner/name`, and of no folder here."""
     return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
 
 

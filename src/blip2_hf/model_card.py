@@ -5,7 +5,6 @@ import inspect
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers.utils import logging
+
+from .configuration_blip2 import is_hub_id
 
 
 logger = logging.get_logger(__name__)
@@ -24,7 +25,6 @@ _MARK_END = " -->\n"
 # In place of a digest, where there are no weights in the folder
 _UNKNOWN = "unknown"
 _NO_FACTS = ("folder", "model", "repo_id")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 PIPELINE_TAGS = {
     "Blip2HfForConditionalGeneration": "image-to-text",
@@ -264,16 +264,11 @@ def _metadata(
 def _base_models(model: Any) -> list[str]:
     """Ids of the model that this one was loaded from, or else of its parts. Folders have none."""
     config = model.config
-    if is_repository(config.name_or_path):
+    if is_hub_id(config.name_or_path):
         return [config.name_or_path]
     parts = [config.vision_config, config.text_config]
     names = [part.name_or_path for part in parts if part is not None]
-    return list(dict.fromkeys(name for name in names if is_repository(name)))
-
-
-def is_repository(name: str | None) -> bool:
-    """Whether the name is that of a repository on the Hub, and of no folder here."""
-    return bool(name) and _REPOSITORY.fullmatch(name) is not None and not os.path.exists(name)
+    return list(dict.fromkeys(name for name in names if is_hub_id(name)))
 
 
 def _read_results(results: str | os.PathLike | Mapping) -> dict[str, Any]:
@@ -412,4 +407,4 @@ def _licence(data: ModelCardData) -> str:
     return f"{terms} The Python files are those of blip2-hf, Apache-2.0.\n"
 
 
-__all__ = ["CARD_NAME", "PIPELINE_TAGS", "check_facts", "class_name", "is_ours", "is_repository", "write_model_card"]
+__all__ = ["CARD_NAME", "PIPELINE_TAGS", "check_facts", "class_name", "is_ours", "write_model_card"]

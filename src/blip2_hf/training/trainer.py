@@ -17,10 +17,11 @@ from transformers.trainer_seq2seq import Seq2SeqTrainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from ..configuration_blip2 import is_hub_id
 from ..data.callbacks import SetEpochCallback
 from ..data.pairs import ImageTextStream
 from ..hub import fetch_card, is_of_this_package
-from ..model_card import CARD_NAME, PIPELINE_TAGS, class_name, is_repository, write_model_card
+from ..model_card import CARD_NAME, PIPELINE_TAGS, class_name, write_model_card
 from ..modeling_pretraining import Blip2ForPreTraining
 from ..processing_blip2 import Blip2Processor
 from .arguments import Blip2Arguments
@@ -293,7 +294,7 @@ def _leave_out_local_base(path: Path):
     """An adapter's base model, where it is a folder, says nothing to others but what this machine's folders are."""
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     base = config.get("base_model_name_or_path")
-    if base and not is_repository(base):
+    if base and not is_hub_id(base):
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text(json.dumps(config | {"base_model_name_or_path": None}, indent=2), encoding="utf-8")
         os.replace(temporary, path)
