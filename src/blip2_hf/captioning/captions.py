@@ -17,13 +17,12 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from ..image_loading import ImageLoadError, load_image
+from ..inference import first_batch_size
 
 
 logger = logging.get_logger(__name__)
 
 MAX_NEW_TOKENS = 30  # LAVIS's captions have no more
-_START_SIZE = 128  # pictures at a time
-_START_SIZE_ON_CPU = 16  # too little memory is no error there, but the end of the process
 _BATCHES_AHEAD = 2
 
 
@@ -90,7 +89,7 @@ def caption_images(
     ...     print(caption.index, caption.text or caption.error)
     ```"""
     writer = _CaptionWriter(model, processor, prompt, {"max_new_tokens": max_new_tokens, **generate_kwargs})
-    size = batch_size or (_START_SIZE_ON_CPU if model.device.type == "cpu" else _START_SIZE)
+    size = batch_size or first_batch_size(model.device)
     was_training = model.training
     model.eval()
     try:

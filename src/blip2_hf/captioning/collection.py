@@ -1,6 +1,5 @@
 """Captions of a whole collection: what is there already stays, each process takes its share of the rest."""
 
-import hashlib
 import json
 import os
 import sys
@@ -18,12 +17,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from ..inference import model_fingerprint
 from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images
 from .outputs import CaptionOutput, open_output
 from .pictures import CollectionError, FolderPictures, Pictures, RowPictures
-
-
-_SAMPLES = 32  # values of each weight that a fingerprint looks at
 
 
 @dataclass
@@ -168,23 +165,13 @@ def _settings(
     settings = {
         **pictures.describe(),
         "model": model.name_or_path,
-        "weights": _fingerprint(model),
+        "weights": model_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "image_processor": json.loads(processor.image_processor.to_json_string()),
         "prompt": prompt,
         "generation": generation,
     }
     return json.loads(json.dumps(settings))
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """A hash of some values of each weight."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in model.state_dict().items():
-        flat = weight.flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
-        digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _announce(pictures: int, todo: int, processes: int, files: CaptionOutput):

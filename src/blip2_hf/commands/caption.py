@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace):
     from accelerate import PartialState
 
     from ..captioning import caption_dataset
-    from ..evaluation.text_prediction import with_image_size
+    from ..inference import with_image_size
 
     # accelerate sees no other processes on a machine without a GPU, unless it is told so
     state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)

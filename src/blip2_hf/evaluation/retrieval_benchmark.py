@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from ..data.feature_cache import cache_features, load_cached_features
 from ..data.text import clean_caption
+from ..inference import first_batch_size, model_fingerprint, own_image_size, with_image_size
 from .prediction_store import PredictionStore
 from .report import write_report
 from .samples import CaptionSample, RowImage, samples_fingerprint
-from .text_prediction import first_batch_size, model_fingerprint, own_image_size, with_image_size
 from .two_stage import EncodedTexts, TwoStageRankings, TwoStageRetrieval
 
 

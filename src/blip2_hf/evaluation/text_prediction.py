@@ -5,7 +5,6 @@ on the disk as they come.
 A picture goes through the tower and the Q-Former once for all questions of a batch about it.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -17,13 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..generation_presets import GenerationPreset
+from ..inference import first_batch_size, model_fingerprint, own_image_size, with_image_size
 from .prediction_store import PredictionStore
 from .samples import Sample, open_sample_image, samples_fingerprint
-
-
-_FIRST_BATCH_SIZE = {"cpu": 16}  # for it has no error to tell that memory runs out
-_FIRST_BATCH_SIZE_OF_ACCELERATORS = 128
-_SAMPLED_VALUES = 32  # of each weight, for a fingerprint
 
 
 def predict_texts(
@@ -95,18 +90,6 @@ def predict_texts(
     return [found[number] for number in range(len(samples))], writer.batch_size
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of some values of each weight."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in model.state_dict().items():
-        # Weights that accelerate has put on the disk are not here
-        if isinstance(weight, torch.Tensor) and not weight.is_meta:
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].float().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def prediction_settings(
     model: Any,
     processor: Any,
@@ -129,21 +112,6 @@ def prediction_settings(
     }
 
 
-def own_image_size(image_processor: Any) -> dict[str, int]:
-    """The size of what an image processor makes of a picture."""
-    is_cropped = getattr(image_processor, "do_center_crop", None)
-    size = image_processor.crop_size if is_cropped else image_processor.size
-    return {name: value for name, value in dict(size).items() if value is not None}
-
-
-def with_image_size(image_processor: Any, image_size: int | None) -> Any:
-    """The same image processor for squares of a size, which hold the whole picture."""
-    if image_size is None:
-        return image_processor
-    size = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
-    return type(image_processor).from_dict(image_processor.to_dict() | size)
-
-
 def _by_image(samples: Sequence[Sample], done: dict[int, Any]) -> list[list[int]]:
     """Numbers of the samples that are not done, those about one picture together."""
     images: dict[Any, list[int]] = {}
@@ -151,11 +119,6 @@ def _by_image(samples: Sequence[Sample], done: dict[int, Any]) -> list[list[int]
         if number not in done:
             images.setdefault(sample.image_id, []).append(number)
     return list(images.values())
-
-
-def first_batch_size(device: torch.device) -> int:
-    """How many texts are written at a time, before memory runs out."""
-    return _FIRST_BATCH_SIZE.get(device.type, _FIRST_BATCH_SIZE_OF_ACCELERATORS)
 
 
 class _Pictures(Dataset):
