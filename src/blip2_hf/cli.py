@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from .commands import cache_features, caption, convert, evaluate, export, index, look, search
+from .commands import cache_features, capfilt, caption, convert, evaluate, export, index, look, search
 
 
-COMMANDS = (cache_features, caption, convert, evaluate, export, index, look, search)
+COMMANDS = (cache_features, capfilt, caption, convert, evaluate, export, index, look, search)
 
 
 def make_parser() -> argparse.ArgumentParser:

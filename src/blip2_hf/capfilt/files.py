@@ -1,0 +1,145 @@
+"""The files of a result: Parquet, written one at a time, a data set once all of them are there."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data.bad_rows import report_bad_rows
+from .report import ShardReport
+
+
+_SETTINGS = "capfilt.json"
+_LEFT_OUT = "left_out.jsonl"
+_DATA = "data"
+_UNFINISHED = ".unfinished"  # hidden: half a data set must not load as if it were whole
+_REPORT = "blip2_hf.capfilt"  # of a file, in its metadata
+_GROUP_BYTES = 2**26
+
+
+class ResultFiles:
+    r"""
+    Args:
+        folder (`Path`):
+            The folder.
+        features (`datasets.Features`):
+            Those of the result.
+        num_rows (`int`), rows_per_shard (`int`):
+            Rows of the data set, and of a file.
+        settings (`dict`):
+            What the result depends on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        features: datasets.Features,
+        num_rows: int,
+        rows_per_shard: int,
+        settings: dict[str, Any],
+    ):
+        self.folder = folder
+        self.schema = features.arrow_schema
+        starts = range(0, num_rows, rows_per_shard)
+        self.rows = [range(start, min(start + rows_per_shard, num_rows)) for start in starts]
+        # As Dataset.push_to_hub names them: load_dataset takes nothing else in the folder for data
+        self.names = [f"train-{shard:05d}-of-{len(self.rows):05d}.parquet" for shard in range(len(self.rows))]
+        # As JSON gives them back
+        self.settings = json.loads(json.dumps(settings | {"rows": num_rows, "rows_per_shard": rows_per_shard}))
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / _DATA).is_dir()
+
+    @property
+    def place(self) -> Path:
+        return self.folder / (_DATA if self.is_finished else _UNFINISHED)
+
+    def clear(self):
+        """Removes all that an earlier run left."""
+        for name in (_DATA, _UNFINISHED):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in (_SETTINGS, _LEFT_OUT):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def check(self):
+        """Refuses what was made otherwise; a run that has finished no file binds no other."""
+        path = self.folder / _SETTINGS
+        if path.exists() and (self.is_finished or any((self.folder / _UNFINISHED).glob("*.parquet"))):
+            self._compare(json.loads(path.read_text()))
+        elif self.is_finished:
+            raise ValueError(
+                f"{self.folder / _DATA} is there already, without {_SETTINGS}, which would tell what wrote it. Give "
+                "another folder, or overwrite=True (--overwrite) to delete it."
+            )
+
+    def _compare(self, found: dict[str, Any]):
+        now = self.settings
+        if different := sorted(name for name in {*found, *now} if found.get(name) != now.get(name)):
+            details = "; ".join(f"{name}: {found.get(name)} there, {now.get(name)} now" for name in different)
+            raise ValueError(
+                f"{self.folder} holds captions that were ranked otherwise ({details}). Give the same arguments to go "
+                "on with them, another folder, or overwrite=True (--overwrite) to delete them."
+            )
+
+    def missing(self) -> list[int]:
+        """Numbers of the files that are to be written."""
+        return [shard for shard, name in enumerate(self.names) if not (self.place / name).exists()]
+
+    def prepare(self):
+        """Makes the folder, and says in it what the result is made with."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        path = self.folder / _SETTINGS
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
+        os.replace(temporary, path)
+
+    def write(self, shard: int, tables: Iterator[pa.Table], report: ShardReport):
+        """Writes a file, and into it the report, which is complete once the tables are."""
+        path = self.place / self.names[shard]
+        temporary = path.with_name(f"{path.name}.tmp")
+        with open(temporary, "wb") as file:
+            with pq.ParquetWriter(file, self.schema) as writer:
+                for table in _large(tables):
+                    writer.write_table(table)
+                writer.add_key_value_metadata({_REPORT: report.to_json()})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def finish(self) -> str:
+        """Makes the files a data set, and tells which rows were left out and what became of the captions."""
+        if not self.is_finished:
+            os.replace(self.folder / _UNFINISHED, self.folder / _DATA)
+        report = self.report()
+        path = self.folder / _LEFT_OUT
+        if report.left_out:
+            return f"Left out: {report_bad_rows(report.left_out, path)}\n{report.counts.summary()}"
+        path.unlink(missing_ok=True)
+        return report.counts.summary()
+
+    def report(self) -> ShardReport:
+        """That of all files together."""
+        report = ShardReport()
+        for name in self.names:
+            metadata = pq.read_metadata(self.folder / _DATA / name).metadata
+            report.add(ShardReport.from_json(metadata[_REPORT.encode()]))
+        return report
+
+
+def _large(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in fewer tables, for each becomes a group of rows in the file."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(part.nbytes for part in waiting) >= _GROUP_BYTES:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)

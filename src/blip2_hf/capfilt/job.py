@@ -1,0 +1,245 @@
+"""CapFilt over a data set: file by file, what is there already stays, each process takes its share."""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers.utils import logging
+
+from ..captioning.captions import _leave_interrupts_to_the_parent
+from .captioners import Captioner, propose_captions, seed_of
+from .files import ResultFiles
+from .filters import CaptionFilter
+from .ranking import RankedCaption, kept_captions, rank_captions
+from .report import CapFiltCounts, ShardReport
+from .rows import CaptionedPicture, CaptionedPictures
+from .settings import settings_of
+
+
+ADDED = {
+    "kept_captions": datasets.List(datasets.Value("string")),
+    "candidates": datasets.List(
+        {
+            "text": datasets.Value("string"),
+            "score": datasets.Value("float32"),
+            "is_original": datasets.Value("bool"),
+        }
+    ),
+    "capfilt_row": datasets.Value("int64"),
+}
+
+
+def capfilt_dataset(
+    dataset: datasets.Dataset,
+    captioner: Captioner | None,
+    caption_filter: CaptionFilter,
+    folder: str | os.PathLike,
+    image_column: str = "image",
+    text_column: str = "caption",
+    keep: int = 2,
+    min_score: float | None = None,
+    batch_size: int = 16,
+    rows_per_shard: int = 1000,
+    seed: int = 0,
+    num_workers: int = 0,
+    overwrite: bool = False,
+) -> CapFiltCounts:
+    r"""
+    Captions and filters a data set (CapFilt, as in section 3.4): a captioner proposes captions of each picture, a
+    filter ranks them together with those that the picture came with, the first `keep` stay. It may be stopped, or
+    killed, and run again: finished files are kept, and the result is the same. In several processes
+    (`accelerate launch`, `torchrun`) each takes its share of the files.
+
+    The result is a data set of Parquet files, `datasets.load_dataset(folder)`, with the columns of `dataset` and
+
+    - `kept_captions` (`list[str]`): what is kept, the best first; [`ImageTextPairs`] with
+      `text_column="kept_captions"` draws one of them each time;
+    - `candidates` (list of `{"text", "score", "is_original"}`): all that was ranked, the best first;
+    - `capfilt_row` (`int`): number of the row in `dataset`.
+
+    Rows whose picture can't be read, or of which no caption is kept, are left out, and listed in `left_out.jsonl`.
+    `capfilt.json` says what the result was made with.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Rows with a picture or, in its place, the features that [`~data.cache_features`] stored, of which the
+            first view is read. They are told from those of another data set by their number, columns and 32 of them.
+        captioner (`Callable`, *optional*):
+            [`ModelCaptioner`], [`PipelineCaptioner`], or any function from a list of pictures to a list of captions
+            for each. `None` proposes nothing: the filter ranks the captions that are there.
+        caption_filter (`Callable`):
+            [`RetrievalFilter`], or any function of a list of pictures, and a list of captions for each, that returns a
+            list of scores for each.
+        folder (`str` or `os.PathLike`):
+            Where the result goes.
+        image_column (`str`, *optional*, defaults to `"image"`):
+            Column of the pictures: anything that [`~image_loading.load_image`] takes.
+        text_column (`str`, *optional*, defaults to `"caption"`):
+            Column of the captions that the pictures came with: texts, or lists of texts.
+        keep (`int`, *optional*, defaults to 2):
+            How many captions of a picture are kept. The paper keeps 2.
+        min_score (`float`, *optional*):
+            The lowest score that is kept.
+        batch_size (`int`, *optional*, defaults to 16):
+            Pictures at a time. What is sampled depends on it.
+        rows_per_shard (`int`, *optional*, defaults to 1000):
+            Rows of a file: what is computed again after an interruption.
+        seed (`int`, *optional*, defaults to 0):
+            With the number of a row, seeds what is sampled by PyTorch. A captioner that draws otherwise has to do so
+            the same way each time by itself.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that decode pictures.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to delete what is in the folder, and begin anew.
+
+    Returns:
+        [`CapFiltCounts`].
+
+    Raises:
+        ValueError: if the arguments do not fit, or the folder holds captions that were ranked otherwise.
+
+    Example:
+
+    ```python
+    >>> captioner = ModelCaptioner(captioning_model, captioning_processor, num_captions=10)
+    >>> caption_filter = RetrievalFilter(*load_retrieval_model("stage1"))
+    >>> counts = capfilt_dataset(web_pairs, captioner, caption_filter, "filtered")
+    >>> counts.originals_kept, counts.originals
+    (412, 1000)
+    >>> pairs = ImageTextPairs(datasets.load_dataset("filtered", split="train"), text_column="kept_captions")
+    ```"""
+    _check_arguments(dataset, keep, batch_size, rows_per_shard)
+    pictures = CaptionedPictures(dataset, image_column, text_column)
+    settings = {
+        **pictures.describe(),
+        "captioner": settings_of(captioner),
+        "filter": settings_of(caption_filter),
+        "keep": keep,
+        "min_score": min_score,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    features = datasets.Features({**dataset.features, **ADDED})
+    files = ResultFiles(Path(folder), features, len(dataset), rows_per_shard, settings)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if overwrite and state.is_main_process:
+        files.clear()
+    state.wait_for_everyone()
+    files.check()
+    missing = files.missing()
+    # All are to see the same files before the first of them changes one
+    state.wait_for_everyone()
+    if state.is_main_process:
+        files.prepare()
+        _announce(files, len(dataset), len(missing), state.num_processes)
+    state.wait_for_everyone()
+    ranking = _Ranking(pictures, captioner, caption_filter, keep, min_score, seed, files.schema)
+    share = missing[state.process_index :: state.num_processes]
+    _write(files, share, ranking, batch_size, num_workers, is_shown=state.is_main_process)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        tqdm.write(files.finish(), file=sys.stderr)
+    state.wait_for_everyone()
+    return files.report().counts
+
+
+def _check_arguments(dataset: Any, keep: int, batch_size: int, rows_per_shard: int):
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The data set has no rows.")
+    if taken := [name for name in ADDED if name in dataset.column_names]:
+        raise ValueError(f"The data set has a column {taken[0]!r} already. Rename it, or remove it.")
+    if min(keep, batch_size, rows_per_shard) < 1:
+        raise ValueError(
+            f"keep={keep}, batch_size={batch_size}, rows_per_shard={rows_per_shard}: 1 at least was expected of each."
+        )
+
+
+def _announce(files: ResultFiles, rows: int, missing: int, processes: int):
+    shares = "" if processes == 1 else f" in {processes} processes, of which this one shows its share"
+    to_write = f"files to write: {missing:,} of {len(files.names):,}"
+    tqdm.write(f"{rows:,} rows, {to_write}{shares} ({files.folder})", file=sys.stderr)
+
+
+class _Ranking:
+    """Makes tables of rows with their ranked captions."""
+
+    def __init__(
+        self,
+        pictures: CaptionedPictures,
+        captioner: Captioner | None,
+        caption_filter: CaptionFilter,
+        keep: int,
+        min_score: float | None,
+        seed: int,
+        schema: pa.Schema,
+    ):
+        self.pictures = pictures
+        self.captioner = captioner
+        self.caption_filter = caption_filter
+        self.keep = keep
+        self.min_score = min_score
+        self.seed = seed
+        self.schema = schema
+
+    def tables(self, batches: Iterator[list[CaptionedPicture]], report: ShardReport, bar: Any) -> Iterator[pa.Table]:
+        for batch in batches:
+            found = []
+            for row, ranked in zip(batch, self._rank(batch), strict=True):
+                kept = kept_captions(ranked, self.keep, self.min_score)
+                report.add_row(row, ranked, len(kept), self.min_score)
+                if kept:
+                    found.append((kept, [asdict(caption) for caption in ranked], row.name.number))
+            if found:
+                yield self._table(found)
+            bar.update(len(batch))
+
+    def _rank(self, batch: list[CaptionedPicture]) -> list[list[RankedCaption]]:
+        readable = [row for row in batch if row.bad is None]
+        pictures = [row.picture for row in readable]
+        proposals = propose_captions(self.captioner, pictures, seed_of(self.seed, batch[0].name.number))
+        ranked = iter(rank_captions(self.caption_filter, pictures, [row.originals for row in readable], proposals))
+        return [next(ranked) if row.bad is None else [] for row in batch]
+
+    def _table(self, found: list[tuple[list[str], list[dict[str, Any]], int]]) -> pa.Table:
+        """Kept captions, candidates and numbers of rows, behind the columns of these rows."""
+        columns = list(zip(*found, strict=True))
+        arrays = self.pictures.columns(columns[-1]).combine_chunks().columns
+        arrays += [pa.array(x, self.schema.field(name).type) for name, x in zip(ADDED, columns, strict=True)]
+        return pa.Table.from_arrays(arrays, schema=self.schema)
+
+
+def _write(
+    files: ResultFiles, shards: list[int], ranking: _Ranking, batch_size: int, num_workers: int, is_shown: bool
+):
+    # A batch lies within one file, so that a file does not depend on where a run began
+    own_rows = [files.rows[shard] for shard in shards]
+    plan = [[rows[i : i + batch_size] for i in range(0, len(rows), batch_size)] for rows in own_rows]
+    loader = torch.utils.data.DataLoader(
+        ranking.pictures,
+        batch_sampler=[batch for batches in plan for batch in batches],
+        collate_fn=list,
+        num_workers=num_workers,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        generator=torch.Generator(),  # the global one is left alone
+    )
+    with logging.tqdm(total=sum(map(len, own_rows)), unit="row", desc="CapFilt", disable=not is_shown) as bar:
+        batches = iter(loader)
+        for shard, own in zip(shards, plan, strict=True):
+            report = ShardReport()
+            files.write(shard, ranking.tables(islice(batches, len(own)), report, bar), report)
+
+
+__all__ = ["capfilt_dataset"]
