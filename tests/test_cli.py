@@ -134,6 +134,16 @@ def test_the_command_starts_without_torch():
     )
     probe = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); exec({code!r})"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    for command in ("cache-features", "capfilt", "caption", "convert", "evaluate", "export", "index", "look", "search"):
+    for command in (
+        "cache-features",
+        "capfilt",
+        "caption",
+        "convert",
+        "evaluate",
+        "export",
+        "index",
+        "look",
+        "search",
+    ):
         assert f"\n    {command}" in result.stdout
     assert result.stdout.strip().endswith("False")

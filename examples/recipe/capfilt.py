@@ -1,0 +1,108 @@
+"""
+CapFilt on pictures whose names were shuffled on purpose: which are found, and what training on the cleaned data gives.
+
+    python examples/recipe/capfilt.py --seed 0
+
+A third of the drawings get the names of others of them. A Q-Former that has learned from these data writes captions
+(ITG) and ranks them with the names that are there (ITM and ITC); the best one stays. Nothing knows which are right.
+The result is compared with training on the shuffled names, and on the original ones (stage1.py).
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from features import image_processor
+from settings import FOLDER, STAGE1
+from stage1 import choose_splits, evaluate, make_model, real_assets, train
+from transformers import AutoTokenizer
+
+from blip2_hf import Blip2Processor
+from blip2_hf.capfilt import ModelCaptioner, RetrievalFilter, capfilt_dataset
+from blip2_hf.data import clean_caption
+
+
+SHARE, PROPOSALS = 1 / 3, 5
+
+
+def shuffled(names: list[str], generator: random.Random) -> list[str]:
+    """A third of the names change places, none with an equal one."""
+    chosen = generator.sample(range(len(names)), round(SHARE * len(names)))
+    captions = list(names)
+    # In the order of names, half the list further on, there is another name
+    by_name = sorted(chosen, key=lambda row: (names[row], row))
+    half = len(by_name) // 2
+    for row, other in zip(by_name, by_name[half:] + by_name[:half], strict=True):
+        captions[row] = names[other]
+    return captions
+
+
+def detection(corrupted: list[bool], dropped: list[bool]) -> dict[str, float]:
+    found = sum(c and d for c, d in zip(corrupted, dropped, strict=True))
+    return {"precision": found / max(1, sum(dropped)), "recall": found / sum(corrupted)}
+
+
+def clean(model, processor, rows: datasets.Dataset, folder: Path, seed: int) -> tuple[list[str], list[bool]]:
+    """The caption that is kept of each row, and whether it is not the one that was there."""
+    model.eval()
+    captioner = ModelCaptioner(model, processor, num_captions=PROPOSALS, max_new_tokens=10)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.autocast(device_type, torch.bfloat16):
+        capfilt_dataset(
+            rows,
+            captioner,
+            RetrievalFilter(model, processor),
+            folder,
+            text_column="caption",
+            keep=1,
+            batch_size=64,
+            seed=seed,
+        )
+    files = sorted(str(file) for file in (folder / "data").glob("*.parquet"))
+    result = datasets.Dataset.from_parquet(files, columns=["kept_captions", "candidates", "capfilt_row"])
+    assert result["capfilt_row"] == list(range(len(rows)))
+    best = [candidates[0] for candidates in result["candidates"]]
+    return [clean_caption(candidate["text"]) for candidate in best], [
+        not candidate["is_original"] for candidate in best
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--seed", type=int, default=0)
+    seed = parser.parse_args().seed
+    transformers.logging.set_verbosity_error()
+    settings, folder = STAGE1["full"], FOLDER / "capfilt" / f"seed{seed}"
+    rows, tests = choose_splits(validate=False)
+    tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
+    processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=settings.num_query_tokens)
+
+    def learn(captions: list[str], name: str):
+        transformers.set_seed(seed)
+        model = make_model(settings)
+        train(model, rows.add_column("caption", captions), processor, settings, seed, folder / name, text="caption")
+        return model, evaluate(model, processor, tests)
+
+    names = [clean_caption(name) for name in rows["name"]]
+    captions = shuffled(names, random.Random(seed))
+    model, on_shuffled = learn(captions, "shuffled")
+    cleaned, dropped = clean(model, processor, rows.add_column("caption", captions), folder / "filtered", seed)
+    corrupted = [caption != name for caption, name in zip(captions, names, strict=True)]
+    _, on_cleaned = learn(cleaned, "cleaned")
+    results = {
+        "shuffled": on_shuffled,
+        "cleaned": on_cleaned,
+        "detection": detection(corrupted, dropped),
+        "right before": 1 - sum(corrupted) / len(names),
+        "right after": sum(c == n for c, n in zip(cleaned, names, strict=True)) / len(names),
+    }
+    print(json.dumps(results, indent=1))
+    (FOLDER / "capfilt" / f"seed{seed}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""
+Makes the pictures of the recipe: things of every day, each drawn by several hands, with names and keywords.
+
+    python examples/recipe/pictures.py            # a minute; needs npm, and on Debian apt-get for Open Clip Art
+
+| split | drawings | of which things |
+|---|---|---|
+| train | Noto, Noto of 2016, Twemoji, OpenMoji, EmojiOne | nine of ten things |
+| clip_art | Open Clip Art | objects, animals, food ...; a title each, none the name of a held-out thing |
+| validation | one hand of train's (OpenMoji), to choose settings by: such a run learns from the others | the same |
+| test_seen | Fluent, a hand that nothing is learned from | the same |
+| test_unseen | Fluent | the tenth that nothing is learned of |
+
+Noto, Twemoji and Fluent lie in `../data/emoji`; the rest is downloaded. Licences: Noto Apache-2.0, OpenMoji CC-BY-SA
+4.0, EmojiOne 2 CC-BY 4.0, Open Clip Art public domain; `../data/emoji/LICENSES.md` tells those of the others.
+"""
+
+import argparse
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import datasets
+from datasets import concatenate_datasets
+
+
+EXAMPLES = Path(__file__).parents[1]
+sys.path += [str(EXAMPLES), str(EXAMPLES / "data")]
+from make_emoji import encode, npm_pack  # noqa: E402
+from real_assets import cache_folder  # noqa: E402
+
+
+TEST_STYLE, VALIDATION_STYLE = "fluent", "openmoji"
+SPLITS = ("train", "clip_art", "test_seen", "test_unseen")
+# style: (npm package, folder of the pictures in it)
+MORE_STYLES = {
+    "noto-2016": ("emoji-datasource-google@3.0.0", "img/google/64"),
+    "openmoji": ("openmoji@17.0.0", "color/svg"),
+    "emojione": ("emojione@2.2.7", "assets/png_128x128"),
+}
+CLIP_ART = ("openclipart-png", "openclipart-svg")
+CLIP_ART_FOLDERS = ("animals", "food", "transportation", "tools", "plants", "buildings", "office", "recreation")
+CLIP_ART_FOLDERS += ("electronics", "education", "containers", "science", "people/clothing", "people/bodypart")
+# Signs and patterns rather than things
+NOT_THINGS = ("aiga-symbols", "roadsigns", "symbols", "cards", "chess", "icons", "crosswords", "maps", "silhouette")
+DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
+LONGEST_TITLE = 4  # words
+
+
+def of_one_hand(style: str, concepts: datasets.Dataset) -> Iterator[dict]:
+    """The things that this hand has drawn too."""
+    package, where = MORE_STYLES[style]
+    with tempfile.TemporaryDirectory() as folder:
+        files = npm_pack(package, folder, where)
+    by_code = {code_of(Path(path).stem): data for path, data in files.items() if path.endswith((".png", ".svg"))}
+    for row in concepts:
+        data = by_code.get(code_of("-".join(f"{ord(letter):x}" for letter in row["emoji"])))
+        if data is not None:
+            yield {**row, "style": style, "image": {"bytes": encode(as_png(data)), "path": None}}
+
+
+def code_of(name: str) -> str:
+    """Packages disagree on capitals, on whether the variation selector FE0F is part of a name, and on the joiner."""
+    return "-".join(part for part in name.lower().split("-") if part not in ("fe0f", "200d"))
+
+
+def as_png(data: bytes) -> bytes:
+    if b"<svg" not in data[:1000]:
+        return data
+    import resvg_py
+
+    return bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=160))
+
+
+def clip_art(forbidden: set[str]) -> Iterator[dict]:
+    """Pictures of things of Open Clip Art, the first of each title."""
+    with tempfile.TemporaryDirectory() as folder:
+        for package in CLIP_ART:
+            subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+        for archive in Path(folder).glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", str(archive), folder], check=True)
+        root = Path(folder) / "usr" / "share" / "openclipart"
+        seen = set(forbidden)
+        for file in sorted(file for part in CLIP_ART_FOLDERS for file in (root / "svg" / part).rglob("*.svg")):
+            picture = (root / "png" / file.relative_to(root / "svg")).with_suffix(".png")
+            title, keywords = title_and_keywords(file)
+            if title in seen or not picture.exists() or any(word in str(file.parent) for word in NOT_THINGS):
+                continue
+            try:
+                image = encode(picture.read_bytes())
+            except (OSError, ValueError):  # some are cut off
+                continue
+            seen.add(title)
+            yield {
+                "image": {"bytes": image, "path": None},
+                "name": title,
+                "keywords": keywords,
+                "emoji": "",
+                "category": file.relative_to(root / "svg").parts[0],
+                "subcategory": file.parent.name,
+                "style": "clip art",
+            }
+
+
+def title_and_keywords(file: Path) -> tuple[str | None, list[str]]:
+    """A short title in small letters, without numbers, and the keywords; no title where it says nothing."""
+    try:
+        work = ElementTree.parse(file).getroot().find(".//{*}Work")
+    except ElementTree.ParseError:
+        return None, []
+    if work is None:
+        return None, []
+    title = re.sub(r"[\W\d_]+", " ", work.findtext(f"{DUBLIN_CORE}title") or "").strip().lower()
+    keywords = [(item.text or "").strip().lower() for item in work.iterfind(f"{DUBLIN_CORE}subject//{{*}}li")]
+    is_plain = title.isascii() and len(title) > 2 and len(title.split()) <= LONGEST_TITLE
+    return title if is_plain else None, [word for word in keywords if word.isascii() and word]
+
+
+def make_pictures(folder: Path):
+    """Writes a parquet file for each split."""
+    committed = EXAMPLES / "data" / "emoji"
+    files = {split: str(committed / f"{split}.parquet") for split in ("train", "test")}
+    with tempfile.TemporaryDirectory() as cache:
+        emoji = datasets.load_dataset("parquet", data_files=files, cache_dir=cache)
+        fluent = emoji["test"]
+        names = sorted(set(fluent["name"]))
+        unseen = set(random.Random(0).sample(names, len(names) // 10))
+        concepts = fluent.remove_columns("image")
+        styles = [
+            datasets.Dataset.from_list(list(of_one_hand(style, concepts)), features=fluent.features)
+            for style in MORE_STYLES
+        ]
+        drawings = concatenate_datasets([emoji["train"], *styles])
+        is_seen = [name not in unseen for name in drawings["name"]]
+        splits = {
+            "train": drawings.select([i for i, seen in enumerate(is_seen) if seen]),
+            "test_seen": fluent.select([i for i, name in enumerate(fluent["name"]) if name not in unseen]),
+            "test_unseen": fluent.select([i for i, name in enumerate(fluent["name"]) if name in unseen]),
+        }
+        if shutil.which("apt-get"):
+            art = list(clip_art(forbidden={None, *names}))
+            splits["clip_art"] = datasets.Dataset.from_list(art, features=fluent.features)
+        else:
+            print("No apt-get, so no Open Clip Art: it is a package of Debian.")
+            splits["clip_art"] = drawings.select([])
+        work = folder.with_name(folder.name + ".part")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        for split, rows in splits.items():
+            rows.to_parquet(work / f"{split}.parquet")
+            print(f"{split:12} {len(rows):6} pictures of {len(set(rows['name'])):5} things", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(work, folder)
+
+
+def load_pictures(folder: Path | None = None) -> dict[str, datasets.Dataset]:
+    """The splits, made first if need be."""
+    folder = folder or cache_folder() / "recipe" / "pictures"
+    if not folder.exists():
+        make_pictures(folder)
+    return {
+        split: datasets.Dataset.from_parquet(str(folder / f"{split}.parquet"), cache_dir=str(folder.parent / "arrow"))
+        for split in SPLITS
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--output", type=Path, default=cache_folder() / "recipe" / "pictures")
+    make_pictures(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""
+Tables and plots of what the recipe has come to, for as many seeds as there are.
+
+    python examples/recipe/report.py --output outputs/recipe
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from settings import FOLDER, STAGE1, STAGE2
+
+
+SPLITS = {"seen": "seen concepts", "unseen": "unseen concepts"}
+
+
+def runs(stage: str, variant: str) -> list[dict]:
+    """The results of each seed."""
+    files = sorted((FOLDER / stage).glob(f"{variant}-seed*/results.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def spread(values: list[float], percent: bool = True) -> str:
+    """Mean ± standard deviation over the seeds."""
+    scale, form = (100, "{:.1f}") if percent else (1, "{:.2f}")
+    mean = form.format(scale * statistics.mean(values))
+    return mean if len(values) < 2 else f"{mean} ± {form.format(scale * statistics.stdev(values))}"
+
+
+def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> str:
+    lines = [[title, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def retrieval_rows(results: list[dict], split: str, ranking: str) -> list[str]:
+    prefix = f"{ranking} " if ranking else ""
+    keys = [f"{prefix}{way} R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    return [spread([result[split][key] for result in results]) for key in keys]
+
+
+def retrieval_table(split: str) -> str:
+    baselines = json.loads((FOLDER / "baselines.json").read_text())
+    full = [run["results"] for run in runs("stage1", "full")]
+    rows = {name: retrieval_rows(results, split, "") for name, results in baselines.items()}
+    rows["Q-Former, contrast (ITC)"] = retrieval_rows(full, split, "ITC")
+    rows["Q-Former, re-ranked by matching (ITM)"] = retrieval_rows(full, split, "ITM")
+    columns = [f"{way} R@{k}" for way in ("picture→name", "name→picture") for k in (1, 5, 10)]
+    return table(f"{SPLITS[split]}, %", columns, rows)
+
+
+def caption_table() -> str:
+    baselines = json.loads((FOLDER / "baselines.json").read_text())["nearest neighbour"]
+
+    def cells(exact: dict[str, list[float]], cider: dict[str, list[float]]) -> list[str]:
+        return [cell for split in SPLITS for cell in (spread(exact[split]), spread(cider[split], percent=False))]
+
+    rows = {
+        "the nearest neighbour's name": cells(
+            {split: [run[split]["image_to_text R@1"] for run in baselines] for split in SPLITS},
+            {split: [run[split]["CIDEr-D"] for run in baselines] for split in SPLITS},
+        )
+    }
+    for variant in STAGE2:
+        results = [run["results"] for run in runs("stage2", variant)]
+        if results:
+            scores = (
+                {split: [run[split][key] for run in results] for split in SPLITS} for key in ("exact", "CIDEr-D")
+            )
+            rows[{"full": "stage 1, then stage 2"}.get(variant, f"stage 2, {variant}")] = cells(*scores)
+    stage1 = [run["results"] for run in runs("stage1", "full")]
+    exact = {split: [run[split]["ITG exact"] for run in stage1] for split in SPLITS}
+    rows["the Q-Former's own (ITG)"] = [cell for split in SPLITS for cell in (spread(exact[split]), "")]
+    columns = [f"{kind}, {split}" for split in SPLITS for kind in ("exact, %", "CIDEr-D")]
+    return table("captions", columns, rows)
+
+
+def ablation_table() -> str:
+    keys = {"ITC": "ITC image_to_text R@1", "ITM": "ITM image_to_text R@1", "names": "ITM text_to_image R@1"}
+    rows = {}
+    for variant in STAGE1:
+        results = [run["results"] for run in runs("stage1", variant)]
+        if results:
+            rows[variant] = [
+                *(spread([run["seen"][key] for run in results]) for key in keys.values()),
+                spread([run["seen"]["ITG exact"] for run in results]),
+            ]
+    columns = ["picture→name R@1, ITC", "re-ranked", "name→picture R@1, re-ranked", "captions by ITG, exact"]
+    return table("stage 1, seen concepts, %", columns, rows)
+
+
+def plot_logs(stage: str, variants: list[str], names: list[str], file: Path):
+    """A panel for each quantity, a line for each variant, a shade from the lowest to the highest seed."""
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for variant in variants:
+            logs = [[(e["step"], e[name]) for e in run["log"] if name in e] for run in runs(stage, variant)]
+            if not logs or not logs[0]:
+                continue
+            steps, *values = [step for step, _ in logs[0]], *([value for _, value in log] for log in logs)
+            axis.plot(steps, [statistics.mean(column) for column in zip(*values, strict=True)], label=variant)
+            bounds = ([pick(column) for column in zip(*values, strict=True)] for pick in (min, max))
+            axis.fill_between(steps, *bounds, alpha=0.2)
+        axis.set(title=name.replace("_", " "), xlabel="step")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--output", type=Path, default=Path("outputs/recipe"))
+    folder = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = [*(retrieval_table(split) for split in SPLITS), caption_table(), ablation_table()]
+    (folder / "tables.md").write_text("\n".join(tables))
+    print("\n".join(tables))
+    losses = ["loss_itc", "loss_itm", "loss_itg", "temperature", "learning_rate"]
+    plot_logs("stage1", list(STAGE1), losses, folder / "stage1.png")
+    plot_logs("stage2", list(STAGE2), ["loss"], folder / "stage2.png")
+
+
+if __name__ == "__main__":
+    main()

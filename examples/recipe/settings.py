@@ -1,0 +1,64 @@
+"""What the recipe is made of: sizes, steps and rates, its ablations, and where things lie."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from real_assets import cache_folder  # noqa: E402
+
+
+SEEDS = (0, 1, 2)
+IMAGE_SIZE, VIEWS = 192, 4
+FOLDER = cache_folder() / "recipe"
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """A stage 1: which losses there are, how many queries, and how long it learns."""
+
+    losses: tuple[str, ...] = ("itc", "itm", "itg")
+    num_query_tokens: int = 8
+    random_initialisation: bool = False
+    random_negatives: bool = False
+    steps: int = 400
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    # Of what no pretrained weights start: it learns faster than the rest
+    new_parts_learning_rate: float = 5e-4
+    hidden_dropout_prob: float = 0.0
+
+
+FULL = Stage1()
+STAGE1 = {
+    "full": FULL,
+    "no ITG": replace(FULL, losses=("itc", "itm")),
+    "no ITM": replace(FULL, losses=("itc", "itg")),
+    "1 query": replace(FULL, num_query_tokens=1),
+    "16 queries": replace(FULL, num_query_tokens=16),
+    "random initialisation": replace(FULL, random_initialisation=True),
+    "random negatives": replace(FULL, random_negatives=True),
+}
+
+
+@dataclass(frozen=True)
+class Stage2:
+    """A stage 2: after which stage 1, if any, and how long it learns."""
+
+    stage1: str | None = "full"
+    num_query_tokens: int = 8
+    steps: int = 300
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    new_parts_learning_rate: float = 1e-3
+    # After stage 1 the projection alone is new
+    new_parts: tuple[str, ...] = ("language_projection",)
+
+
+STAGE2 = {
+    "full": Stage2(),
+    "no stage 1": Stage2(
+        stage1=None, new_parts=("language_projection", "crossattention", "query_tokens", "post_layernorm", "_query")
+    ),
+}

@@ -1,0 +1,229 @@
+"""
+Stage 1 on the pictures of the recipe, and what it has learned: retrieval of names and pictures, and captions.
+
+    python examples/recipe/stage1.py --variant full --seed 0
+    python examples/recipe/stage1.py --variant full --seed 0 --validate --set steps=300   # to choose settings
+
+With --validate the hand that is tested is one that the recipe learns from otherwise, and the test pictures are not
+looked at.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from datasets import concatenate_datasets
+from features import image_processor, load_features
+from pictures import VALIDATION_STYLE
+from settings import FOLDER, STAGE1, Stage1
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import efficientnet_lite  # noqa: E402
+from real_assets import real_assets  # noqa: E402
+
+from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
+from blip2_hf.data import ImageTextCollator, ImageTextPairs, read_cached_features  # noqa: E402
+from blip2_hf.evaluation import TwoStageRetrieval  # noqa: E402
+from blip2_hf.losses import draw_hard_negatives  # noqa: E402
+from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
+
+
+# Parts of stage 1 that no pretrained weights start
+NEW_PARTS = (
+    "crossattention",
+    "query_tokens",
+    "_projection",
+    "itm_head",
+    "lm_head.transform",
+    "post_layernorm",
+    "_query",
+)
+CANDIDATES = 16  # that matching ranks anew
+
+
+class RandomNegatives(Blip2ForPreTraining):
+    """Negatives of matching are any pairs that do not belong together, as likely as one another."""
+
+    @staticmethod
+    def _draw_negatives(compared, is_match):
+        alike = torch.zeros_like(compared["logits_per_image"])
+        return {name: draw_hard_negatives(alike, is_match) for name in ("negative_image_index", "negative_text_index")}
+
+
+class WithoutMatching(Blip2ForPreTraining):
+    """Leaves out the second pass, which makes up half of a step and which only matching needs."""
+
+    def _second_pass(self, images, negative_images, text_embeds, *args):
+        return self.itm_head.weight.new_zeros(3 * len(text_embeds), 2)
+
+
+class SomeLosses(Blip2Trainer):
+    """Learns from those of the three losses that are named."""
+
+    losses: tuple[str, ...]
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = sum(outputs[f"loss_{name}"] for name in self.losses)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        super().log(logs | {"temperature": self.model.temperature.weight.item()}, start_time)
+
+
+def make_model(settings: Stage1) -> Blip2ForPreTraining:
+    text_encoder = real_assets().text_encoder
+    if settings.random_initialisation:
+        text_encoder = BertModel(BertConfig.from_pretrained(text_encoder), add_pooling_layer=False)
+    model_class = RandomNegatives if settings.random_negatives else Blip2ForPreTraining
+    model_class = model_class if "itm" in settings.losses else WithoutMatching
+    model = model_class.from_encoders_pretrained(
+        efficientnet_lite.pretrained_folder(),
+        text_encoder,
+        num_query_tokens=settings.num_query_tokens,
+        load_vision_tower=False,
+        cross_attention_frequency=1,
+        hidden_dropout_prob=settings.hidden_dropout_prob,
+        attention_probs_dropout_prob=0.0,
+        # What a tokenizer says, where there is none beside the weights
+        bos_token_id=30522,
+        eos_token_id=102,
+        vocab_size=30523,
+    )
+    # Small batches and short texts: on a CPU twice as fast as the fused kernels in bfloat16
+    model.set_attn_implementation("eager")
+    if not settings.random_initialisation:
+        # Half of the weights, and names of some hundred things are no reason to change them
+        model.embeddings.word_embeddings.requires_grad_(False)
+    return model
+
+
+def train(
+    model, rows: datasets.Dataset, processor, settings: Stage1, seed: int, folder: Path, text="name"
+) -> list[dict]:
+    """Returns the log. Drawings of one name are no negatives of each other."""
+    pairs = ImageTextPairs(rows, text_column=text, id_column=text, seed=seed)
+    new, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (new if any(part in name for part in NEW_PARTS) else rest).append(parameter)
+    groups = [
+        {"params": new, "lr": settings.new_parts_learning_rate},
+        {"params": rest, "lr": settings.learning_rate},
+    ]
+    arguments = Stage1Arguments(
+        str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.new_parts_learning_rate,
+        warmup_steps=settings.steps // 20,
+        logging_steps=20,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
+    collator = ImageTextCollator(processor)
+    trainer = SomeLosses(model, arguments, train_dataset=pairs, data_collator=collator, optimizers=(optimizer, None))
+    trainer.losses = settings.losses
+    trainer.train()
+    return trainer.state.log_history
+
+
+def evaluate(model, processor, sets: dict[str, datasets.Dataset]) -> dict:
+    """Of each set: recall among the names of all sets, and among all pictures, by ITC and re-ranked; captions."""
+    rows = concatenate_datasets(
+        [part.select_columns([c for c in part.column_names if c != "image"]) for part in sets.values()]
+    )
+    names = rows["name"]
+    embeds = torch.stack([read_cached_features(row).float() for row in rows])
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    retrieval = TwoStageRetrieval(model, processor.tokenizer, k=CANDIDATES, show_progress=False)
+    texts, features = retrieval.encode_texts(names), retrieval.encode_images(embeds)
+    with torch.autocast(device_type, torch.bfloat16):
+        ranked = {"ITC": retrieval.compare(features, texts.features), "ITM": retrieval(embeds, texts, features)}
+    captions = write(model.eval(), processor, embeds)
+    wanted = processor.tokenizer.batch_decode(texts.input_ids, skip_special_tokens=True)
+    results, first = {}, 0
+    for split, part in sets.items():
+        own = torch.arange(first, first + len(part))
+        first += len(part)
+        results[split] = {
+            f"{name} {direction} R@{k}": recall(getattr(ranking, direction).index[own], own, k)
+            for name, ranking in ranked.items()
+            for direction in ("image_to_text", "text_to_image")
+            for k in (1, 5, 10)
+        }
+        results[split]["ITG exact"] = sum(captions[i] == wanted[i] for i in own.tolist()) / len(own)
+    return results
+
+
+def recall(found: torch.Tensor, wanted: torch.Tensor, k: int) -> float:
+    return (found[:, :k] == wanted[:, None]).any(dim=1).double().mean().item()
+
+
+@torch.no_grad()
+def write(model, processor, embeds: torch.Tensor) -> list[str]:
+    """The Q-Former's own captions (ITG)."""
+    tokens = [
+        model.generate(image_embeds=chunk.to(model.device), max_new_tokens=10, do_sample=False)
+        for chunk in embeds.split(128)
+    ]
+    return [text for part in tokens for text in processor.tokenizer.batch_decode(part, skip_special_tokens=True)]
+
+
+def choose_splits(validate: bool) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
+    """What is learned from, and what is tested on."""
+    features = load_features()
+    train_rows = features["train"]
+    tests = {"seen": features["test_seen"], "unseen": features["test_unseen"]}
+    if validate:
+        styles = train_rows["style"]
+        tests = {"seen": train_rows.select([i for i, style in enumerate(styles) if style == VALIDATION_STYLE])}
+        train_rows = train_rows.select([i for i, style in enumerate(styles) if style != VALIDATION_STYLE])
+    return concatenate_datasets([train_rows, features["clip_art"]]), tests
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--variant", choices=STAGE1, default="full")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate", action="store_true", help="test on a hand of the training pictures")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings, in JSON")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
+    settings = replace(STAGE1[options.variant], **changes)
+    folder = options.output or FOLDER / "stage1" / f"{options.variant}-seed{options.seed}"
+    transformers.set_seed(options.seed)
+    transformers.logging.set_verbosity_error()
+    start = time.time()
+    train_rows, tests = choose_splits(options.validate)
+    model = make_model(settings)
+    tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
+    processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=settings.num_query_tokens)
+    log = train(model, train_rows, processor, settings, options.seed, folder)
+    trained = time.time()
+    results = evaluate(model, processor, tests)
+    print(json.dumps(results, indent=1))
+    print(f"{trained - start:.0f} s training, {time.time() - trained:.0f} s evaluating")
+    if not options.validate:
+        model.save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
+        (folder / "results.json").write_text(json.dumps({"results": results, "log": log, "seconds": trained - start}))
+
+
+if __name__ == "__main__":
+    main()

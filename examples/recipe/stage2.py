@@ -1,0 +1,144 @@
+"""
+Stage 2 on the pictures of the recipe, after a stage 1 or without one: a frozen language model reads the queries and
+writes the name. Captions are scored.
+
+    python examples/recipe/stage2.py --variant full --seed 0
+    python examples/recipe/stage2.py --variant "no stage 1" --seed 0
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from features import image_processor
+from settings import FOLDER, STAGE2, Stage2
+from stage1 import choose_splits
+from transformers import AutoTokenizer
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import efficientnet_lite  # noqa: E402
+from real_assets import real_assets  # noqa: E402
+
+from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor  # noqa: E402
+from blip2_hf.data import ImageTextPairs, LanguageModelCollator, read_cached_features  # noqa: E402
+from blip2_hf.evaluation.metrics import caption_metrics  # noqa: E402
+from blip2_hf.frozen import cast_parameters  # noqa: E402
+from blip2_hf.training import Blip2Trainer, Stage2Arguments  # noqa: E402
+
+
+PROMPT = " ="  # behind the picture; the language model goes on with the name
+
+
+def make_model(settings: Stage2, seed: int) -> Blip2ForConditionalGeneration:
+    assets = real_assets()
+    if settings.stage1 is not None:
+        parts = {"stage1": FOLDER / "stage1" / f"{settings.stage1}-seed{seed}" / "model"}
+    else:
+        parts = {
+            "text_encoder": assets.text_encoder,
+            "num_query_tokens": settings.num_query_tokens,
+            "cross_attention_frequency": 1,
+            "attention_probs_dropout_prob": 0.0,
+        }
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(
+        **parts, vision_model=efficientnet_lite.pretrained_folder(), language_model=assets.language_model
+    ).float()
+    cast_parameters(model.language_model, torch.bfloat16)
+    return model
+
+
+def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int, folder: Path) -> list[dict]:
+    """Returns the log."""
+    pairs = ImageTextPairs(rows, text_column="name", prompt=PROMPT, clean_text=False, seed=seed)
+    new, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (new if any(part in name for part in settings.new_parts) else rest).append(parameter)
+    groups = [
+        {"params": new, "lr": settings.new_parts_learning_rate},
+        {"params": rest, "lr": settings.learning_rate},
+    ]
+    arguments = Stage2Arguments(
+        str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.new_parts_learning_rate,
+        warmup_steps=settings.steps // 20,
+        max_grad_norm=1.0,
+        logging_steps=20,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
+    collator = LanguageModelCollator(processor)
+    trainer = Blip2Trainer(model, arguments, train_dataset=pairs, data_collator=collator, optimizers=(optimizer, None))
+    trainer.train()
+    return trainer.state.log_history
+
+
+@torch.no_grad()
+def write(model, processor, rows: datasets.Dataset, batch_size: int = 64) -> list[str]:
+    """The first line of what the model writes."""
+    model.eval()
+    rows = rows.select_columns([column for column in rows.column_names if column.startswith("image_embeds")])
+    captions = []
+    for start in range(0, len(rows), batch_size):
+        chunk = rows.select(range(start, min(start + batch_size, len(rows))))
+        embeds = torch.stack([read_cached_features(row) for row in chunk]).to(model.device, torch.float32)
+        prompts = processor(text=[processor.image_token + PROMPT] * len(embeds), return_tensors="pt").to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            tokens = model.generate(image_embeds=embeds, **prompts, max_new_tokens=10, do_sample=False)
+        captions += processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [caption.strip().split("\n")[0].strip() for caption in captions]
+
+
+def score(captions: list[str], names: list[str]) -> dict[str, float]:
+    exact = sum(caption == name for caption, name in zip(captions, names, strict=True)) / len(names)
+    return {"exact": exact, "CIDEr-D": caption_metrics(captions, [[name] for name in names])["CIDEr-D"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--variant", choices=STAGE2, default="full")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate", action="store_true", help="test on a hand of the training pictures")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings, in JSON")
+    options = parser.parse_args()
+    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
+    settings = replace(STAGE2[options.variant], **changes)
+    folder = FOLDER / "stage2" / f"{options.variant}-seed{options.seed}"
+    transformers.set_seed(options.seed)
+    transformers.logging.set_verbosity_error()
+    start = time.time()
+    train_rows, tests = choose_splits(options.validate)
+    model = make_model(settings, options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(real_assets().language_model)
+    processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=model.config.num_query_tokens)
+    log = train(model, train_rows, processor, settings, options.seed, folder)
+    trained = time.time()
+    captions = {split: write(model, processor, rows) for split, rows in tests.items()}
+    results = {split: score(captions[split], list(rows["name"])) for split, rows in tests.items()}
+    print(json.dumps(results, indent=1))
+    print(list(zip(captions["seen"], tests["seen"]["name"], strict=True))[:20])
+    print(f"{trained - start:.0f} s training, {time.time() - trained:.0f} s evaluating")
+    if not options.validate:
+        model.save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
+        record = {"results": results, "captions": captions, "log": log, "seconds": trained - start}
+        (folder / "results.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The parts of examples/recipe that can be wrong without a training, and its tower, EfficientNet-lite."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+
+RECIPE = Path(__file__).parents[1] / "examples" / "recipe"
+TITLED = """<svg xmlns="http://www.w3.org/2000/svg"><metadata>
+<rdf:RDF xmlns:cc="http://web.resource.org/cc/" xmlns:dc="http://purl.org/dc/elements/1.1/"
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><cc:Work><dc:title>{title}</dc:title>
+<dc:subject><rdf:Bag><rdf:li>Fruit</rdf:li><rdf:li>  </rdf:li><rdf:li>früchte</rdf:li></rdf:Bag></dc:subject>
+</cc:Work></rdf:RDF></metadata></svg>"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipe_on_path():
+    before = list(sys.path)
+    sys.path.insert(0, str(RECIPE))
+    yield
+    sys.path[:] = before
+
+
+def test_names_of_one_emoji_in_several_packages_are_one():
+    from pictures import code_of
+
+    assert code_of("1F436") == code_of("1f436-FE0F") == "1f436"
+    assert code_of("1f469-200d-1f373") == code_of("1F469-1F373") != code_of("1f469")
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [("Red_Apple 02", "red apple"), ("ab", None), ("one two three four five", None), ("Äpfel", None), ("", None)],
+)
+def test_titles_of_clip_art(tmp_path, title, expected):
+    from pictures import title_and_keywords
+
+    file = tmp_path / "picture.svg"
+    file.write_text(TITLED.format(title=title), encoding="utf-8")
+    assert title_and_keywords(file) == (expected, ["fruit"])
+
+
+def test_a_broken_file_of_clip_art_has_no_title(tmp_path):
+    from pictures import title_and_keywords
+
+    (tmp_path / "picture.svg").write_text("<svg><metadata>")
+    assert title_and_keywords(tmp_path / "picture.svg") == (None, [])
+
+
+def test_nearest_neighbours_against_one_by_one():
+    from baselines import directions, nearest_neighbours
+
+    torch.manual_seed(0)
+    train, test = torch.randn(6, 2, 5), torch.randn(3, 5)
+    names, train_names = ["a", "b", "unseen"], ["a", "b", "a", "b", "b", "a"]
+    scores = nearest_neighbours(train, train_names, test, names)
+    left, right = directions(test), directions(train[:, 0])
+    for i in range(3):
+        for j, name in enumerate(names):
+            own = [float(left[i] @ right[n]) for n in range(6) if train_names[n] == name]
+            assert scores[i, j] == pytest.approx(max(own, default=-2.0), abs=1e-6)
+
+
+def test_baselines_count_a_picture_among_all_names_and_a_name_among_all_pictures():
+    from baselines import score
+
+    # Picture 0 finds its name first, picture 1 second; name 0 finds its picture first, name 1 too
+    scores = torch.tensor([[0.9, 0.1, 0.0], [0.5, 0.4, 0.0], [0.1, 0.2, 0.3]])
+    results = score(scores, torch.tensor([0, 1]), torch.tensor([0, 1, 2]), ["cat", "dog", "cow"])
+    assert results["image_to_text R@1"] == 0.5 and results["image_to_text R@5"] == 1.0
+    assert results["text_to_image R@1"] == 1.0
+
+
+def test_random_negatives_do_not_follow_the_similarities():
+    from stage1 import RandomNegatives
+
+    torch.manual_seed(0)
+    logits = torch.zeros(1, 4)
+    logits[0, 1] = 100.0
+    compared = {"logits_per_image": logits.repeat(2000, 1), "logits_per_text": logits.repeat(2000, 1)}
+    is_match = torch.zeros(2000, 4, dtype=torch.bool)
+    is_match[:, 0] = True
+    drawn = RandomNegatives._draw_negatives(compared, is_match)
+    for index in drawn.values():
+        counts = index.bincount(minlength=4) / len(index)
+        assert counts[0] == 0 and (counts[1:] - 1 / 3).abs().max() < 0.05
+
+
+def test_spread_is_the_mean_and_the_standard_deviation():
+    pytest.importorskip("matplotlib")
+    from report import spread, table
+
+    assert spread([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
+    assert spread([1.25], percent=False) == "1.25"
+    assert table("what", ["a"], {"row": ["1"]}) == "| what | a |\n| --- | --- |\n| row | 1 |\n"
+
+
+def test_every_step_of_the_recipe_is_a_command():
+    run = subprocess.run(
+        [sys.executable, str(RECIPE / "run.py"), "--dry-run", "--seeds", "0"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    commands = run.stdout.splitlines()
+    assert any("stage1.py --variant full --seed 0" in command for command in commands)
+    assert any("stage2.py --variant 'no stage 1' --seed 0" in command for command in commands)
+    for command in commands:
+        assert Path(command.split()[1]).exists()
+
+
+def test_efficientnet_lite_is_a_tower_like_any_other(tmp_path):
+    import efficientnet_lite
+    from stage1 import efficientnet_lite as registered
+
+    from blip2_hf.data import VisionTower
+
+    assert registered is efficientnet_lite
+    torch.manual_seed(0)
+    config = efficientnet_lite.EfficientNetLiteConfig(width=0.25, depth=1.0, hidden_size=24, image_size=64)
+    model = AutoModel.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).width == 0.25
+    pixel_values = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        feature_map = model(pixel_values).last_hidden_state
+        embeds = VisionTower(tmp_path).eval().get_image_embeds(pixel_values)
+    assert feature_map.shape == (2, 24, 2, 3)
+    torch.testing.assert_close(embeds, feature_map.flatten(2).transpose(1, 2))
+
+
+def test_efficientnet_lite2_has_the_sizes_of_the_published_weights():
+    from efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+
+    with torch.device("meta"):
+        model = EfficientNetLiteModel(EfficientNetLiteConfig())
+    # 6,092,072 in all, of which the classifier of 1,000 classes is left out
+    assert sum(parameter.numel() for parameter in model.parameters()) == 6_092_072 - 1280 * 1000 - 1000
+    assert len(model.blocks) == 21
+
+
+def test_a_third_of_the_names_are_shuffled():
+    import random
+
+    from capfilt import detection, shuffled
+
+    names = [f"thing {i % 20}" for i in range(90)]
+    captions = shuffled(names, random.Random(0))
+    assert sorted(captions) == sorted(names)
+    assert sum(a != b for a, b in zip(names, captions, strict=True)) == 30
+    found = detection([True, True, False, False], [True, False, True, False])
+    assert found == {"precision": 0.5, "recall": 0.5}
