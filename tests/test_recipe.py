@@ -76,7 +76,7 @@ def test_baselines_count_a_picture_among_all_names_and_a_name_among_all_pictures
 
 
 def test_random_negatives_do_not_follow_the_similarities():
-    from stage1 import RandomNegatives
+    from learn_stage1 import RandomNegatives
 
     torch.manual_seed(0)
     logits = torch.zeros(1, 4)
@@ -107,15 +107,15 @@ def test_every_step_of_the_recipe_is_a_command():
         check=True,
     )
     commands = run.stdout.splitlines()
-    assert any("stage1.py --variant full --seed 0" in command for command in commands)
-    assert any("stage2.py --variant 'no stage 1' --seed 0" in command for command in commands)
+    assert any("learn_stage1.py --variant full --seed 0" in command for command in commands)
+    assert any("learn_stage2.py --variant 'no stage 1' --seed 0" in command for command in commands)
     for command in commands:
         assert Path(command.split()[1]).exists()
 
 
 def test_efficientnet_lite_is_a_tower_like_any_other(tmp_path):
     import efficientnet_lite
-    from stage1 import efficientnet_lite as registered
+    from learn_stage1 import efficientnet_lite as registered
 
     from blip2_hf.data import VisionTower
 

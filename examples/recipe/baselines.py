@@ -10,8 +10,8 @@ from pathlib import Path
 
 import datasets
 import torch
+from learn_stage1 import choose_splits
 from settings import FOLDER, SEEDS
-from stage1 import choose_splits
 from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer

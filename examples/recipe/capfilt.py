@@ -5,7 +5,7 @@ CapFilt on pictures whose names were shuffled on purpose: which are found, and w
 
 A third of the drawings get the names of others of them. A Q-Former that has learned from these data writes captions
 (ITG) and ranks them with the names that are there (ITM and ITC); the best one stays. Nothing knows which are right.
-The result is compared with training on the shuffled names, and on the original ones (stage1.py).
+The result is compared with training on the shuffled names, and on the original ones (learn_stage1.py).
 """
 
 import argparse
@@ -17,8 +17,8 @@ import datasets
 import torch
 import transformers
 from features import image_processor
+from learn_stage1 import choose_splits, evaluate, make_model, real_assets, train
 from settings import FOLDER, STAGE1
-from stage1 import choose_splits, evaluate, make_model, real_assets, train
 from transformers import AutoTokenizer
 
 from blip2_hf import Blip2Processor

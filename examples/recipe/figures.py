@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import torch
 import transformers
 from features import load_features
+from learn_stage1 import make_model
 from settings import FOLDER, IMAGE_SIZE, STAGE1
-from stage1 import make_model
 from transformers import AutoTokenizer
 
 from blip2_hf import Blip2ForPreTraining

@@ -2,8 +2,8 @@
 Stage 2 on the pictures of the recipe, after a stage 1 or without one: a frozen language model reads the queries and
 writes the name. Captions are scored.
 
-    python examples/recipe/stage2.py --variant full --seed 0
-    python examples/recipe/stage2.py --variant "no stage 1" --seed 0
+    python examples/recipe/learn_stage2.py --variant full --seed 0
+    python examples/recipe/learn_stage2.py --variant "no stage 1" --seed 0
 """
 
 import argparse
@@ -17,8 +17,8 @@ import datasets
 import torch
 import transformers
 from features import image_processor
+from learn_stage1 import choose_splits
 from settings import FOLDER, STAGE2, Stage2
-from stage1 import choose_splits
 from transformers import AutoTokenizer
 
 

@@ -1,8 +1,8 @@
 """
 Stage 1 on the pictures of the recipe, and what it has learned: retrieval of names and pictures, and captions.
 
-    python examples/recipe/stage1.py --variant full --seed 0
-    python examples/recipe/stage1.py --variant full --seed 0 --validate --set steps=300   # to choose settings
+    python examples/recipe/learn_stage1.py --variant full --seed 0
+    python examples/recipe/learn_stage1.py --variant full --seed 0 --validate --set steps=300   # to choose settings
 
 With --validate the hand that is tested is one that the recipe learns from otherwise, and the test pictures are not
 looked at.
