@@ -25,6 +25,7 @@ from blip2_hf.data import VisionTower, cache_features
 
 
 LAYER, SIZE = 9, 112
+FILES = {"train": "train-balanced.parquet", "validation": "validation.parquet", "test": "test.parquet"}
 SHAPES = ("circle", "triangle", "rectangle")
 
 
@@ -69,7 +70,7 @@ def make_data(folder: Path):
                 chosen = [row for row in rows if part == "test" or (row["image"] % 40 == 0) == (part == "validation")]
                 if part == "train":
                     chosen = as_many_yes_as_no(chosen)
-                datasets.Dataset.from_list(chosen).to_parquet(folder / f"{part}.parquet")
+                datasets.Dataset.from_list(chosen).to_parquet(folder / FILES[part])
 
 
 def make_features(folder: Path, assets, image_processor):
@@ -109,7 +110,7 @@ def main():
     assets = real_assets(hub=arguments.hub)
     square = {"height": SIZE, "width": SIZE}
     image_processor = AutoImageProcessor.from_pretrained(assets.vision_model, size=square, do_center_crop=False)
-    if not (folder / "test.parquet").exists():
+    if not all((folder / file).exists() for file in FILES.values()):
         make_data(folder)
     make_features(folder, assets, image_processor)
     if not (folder / "model" / "processor_config.json").exists():
@@ -117,11 +118,11 @@ def main():
         make_model(folder / "model", assets, image_processor)
     settings = {
         "model": folder / "model",
-        "data": folder / "train.parquet",
+        "data": folder / FILES["train"],
         "images": folder / "features-train",
-        "validation": folder / "validation.parquet",
+        "validation": folder / FILES["validation"],
         "validation_images": folder / "features-train",
-        "test": folder / "test.parquet",
+        "test": folder / FILES["test"],
         "test_images": folder / "features-test",
         "group_by": "type",
         "preset": "stage2",

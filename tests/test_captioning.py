@@ -29,7 +29,7 @@ from blip2_hf.captioning import (
     caption_dataset,
     caption_images,
 )
-from blip2_hf.captioning.captions import _CaptionWriter
+from blip2_hf.captioning.captions import CaptionWriter
 from blip2_hf.commands import caption
 
 
@@ -111,7 +111,7 @@ def run(*arguments):
 
 def count_pictures(monkeypatch, limit: int = 10**9) -> list[int]:
     """How many pictures the model is given at a time; interrupts it once it has had `limit`."""
-    seen, write = [], _CaptionWriter._write
+    seen, write = [], CaptionWriter._write
 
     def counted(self, pixel_values):
         if sum(seen) >= limit:
@@ -119,7 +119,7 @@ def count_pictures(monkeypatch, limit: int = 10**9) -> list[int]:
         seen.append(len(pixel_values))
         return write(self, pixel_values)
 
-    monkeypatch.setattr(_CaptionWriter, "_write", counted)
+    monkeypatch.setattr(CaptionWriter, "_write", counted)
     return seen
 
 
@@ -152,7 +152,7 @@ def test_streams_workers_and_pictures_that_are_broken(parts):
 
 
 def test_the_next_pictures_are_decoded_while_the_model_writes(parts, monkeypatch):
-    decoded, write = threading.Event(), _CaptionWriter._write
+    decoded, write = threading.Event(), CaptionWriter._write
 
     class Images(torch.utils.data.Dataset):
         def __len__(self):
@@ -167,14 +167,14 @@ def test_the_next_pictures_are_decoded_while_the_model_writes(parts, monkeypatch
         assert decoded.wait(10)
         return write(self, pixel_values)
 
-    monkeypatch.setattr(_CaptionWriter, "_write", waiting)
+    monkeypatch.setattr(CaptionWriter, "_write", waiting)
     assert len(list(caption_images(*parts, Images(), max_new_tokens=1, batch_size=2))) == 4
 
 
 def test_batches_that_do_not_fit_the_memory_are_halved(parts, monkeypatch):
     images = [make_image(seed) for seed in range(11)]
     expected = expected_captions(parts, images)
-    sizes, write, most = [], _CaptionWriter._write, 3
+    sizes, write, most = [], CaptionWriter._write, 3
 
     def short_of_memory(self, pixel_values):
         sizes.append(len(pixel_values))
@@ -182,14 +182,14 @@ def test_batches_that_do_not_fit_the_memory_are_halved(parts, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return write(self, pixel_values)
 
-    monkeypatch.setattr(_CaptionWriter, "_write", short_of_memory)
+    monkeypatch.setattr(CaptionWriter, "_write", short_of_memory)
     found = caption_images(*parts, images, max_new_tokens=TOKENS, batch_size=8)
     assert [each.text for each in found] == expected
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         list(caption_images(*parts, images[:4], batch_size=4))
-    monkeypatch.setattr(_CaptionWriter, "_write", lambda *_: (_ for _ in ()).throw(RuntimeError("another")))
+    monkeypatch.setattr(CaptionWriter, "_write", lambda *_: (_ for _ in ()).throw(RuntimeError("another")))
     with pytest.raises(RuntimeError, match="another"):
         list(caption_images(*parts, images[:4], batch_size=4))
 

@@ -4,6 +4,7 @@ The frozen tower's output for all pictures of the recipe, computed once: some ve
     python examples/recipe/features.py
 """
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -45,8 +46,10 @@ def load_features() -> dict[str, datasets.Dataset]:
 
 def main():
     torch.manual_seed(0)
-    for split, rows in load_features().items():
-        print(f"{split:12} {len(rows):6} pictures")
+    counts = {split: len(rows) for split, rows in load_features().items()}
+    print(counts)
+    # There once all are: run.py looks for it
+    (FOLDER / "features.json").write_text(json.dumps(counts))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 import transformers
 from features import load_features
 from learn_stage1 import make_model
+from pictures import load_pictures
 from settings import FOLDER, IMAGE_SIZE, STAGE1
 from transformers import AutoTokenizer
 
@@ -90,7 +91,8 @@ def main():
     matrices = {title: similarities(model, embeds, texts) for title, model in models.items()}
     draw_similarities(matrices, names, folder / "similarities.png")
     some = list(range(0, len(rows), -(-len(rows) // MAPS)))
-    pictures = [rows[i]["image"].convert("RGB") for i in some]
+    drawings = load_pictures()["test_seen"]
+    pictures = [drawings[chosen[i]]["image"].convert("RGB") for i in some]
     some_texts = {name: values[some] for name, values in texts.items()}
     draw_maps(trained, pictures, embeds[some], some_texts, [names[i] for i in some], folder / "attention.png")
 

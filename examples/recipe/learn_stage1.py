@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -22,6 +23,7 @@ from datasets import concatenate_datasets
 from features import image_processor, load_features
 from pictures import VALIDATION_STYLE
 from settings import FOLDER, STAGE1, Stage1
+from training import learn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 
@@ -68,7 +70,9 @@ class WithoutMatching(Blip2ForPreTraining):
 class SomeLosses(Blip2Trainer):
     """Learns from those of the three losses that are named."""
 
-    losses: tuple[str, ...]
+    def __init__(self, *args, losses: tuple[str, ...], **kwargs):
+        self.losses = losses
+        super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -111,42 +115,14 @@ def train(
 ) -> list[dict]:
     """Returns the log. Drawings of one name are no negatives of each other."""
     pairs = ImageTextPairs(rows, text_column=text, id_column=text, seed=seed)
-    new, rest = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (new if any(part in name for part in NEW_PARTS) else rest).append(parameter)
-    groups = [
-        {"params": new, "lr": settings.new_parts_learning_rate},
-        {"params": rest, "lr": settings.learning_rate},
-    ]
-    arguments = Stage1Arguments(
-        str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.new_parts_learning_rate,
-        warmup_steps=settings.steps // 20,
-        logging_steps=20,
-        save_strategy="no",
-        report_to=[],
-        seed=seed,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-    )
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
     collator = ImageTextCollator(processor)
-    trainer = SomeLosses(model, arguments, train_dataset=pairs, data_collator=collator, optimizers=(optimizer, None))
-    trainer.losses = settings.losses
-    trainer.train()
-    return trainer.state.log_history
+    trainer = partial(SomeLosses, losses=settings.losses)
+    return learn(model, pairs, collator, settings, NEW_PARTS, seed, folder, trainer, Stage1Arguments).state.log_history
 
 
 def evaluate(model, processor, sets: dict[str, datasets.Dataset]) -> dict:
     """Of each set: recall among the names of all sets, and among all pictures, by ITC and re-ranked; captions."""
-    rows = concatenate_datasets(
-        [part.select_columns([c for c in part.column_names if c != "image"]) for part in sets.values()]
-    )
+    rows = concatenate_datasets(list(sets.values()))
     names = rows["name"]
     embeds = torch.stack([read_cached_features(row).float() for row in rows])
     device_type = "cuda" if torch.cuda.is_available() else "cpu"

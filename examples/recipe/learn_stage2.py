@@ -19,6 +19,7 @@ import transformers
 from features import image_processor
 from learn_stage1 import choose_splits
 from settings import FOLDER, STAGE2, Stage2
+from training import learn
 from transformers import AutoTokenizer
 
 
@@ -57,35 +58,9 @@ def make_model(settings: Stage2, seed: int) -> Blip2ForConditionalGeneration:
 def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int, folder: Path) -> list[dict]:
     """Returns the log."""
     pairs = ImageTextPairs(rows, text_column="name", prompt=PROMPT, clean_text=False, seed=seed)
-    new, rest = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (new if any(part in name for part in settings.new_parts) else rest).append(parameter)
-    groups = [
-        {"params": new, "lr": settings.new_parts_learning_rate},
-        {"params": rest, "lr": settings.learning_rate},
-    ]
-    arguments = Stage2Arguments(
-        str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.new_parts_learning_rate,
-        warmup_steps=settings.steps // 20,
-        max_grad_norm=1.0,
-        logging_steps=20,
-        save_strategy="no",
-        report_to=[],
-        seed=seed,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-    )
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
     collator = LanguageModelCollator(processor)
-    trainer = Blip2Trainer(model, arguments, train_dataset=pairs, data_collator=collator, optimizers=(optimizer, None))
-    trainer.train()
-    return trainer.state.log_history
+    parts = (model, pairs, collator, settings, settings.new_parts)
+    return learn(*parts, seed, folder, Blip2Trainer, Stage2Arguments, max_grad_norm=1.0).state.log_history
 
 
 @torch.no_grad()

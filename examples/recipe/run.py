@@ -41,7 +41,7 @@ def stages(seeds: list[int]) -> list[list[tuple[Path, list[str]]]]:
 
     return [
         [job("pictures.py", "pictures/clip_art.parquet")],
-        [job("features.py", "features/test_unseen/cache.json")],
+        [job("features.py", "features.json")],
         runs("stage1", STAGE1, "learn_stage1.py") + [job("baselines.py", "baselines.json")],
         runs("stage2", STAGE2, "learn_stage2.py"),
         [job("capfilt.py", f"capfilt/seed{seed}.json", "--seed", str(seed)) for seed in seeds],

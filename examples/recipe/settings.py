@@ -15,7 +15,18 @@ FOLDER = cache_folder() / "recipe"
 
 
 @dataclass(frozen=True)
-class Stage1:
+class Training:
+    """How long, and how fast, a stage learns."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    # Of what no pretrained weights start: it learns faster than the rest
+    new_parts_learning_rate: float
+
+
+@dataclass(frozen=True)
+class Stage1(Training):
     """A stage 1: which losses there are, how many queries, and how long it learns."""
 
     losses: tuple[str, ...] = ("itc", "itm", "itg")
@@ -25,7 +36,6 @@ class Stage1:
     steps: int = 400
     batch_size: int = 64
     learning_rate: float = 1e-4
-    # Of what no pretrained weights start: it learns faster than the rest
     new_parts_learning_rate: float = 5e-4
     hidden_dropout_prob: float = 0.0
 
@@ -43,7 +53,7 @@ STAGE1 = {
 
 
 @dataclass(frozen=True)
-class Stage2:
+class Stage2(Training):
     """A stage 2: after which stage 1, if any, and how long it learns."""
 
     stage1: str | None = "full"

@@ -8,7 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pipelines.base import Pipeline
 from transformers.processing_utils import ProcessorMixin
 
-from ..captioning.captions import MAX_NEW_TOKENS, _CaptionWriter
+from ..captioning.captions import MAX_NEW_TOKENS, CaptionWriter
 from ..data.rows import stable_hash
 from ..modeling_pretraining import Blip2ForPreTraining
 from .settings import WithSettings, model_settings
@@ -21,8 +21,9 @@ Captioner = Callable[[list[Any]], Sequence[Sequence[str]]]
 
 class ModelCaptioner(WithSettings):
     r"""
-    Several captions of each picture by a BLIP-2: sampled, unless `generate_kwargs` say otherwise. Where the memory of
-    the device does not do, pictures are captioned in halves; what is then sampled is not what it would have been.
+    Several captions of each picture by a BLIP-2 (section 3.4): sampled, unless `generate_kwargs` say otherwise. Where
+    the memory of the device does not do, pictures are captioned in halves; what is then sampled is not what it would
+    have been.
 
     Args:
         model ([`Blip2ForConditionalGeneration`] or [`Blip2ForPreTraining`]):
@@ -35,6 +36,9 @@ class ModelCaptioner(WithSettings):
             Text that the captions go on from; it is not part of them.
         generate_kwargs (`dict`):
             Arguments of `generate`, over `do_sample=True, top_p=0.9, num_beams=1, max_new_tokens=30`.
+
+    Raises:
+        ValueError: if `num_captions` is less than 1.
 
     Example:
 
@@ -94,6 +98,9 @@ class PipelineCaptioner(WithSettings):
         generate_kwargs (`dict`):
             Arguments of the pipeline's call, such as `prompt`, and of `generate`, over
             `do_sample=True, top_p=0.9, num_beams=1, max_new_tokens=30`.
+
+    Raises:
+        ValueError: if `num_captions` is less than 1; where it is called, if it is given features.
     """
 
     def __init__(self, pipe: Pipeline, num_captions: int = NUM_CAPTIONS, **generate_kwargs):
@@ -160,7 +167,7 @@ def picture_inputs(pictures: list[Any], image_processor: Any) -> torch.Tensor:
     return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
 
-class _SeveralCaptionsWriter(_CaptionWriter):
+class _SeveralCaptionsWriter(CaptionWriter):
     """Writes several captions of each picture, or of its features; halves batches that do not fit, as its base."""
 
     def _write(self, inputs: torch.Tensor) -> list[list[str]]:

@@ -35,6 +35,9 @@ class RetrievalFilter(WithSettings):
         max_length (`int`, *optional*, defaults to 35):
             Most tokens of a caption; the rest is not read.
 
+    Raises:
+        ValueError: if there is no such score; where it is called, if features or scores are not finite.
+
     Example:
 
     ```python

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..captioning.captions import _leave_interrupts_to_the_parent
+from ..captioning.captions import leave_interrupts_to_the_parent
 from .captioners import Captioner, propose_captions, seed_of
 from .files import ResultFiles
 from .filters import CaptionFilter
@@ -232,7 +232,7 @@ def _write(
         batch_sampler=[batch for batches in plan for batch in batches],
         collate_fn=list,
         num_workers=num_workers,
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=leave_interrupts_to_the_parent,
         generator=torch.Generator(),  # the global one is left alone
     )
     with logging.tqdm(total=sum(map(len, own_rows)), unit="row", desc="CapFilt", disable=not is_shown) as bar:

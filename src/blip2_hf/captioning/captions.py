@@ -88,7 +88,7 @@ def caption_images(
     >>> for caption in caption_images(model, processor, ["cat.jpg", "dog.jpg"], prompt="a photo of", num_beams=5):
     ...     print(caption.index, caption.text or caption.error)
     ```"""
-    writer = _CaptionWriter(model, processor, prompt, {"max_new_tokens": max_new_tokens, **generate_kwargs})
+    writer = CaptionWriter(model, processor, prompt, {"max_new_tokens": max_new_tokens, **generate_kwargs})
     size = batch_size or first_batch_size(model.device)
     was_training = model.training
     model.eval()
@@ -101,7 +101,7 @@ def caption_images(
         model.train(was_training)
 
 
-class _CaptionWriter:
+class CaptionWriter:
     """Runs the model on no more pictures at a time than its memory takes."""
 
     def __init__(
@@ -200,7 +200,7 @@ def _batches(
         batch_size=batch_size,
         collate_fn=_collate,
         num_workers=num_workers,
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=leave_interrupts_to_the_parent,
         generator=torch.Generator(),  # the global one is left alone
     )
     return iter(loader) if num_workers else _ahead(loader)
@@ -216,7 +216,7 @@ def _ahead(items: Iterable) -> Iterator:
             yield item
 
 
-def _leave_interrupts_to_the_parent(worker: int):
+def leave_interrupts_to_the_parent(worker: int):
     # Ctrl-C goes to all processes; a worker that it stops prints a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -3,10 +3,14 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 
+_LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
 _BUILDERS = {  # of `datasets`, by the suffix of a file
     ".arrow": "arrow",
     ".csv": "csv",
@@ -21,6 +25,34 @@ def add_option(parser: argparse.ArgumentParser, name: str, text: str, **kwargs):
     """`add_argument` whose help tells the default."""
     shown = " (default: %(default)s)" if kwargs.get("default") is not None else ""
     parser.add_argument(name, help=text + shown, **kwargs)
+
+
+@contextmanager
+def processes(device: str | None, interrupted: str) -> Iterator[Any]:
+    """
+    The state of the processes that a command runs in. What users can mend is told in a line, without a traceback; an
+    interruption by `interrupted`.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from ..search.files import printable
+
+    # accelerate sees no other processes on a machine without a GPU, unless it is told so
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+    if state.num_processes > 1 and device not in (None, "cpu"):
+        raise SystemExit(
+            f"blip2-hf: --device {device} with {state.num_processes} processes: leave it out, and each takes a device "
+            "of its own, or give cpu."
+        )
+    try:
+        yield state
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
+    except KeyboardInterrupt:
+        state.print(f"\nInterrupted. {interrupted}")
+        raise SystemExit(130) from None
+    state.destroy_process_group()
 
 
 def load_dataset(data: str, config: str | None = None, split: str = "train") -> Any:

@@ -2,15 +2,11 @@
 
 import argparse
 import glob
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._common import add_option, generate_argument, load_captioner, load_dataset
-
-
-_LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
+from ._common import add_option, generate_argument, load_captioner, load_dataset, processes
 
 
 def add_parser(commands: Any):
@@ -55,21 +51,11 @@ def _run(options: argparse.Namespace):
     if options.num_captions and options.captioner is None:
         raise SystemExit("blip2-hf: give --captioner, or --num-captions 0 to rank the captions that are there.")
 
-    import torch
-    from accelerate import PartialState
-
     from ..capfilt import RetrievalFilter, capfilt_dataset
     from ..search import load_retrieval_model
 
-    # accelerate sees no other processes on a machine without a GPU, unless it is told so
-    state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
-    if state.num_processes > 1 and options.device not in (None, "cpu"):
-        raise SystemExit(
-            f"blip2-hf: --device {options.device} with {state.num_processes} processes: leave it out, and each takes "
-            "a device of its own, or give cpu."
-        )
-    device = options.device or state.device
-    try:
+    with processes(options.device, "Finished files are kept; the same command goes on with the rest.") as state:
+        device = options.device or state.device
         rows = _open_rows(options)
         captioner = _open_captioner(options, device) if options.num_captions else None
         model, processor = load_retrieval_model(options.filter, device, options.dtype)
@@ -88,12 +74,6 @@ def _run(options: argparse.Namespace):
             num_workers=options.num_workers,
             overwrite=options.overwrite,
         )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"blip2-hf: {error}") from error
-    except KeyboardInterrupt:
-        state.print("\nInterrupted. Finished files are kept; the same command goes on with the rest.")
-        raise SystemExit(130) from None
-    state.destroy_process_group()
 
 
 def _open_rows(options: argparse.Namespace) -> Any:

@@ -2,15 +2,11 @@
 
 import argparse
 import glob
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._common import add_option, generate_argument, load_captioner, load_dataset, tell_image_size
-
-
-_LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
+from ._common import add_option, generate_argument, load_captioner, load_dataset, processes, tell_image_size
 
 
 def add_parser(commands: Any):
@@ -48,20 +44,10 @@ def add_parser(commands: Any):
 
 
 def _run(options: argparse.Namespace):
-    import torch
-    from accelerate import PartialState
-
     from ..captioning import caption_dataset
     from ..inference import with_image_size
 
-    # accelerate sees no other processes on a machine without a GPU, unless it is told so
-    state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
-    if state.num_processes > 1 and options.device not in (None, "cpu"):
-        raise SystemExit(
-            f"blip2-hf: --device {options.device} with {state.num_processes} processes: leave it out, and each takes "
-            "a device of its own, or give cpu."
-        )
-    try:
+    with processes(options.device, "What is captioned is kept; the same command goes on with the rest.") as state:
         pictures = _open_pictures(options)
         model, processor = load_captioner(options.model, options.dtype, options.device or state.device)
         prompt, generate_kwargs = _generation(options, processor, model.config)
@@ -78,12 +64,6 @@ def _run(options: argparse.Namespace):
             overwrite=options.overwrite,
             **generate_kwargs,
         )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"blip2-hf: {error}") from error
-    except KeyboardInterrupt:
-        state.print("\nInterrupted. What is captioned is kept; the same command goes on with the rest.")
-        raise SystemExit(130) from None
-    state.destroy_process_group()
 
 
 def _open_pictures(options: argparse.Namespace) -> Any:

@@ -3,12 +3,11 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from ..generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import add_option, generate_argument, load_captioner, load_dataset, tell_image_size
+from ._common import add_option, generate_argument, load_captioner, load_dataset, processes, tell_image_size
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,6 @@ class _Task:
     preset: str | None = None
 
 
-_LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
 _RETRIEVAL_IMAGE_SIZE = 364
 _DTYPES = ("bfloat16", "float16", "float32")
 _TASKS = {
@@ -76,28 +74,14 @@ def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
     _check(options, task)
 
-    import torch
-    from accelerate import PartialState
-
     from ..evaluation.report import make_table
-    from ..search.files import printable
 
-    # accelerate sees no other processes on a machine without a GPU, unless it is told so
-    state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
-    if state.num_processes > 1 and options.device not in (None, "cpu"):
-        raise SystemExit(
-            f"blip2-hf: --device {options.device} with {state.num_processes} processes: leave it out, and each takes "
-            "a device of its own, or give cpu."
-        )
     run = _evaluate_retrieval if task.kind == "retrieval" else _evaluate_texts
-    try:
+    with processes(options.device, "What is predicted is kept; the same command goes on with the rest.") as state:
         results = run(options, task, _read(options, task), options.device or state.device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
-    if state.is_main_process:
-        scores = {**results["scores_by_group"], "overall": results["scores"]} if results["scores"] else {}
-        print(make_table(options.task, scores, results["num_samples"]), end="")
-    state.destroy_process_group()
+        if state.is_main_process:
+            scores = {**results["scores_by_group"], "overall": results["scores"]} if results["scores"] else {}
+            print(make_table(options.task, scores, results["num_samples"]), end="")
 
 
 def _check(options: argparse.Namespace, task: _Task):
