@@ -79,7 +79,10 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """`last_hidden_state` is the feature map, a thirty-second of the image's height and width."""
+    """
+    `last_hidden_state` is the feature map, a thirty-second of the image's height and width; `hidden_states`, if asked
+    for, those of the stem and of every block.
+    """
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
@@ -100,10 +103,16 @@ class EfficientNetLiteModel(PreTrainedModel):
         self.head = Convolution(inputs, config.hidden_size)
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False, **kwargs) -> BaseModelOutput:
         # Convolutions on a CPU are faster with the channels last
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        return BaseModelOutput(last_hidden_state=self.head(self.blocks(self.stem(pixel_values))))
+        hidden_states = [self.stem(pixel_values)]
+        for block in self.blocks:
+            hidden_states.append(block(hidden_states[-1]))
+        return BaseModelOutput(
+            last_hidden_state=self.head(hidden_states[-1]),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
 
 
 def _round(channels: float) -> int:

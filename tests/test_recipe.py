@@ -20,7 +20,7 @@ TITLED = """<svg xmlns="http://www.w3.org/2000/svg"><metadata>
 @pytest.fixture(scope="module", autouse=True)
 def recipe_on_path():
     before = list(sys.path)
-    sys.path.insert(0, str(RECIPE))
+    sys.path[:0] = [str(RECIPE), str(RECIPE.parent)]
     yield
     sys.path[:] = before
 
@@ -115,11 +115,9 @@ def test_every_step_of_the_recipe_is_a_command():
 
 def test_efficientnet_lite_is_a_tower_like_any_other(tmp_path):
     import efficientnet_lite
-    from learn_stage1 import efficientnet_lite as registered
 
     from blip2_hf.data import VisionTower
 
-    assert registered is efficientnet_lite
     torch.manual_seed(0)
     config = efficientnet_lite.EfficientNetLiteConfig(width=0.25, depth=1.0, hidden_size=24, image_size=64)
     model = AutoModel.from_config(config).eval()
@@ -131,6 +129,41 @@ def test_efficientnet_lite_is_a_tower_like_any_other(tmp_path):
         embeds = VisionTower(tmp_path).eval().get_image_embeds(pixel_values)
     assert feature_map.shape == (2, 24, 2, 3)
     torch.testing.assert_close(embeds, feature_map.flatten(2).transpose(1, 2))
+
+
+def test_two_towers_are_one_tower_with_the_layers_of_both(tmp_path):
+    from two_towers import TwoTowersConfig
+
+    from blip2_hf.data import VisionTower
+
+    torch.manual_seed(0)
+    config = TwoTowersConfig(
+        efficientnet_config={"width": 0.25, "depth": 1.0, "hidden_size": 24},
+        dinov2_config={"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56},
+        efficientnet_layers=(-3, -1),
+        dinov2_layers=(1, 3),
+        image_size=64,
+        dinov2_size=56,
+        hidden_size=48 + 80 + 2 * 8,
+    )
+    model = AutoModel.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    pixel_values = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        maps = model.efficientnet(pixel_values, output_hidden_states=True).hidden_states
+        smaller = torch.nn.functional.interpolate(pixel_values, (56, 56), mode="bilinear", antialias=True)
+        layers = model.dinov2(smaller, output_hidden_states=True).hidden_states
+        embeds = VisionTower(tmp_path).eval().get_image_embeds(pixel_values)
+    expected = []
+    for image in range(2):
+        for row in range(2):
+            for column in range(2):
+                place = [maps[layer][image, :, row, column] for layer in (-3, -1)]
+                for layer in (1, 3):
+                    patches = layers[layer][image, 1:].reshape(4, 4, 8)
+                    place.append(patches[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean(dim=(0, 1)))
+                expected.append(torch.cat([(x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() for x in place]))
+    torch.testing.assert_close(embeds, torch.stack(expected).view(2, 4, -1), atol=1e-4, rtol=1e-4)
 
 
 def test_efficientnet_lite2_has_the_sizes_of_the_published_weights():

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import datasets
 import torch
-from settings import FOLDER, IMAGE_SIZE, VIEWS
+from settings import FOLDER, VIEWS
 from transformers import AutoImageProcessor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import efficientnet_lite  # noqa: E402
+import two_towers  # noqa: E402
 from picture_views import RandomView  # noqa: E402
 from pictures import load_pictures  # noqa: E402
 
@@ -27,19 +27,19 @@ LEARNED_FROM = ("train", "clip_art")
 
 
 def image_processor():
-    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return AutoImageProcessor.from_pretrained(efficientnet_lite.pretrained_folder(), size=square)
+    return AutoImageProcessor.from_pretrained(two_towers.pretrained_folder())
 
 
 def load_features() -> dict[str, datasets.Dataset]:
     """The features of each split, made first if need be; a run that was stopped goes on."""
     # A CPU that multiplies in bfloat16 needs less than half the time
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tower = VisionTower(efficientnet_lite.pretrained_folder()).to(device, torch.bfloat16)
+    tower = VisionTower(two_towers.pretrained_folder()).to(device, torch.bfloat16)
+    transform = RandomView(image_processor().size["height"])
     features = {}
     for split, pictures in load_pictures().items():
         make = partial(cache_features, pictures, tower, image_processor(), FOLDER / "features" / split)
-        views = {"views": VIEWS, "transform": RandomView(IMAGE_SIZE)} if split in LEARNED_FROM else {}
+        views = {"views": VIEWS, "transform": transform} if split in LEARNED_FROM else {}
         features[split] = load_cached_features(make(rows_per_shard=250, **views))
     return features
 

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import efficientnet_lite  # noqa: E402
+import two_towers  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
@@ -90,7 +90,7 @@ def make_model(settings: Stage1) -> Blip2ForPreTraining:
     model_class = RandomNegatives if settings.random_negatives else Blip2ForPreTraining
     model_class = model_class if "itm" in settings.losses else WithoutMatching
     model = model_class.from_encoders_pretrained(
-        efficientnet_lite.pretrained_folder(),
+        two_towers.pretrained_folder(),
         text_encoder,
         num_query_tokens=settings.num_query_tokens,
         load_vision_tower=False,

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import efficientnet_lite  # noqa: E402
+import two_towers  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor  # noqa: E402
@@ -49,7 +49,7 @@ def make_model(settings: Stage2, seed: int) -> Blip2ForConditionalGeneration:
             "attention_probs_dropout_prob": 0.0,
         }
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
-        **parts, vision_model=efficientnet_lite.pretrained_folder(), language_model=assets.language_model
+        **parts, vision_model=two_towers.pretrained_folder(), language_model=assets.language_model
     ).float()
     cast_parameters(model.language_model, torch.bfloat16)
     return model

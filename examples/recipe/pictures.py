@@ -7,7 +7,7 @@ Makes the pictures of the recipe: things of every day, each drawn by several han
 |---|---|---|
 | train | Noto, Noto of 2016, Twemoji, OpenMoji, EmojiOne | nine of ten things |
 | clip_art | Open Clip Art | objects, animals, food ...; a title each, none the name of a held-out thing |
-| validation | one hand of train's (OpenMoji), to choose settings by: such a run learns from the others | the same |
+| validation | one hand of train's (Twemoji), to choose settings by: such a run learns from the others | the same |
 | test_seen | Fluent, a hand that nothing is learned from | the same |
 | test_unseen | Fluent | the tenth that nothing is learned of |
 
@@ -37,7 +37,7 @@ from make_emoji import encode, npm_pack  # noqa: E402
 from real_assets import cache_folder  # noqa: E402
 
 
-TEST_STYLE, VALIDATION_STYLE = "fluent", "openmoji"
+TEST_STYLE, VALIDATION_STYLE = "fluent", "twemoji"
 SPLITS = ("train", "clip_art", "test_seen", "test_unseen")
 # style: (npm package, folder of the pictures in it)
 MORE_STYLES = {

@@ -10,7 +10,7 @@ from real_assets import cache_folder  # noqa: E402
 
 
 SEEDS = (0, 1, 2)
-IMAGE_SIZE, VIEWS = 192, 4
+VIEWS = 4
 FOLDER = cache_folder() / "recipe"
 
 

@@ -1,0 +1,109 @@
+"""
+Two frozen towers side by side, as one: inner layers of EfficientNet-lite2 and of DINOv2-small, on one grid.
+
+What one of them takes for the same the other one tells apart, and drawings are told apart by layers before the last.
+Registered with `AutoModel`: BLIP-2 takes it as a tower like any other.
+
+    import two_towers  # registers it
+    Blip2ForPreTraining.from_encoders_pretrained(two_towers.pretrained_folder(), text_encoder)
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import efficientnet_lite
+import torch
+from real_assets import cache_folder, real_assets
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class TwoTowersConfig(PreTrainedConfig):
+    """
+    Of which layers (indices into `hidden_states`) the features are made.
+
+    `dinov2_size` is the side, in pixels, of what DINOv2 sees: with patches of 14 pixels twice as many of them a side
+    as EfficientNet has places, so that four patches make one place.
+    """
+
+    model_type = "two_towers"
+    sub_configs = {"efficientnet_config": efficientnet_lite.EfficientNetLiteConfig, "dinov2_config": Dinov2Config}
+    efficientnet_config: dict | PreTrainedConfig | None = None
+    dinov2_config: dict | PreTrainedConfig | None = None
+    efficientnet_layers: tuple[int, ...] | list[int] = (-6, -2, -1)
+    dinov2_layers: tuple[int, ...] | list[int] = (9,)
+    image_size: int = 192
+    num_channels: int = 3
+    dinov2_size: int = 168
+    hidden_size: int = 1152
+
+    def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs.items():
+            config = getattr(self, name)
+            if not isinstance(config, PreTrainedConfig):
+                setattr(self, name, config_class(**(config or {})))
+        super().__post_init__(**kwargs)
+
+
+class TwoTowersModel(PreTrainedModel):
+    """`last_hidden_state`, of shape `(images, places, hidden_size)`, has each layer's features, normalised."""
+
+    config_class = TwoTowersConfig
+    main_input_name = "pixel_values"
+    _no_split_modules = ["InvertedResidual", "Dinov2Layer"]
+
+    def __init__(self, config: TwoTowersConfig):
+        super().__init__(config)
+        self.efficientnet = efficientnet_lite.EfficientNetLiteModel(config.efficientnet_config)
+        self.dinov2 = Dinov2Model(config.dinov2_config)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
+        maps = self.efficientnet(pixel_values, output_hidden_states=True).hidden_states
+        maps = [maps[layer] for layer in self.config.efficientnet_layers]
+        grid = maps[-1].shape[-2:]
+        size = (self.config.dinov2_size, self.config.dinov2_size)
+        # Not made for bfloat16
+        smaller = F.interpolate(pixel_values.float(), size, mode="bilinear", antialias=True).to(pixel_values.dtype)
+        layers = self.dinov2(smaller, output_hidden_states=True).hidden_states
+        side = self.config.dinov2_size // self.config.dinov2_config.patch_size
+        for layer in self.config.dinov2_layers:
+            patches = layers[layer][:, 1:].transpose(1, 2).unflatten(2, (side, side))
+            maps.append(F.adaptive_avg_pool2d(patches, grid))
+        places = [features.flatten(2).transpose(1, 2) for features in maps]
+        # Layers differ in scale
+        normed = [F.layer_norm(features, features.shape[-1:]) for features in places]
+        return BaseModelOutput(last_hidden_state=torch.cat(normed, dim=-1))
+
+
+def pretrained_folder() -> str:
+    """A checkpoint of both, made of theirs if it is not there."""
+    folder = cache_folder() / "assets" / "vision_model-two-towers-1"
+    if not folder.exists():
+        parts = efficientnet_lite.pretrained_folder(), real_assets().vision_model
+        configs = [AutoConfig.from_pretrained(part) for part in parts]
+        model = TwoTowersModel(TwoTowersConfig(efficientnet_config=configs[0], dinov2_config=configs[1]))
+        for own, part in zip((model.efficientnet, model.dinov2), parts, strict=True):
+            own.load_state_dict(AutoModel.from_pretrained(part, dtype=torch.float32).state_dict())
+        square = {"height": model.config.image_size, "width": model.config.image_size}
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as work:
+            model.save_pretrained(Path(work) / "checkpoint")
+            # Both want their pixels normalised in the same way
+            processor = AutoImageProcessor.from_pretrained(parts[0], size=square)
+            processor.save_pretrained(Path(work) / "checkpoint")
+            os.replace(Path(work) / "checkpoint", folder)
+    return str(folder)
+
+
+AutoConfig.register("two_towers", TwoTowersConfig)
+AutoModel.register(TwoTowersConfig, TwoTowersModel)
