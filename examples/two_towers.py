@@ -32,8 +32,8 @@ class TwoTowersConfig(PreTrainedConfig):
     """
     Of which layers (indices into `hidden_states`) the features are made.
 
-    `dinov2_size` is the side, in pixels, of what DINOv2 sees: with patches of 14 pixels twice as many of them a side
-    as EfficientNet has places, so that four patches make one place.
+    Both are brought to `grid` places a side, whatever they come in: nine in all are enough for a picture of one thing.
+    `dinov2_size` is the side, in pixels, of what DINOv2 sees.
     """
 
     model_type = "two_towers"
@@ -45,6 +45,7 @@ class TwoTowersConfig(PreTrainedConfig):
     image_size: int = 192
     num_channels: int = 3
     dinov2_size: int = 168
+    grid: int = 3
     hidden_size: int = 1152
 
     def __post_init__(self, **kwargs):
@@ -70,25 +71,22 @@ class TwoTowersModel(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
         maps = self.efficientnet(pixel_values, output_hidden_states=True).hidden_states
-        maps = [maps[layer] for layer in self.config.efficientnet_layers]
-        grid = maps[-1].shape[-2:]
+        features = [maps[layer].permute(0, 2, 3, 1) for layer in self.config.efficientnet_layers]
         size = (self.config.dinov2_size, self.config.dinov2_size)
         # Not made for bfloat16
         smaller = F.interpolate(pixel_values.float(), size, mode="bilinear", antialias=True).to(pixel_values.dtype)
         layers = self.dinov2(smaller, output_hidden_states=True).hidden_states
         side = self.config.dinov2_size // self.config.dinov2_config.patch_size
-        for layer in self.config.dinov2_layers:
-            patches = layers[layer][:, 1:].transpose(1, 2).unflatten(2, (side, side))
-            maps.append(F.adaptive_avg_pool2d(patches, grid))
-        places = [features.flatten(2).transpose(1, 2) for features in maps]
+        features += [layers[layer][:, 1:].unflatten(1, (side, side)) for layer in self.config.dinov2_layers]
         # Layers differ in scale
-        normed = [F.layer_norm(features, features.shape[-1:]) for features in places]
-        return BaseModelOutput(last_hidden_state=torch.cat(normed, dim=-1))
+        normed = [F.layer_norm(layer, layer.shape[-1:]).permute(0, 3, 1, 2) for layer in features]
+        places = [F.adaptive_avg_pool2d(layer, self.config.grid) for layer in normed]
+        return BaseModelOutput(last_hidden_state=torch.cat(places, dim=1).flatten(2).transpose(1, 2))
 
 
 def pretrained_folder() -> str:
     """A checkpoint of both, made of theirs if it is not there."""
-    folder = cache_folder() / "assets" / "vision_model-two-towers-1"
+    folder = cache_folder() / "assets" / "vision_model-two-towers-2"
     if not folder.exists():
         parts = efficientnet_lite.pretrained_folder(), real_assets().vision_model
         configs = [AutoConfig.from_pretrained(part) for part in parts]

@@ -42,8 +42,8 @@ def mean_features(rows: datasets.Dataset) -> torch.Tensor:
 
 
 def directions(features: torch.Tensor) -> torch.Tensor:
-    """Centred, for the mean says how pictures are drawn rather than what they show."""
-    return normalize(features - features.mean(dim=0), dim=-1)
+    """Centred, for the mean says how pictures are drawn rather than what they show, and every feature counts alike."""
+    return normalize((features - features.mean(dim=0)) / features.std(dim=0), dim=-1)
 
 
 def nearest_neighbours(train: torch.Tensor, train_names: list[str], test: torch.Tensor, names: list[str]):

@@ -14,7 +14,7 @@ import transformers
 from features import load_features
 from learn_stage1 import make_model
 from pictures import load_pictures
-from settings import FOLDER, IMAGE_SIZE, STAGE1
+from settings import FOLDER, STAGE1
 from transformers import AutoTokenizer
 
 from blip2_hf import Blip2ForPreTraining
@@ -49,9 +49,8 @@ def draw_similarities(matrices: dict[str, torch.Tensor], names: list[str], file:
 
 
 def draw_maps(model, pictures, embeds: torch.Tensor, texts, names: list[str], file: Path):
-    maps = text_heat_map(
-        model, texts["input_ids"], texts["attention_mask"], image_embeds=embeds, image_size=IMAGE_SIZE
-    )
+    side = model.config.vision_config.image_size
+    maps = text_heat_map(model, texts["input_ids"], texts["attention_mask"], image_embeds=embeds, image_size=side)
     figure, axes = plt.subplots(2, len(names), figsize=(1.6 * len(names), 3.5), layout="constrained")
     for (above, below), picture, heat_map, name in zip(axes.T, pictures, maps, names, strict=True):
         above.imshow(picture)

@@ -1,6 +1,8 @@
 """
 Stage 1 on the pictures of the recipe, and what it has learned: retrieval of names and pictures, and captions.
 
+Contrast comes first, alone, in large batches; then all losses. Runs that differ in the latter only share the former.
+
     python examples/recipe/learn_stage1.py --variant full --seed 0
     python examples/recipe/learn_stage1.py --variant full --seed 0 --validate --set steps=300   # to choose settings
 
@@ -10,6 +12,7 @@ looked at.
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -22,7 +25,7 @@ import transformers
 from datasets import concatenate_datasets
 from features import image_processor, load_features
 from pictures import VALIDATION_STYLE
-from settings import FOLDER, STAGE1, Stage1
+from settings import FOLDER, STAGE1, Stage1, Training
 from training import learn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -34,7 +37,7 @@ from real_assets import real_assets  # noqa: E402
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextCollator, ImageTextPairs, read_cached_features  # noqa: E402
 from blip2_hf.evaluation import TwoStageRetrieval  # noqa: E402
-from blip2_hf.losses import draw_hard_negatives  # noqa: E402
+from blip2_hf.losses import draw_hard_negatives, image_text_contrastive_loss, image_text_similarity  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
 
 
@@ -48,7 +51,7 @@ NEW_PARTS = (
     "post_layernorm",
     "_query",
 )
-CANDIDATES = 16  # that matching ranks anew
+CANDIDATES = 10  # that matching ranks anew
 
 
 class RandomNegatives(Blip2ForPreTraining):
@@ -67,7 +70,25 @@ class WithoutMatching(Blip2ForPreTraining):
         return self.itm_head.weight.new_zeros(3 * len(text_embeds), 2)
 
 
-class SomeLosses(Blip2Trainer):
+class LogsTemperature(Blip2Trainer):
+    def log(self, logs, start_time=None):
+        super().log(logs | {"temperature": self.model.temperature.weight.item()}, start_time)
+
+
+class Contrast(LogsTemperature):
+    """Learns from ITC alone: a pass over the pictures and one over the texts."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        images = model.get_image_features(image_embeds=inputs["image_embeds"], return_dict=True).pooler_output
+        texts = (inputs["input_ids"], inputs["attention_mask"])
+        texts = model.get_text_features(*texts, return_dict=True).pooler_output
+        logits = model.temperature(image_text_similarity(images.float(), texts.float()))
+        is_match = inputs["image_ids"][:, None] == inputs["image_ids"]
+        loss = image_text_contrastive_loss(logits, logits.T, is_match)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+class SomeLosses(LogsTemperature):
     """Learns from those of the three losses that are named."""
 
     def __init__(self, *args, losses: tuple[str, ...], **kwargs):
@@ -78,9 +99,6 @@ class SomeLosses(Blip2Trainer):
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         loss = sum(outputs[f"loss_{name}"] for name in self.losses)
         return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs, start_time=None):
-        super().log(logs | {"temperature": self.model.temperature.weight.item()}, start_time)
 
 
 def make_model(settings: Stage1) -> Blip2ForPreTraining:
@@ -95,7 +113,7 @@ def make_model(settings: Stage1) -> Blip2ForPreTraining:
         num_query_tokens=settings.num_query_tokens,
         load_vision_tower=False,
         cross_attention_frequency=1,
-        hidden_dropout_prob=settings.hidden_dropout_prob,
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         # What a tokenizer says, where there is none beside the weights
         bos_token_id=30522,
@@ -111,13 +129,41 @@ def make_model(settings: Stage1) -> Blip2ForPreTraining:
 
 
 def train(
-    model, rows: datasets.Dataset, processor, settings: Stage1, seed: int, folder: Path, text="name"
+    model,
+    rows: datasets.Dataset,
+    processor,
+    settings: Stage1,
+    seed: int,
+    folder: Path,
+    text: str = "name",
+    after_contrast: Path | None = None,
 ) -> list[dict]:
-    """Returns the log. Drawings of one name are no negatives of each other."""
+    """
+    Returns the log. Drawings of one name are no negatives of each other. What contrast alone has come to is taken from
+    the file `after_contrast`, or put there.
+    """
     pairs = ImageTextPairs(rows, text_column=text, id_column=text, seed=seed)
     collator = ImageTextCollator(processor)
-    trainer = partial(SomeLosses, losses=settings.losses)
-    return learn(model, pairs, collator, settings, NEW_PARTS, seed, folder, trainer, Stage1Arguments).state.log_history
+    losses = partial(SomeLosses, losses=settings.losses)
+
+    def learn_from(phase: Training, trainer) -> list[dict]:
+        parts = (model, pairs, collator, phase, NEW_PARTS, seed, folder)
+        return learn(*parts, trainer, Stage1Arguments).state.log_history
+
+    if after_contrast and after_contrast.exists():
+        saved = torch.load(after_contrast, weights_only=True)
+        model.load_state_dict(saved["model"])
+        log = saved["log"]
+    else:
+        log = learn_from(settings.contrast, Contrast)
+        if after_contrast:
+            after_contrast.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = after_contrast.with_suffix(f".{os.getpid()}")
+            torch.save({"model": model.state_dict(), "log": log}, unfinished)
+            unfinished.replace(after_contrast)
+    log = [entry | {"loss_itc": entry["loss"]} for entry in log if "loss" in entry]
+    first = settings.contrast.steps
+    return log + [entry | {"step": entry["step"] + first} for entry in learn_from(settings, losses)]
 
 
 def evaluate(model, processor, sets: dict[str, datasets.Dataset]) -> dict:
@@ -172,6 +218,20 @@ def choose_splits(validate: bool) -> tuple[datasets.Dataset, dict[str, datasets.
     return concatenate_datasets([train_rows, features["clip_art"]]), tests
 
 
+def changed(settings: Stage1, texts: list[str]) -> Stage1:
+    """`steps=2` and `contrast.steps=2` name fields of what is learned with all losses and with contrast alone."""
+    values = {name: json.loads(value) for name, _, value in (text.partition("=") for text in texts)}
+    inner = {name.removeprefix("contrast."): value for name, value in values.items() if "." in name}
+    outer = {name: value for name, value in values.items() if "." not in name}
+    return replace(settings, contrast=replace(settings.contrast, **inner), **outer)
+
+
+def after_contrast(settings: Stage1, seed: int) -> Path:
+    """Where runs leave each other what they have in common."""
+    start = ", random" if settings.random_initialisation else ""
+    return FOLDER / "contrast" / f"{settings.num_query_tokens} queries{start}-seed{seed}.pt"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--variant", choices=STAGE1, default="full")
@@ -180,8 +240,7 @@ def main():
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings, in JSON")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
-    settings = replace(STAGE1[options.variant], **changes)
+    settings = changed(STAGE1[options.variant], options.set)
     folder = options.output or FOLDER / "stage1" / f"{options.variant}-seed{options.seed}"
     transformers.set_seed(options.seed)
     transformers.logging.set_verbosity_error()
@@ -190,7 +249,8 @@ def main():
     model = make_model(settings)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=settings.num_query_tokens)
-    log = train(model, train_rows, processor, settings, options.seed, folder)
+    file = None if options.validate or options.set else after_contrast(settings, options.seed)
+    log = train(model, train_rows, processor, settings, options.seed, folder, after_contrast=file)
     trained = time.time()
     results = evaluate(model, processor, tests)
     print(json.dumps(results, indent=1))

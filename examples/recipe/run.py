@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,19 +33,25 @@ def stages(seeds: list[int]) -> list[list[tuple[Path, list[str]]]]:
     def job(script: str, result: str, *arguments: str) -> tuple[Path, list[str]]:
         return FOLDER / result, [sys.executable, str(HERE / script), *arguments]
 
-    def runs(stage: str, variants, script: str) -> list[tuple[Path, list[str]]]:
+    def runs(stage: str, variants: Iterable[str]) -> list[tuple[Path, list[str]]]:
         return [
-            job(script, f"{stage}/{variant}-seed{seed}/results.json", "--variant", variant, "--seed", str(seed))
-            for seed in seeds
+            job(
+                f"learn_{stage}.py",
+                f"{stage}/{variant}-seed{seed}/results.json",
+                *("--variant", variant, "--seed", str(seed)),
+            )
             for variant in variants
+            for seed in seeds
         ]
 
     return [
         [job("pictures.py", "pictures/clip_art.parquet")],
         [job("features.py", "features.json")],
-        runs("stage1", STAGE1, "learn_stage1.py") + [job("baselines.py", "baselines.json")],
-        runs("stage2", STAGE2, "learn_stage2.py"),
-        [job("capfilt.py", f"capfilt/seed{seed}.json", "--seed", str(seed)) for seed in seeds],
+        runs("stage1", ["full"]) + [job("baselines.py", "baselines.json")],
+        # The longest first, so that no core waits long for another; the ablations go on from what "full" has left them
+        [job("capfilt.py", f"capfilt/seed{seed}.json", "--seed", str(seed)) for seed in seeds]
+        + runs("stage2", STAGE2)
+        + runs("stage1", [variant for variant in STAGE1 if variant != "full"]),
     ]
 
 

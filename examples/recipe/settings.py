@@ -27,17 +27,20 @@ class Training:
 
 @dataclass(frozen=True)
 class Stage1(Training):
-    """A stage 1: which losses there are, how many queries, and how long it learns."""
+    """
+    A stage 1: which losses there are, how many queries, and how long it learns; first from contrast alone, in large
+    batches, at a third of the work for a pair.
+    """
 
     losses: tuple[str, ...] = ("itc", "itm", "itg")
-    num_query_tokens: int = 8
+    num_query_tokens: int = 4
     random_initialisation: bool = False
     random_negatives: bool = False
-    steps: int = 400
-    batch_size: int = 64
+    contrast: Training = Training(steps=140, batch_size=256, learning_rate=2e-4, new_parts_learning_rate=5e-4)
+    steps: int = 60
+    batch_size: int = 96
     learning_rate: float = 1e-4
-    new_parts_learning_rate: float = 5e-4
-    hidden_dropout_prob: float = 0.0
+    new_parts_learning_rate: float = 3e-4
 
 
 FULL = Stage1()
@@ -45,10 +48,10 @@ STAGE1 = {
     "full": FULL,
     "no ITG": replace(FULL, losses=("itc", "itm")),
     "no ITM": replace(FULL, losses=("itc", "itg")),
+    "random negatives": replace(FULL, random_negatives=True),
     "1 query": replace(FULL, num_query_tokens=1),
     "16 queries": replace(FULL, num_query_tokens=16),
     "random initialisation": replace(FULL, random_initialisation=True),
-    "random negatives": replace(FULL, random_negatives=True),
 }
 
 
@@ -57,7 +60,7 @@ class Stage2(Training):
     """A stage 2: after which stage 1, if any, and how long it learns."""
 
     stage1: str | None = "full"
-    num_query_tokens: int = 8
+    num_query_tokens: int = 4
     steps: int = 300
     batch_size: int = 32
     learning_rate: float = 1e-4
