@@ -90,6 +90,28 @@ def ablation_table() -> str:
     return table("stage 1, seen concepts, %", columns, rows)
 
 
+def capfilt_table() -> str:
+    results = [json.loads(file.read_text()) for file in sorted((FOLDER / "capfilt").glob("seed*.json"))]
+    kinds = {"a third shuffled": "shuffled", "the same, cleaned by CapFilt": "cleaned"}
+    models = {title: [result[kind] for result in results] for title, kind in kinds.items()}
+    models["as they are"] = [run["results"] for run in runs("stage1", "full")]
+    keys = ("ITC image_to_text R@1", "ITC text_to_image R@1", "ITG exact")
+    right = dict(zip(kinds, ("right before", "right after"), strict=True))
+    rows = {}
+    for title, of_kind in models.items():
+        names = spread([result[right[title]] for result in results]) if title in right else "100"
+        rows[title] = [names, *(spread([run["seen"][key] for run in of_kind]) for key in keys)]
+    found = {
+        "of those that were replaced": [
+            spread([result["detection"][key] for result in results]) for key in ("precision", "recall")
+        ]
+    }
+    columns = ["names that are right", "picture→name R@1", "name→picture R@1", "captions by ITG, exact"]
+    return "\n".join(
+        [table("names, %", columns, rows), table("finding shuffled names, %", ["precision", "recall"], found)]
+    )
+
+
 def plot_logs(stage: str, variants: list[str], names: list[str], file: Path):
     """A panel for each quantity, a line for each variant, a shade from the lowest to the highest seed."""
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained", squeeze=False)
@@ -113,7 +135,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("outputs/recipe"))
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
-    tables = [*(retrieval_table(split) for split in SPLITS), caption_table(), ablation_table()]
+    tables = [*(retrieval_table(split) for split in SPLITS), caption_table(), ablation_table(), capfilt_table()]
     (folder / "tables.md").write_text("\n".join(tables))
     print("\n".join(tables))
     losses = ["loss_itc", "loss_itm", "loss_itg", "temperature", "learning_rate"]

@@ -36,7 +36,7 @@ class Stage1(Training):
     num_query_tokens: int = 4
     random_initialisation: bool = False
     random_negatives: bool = False
-    contrast: Training = Training(steps=140, batch_size=256, learning_rate=2e-4, new_parts_learning_rate=5e-4)
+    contrast: Training = Training(steps=150, batch_size=256, learning_rate=2e-4, new_parts_learning_rate=5e-4)
     steps: int = 60
     batch_size: int = 96
     learning_rate: float = 1e-4
