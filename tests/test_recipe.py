@@ -75,19 +75,23 @@ def test_baselines_count_a_picture_among_all_names_and_a_name_among_all_pictures
     assert results["text_to_image R@1"] == 1.0
 
 
-def test_random_negatives_do_not_follow_the_similarities():
-    from learn_stage1 import RandomNegatives
+def test_negatives_get_harder():
+    from learn_stage1 import HarderAndHarder
 
     torch.manual_seed(0)
     logits = torch.zeros(1, 4)
-    logits[0, 1] = 100.0
-    compared = {"logits_per_image": logits.repeat(2000, 1), "logits_per_text": logits.repeat(2000, 1)}
-    is_match = torch.zeros(2000, 4, dtype=torch.bool)
+    logits[0, 1] = 2.0
+    compared = {"logits_per_image": logits.repeat(4000, 1), "logits_per_text": logits.repeat(4000, 1)}
+    is_match = torch.zeros(4000, 4, dtype=torch.bool)
     is_match[:, 0] = True
-    drawn = RandomNegatives._draw_negatives(compared, is_match)
-    for index in drawn.values():
-        counts = index.bincount(minlength=4) / len(index)
-        assert counts[0] == 0 and (counts[1:] - 1 / 3).abs().max() < 0.05
+    model = HarderAndHarder.__new__(HarderAndHarder)
+    torch.nn.Module.__init__(model)
+    for hardness in (0.0, 0.5, 1.0):
+        model.hardness = hardness
+        expected = torch.tensor([2.0 * hardness, 0.0, 0.0]).softmax(dim=0)
+        for index in model._draw_negatives(compared, is_match).values():
+            counts = index.bincount(minlength=4) / len(index)
+            assert counts[0] == 0 and (counts[1:] - expected).abs().max() < 0.05
 
 
 def test_spread_is_the_mean_and_the_standard_deviation():

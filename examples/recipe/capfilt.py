@@ -4,8 +4,9 @@ CapFilt on pictures whose names were shuffled on purpose: which are found, and w
     python examples/recipe/capfilt.py --seed 0
 
 A third of the drawings get the names of others of them. A Q-Former that has learned from these data writes captions
-(ITG) and ranks them with the names that are there (ITM and ITC); the best one stays. Nothing knows which are right.
-The result is compared with training on the shuffled names, and on the original ones (learn_stage1.py).
+(ITG) and ranks them with the names that are there (ITC); the best one stays. Nothing knows which are right. What
+contrast learns of the result is compared with what it learns of the shuffled names, and of the original ones
+(learn_stage1.py).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import datasets
 import torch
 import transformers
 from features import image_processor
-from learn_stage1 import choose_splits, evaluate, make_model, real_assets, train
+from learn_stage1 import Lesson, choose_splits, evaluate, make_model, real_assets
 from settings import FOLDER, STAGE1
 from transformers import AutoTokenizer
 
@@ -55,7 +56,7 @@ def clean(model, processor, rows: datasets.Dataset, folder: Path, seed: int) -> 
         capfilt_dataset(
             rows,
             captioner,
-            RetrievalFilter(model, processor),
+            RetrievalFilter(model, processor, score="itc"),
             folder,
             text_column="caption",
             keep=1,
@@ -84,15 +85,18 @@ def main():
     def learn(captions: list[str], name: str):
         transformers.set_seed(seed)
         model = make_model(settings)
-        train(model, rows.add_column("caption", captions), processor, settings, seed, folder / name, text="caption")
-        return model, evaluate(model, processor, tests)
+        lesson = Lesson(rows.add_column("caption", captions), processor, settings, seed, folder / name, "caption")
+        lesson.contrast(model)
+        return model, lesson, evaluate(model, processor, tests, contrast_only=True)
 
     names = [clean_caption(name) for name in rows["name"]]
     captions = shuffled(names, random.Random(seed))
-    model, on_shuffled = learn(captions, "shuffled")
+    model, lesson, on_shuffled = learn(captions, "shuffled")
+    # To write captions
+    lesson.all_losses(model)
     cleaned, dropped = clean(model, processor, rows.add_column("caption", captions), folder / "filtered", seed)
     corrupted = [caption != name for caption, name in zip(captions, names, strict=True)]
-    _, on_cleaned = learn(cleaned, "cleaned")
+    _, _, on_cleaned = learn(cleaned, "cleaned")
     results = {
         "shuffled": on_shuffled,
         "cleaned": on_cleaned,

@@ -25,7 +25,7 @@ import transformers
 from datasets import concatenate_datasets
 from features import image_processor, load_features
 from pictures import VALIDATION_STYLE
-from settings import FOLDER, STAGE1, Stage1, Training
+from settings import FOLDER, STAGE1, Stage1
 from training import learn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -37,7 +37,7 @@ from real_assets import real_assets  # noqa: E402
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextCollator, ImageTextPairs, read_cached_features  # noqa: E402
 from blip2_hf.evaluation import TwoStageRetrieval  # noqa: E402
-from blip2_hf.losses import draw_hard_negatives, image_text_contrastive_loss, image_text_similarity  # noqa: E402
+from blip2_hf.losses import image_text_contrastive_loss, image_text_similarity  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
 
 
@@ -51,16 +51,17 @@ NEW_PARTS = (
     "post_layernorm",
     "_query",
 )
+HEADS = ("itm_head", "lm_head.transform")
 CANDIDATES = 10  # that matching ranks anew
 
 
-class RandomNegatives(Blip2ForPreTraining):
-    """Negatives of matching are any pairs that do not belong together, as likely as one another."""
+class HarderAndHarder(Blip2ForPreTraining):
+    """Negatives of matching are drawn by their similarity, as in the paper, to the power of `hardness`."""
 
-    @staticmethod
-    def _draw_negatives(compared, is_match):
-        alike = torch.zeros_like(compared["logits_per_image"])
-        return {name: draw_hard_negatives(alike, is_match) for name in ("negative_image_index", "negative_text_index")}
+    hardness = 1.0
+
+    def _draw_negatives(self, compared, is_match):
+        return super()._draw_negatives({name: logits * self.hardness for name, logits in compared.items()}, is_match)
 
 
 class WithoutMatching(Blip2ForPreTraining):
@@ -79,9 +80,11 @@ class Contrast(LogsTemperature):
     """Learns from ITC alone: a pass over the pictures and one over the texts."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        images = model.get_image_features(image_embeds=inputs["image_embeds"], return_dict=True).pooler_output
-        texts = (inputs["input_ids"], inputs["attention_mask"])
-        texts = model.get_text_features(*texts, return_dict=True).pooler_output
+        # Accelerate's own autocast is around `forward` alone
+        with self.accelerator.autocast():
+            images = model.get_image_features(image_embeds=inputs["image_embeds"], return_dict=True).pooler_output
+            texts = (inputs["input_ids"], inputs["attention_mask"])
+            texts = model.get_text_features(*texts, return_dict=True).pooler_output
         logits = model.temperature(image_text_similarity(images.float(), texts.float()))
         is_match = inputs["image_ids"][:, None] == inputs["image_ids"]
         loss = image_text_contrastive_loss(logits, logits.T, is_match)
@@ -89,13 +92,15 @@ class Contrast(LogsTemperature):
 
 
 class SomeLosses(LogsTemperature):
-    """Learns from those of the three losses that are named."""
+    """Learns from those of the three losses that are named, and makes the negatives harder."""
 
-    def __init__(self, *args, losses: tuple[str, ...], **kwargs):
-        self.losses = losses
+    def __init__(self, *args, settings: Stage1, **kwargs):
+        self.losses, self.hardness = settings.losses, settings.hardness
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        first, last = self.hardness
+        self.model.hardness = first + (last - first) * self.state.global_step / self.state.max_steps
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         loss = sum(outputs[f"loss_{name}"] for name in self.losses)
         return (loss, outputs) if return_outputs else loss
@@ -105,8 +110,7 @@ def make_model(settings: Stage1) -> Blip2ForPreTraining:
     text_encoder = real_assets().text_encoder
     if settings.random_initialisation:
         text_encoder = BertModel(BertConfig.from_pretrained(text_encoder), add_pooling_layer=False)
-    model_class = RandomNegatives if settings.random_negatives else Blip2ForPreTraining
-    model_class = model_class if "itm" in settings.losses else WithoutMatching
+    model_class = HarderAndHarder if "itm" in settings.losses else WithoutMatching
     model = model_class.from_encoders_pretrained(
         two_towers.pretrained_folder(),
         text_encoder,
@@ -128,56 +132,58 @@ def make_model(settings: Stage1) -> Blip2ForPreTraining:
     return model
 
 
-def train(
-    model,
-    rows: datasets.Dataset,
-    processor,
-    settings: Stage1,
-    seed: int,
-    folder: Path,
-    text: str = "name",
-    after_contrast: Path | None = None,
-) -> list[dict]:
-    """
-    Returns the log. Drawings of one name are no negatives of each other. What contrast alone has come to is taken from
-    the file `after_contrast`, or put there.
-    """
-    pairs = ImageTextPairs(rows, text_column=text, id_column=text, seed=seed)
-    collator = ImageTextCollator(processor)
-    losses = partial(SomeLosses, losses=settings.losses)
+class Lesson:
+    """Drawings with their names, learned first by contrast, then by all losses. Those of one name are no negatives."""
 
-    def learn_from(phase: Training, trainer) -> list[dict]:
-        parts = (model, pairs, collator, phase, NEW_PARTS, seed, folder)
-        return learn(*parts, trainer, Stage1Arguments).state.log_history
+    def __init__(
+        self, rows: datasets.Dataset, processor, settings: Stage1, seed: int, folder: Path, text: str = "name"
+    ):
+        pairs = ImageTextPairs(rows, text_column=text, id_column=text, seed=seed)
+        self.settings, self.where = settings, (seed, folder)
+        self.parts = pairs, ImageTextCollator(processor)
 
-    if after_contrast and after_contrast.exists():
-        saved = torch.load(after_contrast, weights_only=True)
+    def contrast(self, model) -> list[dict]:
+        """Returns the log."""
+        learned = learn(model, *self.parts, self.settings.contrast, NEW_PARTS, *self.where, Contrast, Stage1Arguments)
+        return [entry | {"loss_itc": entry["loss"]} for entry in learned.state.log_history if "loss" in entry]
+
+    def all_losses(self, model) -> list[dict]:
+        """Returns the log. What has no pretrained weights has learned by contrast already, but for two heads."""
+        trainer = partial(SomeLosses, settings=self.settings)
+        learned = learn(model, *self.parts, self.settings, HEADS, *self.where, trainer, Stage1Arguments)
+        first = self.settings.contrast.steps
+        return [entry | {"step": entry["step"] + first} for entry in learned.state.log_history]
+
+
+def contrast_once(model, lesson: Lesson, file: Path | None) -> list[dict]:
+    """Runs that differ in what comes later share `file`. Returns the log."""
+    if file and file.exists():
+        saved = torch.load(file, weights_only=True)
         model.load_state_dict(saved["model"])
-        log = saved["log"]
-    else:
-        log = learn_from(settings.contrast, Contrast)
-        if after_contrast:
-            after_contrast.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = after_contrast.with_suffix(f".{os.getpid()}")
-            torch.save({"model": model.state_dict(), "log": log}, unfinished)
-            unfinished.replace(after_contrast)
-    log = [entry | {"loss_itc": entry["loss"]} for entry in log if "loss" in entry]
-    first = settings.contrast.steps
-    return log + [entry | {"step": entry["step"] + first} for entry in learn_from(settings, losses)]
+        return saved["log"]
+    log = lesson.contrast(model)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        torch.save({"model": model.state_dict(), "log": log}, unfinished)
+        unfinished.replace(file)
+    return log
 
 
-def evaluate(model, processor, sets: dict[str, datasets.Dataset]) -> dict:
+def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only: bool = False) -> dict:
     """Of each set: recall among the names of all sets, and among all pictures, by ITC and re-ranked; captions."""
     rows = concatenate_datasets(list(sets.values()))
     names = rows["name"]
     embeds = torch.stack([read_cached_features(row).float() for row in rows])
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    retrieval = TwoStageRetrieval(model, processor.tokenizer, k=CANDIDATES, show_progress=False)
+    retrieval = TwoStageRetrieval(model.eval(), processor.tokenizer, k=CANDIDATES, show_progress=False)
     texts, features = retrieval.encode_texts(names), retrieval.encode_images(embeds)
-    with torch.autocast(device_type, torch.bfloat16):
-        ranked = {"ITC": retrieval.compare(features, texts.features), "ITM": retrieval(embeds, texts, features)}
-    captions = write(model.eval(), processor, embeds)
-    wanted = processor.tokenizer.batch_decode(texts.input_ids, skip_special_tokens=True)
+    ranked = {"ITC": retrieval.compare(features, texts.features)}
+    if not contrast_only:
+        with torch.autocast(device_type, torch.bfloat16):
+            ranked["ITM"] = retrieval(embeds, texts, features)
+        captions = write(model, processor, embeds)
+        wanted = processor.tokenizer.batch_decode(texts.input_ids, skip_special_tokens=True)
     results, first = {}, 0
     for split, part in sets.items():
         own = torch.arange(first, first + len(part))
@@ -188,7 +194,8 @@ def evaluate(model, processor, sets: dict[str, datasets.Dataset]) -> dict:
             for direction in ("image_to_text", "text_to_image")
             for k in (1, 5, 10)
         }
-        results[split]["ITG exact"] = sum(captions[i] == wanted[i] for i in own.tolist()) / len(own)
+        if not contrast_only:
+            results[split]["ITG exact"] = sum(captions[i] == wanted[i] for i in own.tolist()) / len(own)
     return results
 
 
@@ -249,10 +256,14 @@ def main():
     model = make_model(settings)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=settings.num_query_tokens)
-    file = None if options.validate or options.set else after_contrast(settings, options.seed)
-    log = train(model, train_rows, processor, settings, options.seed, folder, after_contrast=file)
+    lesson = Lesson(train_rows, processor, settings, options.seed, folder)
+    log = contrast_once(
+        model, lesson, None if options.validate or options.set else after_contrast(settings, options.seed)
+    )
+    results = {"contrast": evaluate(model, processor, tests, contrast_only=True)}
+    log += lesson.all_losses(model)
     trained = time.time()
-    results = evaluate(model, processor, tests)
+    results |= evaluate(model, processor, tests)
     print(json.dumps(results, indent=1))
     print(f"{trained - start:.0f} s training, {time.time() - trained:.0f} s evaluating")
     if not options.validate:

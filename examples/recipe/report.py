@@ -44,8 +44,9 @@ def retrieval_table(split: str) -> str:
     baselines = json.loads((FOLDER / "baselines.json").read_text())
     full = [run["results"] for run in runs("stage1", "full")]
     rows = {name: retrieval_rows(results, split, "") for name, results in baselines.items()}
-    rows["Q-Former, contrast (ITC)"] = retrieval_rows(full, split, "ITC")
-    rows["Q-Former, re-ranked by matching (ITM)"] = retrieval_rows(full, split, "ITM")
+    rows["Q-Former after contrast alone"] = retrieval_rows([result["contrast"] for result in full], split, "ITC")
+    rows["Q-Former after all losses, ITC"] = retrieval_rows(full, split, "ITC")
+    rows["Q-Former after all losses, re-ranked by matching (ITM)"] = retrieval_rows(full, split, "ITM")
     columns = [f"{way} R@{k}" for way in ("picture→name", "name→picture") for k in (1, 5, 10)]
     return table(f"{SPLITS[split]}, %", columns, rows)
 
@@ -77,16 +78,17 @@ def caption_table() -> str:
 
 
 def ablation_table() -> str:
-    keys = {"ITC": "ITC image_to_text R@1", "ITM": "ITM image_to_text R@1", "names": "ITM text_to_image R@1"}
+    keys = [f"{ranking} {way} R@1" for ranking in ("ITC", "ITM") for way in ("image_to_text", "text_to_image")]
     rows = {}
     for variant in STAGE1:
         results = [run["results"] for run in runs("stage1", variant)]
         if results:
             rows[variant] = [
-                *(spread([run["seen"][key] for run in results]) for key in keys.values()),
+                *(spread([run["seen"][key] for run in results]) for key in keys),
                 spread([run["seen"]["ITG exact"] for run in results]),
             ]
-    columns = ["picture→name R@1, ITC", "re-ranked", "name→picture R@1, re-ranked", "captions by ITG, exact"]
+    columns = [f"{way} R@1, {ranking}" for ranking in ("ITC", "re-ranked") for way in ("picture→name", "name→picture")]
+    columns.append("captions by ITG, exact")
     return table("stage 1, seen concepts, %", columns, rows)
 
 
@@ -94,8 +96,8 @@ def capfilt_table() -> str:
     results = [json.loads(file.read_text()) for file in sorted((FOLDER / "capfilt").glob("seed*.json"))]
     kinds = {"a third shuffled": "shuffled", "the same, cleaned by CapFilt": "cleaned"}
     models = {title: [result[kind] for result in results] for title, kind in kinds.items()}
-    models["as they are"] = [run["results"] for run in runs("stage1", "full")]
-    keys = ("ITC image_to_text R@1", "ITC text_to_image R@1", "ITG exact")
+    models["as they are"] = [run["results"]["contrast"] for run in runs("stage1", "full")]
+    keys = ("ITC image_to_text R@1", "ITC text_to_image R@1")
     right = dict(zip(kinds, ("right before", "right after"), strict=True))
     rows = {}
     for title, of_kind in models.items():
@@ -106,7 +108,7 @@ def capfilt_table() -> str:
             spread([result["detection"][key] for result in results]) for key in ("precision", "recall")
         ]
     }
-    columns = ["names that are right", "picture→name R@1", "name→picture R@1", "captions by ITG, exact"]
+    columns = ["names that are right", "picture→name R@1", "name→picture R@1"]
     return "\n".join(
         [table("names, %", columns, rows), table("finding shuffled names, %", ["precision", "recall"], found)]
     )

@@ -35,12 +35,13 @@ class Stage1(Training):
     losses: tuple[str, ...] = ("itc", "itm", "itg")
     num_query_tokens: int = 4
     random_initialisation: bool = False
-    random_negatives: bool = False
+    # How hard the negatives of matching are at first and at last: 0 is any other pair, 1 what the paper takes
+    hardness: tuple[float, float] = (0.0, 1.0)
     contrast: Training = Training(steps=150, batch_size=256, learning_rate=2e-4, new_parts_learning_rate=5e-4)
-    steps: int = 60
-    batch_size: int = 96
-    learning_rate: float = 1e-4
-    new_parts_learning_rate: float = 3e-4
+    steps: int = 110
+    batch_size: int = 64
+    learning_rate: float = 2e-4
+    new_parts_learning_rate: float = 1e-3
 
 
 FULL = Stage1()
@@ -48,10 +49,11 @@ STAGE1 = {
     "full": FULL,
     "no ITG": replace(FULL, losses=("itc", "itm")),
     "no ITM": replace(FULL, losses=("itc", "itg")),
-    "random negatives": replace(FULL, random_negatives=True),
-    "1 query": replace(FULL, num_query_tokens=1),
-    "16 queries": replace(FULL, num_query_tokens=16),
+    "random negatives": replace(FULL, hardness=(0.0, 0.0)),
     "random initialisation": replace(FULL, random_initialisation=True),
+    "1 query": replace(FULL, num_query_tokens=1),
+    "hard negatives from the start": replace(FULL, hardness=(1.0, 1.0)),
+    "16 queries": replace(FULL, num_query_tokens=16),
 }
 
 
