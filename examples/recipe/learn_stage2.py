@@ -52,6 +52,8 @@ def make_model(settings: Stage2, seed: int) -> Blip2ForConditionalGeneration:
         **parts, vision_model=two_towers.pretrained_folder(), language_model=assets.language_model
     ).float()
     cast_parameters(model.language_model, torch.bfloat16)
+    # The fused kernels' backward in bfloat16 is slow on a CPU
+    model.set_attn_implementation("eager")
     return model
 
 

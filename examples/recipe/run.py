@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from settings import FOLDER, SEEDS, STAGE1
+from settings import FOLDER, SEEDS, STAGE1, STAGE2
 
 
 HERE = Path(__file__).parent
@@ -47,13 +47,11 @@ def stages(seeds: list[int]) -> list[list[tuple[Path, list[str]]]]:
     return [
         [job("pictures.py", "pictures/clip_art.parquet")],
         [job("features.py", "features.json")],
-        runs("stage1", ["full"]) + [job("baselines.py", "baselines.json")],
+        runs("stage1", ["full"])
+        + [job("baselines.py", "baselines.json")]
+        + [job("capfilt.py", f"capfilt/seed{seed}.json", "--seed", str(seed)) for seed in seeds],
         # These go on from what "full" has left them
-        runs("stage2", ["full"])
-        + runs("stage1", list(STAGE1)[1:4])
-        + runs("stage2", ["no stage 1"])
-        + [job("capfilt.py", f"capfilt/seed{seed}.json", "--seed", str(seed)) for seed in seeds]
-        + runs("stage1", list(STAGE1)[4:]),
+        runs("stage2", STAGE2) + runs("stage1", [variant for variant in STAGE1 if variant != "full"]),
     ]
 
 

@@ -49,8 +49,8 @@ STAGE1 = {
     "full": FULL,
     "no ITG": replace(FULL, losses=("itc", "itm")),
     "no ITM": replace(FULL, losses=("itc", "itg")),
-    "random negatives": replace(FULL, hardness=(0.0, 0.0)),
     "random initialisation": replace(FULL, random_initialisation=True),
+    "random negatives": replace(FULL, hardness=(0.0, 0.0)),
     "1 query": replace(FULL, num_query_tokens=1),
     "hard negatives from the start": replace(FULL, hardness=(1.0, 1.0)),
     "16 queries": replace(FULL, num_query_tokens=16),
@@ -63,7 +63,7 @@ class Stage2(Training):
 
     stage1: str | None = "full"
     num_query_tokens: int = 4
-    steps: int = 300
+    steps: int = 220
     batch_size: int = 32
     learning_rate: float = 1e-4
     new_parts_learning_rate: float = 1e-3
