@@ -213,7 +213,7 @@ def write(model, processor, embeds: torch.Tensor) -> list[str]:
     return [text for part in tokens for text in processor.tokenizer.batch_decode(part, skip_special_tokens=True)]
 
 
-def choose_splits(validate: bool) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
+def choose_splits(validate: bool, clip_art: bool = False) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
     """What is learned from, and what is tested on."""
     features = load_features()
     train_rows = features["train"]
@@ -222,7 +222,7 @@ def choose_splits(validate: bool) -> tuple[datasets.Dataset, dict[str, datasets.
         styles = train_rows["style"]
         tests = {"seen": train_rows.select([i for i, style in enumerate(styles) if style == VALIDATION_STYLE])}
         train_rows = train_rows.select([i for i, style in enumerate(styles) if style != VALIDATION_STYLE])
-    return concatenate_datasets([train_rows, features["clip_art"]]), tests
+    return concatenate_datasets([train_rows, features["clip_art"]]) if clip_art else train_rows, tests
 
 
 def changed(settings: Stage1, texts: list[str]) -> Stage1:
@@ -236,6 +236,7 @@ def changed(settings: Stage1, texts: list[str]) -> Stage1:
 def after_contrast(settings: Stage1, seed: int) -> Path:
     """Where runs leave each other what they have in common."""
     start = ", random" if settings.random_initialisation else ""
+    start += ", clip art" if settings.clip_art else ""
     return FOLDER / "contrast" / f"{settings.num_query_tokens} queries{start}-seed{seed}.pt"
 
 
@@ -252,7 +253,7 @@ def main():
     transformers.set_seed(options.seed)
     transformers.logging.set_verbosity_error()
     start = time.time()
-    train_rows, tests = choose_splits(options.validate)
+    train_rows, tests = choose_splits(options.validate, settings.clip_art)
     model = make_model(settings)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=settings.num_query_tokens)

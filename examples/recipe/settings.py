@@ -37,11 +37,12 @@ class Stage1(Training):
     random_initialisation: bool = False
     # How hard the negatives of matching are at first and at last: 0 is any other pair, 1 what the paper takes
     hardness: tuple[float, float] = (0.0, 1.0)
-    contrast: Training = Training(steps=150, batch_size=256, learning_rate=2e-4, new_parts_learning_rate=5e-4)
+    contrast: Training = Training(steps=200, batch_size=256, learning_rate=1e-3, new_parts_learning_rate=1e-3)
+    clip_art: bool = False
     steps: int = 110
     batch_size: int = 64
     learning_rate: float = 2e-4
-    new_parts_learning_rate: float = 1e-3
+    new_parts_learning_rate: float = 1.5e-3
 
 
 FULL = Stage1()
@@ -53,6 +54,7 @@ STAGE1 = {
     "random negatives": replace(FULL, hardness=(0.0, 0.0)),
     "1 query": replace(FULL, num_query_tokens=1),
     "hard negatives from the start": replace(FULL, hardness=(1.0, 1.0)),
+    "with Open Clip Art": replace(FULL, clip_art=True),
     "16 queries": replace(FULL, num_query_tokens=16),
 }
 
