@@ -185,6 +185,41 @@ def test_efficientnet_lite2_has_the_sizes_of_the_published_weights():
     assert len(model.blocks) == 21
 
 
+def test_hands_are_taken_out_of_the_features():
+    import datasets
+    from hands import without_hands
+
+    from blip2_hf.data import read_cached_features
+
+    torch.manual_seed(0)
+    values = {"train": torch.randn(6, 2, 3, 4) * 5 + 7, "test": torch.randn(3, 1, 3, 4) - 4}
+    styles = {"train": ["a", "b", "a", "b", "b", "c"], "test": ["d", "d", "c"]}
+    features = {
+        split: datasets.Dataset.from_list(
+            [
+                {
+                    "style": style,
+                    "image_embeds": row.numpy().tobytes(),
+                    "image_embeds_shape": list(row.shape),
+                    "image_embeds_dtype": "float32",
+                }
+                for style, row in zip(styles[split], part, strict=True)
+            ]
+        )
+        for split, part in values.items()
+    }
+    results = without_hands(features)
+    places = torch.cat([values["train"][:, 0], values["test"][:, 0]]).mean(dim=1)
+    own = [*styles["train"], *styles["test"]]
+    means = torch.stack([places[[other == style for other in own]].mean(dim=0) for style in own])
+    spread = (places - means)[:6].std(dim=0)
+    for split, first in (("train", 0), ("test", 6)):
+        for i, row in enumerate(results[split]):
+            for view in range(len(values[split][i])):
+                expected = (values[split][i, view] - means[first + i]) / spread
+                torch.testing.assert_close(read_cached_features(row, view), expected)
+
+
 def test_a_third_of_the_names_are_shuffled():
     import random
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from hands import without_hands
 from settings import FOLDER, VIEWS
 from transformers import AutoImageProcessor
 
@@ -41,7 +42,7 @@ def load_features() -> dict[str, datasets.Dataset]:
         make = partial(cache_features, pictures, tower, image_processor(), FOLDER / "features" / split)
         views = {"views": VIEWS, "transform": transform} if split in LEARNED_FROM else {}
         features[split] = load_cached_features(make(rows_per_shard=250, **views))
-    return features
+    return without_hands(features)
 
 
 def main():

@@ -37,7 +37,7 @@ class Stage1(Training):
     random_initialisation: bool = False
     # How hard the negatives of matching are at first and at last: 0 is any other pair, 1 what the paper takes
     hardness: tuple[float, float] = (0.0, 1.0)
-    contrast: Training = Training(steps=200, batch_size=256, learning_rate=1e-3, new_parts_learning_rate=1e-3)
+    contrast: Training = Training(steps=200, batch_size=256, learning_rate=5e-4, new_parts_learning_rate=5e-4)
     clip_art: bool = False
     steps: int = 110
     batch_size: int = 64
