@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
+from demo import start_projection  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor  # noqa: E402
@@ -37,7 +38,8 @@ from blip2_hf.training import Blip2Trainer, Stage2Arguments  # noqa: E402
 PROMPT = " ="  # behind the picture; the language model goes on with the name
 
 
-def make_model(settings: Stage2, seed: int) -> Blip2ForConditionalGeneration:
+def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -> Blip2ForConditionalGeneration:
+    """With a projection that starts from the names of `rows`, as in the demo."""
     assets = real_assets()
     if settings.stage1 is not None:
         parts = {"stage1": FOLDER / "stage1" / f"{settings.stage1}-seed{seed}" / "model"}
@@ -51,6 +53,7 @@ def make_model(settings: Stage2, seed: int) -> Blip2ForConditionalGeneration:
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
         **parts, vision_model=two_towers.pretrained_folder(), language_model=assets.language_model
     ).float()
+    start_projection(model, rows, tokenizer)
     cast_parameters(model.language_model, torch.bfloat16)
     # The fused kernels' backward in bfloat16 is slow on a CPU
     model.set_attn_implementation("eager")
@@ -100,8 +103,8 @@ def main():
     transformers.logging.set_verbosity_error()
     start = time.time()
     train_rows, tests = choose_splits(options.validate)
-    model = make_model(settings, options.seed)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().language_model)
+    model = make_model(settings, options.seed, train_rows, tokenizer)
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=model.config.num_query_tokens)
     log = train(model, train_rows, processor, settings, options.seed, folder)
     trained = time.time()
