@@ -35,7 +35,7 @@ def similarities(model, embeds: torch.Tensor, texts) -> torch.Tensor:
 
 
 def draw_similarities(matrices: dict[str, torch.Tensor], names: list[str], file: Path):
-    figure, axes = plt.subplots(1, len(matrices), figsize=(6 * len(matrices), 6), layout="constrained")
+    figure, axes = plt.subplots(1, len(matrices), figsize=(6 * len(matrices), 7), layout="constrained")
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
         axis.imshow(matrix, cmap="viridis")
         right = (matrix.argmax(dim=1) == torch.arange(len(matrix))).sum()

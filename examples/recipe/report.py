@@ -94,6 +94,8 @@ def ablation_table() -> str:
 
 def capfilt_table() -> str:
     results = [json.loads(file.read_text()) for file in sorted((FOLDER / "capfilt").glob("seed*.json"))]
+    if not results:
+        return "CapFilt has not been run.\n"
     kinds = {"a third shuffled": "shuffled", "the same, cleaned by CapFilt": "cleaned"}
     models = {title: [result[kind] for result in results] for title, kind in kinds.items()}
     models["as they are"] = [run["results"]["contrast"] for run in runs("stage1", "full")]
