@@ -14,6 +14,7 @@ from learn_stage1 import choose_splits
 from settings import FOLDER, SEEDS
 from torch import nn
 from torch.nn.functional import normalize
+from training import save_json
 from transformers import AutoModel, AutoTokenizer
 
 
@@ -127,7 +128,7 @@ def main():
         for name, runs in methods.items()
     }
     print(json.dumps(results, indent=1))
-    (FOLDER / "baselines.json").write_text(json.dumps(results))
+    save_json(FOLDER / "baselines.json", results)
 
 
 if __name__ == "__main__":

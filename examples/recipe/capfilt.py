@@ -20,6 +20,7 @@ import transformers
 from features import image_processor
 from learn_stage1 import Lesson, choose_splits, evaluate, make_model, real_assets
 from settings import FOLDER, STAGE1
+from training import save_json
 from transformers import AutoTokenizer
 
 from blip2_hf import Blip2Processor
@@ -105,7 +106,7 @@ def main():
         "right after": sum(c == n for c, n in zip(cleaned, names, strict=True)) / len(names),
     }
     print(json.dumps(results, indent=1))
-    (FOLDER / "capfilt" / f"seed{seed}.json").write_text(json.dumps(results))
+    save_json(FOLDER / "capfilt" / f"seed{seed}.json", results)
 
 
 if __name__ == "__main__":

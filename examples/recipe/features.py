@@ -4,7 +4,6 @@ The frozen tower's output for all pictures of the recipe, computed once: some ve
     python examples/recipe/features.py
 """
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import datasets
 import torch
 from hands import without_hands
 from settings import FOLDER, VIEWS
+from training import save_json
 from transformers import AutoImageProcessor
 
 
@@ -50,7 +50,7 @@ def main():
     counts = {split: len(rows) for split, rows in load_features().items()}
     print(counts)
     # There once all are: run.py looks for it
-    (FOLDER / "features.json").write_text(json.dumps(counts))
+    save_json(FOLDER / "features.json", counts)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ With --validate the hand that is tested is one that the recipe learns from other
 looked at.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -26,12 +25,13 @@ from datasets import concatenate_datasets
 from features import image_processor, load_features
 from pictures import VALIDATION_STYLE
 from settings import FOLDER, STAGE1, Stage1
-from training import learn
+from training import learn, parse_options, save_json
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
+from demo import NEW_PARTS  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
@@ -41,16 +41,6 @@ from blip2_hf.losses import image_text_contrastive_loss, image_text_similarity  
 from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
 
 
-# Parts of stage 1 that no pretrained weights start
-NEW_PARTS = (
-    "crossattention",
-    "query_tokens",
-    "_projection",
-    "itm_head",
-    "lm_head.transform",
-    "post_layernorm",
-    "_query",
-)
 HEADS = ("itm_head", "lm_head.transform")
 CANDIDATES = 10  # that matching ranks anew
 
@@ -225,9 +215,8 @@ def choose_splits(validate: bool, clip_art: bool = False) -> tuple[datasets.Data
     return concatenate_datasets([train_rows, features["clip_art"]]) if clip_art else train_rows, tests
 
 
-def changed(settings: Stage1, texts: list[str]) -> Stage1:
+def changed(settings: Stage1, values: dict) -> Stage1:
     """`steps=2` and `contrast.steps=2` name fields of what is learned with all losses and with contrast alone."""
-    values = {name: json.loads(value) for name, _, value in (text.partition("=") for text in texts)}
     inner = {name.removeprefix("contrast."): value for name, value in values.items() if "." in name}
     outer = {name: value for name, value in values.items() if "." not in name}
     return replace(settings, contrast=replace(settings.contrast, **inner), **outer)
@@ -241,13 +230,7 @@ def after_contrast(settings: Stage1, seed: int) -> Path:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--variant", choices=STAGE1, default="full")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate", action="store_true", help="test on a hand of the training pictures")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings, in JSON")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parse_options(__doc__.splitlines()[1], STAGE1)
     settings = changed(STAGE1[options.variant], options.set)
     folder = options.output or FOLDER / "stage1" / f"{options.variant}-seed{options.seed}"
     transformers.set_seed(options.seed)
@@ -270,7 +253,7 @@ def main():
     if not options.validate:
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
-        (folder / "results.json").write_text(json.dumps({"results": results, "log": log, "seconds": trained - start}))
+        save_json(folder / "results.json", {"results": results, "log": log, "seconds": trained - start})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ writes the name. Captions are scored.
     python examples/recipe/learn_stage2.py --variant "no stage 1" --seed 0
 """
 
-import argparse
 import json
 import sys
 import time
@@ -19,7 +18,7 @@ import transformers
 from features import image_processor
 from learn_stage1 import choose_splits
 from settings import FOLDER, STAGE2, Stage2
-from training import learn
+from training import learn, parse_options, save_json
 from transformers import AutoTokenizer
 
 
@@ -90,15 +89,9 @@ def score(captions: list[str], names: list[str]) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--variant", choices=STAGE2, default="full")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate", action="store_true", help="test on a hand of the training pictures")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings, in JSON")
-    options = parser.parse_args()
-    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
-    settings = replace(STAGE2[options.variant], **changes)
-    folder = FOLDER / "stage2" / f"{options.variant}-seed{options.seed}"
+    options = parse_options(__doc__.splitlines()[1], STAGE2)
+    settings = replace(STAGE2[options.variant], **options.set)
+    folder = options.output or FOLDER / "stage2" / f"{options.variant}-seed{options.seed}"
     transformers.set_seed(options.seed)
     transformers.logging.set_verbosity_error()
     start = time.time()
@@ -117,7 +110,7 @@ def main():
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
         record = {"results": results, "captions": captions, "log": log, "seconds": trained - start}
-        (folder / "results.json").write_text(json.dumps(record))
+        save_json(folder / "results.json", record)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""What both stages of the recipe share: a Q-Former whose new parts learn faster than those that were pretrained."""
+"""What both stages of the recipe share: their options, a Q-Former whose new parts learn faster, and their results."""
 
-from collections.abc import Callable
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -52,3 +55,25 @@ def learn(
     )
     trainer.train()
     return trainer
+
+
+def parse_options(description: str, variants: Iterable[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--variant", choices=variants, default="full")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate", action="store_true", help="test on a hand of the training pictures")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings, in JSON")
+    parser.add_argument("--output", type=Path, help="another folder than that of the recipe's results")
+    options = parser.parse_args()
+    if options.set and not (options.validate or options.output):
+        parser.error("Other settings would take the place of the recipe's results: give --output, or --validate.")
+    options.set = {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
+    return options
+
+
+def save_json(file: Path, value):
+    """All of it or nothing: run.py takes a file that is there for a step that is done."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(value))
+    unfinished.replace(file)
