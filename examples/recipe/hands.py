@@ -8,7 +8,6 @@ from functools import partial
 
 import datasets
 import torch
-from datasets import concatenate_datasets
 
 from blip2_hf.data import read_cached_features
 
@@ -21,23 +20,29 @@ def without_hands(features: dict[str, datasets.Dataset], learned_from: str = "tr
             themselves (view 0) in all splits.
         learned_from (`str`, *optional*, defaults to `"train"`):
             The split that says what a feature's spread is.
+
+    Returns:
+        `dict[str, datasets.Dataset]`: the same rows, with features `(feature - mean of the hand) / spread`, in the type
+        that they had.
     """
-    rows = concatenate_datasets([part.select_columns(_columns(part)) for part in features.values()])
-    places = torch.stack([read_cached_features(row).float().mean(dim=0) for row in rows])
-    styles = rows["style"]
-    means = {}
-    for style in set(styles):
-        means[style] = places[[i for i, other in enumerate(styles) if other == style]].mean(dim=0)
-    own = features[learned_from]["style"]
-    first = sum(len(part) for part in list(features.values())[: list(features).index(learned_from)])
-    spread = (places[first : first + len(own)] - torch.stack([means[style] for style in own])).std(dim=0)
+    places = {split: _mean_places(rows) for split, rows in features.items()}
+    styles = {split: rows["style"] for split, rows in features.items()}
+    by_style: dict[str, list[torch.Tensor]] = {}
+    for split in features:
+        for style, picture in zip(styles[split], places[split], strict=True):
+            by_style.setdefault(style, []).append(picture)
+    means = {style: torch.stack(pictures).mean(dim=0) for style, pictures in by_style.items()}
+    own_means = torch.stack([means[style] for style in styles[learned_from]])
+    spread = (places[learned_from] - own_means).std(dim=0)
     # Lists, for datasets tells by them what it has computed before
     change = partial(_centre, means={style: mean.tolist() for style, mean in means.items()}, spread=spread.tolist())
-    return {name: part.map(change, desc=f"Hands of {name}") for name, part in features.items()}
+    return {split: rows.map(change, desc=f"Hands of {split}") for split, rows in features.items()}
 
 
-def _columns(rows: datasets.Dataset) -> list[str]:
-    return [name for name in rows.column_names if name == "style" or name.startswith("image_embeds")]
+def _mean_places(rows: datasets.Dataset) -> torch.Tensor:
+    """Of shape `(pictures, width)`."""
+    rows = rows.select_columns([name for name in rows.column_names if name.startswith("image_embeds")])
+    return torch.stack([read_cached_features(row).float().mean(dim=0) for row in rows])
 
 
 def _centre(row: dict, means: dict[str, list[float]], spread: list[float]) -> dict:
