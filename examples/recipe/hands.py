@@ -22,8 +22,8 @@ def without_hands(features: dict[str, datasets.Dataset], learned_from: str = "tr
             The split that says what a feature's spread is.
 
     Returns:
-        `dict[str, datasets.Dataset]`: the same rows, with features `(feature - mean of the hand) / spread`, in the type
-        that they had.
+        `dict[str, datasets.Dataset]`: the same rows, with `(feature - mean of the hand) / spread`, in the type that
+        they had.
     """
     places = {split: _mean_places(rows) for split, rows in features.items()}
     styles = {split: rows["style"] for split, rows in features.items()}
