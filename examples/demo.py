@@ -199,21 +199,23 @@ def start_projection(model, features: datasets.Dataset, tokenizer):
     model.language_projection.bias.copy_(target_middle - middle @ weight)
 
 
-def train_stage2(model, features: datasets.Dataset, processor, arguments: argparse.Namespace):
-    def collate(rows):
-        prompts, names = [PROMPT] * len(rows), [row["text"] for row in rows]
-        text = processor(text=prompts, text_target=names, return_tensors="pt")
-        embeds = torch.stack([row["image_embeds"] for row in rows]).float()
-        # Queries of pictures that it has not seen lie between those that it has: so do these, nearer to their own
-        own = 1 - 0.5 * torch.rand(len(rows), 1, 1)
-        return {"image_embeds": own * embeds + (1 - own) * embeds.roll(1, dims=0), **text}
+def collate_names(rows: list[dict], processor) -> dict[str, torch.Tensor]:
+    """The prompt and the name of each picture, the picture with another mixed in."""
+    text = processor(text=[PROMPT] * len(rows), text_target=[row["text"] for row in rows], return_tensors="pt")
+    embeds = torch.stack([row["image_embeds"] for row in rows]).float()
+    # Queries of pictures that it has not seen lie between those that it has: so do these, nearer to their own
+    own = 1 - 0.5 * torch.rand(len(rows), 1, 1)
+    return {"image_embeds": own * embeds + (1 - own) * embeds.roll(1, dims=0), **text}
 
+
+def train_stage2(model, features: datasets.Dataset, processor, arguments: argparse.Namespace):
     start_projection(model, features, processor.tokenizer)
     projection = list(model.language_projection.parameters())
     chosen = set(projection)
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in chosen]
     groups = [{"params": projection, "lr": 1e-3}, {"params": rest, "lr": 1e-4}]
     pairs = ImageTextPairs(features, text_column="name", clean_text=False)
+    collate = partial(collate_names, processor=processor)
     train(model, pairs, collate, arguments.output / "stage2", arguments.stage2_steps, 16, groups)
 
 

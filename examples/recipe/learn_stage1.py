@@ -81,18 +81,19 @@ class Contrast(LogsTemperature):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
-class SomeLosses(LogsTemperature):
-    """Learns from those of the three losses that are named, and makes the negatives harder."""
+class ContrastAndMore(Contrast):
+    """ITC of the whole batch, those of the other losses that are named of a part of it; negatives become harder."""
 
     def __init__(self, *args, settings: Stage1, **kwargs):
-        self.losses, self.hardness = settings.losses, settings.hardness
+        self.settings = settings
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        first, last = self.hardness
+        first, last = self.settings.hardness
         self.model.hardness = first + (last - first) * self.state.global_step / self.state.max_steps
-        _, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        loss = sum(outputs[f"loss_{name}"] for name in self.losses)
+        part = {name: values[: self.settings.part] for name, values in inputs.items()}
+        _, outputs = super(Contrast, self).compute_loss(model, part, return_outputs=True, **kwargs)
+        loss = super().compute_loss(model, inputs) + sum(outputs[f"loss_{name}"] for name in self.settings.losses)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -139,10 +140,15 @@ class Lesson:
 
     def all_losses(self, model) -> list[dict]:
         """Returns the log. What has no pretrained weights has learned by contrast already, but for two heads."""
-        trainer = partial(SomeLosses, settings=self.settings)
+        trainer = partial(ContrastAndMore, settings=self.settings)
         learned = learn(model, *self.parts, self.settings, HEADS, *self.where, trainer, Stage1Arguments)
-        first = self.settings.contrast.steps
-        return [entry | {"step": entry["step"] + first} for entry in learned.state.log_history]
+        first, log = self.settings.contrast.steps, []
+        for entry in learned.state.log_history:
+            log.append(entry | {"step": entry["step"] + first})
+            if "loss" in entry:
+                # What the trainer has logged is that of the part
+                log[-1]["loss_itc"] = entry["loss"] - sum(entry[f"loss_{name}"] for name in self.settings.losses)
+        return log
 
 
 def contrast_once(model, lesson: Lesson, file: Path | None) -> list[dict]:

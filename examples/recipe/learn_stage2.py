@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -24,17 +25,14 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
-from demo import start_projection  # noqa: E402
+from demo import PROMPT, collate_names, start_projection  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor  # noqa: E402
-from blip2_hf.data import ImageTextPairs, LanguageModelCollator, read_cached_features  # noqa: E402
+from blip2_hf.data import ImageTextPairs, read_cached_features  # noqa: E402
 from blip2_hf.evaluation.metrics import caption_metrics  # noqa: E402
 from blip2_hf.frozen import cast_parameters  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage2Arguments  # noqa: E402
-
-
-PROMPT = " ="  # behind the picture; the language model goes on with the name
 
 
 def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -> Blip2ForConditionalGeneration:
@@ -61,9 +59,8 @@ def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -
 
 def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int, folder: Path) -> list[dict]:
     """Returns the log."""
-    pairs = ImageTextPairs(rows, text_column="name", prompt=PROMPT, clean_text=False, seed=seed)
-    collator = LanguageModelCollator(processor)
-    parts = (model, pairs, collator, settings, settings.new_parts)
+    pairs = ImageTextPairs(rows, text_column="name", clean_text=False, seed=seed)
+    parts = (model, pairs, partial(collate_names, processor=processor), settings, settings.new_parts)
     return learn(*parts, seed, folder, Blip2Trainer, Stage2Arguments, max_grad_norm=1.0).state.log_history
 
 
@@ -76,7 +73,7 @@ def write(model, processor, rows: datasets.Dataset, batch_size: int = 64) -> lis
     for start in range(0, len(rows), batch_size):
         chunk = rows.select(range(start, min(start + batch_size, len(rows))))
         embeds = torch.stack([read_cached_features(row) for row in chunk]).to(model.device, torch.float32)
-        prompts = processor(text=[processor.image_token + PROMPT] * len(embeds), return_tensors="pt").to(model.device)
+        prompts = processor(text=[PROMPT] * len(embeds), return_tensors="pt").to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
             tokens = model.generate(image_embeds=embeds, **prompts, max_new_tokens=10, do_sample=False)
         captions += processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
