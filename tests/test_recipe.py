@@ -231,3 +231,25 @@ def test_a_third_of_the_names_are_shuffled():
     assert sum(a != b for a, b in zip(names, captions, strict=True)) == 30
     found = detection([True, True, False, False], [True, False, True, False])
     assert found == {"precision": 0.5, "recall": 0.5}
+
+
+def test_contrast_and_matching_together_against_one_by_one():
+    from learn_stage1 import both
+
+    from blip2_hf.evaluation import Ranking, TwoStageRankings
+
+    torch.manual_seed(0)
+    cosines, logits, temperature = torch.rand(6, 6), 3 * torch.randn(6, 6), 0.1
+    by_contrast, reranked = [], []
+    for similarity, added in ((cosines, logits), (cosines.T, logits.T)):
+        best = similarity.topk(3, dim=1)
+        by_contrast.append(Ranking(best.indices, best.values))
+        sums, order = (best.values + added.gather(1, best.indices)).sort(dim=1, descending=True)
+        reranked.append(Ranking(best.indices.gather(1, order), sums))
+    together = both(TwoStageRankings(*by_contrast), TwoStageRankings(*reranked), temperature)
+    for row in range(6):
+        candidates = cosines[row].topk(3).indices.tolist()
+        score = {c: float(cosines[row, c] / temperature + logits[row, c].sigmoid().log()) for c in candidates}
+        found = together.image_to_text
+        assert found.index[row].tolist() == sorted(candidates, key=score.__getitem__, reverse=True)
+        assert found.scores[row].tolist() == pytest.approx(sorted(score.values(), reverse=True), abs=1e-4)

@@ -25,6 +25,7 @@ from datasets import concatenate_datasets
 from features import image_processor, load_features
 from pictures import VALIDATION_STYLE
 from settings import FOLDER, STAGE1, Stage1
+from torch.nn.functional import logsigmoid
 from training import learn, parse_options, save_json
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -36,7 +37,7 @@ from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextCollator, ImageTextPairs, read_cached_features  # noqa: E402
-from blip2_hf.evaluation import TwoStageRetrieval  # noqa: E402
+from blip2_hf.evaluation import Ranking, TwoStageRankings, TwoStageRetrieval  # noqa: E402
 from blip2_hf.losses import image_text_contrastive_loss, image_text_similarity  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
 
@@ -167,7 +168,7 @@ def contrast_once(model, lesson: Lesson, file: Path | None) -> list[dict]:
 
 
 def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only: bool = False) -> dict:
-    """Of each set: recall among the names of all sets, and among all pictures, by ITC and re-ranked; captions."""
+    """Of each set: recall among the names of all sets, and among all pictures, by ITC, ITM and both; captions."""
     rows = concatenate_datasets(list(sets.values()))
     names = rows["name"]
     embeds = torch.stack([read_cached_features(row).float() for row in rows])
@@ -178,6 +179,7 @@ def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only:
     if not contrast_only:
         with torch.autocast(device_type, torch.bfloat16):
             ranked["ITM"] = retrieval(embeds, texts, features)
+        ranked["ITC and ITM"] = both(ranked["ITC"], ranked["ITM"], model.temperature.weight.item())
         captions = write(model, processor, embeds)
         wanted = processor.tokenizer.batch_decode(texts.input_ids, skip_special_tokens=True)
     results, first = {}, 0
@@ -193,6 +195,25 @@ def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only:
         if not contrast_only:
             results[split]["ITG exact"] = sum(captions[i] == wanted[i] for i in own.tolist()) / len(own)
     return results
+
+
+def both(by_contrast: TwoStageRankings, reranked: TwoStageRankings, temperature: float) -> TwoStageRankings:
+    """
+    Candidates by `cosine / temperature + log sigmoid(logit of "match")`: contrast counts as much as in its own loss,
+    and a match that is sure no more than one that is a little less so. Re-ranking adds logit and cosine.
+    """
+    rankings = []
+    for direction in ("image_to_text", "text_to_image"):
+        (index, cosines), (_, sums) = (_in_order(getattr(ranked, direction)) for ranked in (by_contrast, reranked))
+        scores, order = (cosines / temperature + logsigmoid(sums - cosines)).sort(dim=1, descending=True)
+        rankings.append(Ranking(index.gather(1, order), scores))
+    return TwoStageRankings(*rankings)
+
+
+def _in_order(ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index and scores of the candidates, in the order of the index."""
+    index, order = ranking.index.sort(dim=1)
+    return index, ranking.scores.gather(1, order)
 
 
 def recall(found: torch.Tensor, wanted: torch.Tensor, k: int) -> float:

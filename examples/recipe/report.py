@@ -47,6 +47,7 @@ def retrieval_table(split: str) -> str:
     rows["Q-Former after contrast alone"] = retrieval_rows([result["contrast"] for result in full], split, "ITC")
     rows["Q-Former after all losses, ITC"] = retrieval_rows(full, split, "ITC")
     rows["Q-Former after all losses, re-ranked by matching (ITM)"] = retrieval_rows(full, split, "ITM")
+    rows["Q-Former after all losses, ITC and ITM"] = retrieval_rows(full, split, "ITC and ITM")
     columns = [f"{way} R@{k}" for way in ("picture→name", "name→picture") for k in (1, 5, 10)]
     return table(f"{SPLITS[split]}, %", columns, rows)
 
@@ -78,7 +79,8 @@ def caption_table() -> str:
 
 
 def ablation_table() -> str:
-    keys = [f"{ranking} {way} R@1" for ranking in ("ITC", "ITM") for way in ("image_to_text", "text_to_image")]
+    rankings = {"ITC": "ITC", "ITM": "re-ranked", "ITC and ITM": "both"}
+    keys = [f"{ranking} {way} R@1" for ranking in rankings for way in ("image_to_text", "text_to_image")]
     rows = {}
     for variant in STAGE1:
         results = [run["results"] for run in runs("stage1", variant)]
@@ -87,7 +89,7 @@ def ablation_table() -> str:
                 *(spread([run["seen"][key] for run in results]) for key in keys),
                 spread([run["seen"]["ITG exact"] for run in results]),
             ]
-    columns = [f"{way} R@1, {ranking}" for ranking in ("ITC", "re-ranked") for way in ("picture→name", "name→picture")]
+    columns = [f"{way} R@1, {title}" for title in rankings.values() for way in ("picture→name", "name→picture")]
     columns.append("captions by ITG, exact")
     return table("stage 1, seen concepts, %", columns, rows)
 
