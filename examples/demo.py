@@ -199,12 +199,12 @@ def start_projection(model, features: datasets.Dataset, tokenizer):
     model.language_projection.bias.copy_(target_middle - middle @ weight)
 
 
-def collate_names(rows: list[dict], processor) -> dict[str, torch.Tensor]:
-    """The prompt and the name of each picture, the picture with another mixed in."""
+def collate_names(rows: list[dict], processor, mixed: float = 0.5) -> dict[str, torch.Tensor]:
+    """The prompt and the name of each picture, the picture with up to `mixed` of another in it."""
     text = processor(text=[PROMPT] * len(rows), text_target=[row["text"] for row in rows], return_tensors="pt")
     embeds = torch.stack([row["image_embeds"] for row in rows]).float()
     # Queries of pictures that it has not seen lie between those that it has: so do these, nearer to their own
-    own = 1 - 0.5 * torch.rand(len(rows), 1, 1)
+    own = 1 - mixed * torch.rand(len(rows), 1, 1)
     return {"image_embeds": own * embeds + (1 - own) * embeds.roll(1, dims=0), **text}
 
 

@@ -60,7 +60,8 @@ def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -
 def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int, folder: Path) -> list[dict]:
     """Returns the log."""
     pairs = ImageTextPairs(rows, text_column="name", clean_text=False, seed=seed)
-    parts = (model, pairs, partial(collate_names, processor=processor), settings, settings.new_parts)
+    collator = partial(collate_names, processor=processor, mixed=0.0)
+    parts = (model, pairs, collator, settings, settings.new_parts)
     return learn(*parts, seed, folder, Blip2Trainer, Stage2Arguments, max_grad_norm=1.0).state.log_history
 
 

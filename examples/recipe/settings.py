@@ -67,10 +67,10 @@ class Stage2(Training):
 
     stage1: str | None = "full"
     num_query_tokens: int = 4
-    steps: int = 220
-    batch_size: int = 32
-    learning_rate: float = 1e-4
-    new_parts_learning_rate: float = 1e-3
+    steps: int = 300
+    batch_size: int = 64
+    learning_rate: float = 2e-4
+    new_parts_learning_rate: float = 2e-3
     # After stage 1 the projection alone is new
     new_parts: tuple[str, ...] = ("language_projection",)
 
