@@ -61,13 +61,13 @@ def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int,
     """Returns the log."""
     pairs = ImageTextPairs(rows, text_column="name", clean_text=False, seed=seed)
     collator = partial(collate_names, processor=processor, mixed=0.0)
-    parts = (model, pairs, collator, settings, settings.new_parts)
+    parts = (model, pairs, collator, settings, ("language_projection",))
     return learn(*parts, seed, folder, Blip2Trainer, Stage2Arguments, max_grad_norm=1.0).state.log_history
 
 
 @torch.no_grad()
 def write(model, processor, rows: datasets.Dataset, batch_size: int = 64) -> list[str]:
-    """The first line of what the model writes."""
+    """The first line of what the model writes, by beam search as in the paper."""
     model.eval()
     rows = rows.select_columns([column for column in rows.column_names if column.startswith("image_embeds")])
     captions = []
@@ -76,7 +76,7 @@ def write(model, processor, rows: datasets.Dataset, batch_size: int = 64) -> lis
         embeds = torch.stack([read_cached_features(row) for row in chunk]).to(model.device, torch.float32)
         prompts = processor(text=[PROMPT] * len(embeds), return_tensors="pt").to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
-            tokens = model.generate(image_embeds=embeds, **prompts, max_new_tokens=10, do_sample=False)
+            tokens = model.generate(image_embeds=embeds, **prompts, max_new_tokens=10, do_sample=False, num_beams=5)
         captions += processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
     return [caption.strip().split("\n")[0].strip() for caption in captions]
 

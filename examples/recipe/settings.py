@@ -71,13 +71,10 @@ class Stage2(Training):
     batch_size: int = 64
     learning_rate: float = 2e-4
     new_parts_learning_rate: float = 2e-3
-    # After stage 1 the projection alone is new
-    new_parts: tuple[str, ...] = ("language_projection",)
 
 
 STAGE2 = {
     "full": Stage2(),
-    "no stage 1": Stage2(
-        stage1=None, new_parts=("language_projection", "crossattention", "query_tokens", "post_layernorm", "_query")
-    ),
+    # The Q-Former has the rate that contrast starts with
+    "no stage 1": Stage2(stage1=None, learning_rate=FULL.contrast.learning_rate),
 }
