@@ -85,9 +85,11 @@ def ablation_table() -> str:
     for variant in STAGE1:
         results = [run["results"] for run in runs("stage1", variant)]
         if results:
+            # What has not been learned is not shown
+            left_out = [name.upper() for name in ("itm", "itg") if name not in STAGE1[variant].losses]
             rows[variant] = [
-                *(spread([run["seen"][key] for run in results]) for key in keys),
-                spread([run["seen"]["ITG exact"] for run in results]),
+                "" if any(name in key for name in left_out) else spread([run["seen"][key] for run in results])
+                for key in (*keys, "ITG exact")
             ]
     columns = [f"{way} R@1, {title}" for title in rankings.values() for way in ("picture→name", "name→picture")]
     columns.append("captions by ITG, exact")
