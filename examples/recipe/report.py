@@ -70,7 +70,8 @@ def caption_table() -> str:
             scores = (
                 {split: [run[split][key] for run in results] for split in SPLITS} for key in ("exact", "CIDEr-D")
             )
-            rows[{"full": "stage 1, then stage 2"}.get(variant, f"stage 2, {variant}")] = cells(*scores)
+            name = {"full": "stage 1, then stage 2"}.get(variant, f"stage 2, {variant}")
+            rows[f"{name} ({len(results)} seeds)"] = cells(*scores)
     stage1 = [run["results"] for run in runs("stage1", "full")]
     exact = {split: [run[split]["ITG exact"] for run in stage1] for split in SPLITS}
     rows["the Q-Former's own (ITG)"] = [cell for split in SPLITS for cell in (spread(exact[split]), "")]
@@ -87,12 +88,12 @@ def ablation_table() -> str:
         if results:
             # What has not been learned is not shown
             left_out = [name.upper() for name in ("itm", "itg") if name not in STAGE1[variant].losses]
-            rows[variant] = [
+            rows[variant] = [str(len(results))] + [
                 "" if any(name in key for name in left_out) else spread([run["seen"][key] for run in results])
                 for key in (*keys, "ITG exact")
             ]
     columns = [f"{way} R@1, {title}" for title in rankings.values() for way in ("picture→name", "name→picture")]
-    columns.append("captions by ITG, exact")
+    columns = ["seeds", *columns, "captions by ITG, exact"]
     return table("stage 1, seen concepts, %", columns, rows)
 
 
