@@ -5,8 +5,8 @@ CapFilt on pictures whose names were shuffled on purpose: which are found, and w
 
 As in BLIP, captioner and filter learn from data that can be trusted: the drawings of two hands. Of the other hands a
 third have each other's names. The Q-Former writes captions of them (ITG) and ranks these with the names that are there
-(ITC); the best one stays. What contrast learns of all hands afterwards is compared with what it learns of the shuffled
-names, and of the original ones (learn_stage1.py).
+(ITC); the best one stays, or the drawing goes where that is another name than it had. What contrast then learns of all
+hands is compared with what it learns of the shuffled names, and of the original ones (learn_stage1.py).
 """
 
 import argparse
@@ -97,10 +97,12 @@ def main():
         lesson.contrast(model)
         return model, lesson
 
-    def learned_from(captions: list[str], name: str) -> dict:
-        """What contrast learns of the trusted hands and of others with these captions."""
-        model, _ = lesson_of(trusted + others, [names[row] for row in trusted] + captions, name)
-        return evaluate(model, processor, tests, contrast_only=True)
+    def learned_from(captions: dict[int, str], name: str) -> dict:
+        """What contrast learns of the trusted hands and of the rows that have a caption here."""
+        texts = [names[row] for row in trusted] + list(captions.values())
+        model, _ = lesson_of(trusted + list(captions), texts, name)
+        right = sum(caption == names[row] for row, caption in captions.items()) / len(captions)
+        return {"drawings": len(captions), "right": right} | evaluate(model, processor, tests, contrast_only=True)
 
     original = [names[row] for row in others]
     captions = shuffled(original, random.Random(seed))
@@ -109,12 +111,12 @@ def main():
     to_clean = rows.select(others).add_column("caption", captions)
     cleaned, dropped = clean(model, processor, to_clean, folder / "filtered", seed)
     corrupted = [caption != name for caption, name in zip(captions, original, strict=True)]
+    kept = {row: name for row, name, is_dropped in zip(others, captions, dropped, strict=True) if not is_dropped}
     results = {
         "detection": detection(corrupted, dropped),
-        "right before": 1 - sum(corrupted) / len(original),
-        "right after": sum(c == n for c, n in zip(cleaned, original, strict=True)) / len(original),
-        "shuffled": learned_from(captions, "shuffled"),
-        "cleaned": learned_from(cleaned, "cleaned"),
+        "shuffled": learned_from(dict(zip(others, captions, strict=True)), "shuffled"),
+        "kept": learned_from(kept, "kept"),
+        "cleaned": learned_from(dict(zip(others, cleaned, strict=True)), "cleaned"),
     }
     print(json.dumps(results, indent=1))
     save_json(FOLDER / "capfilt" / f"seed{seed}.json", results)

@@ -71,7 +71,7 @@ def caption_table() -> str:
                 {split: [run[split][key] for run in results] for split in SPLITS} for key in ("exact", "CIDEr-D")
             )
             name = {"full": "stage 1, then stage 2"}.get(variant, f"stage 2, {variant}")
-            rows[f"{name} ({len(results)} seeds)"] = cells(*scores)
+            rows[f"{name} (seeds: {len(results)})"] = cells(*scores)
     stage1 = [run["results"] for run in runs("stage1", "full")]
     exact = {split: [run[split]["ITG exact"] for run in stage1] for split in SPLITS}
     rows["the Q-Former's own (ITG)"] = [cell for split in SPLITS for cell in (spread(exact[split]), "")]
@@ -101,23 +101,37 @@ def capfilt_table() -> str:
     results = [json.loads(file.read_text()) for file in sorted((FOLDER / "capfilt").glob("seed*.json"))]
     if not results:
         return "CapFilt has not been run.\n"
-    kinds = {"a third shuffled": "shuffled", "the same, cleaned by CapFilt": "cleaned"}
-    models = {title: [result[kind] for result in results] for title, kind in kinds.items()}
-    models["as they are"] = [run["results"]["contrast"] for run in runs("stage1", "full")]
+    kinds = {
+        "a third shuffled": "shuffled",
+        "those whose name ranks first": "kept",
+        "all, named by what ranks first": "cleaned",
+    }
     keys = ("ITC image_to_text R@1", "ITC text_to_image R@1")
-    right = dict(zip(kinds, ("right before", "right after"), strict=True))
+
+    def cells(runs: list[dict]) -> list[str]:
+        return [spread([run["seen"][key] for run in runs]) for key in keys]
+
     rows = {}
-    for title, of_kind in models.items():
-        names = spread([result[right[title]] for result in results]) if title in right else "100"
-        rows[title] = [names, *(spread([run["seen"][key] for run in of_kind]) for key in keys)]
+    for title, kind in kinds.items():
+        of_kind = [result[kind] for result in results]
+        drawings = round(statistics.mean(run["drawings"] for run in of_kind))
+        rows[title] = [str(drawings), spread([run["right"] for run in of_kind]), *cells(of_kind)]
+    rows["all, as they were"] = [
+        str(results[0]["shuffled"]["drawings"]),
+        "100",
+        *cells([run["results"]["contrast"] for run in runs("stage1", "full")]),
+    ]
     found = {
-        "of those that were replaced": [
+        "by CapFilt": [
             spread([result["detection"][key] for result in results]) for key in ("precision", "recall")
         ]
     }
-    columns = ["names that are right", "picture→name R@1", "name→picture R@1"]
+    columns = ["drawings", "right, %", "picture→name R@1, %", "name→picture R@1, %"]
     return "\n".join(
-        [table("names, %", columns, rows), table("finding shuffled names, %", ["precision", "recall"], found)]
+        [
+            table(f"names of three hands (seeds: {len(results)})", columns, rows),
+            table("finding shuffled names, %", ["precision", "recall"], found),
+        ]
     )
 
 
