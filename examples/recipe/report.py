@@ -122,9 +122,7 @@ def capfilt_table() -> str:
         *cells([run["results"]["contrast"] for run in runs("stage1", "full")]),
     ]
     found = {
-        "by CapFilt": [
-            spread([result["detection"][key] for result in results]) for key in ("precision", "recall")
-        ]
+        "by CapFilt": [spread([result["detection"][key] for result in results]) for key in ("precision", "recall")]
     }
     columns = ["drawings", "right, %", "picture→name R@1, %", "name→picture R@1, %"]
     return "\n".join(
