@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stage1 import make_inputs, make_stage1
 from transformers import AutoConfig, AutoModel
 
 
@@ -92,6 +93,30 @@ def test_negatives_get_harder():
         for index in model._draw_negatives(compared, is_match).values():
             counts = index.bincount(minlength=4) / len(index)
             assert counts[0] == 0 and (counts[1:] - expected).abs().max() < 0.05
+
+
+def test_contrast_is_of_the_whole_batch_and_the_others_of_a_part(tmp_path):
+    from learn_stage1 import ContrastAndMore
+    from settings import Stage1
+
+    from blip2_hf.training import Stage1Arguments
+
+    model = make_stage1()
+    arguments = Stage1Arguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=10)
+    trainer = ContrastAndMore(model, arguments, train_dataset=[{}], settings=Stage1(part=3, hardness=(0.0, 1.0)))
+    trainer.state.max_steps, trainer.state.global_step = 10, 5
+    batch = make_inputs(6) | {"image_ids": torch.tensor([0, 1, 2, 3, 4, 0])}
+    loss, outputs = trainer.compute_loss(model.eval(), batch, return_outputs=True)
+    assert model.hardness == 0.5
+    assert len(outputs.itm_logits) == 3 * 3
+    images = model.get_image_features(image_embeds=batch["image_embeds"], return_dict=True).pooler_output
+    texts = model.get_text_features(batch["input_ids"], batch["attention_mask"], return_dict=True).pooler_output
+    similarity = torch.stack([torch.stack([(q @ t).max() for t in texts]) for q in images])
+    logits = similarity / model.temperature.weight
+    targets = (batch["image_ids"][:, None] == batch["image_ids"]).float()
+    targets = 0.9 * targets / targets.sum(dim=1, keepdim=True) + 0.1 / 6
+    contrast = -sum((targets * x.log_softmax(dim=1)).sum(dim=1).mean() for x in (logits, logits.T)) / 2
+    torch.testing.assert_close(loss, contrast + outputs.loss_itm + outputs.loss_itg)
 
 
 def test_spread_is_the_mean_and_the_standard_deviation():

@@ -108,8 +108,8 @@ def capfilt_table() -> str:
     }
     keys = ("ITC image_to_text R@1", "ITC text_to_image R@1")
 
-    def cells(runs: list[dict]) -> list[str]:
-        return [spread([run["seen"][key] for run in runs]) for key in keys]
+    def cells(of_kind: list[dict]) -> list[str]:
+        return [spread([run["seen"][key] for run in of_kind]) for key in keys]
 
     rows = {}
     for title, kind in kinds.items():
