@@ -12,7 +12,8 @@ _EXPORTS = {
     "configuration_blip2": ["Blip2Config", "Blip2QFormerConfig", "Blip2VisionConfig"],
     "image_loading": ["ImageLoadError", "load_image", "load_images"],
     "convert.lavis": ["load_lavis_checkpoint"],
-    "modeling_blip2": ["Blip2ForConditionalGeneration", "Blip2Model", "Blip2PreTrainedModel"],
+    "modeling_base": ["Blip2Model", "Blip2PreTrainedModel"],
+    "modeling_blip2": ["Blip2ForConditionalGeneration"],
     "modeling_pretraining": ["Blip2ForPreTraining"],
     "modeling_qformer": ["Blip2QFormerModel", "block_attention_mask"],
     "modeling_retrieval": ["Blip2ForImageTextRetrieval"],
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from .configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
     from .convert.lavis import load_lavis_checkpoint
     from .image_loading import ImageLoadError, load_image, load_images
-    from .modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model, Blip2PreTrainedModel
+    from .modeling_base import Blip2Model, Blip2PreTrainedModel
+    from .modeling_blip2 import Blip2ForConditionalGeneration
     from .modeling_pretraining import Blip2ForPreTraining
     from .modeling_qformer import Blip2QFormerModel, block_attention_mask
     from .modeling_retrieval import Blip2ForImageTextRetrieval

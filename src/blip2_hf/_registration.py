@@ -20,7 +20,8 @@ def register_models():
         AutoModelForZeroShotImageClassification,
     )
 
-    from .modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model
+    from .modeling_base import Blip2Model
+    from .modeling_blip2 import Blip2ForConditionalGeneration
     from .modeling_pretraining import Blip2ForPreTraining
     from .modeling_qformer import Blip2QFormerModel
     from .modeling_retrieval import Blip2ForImageTextRetrieval

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers.configuration_utils import PreTrainedConfig
 
-from .modeling_blip2 import Blip2PreTrainedModel
+from .modeling_base import Blip2PreTrainedModel
 from .modeling_qformer import ImageKeyValues
 from .modeling_retrieval import Blip2ImageTextPreTrainedModel
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from .configuration_blip2 import Blip2Config
-from .modeling_blip2 import Blip2ForConditionalGeneration, Blip2PreTrainedModel
+from .modeling_base import Blip2PreTrainedModel
+from .modeling_blip2 import Blip2ForConditionalGeneration
 from .modeling_retrieval import Blip2ImageTextPreTrainedModel
 
 

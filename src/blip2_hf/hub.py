@@ -36,7 +36,7 @@ _AUTO_CLASSES = {
 }
 _AUTO_CLASSES_OF_ALL = {
     "AutoConfig": "configuration_blip2.Blip2HfConfig",
-    "AutoModel": "modeling_blip2.Blip2HfModel",
+    "AutoModel": "modeling_base.Blip2HfModel",
 }
 _PROCESSOR = "processing_blip2.Blip2HfProcessor"
 # Of each Auto class: the pipelines of its models, and the Auto classes that these load with

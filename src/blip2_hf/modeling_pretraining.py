@@ -25,7 +25,7 @@ from .losses import (
     image_text_matching_loss,
     image_text_similarity,
 )
-from .modeling_blip2 import Blip2PreTrainedModel, image_side_from_parts
+from .modeling_base import Blip2PreTrainedModel, image_side_from_parts
 from .modeling_qformer import ImageKeyValues, block_attention_mask, load_bert_with_head
 from .modeling_retrieval import Blip2ImageTextPreTrainedModel, at_least_float32, pad_right, unit_length
 

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_blip2 import Blip2Config
 from .losses import image_text_similarity
-from .modeling_blip2 import Blip2PreTrainedModel
+from .modeling_base import Blip2PreTrainedModel
 from .modeling_qformer import Blip2ImageStates, ImageKeyValues
 
 

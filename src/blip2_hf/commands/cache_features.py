@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace):
     from transformers import AutoImageProcessor
 
     from ..data import RandomResizedCropAndFlip, VisionTower, cache_features
-    from ..modeling_blip2 import Blip2Model
+    from ..modeling_base import Blip2Model
 
     dataset = load_dataset(options.data, options.config, options.split)
     if options.model is not None:

@@ -61,7 +61,7 @@ def _load_model(options: argparse.Namespace) -> Any:
     import torch
 
     from ..configuration_blip2 import Blip2Config
-    from ..modeling_blip2 import Blip2Model
+    from ..modeling_base import Blip2Model
     from ..modeling_retrieval import Blip2ForImageTextRetrieval
 
     device = options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"

@@ -14,7 +14,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from ..configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
-from ..modeling_blip2 import Blip2ForConditionalGeneration, Blip2Model, Blip2PreTrainedModel
+from ..modeling_base import Blip2Model, Blip2PreTrainedModel
+from ..modeling_blip2 import Blip2ForConditionalGeneration
 from ..modeling_pretraining import Blip2ForPreTraining
 from ..modeling_retrieval import Blip2ForImageTextRetrieval
 from .instructblip import RENAMINGS, InstructBlipConfig, load_instructblip_checkpoint

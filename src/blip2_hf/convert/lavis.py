@@ -16,7 +16,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..configuration_blip2 import Blip2Config
-from ..modeling_blip2 import Blip2ForConditionalGeneration, Blip2PreTrainedModel
+from ..modeling_base import Blip2PreTrainedModel
+from ..modeling_blip2 import Blip2ForConditionalGeneration
 from ..modeling_pretraining import Blip2ForPreTraining
 from ..modeling_retrieval import Blip2ForImageTextRetrieval
 from ..parts import image_token_id, load_language_model

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling_blip2 import Blip2PreTrainedModel
+from ..modeling_base import Blip2PreTrainedModel
 from ..modeling_pretraining import Blip2ForPreTraining
 
 
