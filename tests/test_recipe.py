@@ -259,7 +259,7 @@ def test_a_third_of_the_names_are_shuffled():
 
 
 def test_contrast_and_matching_together_against_one_by_one():
-    from learn_stage1 import both
+    from evaluate_stage1 import both
 
     from blip2_hf.evaluation import Ranking, TwoStageRankings
 

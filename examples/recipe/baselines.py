@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from learn_stage1 import choose_splits
+from features import choose_splits
 from settings import FOLDER, SEEDS
 from torch import nn
 from torch.nn.functional import normalize

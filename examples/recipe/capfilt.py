@@ -17,8 +17,9 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from features import image_processor
-from learn_stage1 import Lesson, choose_splits, evaluate, make_model, real_assets
+from evaluate_stage1 import evaluate
+from features import choose_splits, image_processor
+from learn_stage1 import Lesson, make_model, real_assets
 from settings import FOLDER, STAGE1
 from training import save_json
 from transformers import AutoTokenizer

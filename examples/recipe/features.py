@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from datasets import concatenate_datasets
 from hands import without_hands
 from settings import FOLDER, VIEWS
 from training import save_json
@@ -19,7 +20,7 @@ from transformers import AutoImageProcessor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
 from picture_views import RandomView  # noqa: E402
-from pictures import load_pictures  # noqa: E402
+from pictures import VALIDATION_STYLE, load_pictures  # noqa: E402
 
 from blip2_hf.data import VisionTower, cache_features, load_cached_features  # noqa: E402
 
@@ -43,6 +44,18 @@ def load_features() -> dict[str, datasets.Dataset]:
         views = {"views": VIEWS, "transform": transform} if split in LEARNED_FROM else {}
         features[split] = load_cached_features(make(rows_per_shard=250, **views))
     return without_hands(features)
+
+
+def choose_splits(validate: bool, clip_art: bool = False) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
+    """What is learned from, and what is tested on."""
+    features = load_features()
+    train_rows = features["train"]
+    tests = {"seen": features["test_seen"], "unseen": features["test_unseen"]}
+    if validate:
+        styles = train_rows["style"]
+        tests = {"seen": train_rows.select([i for i, style in enumerate(styles) if style == VALIDATION_STYLE])}
+        train_rows = train_rows.select([i for i, style in enumerate(styles) if style != VALIDATION_STYLE])
+    return concatenate_datasets([train_rows, features["clip_art"]]) if clip_art else train_rows, tests
 
 
 def main():

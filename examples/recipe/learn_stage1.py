@@ -21,11 +21,9 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from datasets import concatenate_datasets
-from features import image_processor, load_features
-from pictures import VALIDATION_STYLE
+from evaluate_stage1 import evaluate
+from features import choose_splits, image_processor
 from settings import FOLDER, STAGE1, Stage1
-from torch.nn.functional import logsigmoid
 from training import learn, parse_options, save_json
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -36,14 +34,12 @@ from demo import NEW_PARTS  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
-from blip2_hf.data import ImageTextCollator, ImageTextPairs, read_cached_features  # noqa: E402
-from blip2_hf.evaluation import Ranking, TwoStageRankings, TwoStageRetrieval  # noqa: E402
+from blip2_hf.data import ImageTextCollator, ImageTextPairs  # noqa: E402
 from blip2_hf.losses import image_text_contrastive_loss, image_text_similarity  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
 
 
 HEADS = ("itm_head", "lm_head.transform")
-CANDIDATES = 10  # that matching ranks anew
 
 
 class HarderAndHarder(Blip2ForPreTraining):
@@ -165,81 +161,6 @@ def contrast_once(model, lesson: Lesson, file: Path | None) -> list[dict]:
         torch.save({"model": model.state_dict(), "log": log}, unfinished)
         unfinished.replace(file)
     return log
-
-
-def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only: bool = False) -> dict:
-    """Of each set: recall among the names of all sets, and among all pictures, by ITC, ITM and both; captions."""
-    rows = concatenate_datasets(list(sets.values()))
-    names = rows["name"]
-    embeds = torch.stack([read_cached_features(row).float() for row in rows])
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    retrieval = TwoStageRetrieval(model.eval(), processor.tokenizer, k=CANDIDATES, show_progress=False)
-    texts, features = retrieval.encode_texts(names), retrieval.encode_images(embeds)
-    ranked = {"ITC": retrieval.compare(features, texts.features)}
-    if not contrast_only:
-        with torch.autocast(device_type, torch.bfloat16):
-            ranked["ITM"] = retrieval(embeds, texts, features)
-        ranked["ITC and ITM"] = both(ranked["ITC"], ranked["ITM"], model.temperature.weight.item())
-        captions = write(model, processor, embeds)
-        wanted = processor.tokenizer.batch_decode(texts.input_ids, skip_special_tokens=True)
-    results, first = {}, 0
-    for split, part in sets.items():
-        own = torch.arange(first, first + len(part))
-        first += len(part)
-        results[split] = {
-            f"{name} {direction} R@{k}": recall(getattr(ranking, direction).index[own], own, k)
-            for name, ranking in ranked.items()
-            for direction in ("image_to_text", "text_to_image")
-            for k in (1, 5, 10)
-        }
-        if not contrast_only:
-            results[split]["ITG exact"] = sum(captions[i] == wanted[i] for i in own.tolist()) / len(own)
-    return results
-
-
-def both(by_contrast: TwoStageRankings, reranked: TwoStageRankings, temperature: float) -> TwoStageRankings:
-    """
-    Candidates by `cosine / temperature + log sigmoid(logit of "match")`: contrast counts as much as in its own loss,
-    and a match that is sure no more than one that is a little less so. Re-ranking adds logit and cosine.
-    """
-    rankings = []
-    for direction in ("image_to_text", "text_to_image"):
-        (index, cosines), (_, sums) = (_in_order(getattr(ranked, direction)) for ranked in (by_contrast, reranked))
-        scores, order = (cosines / temperature + logsigmoid(sums - cosines)).sort(dim=1, descending=True)
-        rankings.append(Ranking(index.gather(1, order), scores))
-    return TwoStageRankings(*rankings)
-
-
-def _in_order(ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index and scores of the candidates, in the order of the index."""
-    index, order = ranking.index.sort(dim=1)
-    return index, ranking.scores.gather(1, order)
-
-
-def recall(found: torch.Tensor, wanted: torch.Tensor, k: int) -> float:
-    return (found[:, :k] == wanted[:, None]).any(dim=1).double().mean().item()
-
-
-@torch.no_grad()
-def write(model, processor, embeds: torch.Tensor) -> list[str]:
-    """The Q-Former's own captions (ITG)."""
-    tokens = [
-        model.generate(image_embeds=chunk.to(model.device), max_new_tokens=10, do_sample=False)
-        for chunk in embeds.split(128)
-    ]
-    return [text for part in tokens for text in processor.tokenizer.batch_decode(part, skip_special_tokens=True)]
-
-
-def choose_splits(validate: bool, clip_art: bool = False) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
-    """What is learned from, and what is tested on."""
-    features = load_features()
-    train_rows = features["train"]
-    tests = {"seen": features["test_seen"], "unseen": features["test_unseen"]}
-    if validate:
-        styles = train_rows["style"]
-        tests = {"seen": train_rows.select([i for i, style in enumerate(styles) if style == VALIDATION_STYLE])}
-        train_rows = train_rows.select([i for i, style in enumerate(styles) if style != VALIDATION_STYLE])
-    return concatenate_datasets([train_rows, features["clip_art"]]) if clip_art else train_rows, tests
 
 
 def changed(settings: Stage1, values: dict) -> Stage1:

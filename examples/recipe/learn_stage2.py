@@ -16,8 +16,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from features import image_processor
-from learn_stage1 import choose_splits
+from features import choose_splits, image_processor
 from settings import FOLDER, STAGE2, Stage2
 from training import learn, parse_options, save_json
 from transformers import AutoTokenizer

@@ -8,10 +8,12 @@ the test hand has not been learned, and how much is lost from one hand to anothe
 import argparse
 
 import transformers
-from learn_stage1 import FOLDER, HarderAndHarder, choose_splits, evaluate
-from learn_stage2 import Blip2ForConditionalGeneration, score, write
+from evaluate_stage1 import evaluate
+from features import choose_splits
+from learn_stage2 import score, write
+from settings import FOLDER
 
-from blip2_hf import Blip2Processor
+from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
 
 
 def main():
@@ -22,7 +24,7 @@ def main():
     # The drawings that would be tested on with --validate; without it they are learned from
     _, tests = choose_splits(validate=True)
     folders = {stage: FOLDER / stage / f"full-seed{seed}" / "model" for stage in ("stage1", "stage2")}
-    model = HarderAndHarder.from_pretrained(folders["stage1"])
+    model = Blip2ForPreTraining.from_pretrained(folders["stage1"])
     results = evaluate(model, Blip2Processor.from_pretrained(folders["stage1"]), tests)["seen"]
     model = Blip2ForConditionalGeneration.from_pretrained(folders["stage2"])
     captions = write(model, Blip2Processor.from_pretrained(folders["stage2"]), tests["seen"])
