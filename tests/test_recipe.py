@@ -95,7 +95,8 @@ def test_negatives_get_harder():
             assert counts[0] == 0 and (counts[1:] - expected).abs().max() < 0.05
 
 
-def test_contrast_is_of_the_whole_batch_and_the_others_of_a_part(tmp_path):
+@pytest.mark.parametrize(("part", "losses"), [(3, ("itm", "itg")), (3, ("itg",)), (6, ("itg",)), (3, ())])
+def test_contrast_is_of_the_whole_batch_and_the_others_of_a_part(tmp_path, part, losses):
     from learn_stage1 import ContrastAndMore
     from settings import Stage1
 
@@ -103,20 +104,37 @@ def test_contrast_is_of_the_whole_batch_and_the_others_of_a_part(tmp_path):
 
     model = make_stage1()
     arguments = Stage1Arguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=10)
-    trainer = ContrastAndMore(model, arguments, train_dataset=[{}], settings=Stage1(part=3, hardness=(0.0, 1.0)))
+    settings = Stage1(part=part, losses=losses, hardness=(0.0, 1.0))
+    trainer = ContrastAndMore(model, arguments, train_dataset=[{}], settings=settings)
     trainer.state.max_steps, trainer.state.global_step = 10, 5
     batch = make_inputs(6) | {"image_ids": torch.tensor([0, 1, 2, 3, 4, 0])}
     loss, outputs = trainer.compute_loss(model.eval(), batch, return_outputs=True)
     assert model.hardness == 0.5
-    assert len(outputs.itm_logits) == 3 * 3
     images = model.get_image_features(image_embeds=batch["image_embeds"], return_dict=True).pooler_output
     texts = model.get_text_features(batch["input_ids"], batch["attention_mask"], return_dict=True).pooler_output
     similarity = torch.stack([torch.stack([(q @ t).max() for t in texts]) for q in images])
     logits = similarity / model.temperature.weight
     targets = (batch["image_ids"][:, None] == batch["image_ids"]).float()
     targets = 0.9 * targets / targets.sum(dim=1, keepdim=True) + 0.1 / 6
-    contrast = -sum((targets * x.log_softmax(dim=1)).sum(dim=1).mean() for x in (logits, logits.T)) / 2
-    torch.testing.assert_close(loss, contrast + outputs.loss_itm + outputs.loss_itg)
+    expected = -sum((targets * x.log_softmax(dim=1)).sum(dim=1).mean() for x in (logits, logits.T)) / 2
+    if losses:
+        assert len(outputs.itm_logits) == 3 * part
+        expected = expected + sum(outputs[f"loss_{name}"] for name in losses)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_variant_goes_on_from_another(tmp_path):
+    from learn_stage1 import WithoutMatching, go_on
+    from training import save_json
+
+    earlier = make_stage1()
+    earlier.save_pretrained(tmp_path / "model")
+    save_json(tmp_path / "results.json", {"log": [{"step": 3, "loss": 1.0}]})
+    torch.manual_seed(1)
+    model = WithoutMatching(earlier.config)
+    assert go_on(model, tmp_path) == [{"step": 3, "loss": 1.0}]
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, earlier.state_dict()[name])
 
 
 def test_spread_is_the_mean_and_the_standard_deviation():

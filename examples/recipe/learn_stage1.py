@@ -23,6 +23,7 @@ import torch
 import transformers
 from evaluate_stage1 import evaluate
 from features import choose_splits, image_processor
+from safetensors.torch import load_model
 from settings import FOLDER, STAGE1, Stage1
 from training import learn, parse_options, save_json
 from transformers import AutoTokenizer, BertConfig, BertModel
@@ -88,9 +89,13 @@ class ContrastAndMore(Contrast):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         first, last = self.settings.hardness
         self.model.hardness = first + (last - first) * self.state.global_step / self.state.max_steps
+        if not self.settings.losses:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
         part = {name: values[: self.settings.part] for name, values in inputs.items()}
         _, outputs = super(Contrast, self).compute_loss(model, part, return_outputs=True, **kwargs)
-        loss = super().compute_loss(model, inputs) + sum(outputs[f"loss_{name}"] for name in self.settings.losses)
+        is_whole = self.settings.part >= len(inputs["input_ids"])
+        contrast = outputs["loss_itc"] if is_whole else super().compute_loss(model, inputs)
+        loss = contrast + sum(outputs[f"loss_{name}"] for name in self.settings.losses)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -139,7 +144,8 @@ class Lesson:
         """Returns the log. What has no pretrained weights has learned by contrast already, but for two heads."""
         trainer = partial(ContrastAndMore, settings=self.settings)
         learned = learn(model, *self.parts, self.settings, HEADS, *self.where, trainer, Stage1Arguments)
-        first, log = self.settings.contrast.steps, []
+        before = STAGE1[self.settings.after] if self.settings.after else None
+        first, log = self.settings.contrast.steps + (before.steps if before else 0), []
         for entry in learned.state.log_history:
             log.append(entry | {"step": entry["step"] + first})
             if "loss" in entry:
@@ -163,6 +169,12 @@ def contrast_once(model, lesson: Lesson, file: Path | None) -> list[dict]:
     return log
 
 
+def go_on(model, folder: Path) -> list[dict]:
+    """From the results of another variant. Returns its log."""
+    load_model(model, folder / "model" / "model.safetensors")
+    return json.loads((folder / "results.json").read_text())["log"]
+
+
 def changed(settings: Stage1, values: dict) -> Stage1:
     """`steps=2` and `contrast.steps=2` name fields of what is learned with all losses and with contrast alone."""
     inner = {name.removeprefix("contrast."): value for name, value in values.items() if "." in name}
@@ -180,6 +192,10 @@ def after_contrast(settings: Stage1, seed: int) -> Path:
 def main():
     options = parse_options(__doc__.splitlines()[1], STAGE1)
     settings = changed(STAGE1[options.variant], options.set)
+    if settings.after and options.validate:
+        sys.exit(
+            f"{options.variant!r} goes on from {settings.after!r}, which has learned from all hands: no --validate."
+        )
     folder = options.output or FOLDER / "stage1" / f"{options.variant}-seed{options.seed}"
     transformers.set_seed(options.seed)
     transformers.logging.set_verbosity_error()
@@ -189,10 +205,13 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=settings.num_query_tokens)
     lesson = Lesson(train_rows, processor, settings, options.seed, folder)
-    log = contrast_once(
-        model, lesson, None if options.validate or options.set else after_contrast(settings, options.seed)
-    )
-    results = {"contrast": evaluate(model, processor, tests, contrast_only=True)}
+    results = {}
+    if settings.after is None:
+        shared = None if options.validate or options.set else after_contrast(settings, options.seed)
+        log = contrast_once(model, lesson, shared)
+        results["contrast"] = evaluate(model, processor, tests, contrast_only=True)
+    else:
+        log = go_on(model, FOLDER / "stage1" / f"{settings.after}-seed{options.seed}")
     log += lesson.all_losses(model)
     trained = time.time()
     results |= evaluate(model, processor, tests)

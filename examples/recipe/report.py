@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from settings import FOLDER, STAGE1, STAGE2
+from settings import FOLDER, LONGER, STAGE1, STAGE2
 
 
 SPLITS = {"seen": "seen concepts", "unseen": "unseen concepts"}
@@ -48,6 +48,10 @@ def retrieval_table(split: str) -> str:
     rows["Q-Former after all losses, ITC"] = retrieval_rows(full, split, "ITC")
     rows["Q-Former after all losses, re-ranked by matching (ITM)"] = retrieval_rows(full, split, "ITM")
     rows["Q-Former after all losses, ITC and ITM"] = retrieval_rows(full, split, "ITC and ITM")
+    for variant in (LONGER, "ITC for longer"):
+        results = [run["results"] for run in runs("stage1", variant)]
+        if results:
+            rows[f"and then {variant} (seeds: {len(results)})"] = retrieval_rows(results, split, "ITC")
     columns = [f"{way} R@{k}" for way in ("picture→name", "name→picture") for k in (1, 5, 10)]
     return table(f"{SPLITS[split]}, %", columns, rows)
 
@@ -72,9 +76,12 @@ def caption_table() -> str:
             )
             name = {"full": "stage 1, then stage 2"}.get(variant, f"stage 2, {variant}")
             rows[f"{name} (seeds: {len(results)})"] = cells(*scores)
-    stage1 = [run["results"] for run in runs("stage1", "full")]
-    exact = {split: [run[split]["ITG exact"] for run in stage1] for split in SPLITS}
-    rows["the Q-Former's own (ITG)"] = [cell for split in SPLITS for cell in (spread(exact[split]), "")]
+    for title, variant in (("", "full"), (", after ITC and ITG for longer", LONGER)):
+        stage1 = [run["results"] for run in runs("stage1", variant)]
+        if stage1:
+            exact = {split: [run[split]["ITG exact"] for run in stage1] for split in SPLITS}
+            cells_of = [cell for split in SPLITS for cell in (spread(exact[split]), "")]
+            rows[f"the Q-Former's own (ITG){title} (seeds: {len(stage1)})"] = cells_of
     columns = [f"{kind}, {split}" for split in SPLITS for kind in ("exact, %", "CIDEr-D")]
     return table("captions", columns, rows)
 

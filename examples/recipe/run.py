@@ -51,7 +51,8 @@ def stages(seeds: list[int]) -> list[list[tuple[Path, list[str]]]]:
         + [job("baselines.py", "baselines.json")]
         + [job("capfilt.py", f"capfilt/seed{seed}.json", "--seed", str(seed)) for seed in seeds],
         # These go on from what "full" has left them
-        runs("stage2", STAGE2) + runs("stage1", [variant for variant in STAGE1 if variant != "full"]),
+        runs("stage1", [variant for variant in STAGE1 if variant != "full"]),
+        runs("stage2", STAGE2),
     ]
 
 

@@ -33,6 +33,8 @@ class Stage1(Training):
     """
 
     losses: tuple[str, ...] = ("itm", "itg")
+    # Another variant whose model it goes on from, in place of contrast alone
+    after: str | None = None
     # How many pairs of a batch the losses beside contrast learn from
     part: int = 64
     num_query_tokens: int = 4
@@ -48,6 +50,7 @@ class Stage1(Training):
 
 
 FULL = Stage1()
+LONGER = "ITC and ITG for longer"
 STAGE1 = {
     "full": FULL,
     "no ITG": replace(FULL, losses=("itm",)),
@@ -58,6 +61,9 @@ STAGE1 = {
     "hard negatives from the start": replace(FULL, hardness=(1.0, 1.0)),
     "with Open Clip Art": replace(FULL, clip_art=True),
     "16 queries": replace(FULL, num_query_tokens=16),
+    LONGER: replace(FULL, after="full", losses=("itg",), part=256, steps=250),
+    "ITC for longer": replace(FULL, after="full", losses=(), steps=250),
+    "all losses for longer": replace(FULL, after="full", part=128, hardness=(1.0, 1.0), steps=250),
 }
 
 
