@@ -17,28 +17,37 @@ import datasets
 import torch
 import transformers
 from features import choose_splits, image_processor
-from settings import FOLDER, STAGE2, Stage2
+from settings import FOLDER, PROMPT, STAGE2, Stage2
 from training import learn, parse_options, save_json
 from transformers import AutoTokenizer
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
-from demo import PROMPT, collate_names, start_projection  # noqa: E402
+from demo import collate_names, start_projection  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
-from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor  # noqa: E402
+from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextPairs, read_cached_features  # noqa: E402
 from blip2_hf.evaluation.metrics import caption_metrics  # noqa: E402
 from blip2_hf.frozen import cast_parameters  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage2Arguments  # noqa: E402
 
 
+def with_first_queries(folder: Path, number: int) -> Blip2ForPreTraining:
+    """Stage 1 with some of its queries: all of them say the same by then, and once is enough for a language model."""
+    model = Blip2ForPreTraining.from_pretrained(folder)
+    model.query_tokens.weight = torch.nn.Parameter(model.query_tokens.weight[:, :number].clone())
+    model.config.num_query_tokens = number
+    return model
+
+
 def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -> Blip2ForConditionalGeneration:
     """With a projection that starts from the names of `rows`, as in the demo."""
     assets = real_assets()
     if settings.stage1 is not None:
-        parts = {"stage1": FOLDER / "stage1" / f"{settings.stage1}-seed{seed}" / "model"}
+        folder = FOLDER / "stage1" / f"{settings.stage1}-seed{seed}" / "model"
+        parts = {"stage1": with_first_queries(folder, settings.num_query_tokens)}
     else:
         parts = {
             "text_encoder": assets.text_encoder,
@@ -59,7 +68,7 @@ def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -
 def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int, folder: Path) -> list[dict]:
     """Returns the log."""
     pairs = ImageTextPairs(rows, text_column="name", clean_text=False, seed=seed)
-    collator = partial(collate_names, processor=processor, mixed=0.0)
+    collator = partial(collate_names, processor=processor, mixed=0.0, prompt=PROMPT)
     parts = (model, pairs, collator, settings, ("language_projection",))
     return learn(*parts, seed, folder, Blip2Trainer, Stage2Arguments, max_grad_norm=1.0).state.log_history
 

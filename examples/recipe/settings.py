@@ -10,6 +10,8 @@ from real_assets import cache_folder  # noqa: E402
 
 
 SEEDS = (0, 1, 2)
+# Of stage 2. From two examples a frozen language model knows what it is to do with a picture that reads like a word
+PROMPT = "dog: dog\nred apple: red apple\n<image>:"
 VIEWS = 4
 FOLDER = cache_folder() / "recipe"
 
@@ -71,8 +73,8 @@ STAGE1 = {
 class Stage2(Training):
     """A stage 2: after which stage 1, if any, and how long it learns."""
 
-    stage1: str | None = "full"
-    num_query_tokens: int = 4
+    stage1: str | None = LONGER
+    num_query_tokens: int = 1
     steps: int = 300
     batch_size: int = 64
     learning_rate: float = 2e-4
