@@ -137,6 +137,53 @@ def test_a_variant_goes_on_from_another(tmp_path):
         torch.testing.assert_close(weight, earlier.state_dict()[name])
 
 
+def test_stage_2_takes_the_first_queries(tmp_path):
+    from learn_stage2 import with_first_queries
+
+    earlier = make_stage1()
+    earlier.save_pretrained(tmp_path)
+    queries = earlier.query_tokens.weight
+    model = with_first_queries(tmp_path, 1)
+    assert model.config.num_query_tokens == 1 and queries.shape[1] > 1
+    torch.testing.assert_close(model.query_tokens.weight, queries[:, :1])
+    batch = make_inputs(2)
+    assert model.get_image_features(image_embeds=batch["image_embeds"], return_dict=True).pooler_output.shape[1] == 1
+
+
+def test_what_a_language_model_repeats_counts_by_name():
+    from prompts import repeats
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class Tokenizer:
+        eos_token_id = 0
+        words = ["", "a", "b", " a", " b", "\n"]
+
+        def __call__(self, text):
+            return {"input_ids": [1, 2] if text in ("before", "after") else [self.words.index(text)]}
+
+        def batch_decode(self, tokens, skip_special_tokens):
+            return ["".join(self.words[token] for token in row) for row in tokens.tolist()]
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=6, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=4
+    )
+    model = LlamaForCausalLM(config).eval()
+    lengths = []
+    generate = model.generate
+
+    def repeat(inputs_embeds, **kwargs):
+        lengths.append(inputs_embeds.shape[1])
+        assert generate(inputs_embeds=inputs_embeds, **kwargs).shape[0] == 2
+        word = (inputs_embeds[:, 2, None] - model.get_input_embeddings().weight).norm(dim=-1).argmin(dim=1)
+        # The second name is never said
+        return torch.stack([torch.stack([word[0], torch.tensor(5)]), torch.tensor([3, 3])])
+
+    model.generate = repeat
+    assert repeats(model, Tokenizer(), "before{}after", ["a", "b"], times=3) == [True, False]
+    assert lengths == [2 + 3 + 2]
+
+
 def test_spread_is_the_mean_and_the_standard_deviation():
     pytest.importorskip("matplotlib")
     from report import spread, table

@@ -1,19 +1,32 @@
 """
 What the models know of drawings that they have learned from, those by one of the hands: how much of what is missing on
-the test hand has not been learned, and how much is lost from one hand to another.
+the test hand has not been learned, and how much is lost from one hand to another; and how alike their queries are.
 
     python examples/recipe/learned.py --seed 0
 """
 
 import argparse
 
+import datasets
+import torch
 import transformers
 from evaluate_stage1 import evaluate
 from features import choose_splits
 from learn_stage2 import score, write
-from settings import FOLDER
+from settings import FOLDER, LONGER
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
+from blip2_hf.data import read_cached_features
+
+
+@torch.no_grad()
+def likeness(model, rows: datasets.Dataset) -> float:
+    """Mean cosine of two queries of a picture, in the space of contrast."""
+    embeds = torch.stack([read_cached_features(row).float() for row in rows])
+    features = model.get_image_features(image_embeds=embeds, return_dict=True).pooler_output
+    cosines = features @ features.transpose(1, 2)
+    different = ~torch.eye(cosines.shape[1], dtype=torch.bool)
+    return cosines[:, different].mean().item()
 
 
 def main():
@@ -23,13 +36,20 @@ def main():
     transformers.logging.set_verbosity_error()
     # The drawings that would be tested on with --validate; without it they are learned from
     _, tests = choose_splits(validate=True)
-    folders = {stage: FOLDER / stage / f"full-seed{seed}" / "model" for stage in ("stage1", "stage2")}
-    model = Blip2ForPreTraining.from_pretrained(folders["stage1"])
-    results = evaluate(model, Blip2Processor.from_pretrained(folders["stage1"]), tests)["seen"]
-    model = Blip2ForConditionalGeneration.from_pretrained(folders["stage2"])
-    captions = write(model, Blip2Processor.from_pretrained(folders["stage2"]), tests["seen"])
-    results |= {f"stage 2 {name}": value for name, value in score(captions, list(tests["seen"]["name"])).items()}
-    print(*(f"{name:32} {value:.3f}" for name, value in results.items()), sep="\n")
+    results = {}
+    for variant in ("full", LONGER):
+        folder = FOLDER / "stage1" / f"{variant}-seed{seed}" / "model"
+        model, processor = Blip2ForPreTraining.from_pretrained(folder), Blip2Processor.from_pretrained(folder)
+        # Matching has learned nothing more in the latter
+        of_all = evaluate(model, processor, tests)["seen"]
+        keys = [key for key in of_all if variant == "full" or not key.startswith(("ITM", "ITC and ITM"))]
+        results |= {f"{variant}: {key}": of_all[key] for key in keys}
+        results[f"{variant}: cosine of two queries"] = likeness(model, tests["seen"])
+    folder = FOLDER / "stage2" / f"full-seed{seed}" / "model"
+    model, processor = Blip2ForConditionalGeneration.from_pretrained(folder), Blip2Processor.from_pretrained(folder)
+    scores = score(write(model, processor, tests["seen"]), list(tests["seen"]["name"]))
+    results |= {f"stage 2: {name}": value for name, value in scores.items()}
+    print(*(f"{name:55} {value:.3f}" for name, value in results.items()), sep="\n")
 
 
 if __name__ == "__main__":
