@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from settings import FOLDER, LONGER, STAGE1, STAGE2
+from settings import FOLDER, FULL, LONGER, STAGE1, STAGE2
 
 
 SPLITS = {"seen": "seen concepts", "unseen": "unseen concepts"}
@@ -142,16 +142,20 @@ def capfilt_table() -> str:
 
 def plot_logs(stage: str, variants: list[str], names: list[str], file: Path):
     """A panel for each quantity, a line for each variant, a shade from the lowest to the highest seed."""
+    colors = plt.get_cmap("tab20").colors
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        for variant in variants:
+        for number, variant in enumerate(variants):
+            if name.removeprefix("loss_") in FULL.losses and name.removeprefix("loss_") not in STAGE1[variant].losses:
+                continue
             logs = [[(e["step"], e[name]) for e in run["log"] if name in e] for run in runs(stage, variant)]
             if not logs or not logs[0]:
                 continue
             steps, *values = [step for step, _ in logs[0]], *([value for _, value in log] for log in logs)
-            axis.plot(steps, [statistics.mean(column) for column in zip(*values, strict=True)], label=variant)
+            means = [statistics.mean(column) for column in zip(*values, strict=True)]
+            axis.plot(steps, means, label=variant, color=colors[number])
             bounds = ([pick(column) for column in zip(*values, strict=True)] for pick in (min, max))
-            axis.fill_between(steps, *bounds, alpha=0.2)
+            axis.fill_between(steps, *bounds, alpha=0.2, color=colors[number], linewidth=0)
         axis.set(title=name.replace("_", " "), xlabel="step")
     axes[0][0].legend(fontsize=8)
     figure.savefig(file, dpi=100)
