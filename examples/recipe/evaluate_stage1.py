@@ -7,6 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from blip2_hf.data import read_cached_features
 from blip2_hf.evaluation import Ranking, TwoStageRankings, TwoStageRetrieval
+from blip2_hf.evaluation.metrics import caption_metrics
 
 
 CANDIDATES = 10  # that matching ranks anew
@@ -38,8 +39,15 @@ def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only:
             for k in (1, 5, 10)
         }
         if not contrast_only:
-            results[split]["ITG exact"] = sum(captions[i] == wanted[i] for i in own.tolist()) / len(own)
+            scores = score([captions[i] for i in own], [wanted[i] for i in own])
+            results[split] |= {f"ITG {name}": value for name, value in scores.items()}
     return results
+
+
+def score(captions: list[str], names: list[str]) -> dict[str, float]:
+    """How many captions are the name itself, and their CIDEr-D with it for a reference."""
+    exact = sum(caption == name for caption, name in zip(captions, names, strict=True)) / len(names)
+    return {"exact": exact, "CIDEr-D": caption_metrics(captions, [[name] for name in names])["CIDEr-D"]}
 
 
 def both(by_contrast: TwoStageRankings, reranked: TwoStageRankings, temperature: float) -> TwoStageRankings:

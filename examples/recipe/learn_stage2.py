@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from evaluate_stage1 import score
 from features import choose_splits, image_processor
 from settings import FOLDER, PROMPT, STAGE2, Stage2
 from training import learn, parse_options, save_json
@@ -29,7 +30,6 @@ from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextPairs, read_cached_features  # noqa: E402
-from blip2_hf.evaluation.metrics import caption_metrics  # noqa: E402
 from blip2_hf.frozen import cast_parameters  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage2Arguments  # noqa: E402
 
@@ -87,11 +87,6 @@ def write(model, processor, rows: datasets.Dataset, batch_size: int = 64) -> lis
             tokens = model.generate(image_embeds=embeds, **prompts, max_new_tokens=10, do_sample=False, num_beams=5)
         captions += processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
     return [caption.strip().split("\n")[0].strip() for caption in captions]
-
-
-def score(captions: list[str], names: list[str]) -> dict[str, float]:
-    exact = sum(caption == name for caption, name in zip(captions, names, strict=True)) / len(names)
-    return {"exact": exact, "CIDEr-D": caption_metrics(captions, [[name] for name in names])["CIDEr-D"]}
 
 
 def main():

@@ -10,9 +10,9 @@ import argparse
 import datasets
 import torch
 import transformers
-from evaluate_stage1 import evaluate
+from evaluate_stage1 import evaluate, score
 from features import choose_splits
-from learn_stage2 import score, write
+from learn_stage2 import write
 from settings import FOLDER, LONGER
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor

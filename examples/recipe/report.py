@@ -77,11 +77,13 @@ def caption_table() -> str:
             name = {"full": "stage 1, then stage 2"}.get(variant, f"stage 2, {variant}")
             rows[f"{name} (seeds: {len(results)})"] = cells(*scores)
     for title, variant in (("", "full"), (", after ITC and ITG for longer", LONGER)):
-        stage1 = [run["results"] for run in runs("stage1", variant)]
-        if stage1:
-            exact = {split: [run[split]["ITG exact"] for run in stage1] for split in SPLITS}
-            cells_of = [cell for split in SPLITS for cell in (spread(exact[split]), "")]
-            rows[f"the Q-Former's own (ITG){title} (seeds: {len(stage1)})"] = cells_of
+        results = [run["results"] for run in runs("stage1", variant)]
+        if results:
+            scores = (
+                {split: [run[split][f"ITG {key}"] for run in results] for split in SPLITS}
+                for key in ("exact", "CIDEr-D")
+            )
+            rows[f"the Q-Former's own (ITG){title} (seeds: {len(results)})"] = cells(*scores)
     columns = [f"{kind}, {split}" for split in SPLITS for kind in ("exact, %", "CIDEr-D")]
     return table("captions", columns, rows)
 
