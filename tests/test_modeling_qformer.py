@@ -4,7 +4,7 @@ import transformers
 from tiny import QFORMER, make_config, make_pixel_values, randomize
 
 from blip2_hf import Blip2Model, Blip2QFormerConfig, Blip2QFormerModel, block_attention_mask
-from blip2_hf.modeling_qformer import Blip2TextEmbeddings, additive_mask, copy_bert_weights
+from blip2_hf.modeling_qformer import Blip2ImageStates, Blip2TextEmbeddings, additive_mask, copy_bert_weights
 
 
 WIDTH = 24
@@ -204,3 +204,56 @@ def test_flex_attention_equals_eager():
     model.set_attn_implementation("flex_attention")
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+NARROW = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2, "use_qformer_text_input": False}
+
+
+def record_keys(qformer: Blip2QFormerModel) -> list[torch.Tensor]:
+    """What the first cross-attention makes of features from now on."""
+    keys = []
+    projection = qformer.encoder.layer[0].crossattention.attention.key
+    projection.register_forward_hook(lambda module, inputs, output: keys.append(output))
+    return keys
+
+
+def test_scores_without_keys_equal_attention_to_keys():
+    """Where a head has fewer queries than channels, a step on a CPU makes no keys of frozen features."""
+    qformer = make_qformer(**NARROW, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double().train()
+    norm = torch.nn.LayerNorm(WIDTH).double()
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    queries, image = torch.randn(2, 32, 256, dtype=torch.float64), torch.randn(2, 257, WIDTH, dtype=torch.float64)
+    parameters = {**dict(qformer.named_parameters()), "scale": norm.weight, "shift": norm.bias}
+    keys = record_keys(qformer)
+
+    def step(states):
+        output = qformer(query_embeds=queries, encoder_hidden_states=states).last_hidden_state
+        gradients = torch.autograd.grad(output.sin().sum(), list(parameters.values()))
+        return output, dict(zip(parameters, gradients, strict=True))
+
+    # A gradient into the features needs their keys
+    expected, expected_gradients = step(norm(image.clone().requires_grad_()))
+    assert len(keys) == 1
+    actual, gradients = step(Blip2ImageStates.after_layernorm(image, norm))
+    assert len(keys) == 1
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-8, atol=1e-10)
+    # Shifts all scores of a query alike; it has a gradient all the same, for DDP waits for one
+    assert gradients["encoder.layer.0.crossattention.attention.key.bias"].eq(0).all()
+
+
+@pytest.mark.parametrize("change", ["nothing", "eval", "mask", "checkpointing", "more rows", "many queries"])
+def test_keys_are_made_where_they_are_needed(change):
+    """In evaluation, with a mask or checkpointing, for several rows of an image, and where keys are less work."""
+    qformer = make_qformer(**NARROW).train(change != "eval")
+    if change == "checkpointing":
+        qformer.gradient_checkpointing_enable()
+    rows, query_length = (4 if change == "more rows" else 2), (200 if change == "many queries" else 32)
+    keys = record_keys(qformer)
+    qformer(
+        query_embeds=torch.randn(rows, query_length, 256),
+        encoder_hidden_states=torch.randn(2, 257, WIDTH),
+        encoder_attention_mask=torch.ones(2, 257) if change == "mask" else None,
+    ).last_hidden_state.sin().sum().backward()
+    assert len(keys) == (0 if change == "nothing" else 1)
+    assert qformer.encoder.layer[0].crossattention.attention.key.weight.grad.abs().sum() > 0

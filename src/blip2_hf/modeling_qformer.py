@@ -23,6 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_blip2 import Blip2QFormerConfig
+from .image_scores import Blip2ImageKeys, scores_need_less_work
 
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
@@ -78,6 +79,11 @@ class Blip2ImageStates:
         if self.weight is None:
             return projection(self.hidden_states)
         return projection(self.hidden_states, self.weight, self.bias)
+
+    def keys(self, projection: nn.Linear) -> Blip2ImageKeys:
+        """What `project` would make keys of. What is added to all features alike makes no difference to them."""
+        weight = projection.weight if self.weight is None else projection.weight * self.weight
+        return Blip2ImageKeys(self.hidden_states, weight, projection.bias)
 
 
 class Blip2ImageProjection(nn.Linear):
@@ -145,11 +151,22 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         return self.key, self.value
 
     def project_image(self, image_states: Blip2ImageStates) -> KeyValues:
-        key, value = (self.split_heads(image_states.project(projection)) for projection in self.image_projections)
-        if self.training and key.device.type == "cpu":
-            # Products on a CPU want a head in one piece: brought there once, not in each pass
-            key, value = key.contiguous(), value.contiguous()
-        return key, value
+        return self._project(image_states, self.key), self._project(image_states, self.value)
+
+    def project_image_for(
+        self, image_states: Blip2ImageStates, query_length: int
+    ) -> tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor]:
+        """For one pass alone, of as many rows as there are images."""
+        sizes = (self.config.num_attention_heads, self.head_dim, query_length)
+        # A kind of its own is an adapter, a quantised map, or one whose weights FSDP gathers when it is called
+        if type(self.key) is not Blip2ImageProjection or not scores_need_less_work(image_states.hidden_states, *sizes):
+            return self.project_image(image_states)
+        return image_states.keys(self.key), self._project(image_states, self.value)
+
+    def _project(self, image_states: Blip2ImageStates, projection: nn.Module) -> torch.Tensor:
+        states = self.split_heads(image_states.project(projection))
+        # Products on a CPU want a head in one piece: brought there once, not in each pass
+        return states.contiguous() if self.training and states.device.type == "cpu" else states
 
     def forward(
         self,
@@ -180,6 +197,8 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
 
     def _attend_to_images(self, query, key, value, attention_mask, **kwargs):
         """Attention of rows, of which each image serves as many as the others, next to one another."""
+        if isinstance(key, Blip2ImageKeys):
+            return self._attend_without_keys(query, key, value), None
         rows, heads, query_length, head_dim = query.shape
         if key.shape[0] == rows:
             return self._attend(query, key, value, attention_mask, **kwargs)
@@ -189,6 +208,11 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         query = query.view(images, per_image, heads, query_length, head_dim).transpose(1, 2)
         output, _ = self._attend(query.reshape(images, heads, -1, head_dim), key, value, None, **kwargs)
         return output.reshape(rows, query_length, heads, head_dim), None
+
+    def _attend_without_keys(self, query: torch.Tensor, key: Blip2ImageKeys, value: torch.Tensor) -> torch.Tensor:
+        attend = partial(_attend_by_scores, dropout=self.attention_dropout if self.training else 0.0)
+        # The scores are kept once, in place of probabilities, mask and product
+        return checkpoint(attend, key.scores(query * self.scaling), value, use_reentrant=False)
 
     def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         if attention_mask is not None:
@@ -216,6 +240,11 @@ def _attend_eagerly(module: nn.Module, query, key, value, attention_mask, dropou
     # Scaled before, for there are fewer queries than scores
     query = query * module.scaling
     return eager_attention_forward(module, query, key, value, attention_mask, scaling=1.0, dropout=dropout)[0]
+
+
+def _attend_by_scores(scores: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+    probabilities = nn.functional.dropout(scores.softmax(dim=-1), dropout)
+    return (probabilities @ value).transpose(1, 2).contiguous()
 
 
 def _chunk_mask(attention_mask: torch.Tensor | None, chunks: int) -> tuple[torch.Tensor | None, ...]:
@@ -348,17 +377,40 @@ class Blip2HfQFormerModel(PreTrainedModel):
             `tuple` of (key, value), one for each layer with cross-attention, each a `torch.Tensor` of shape
             `(num_images, num_attention_heads, features, head_dim)`: the argument `encoder_key_values` of `forward`.
         """
+        states = self._image_states(encoder_hidden_states)
+        return tuple(attention.project_image(states) for attention in self._cross_attentions)
+
+    def _project_image_for(
+        self,
+        query_embeds: torch.Tensor,
+        query_length: int,
+        encoder_hidden_states: torch.Tensor | Blip2ImageStates,
+        encoder_attention_mask: torch.Tensor | None,
+    ) -> tuple[tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor], ...]:
+        """The same for these queries alone: without keys, where that is faster."""
+        states = self._image_states(encoder_hidden_states)
+        has_one_pass = encoder_attention_mask is None and len(states.hidden_states) == len(query_embeds)
+        # Other implementations return probabilities, and reentrant checkpointing looks for gradients in tensors alone
+        is_plain = self.config._attn_implementation == "sdpa" and not self.encoder.gradient_checkpointing
+        if not (self.training and has_one_pass and is_plain):
+            return self.project_image(states)
+        return tuple(attention.project_image_for(states, query_length) for attention in self._cross_attentions)
+
+    @property
+    def _cross_attentions(self) -> list[Blip2QFormerMultiHeadAttention]:
+        return [layer.crossattention.attention for layer in self.encoder.layer if layer.has_cross_attention]
+
+    def _image_states(self, encoder_hidden_states: torch.Tensor | Blip2ImageStates) -> Blip2ImageStates:
+        """As the projections of all layers take them."""
         states = encoder_hidden_states
         if isinstance(states, torch.Tensor):
             states = Blip2ImageStates(states)
         states = states.to(self.layernorm.weight.dtype)
-        attentions = [layer.crossattention.attention for layer in self.encoder.layer if layer.has_cross_attention]
-        projections = [projection for attention in attentions for projection in attention.image_projections]
+        projections = [part for attention in self._cross_attentions for part in attention.image_projections]
         if not all(isinstance(projection, Blip2ImageProjection) for projection in projections):
             # An adapter, a quantised map or FSDP stands in the place of one
             states = states.unfolded()
-        states = states.autocast()
-        return tuple(attention.project_image(states) for attention in attentions)
+        return states.autocast()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -408,7 +460,9 @@ class Blip2HfQFormerModel(PreTrainedModel):
         query_length = query_embeds.shape[1] if query_length is None else query_length
         self._check_inputs(query_embeds, query_length, encoder_hidden_states, encoder_key_values)
         if query_length > 0 and encoder_key_values is None:
-            encoder_key_values = self.project_image(encoder_hidden_states)
+            encoder_key_values = self._project_image_for(
+                query_embeds, query_length, encoder_hidden_states, encoder_attention_mask
+            )
         hidden_states = self.dropout(self.layernorm(query_embeds.to(self.layernorm.weight.dtype)))
         attention_mask = additive_mask(attention_mask, hidden_states.dtype)
         encoder_attention_mask = additive_mask(encoder_attention_mask, hidden_states.dtype)

@@ -1,0 +1,89 @@
+"""
+Scores of queries against image features, without the keys of these: `q (x W)ᵀ = (q W) xᵀ` for each head.
+
+Where a head has fewer queries than channels, that is less work than the keys of all features and their gradient, and
+no keys are kept for the backward pass. Gradients are exact. Frozen features alone: no gradient flows into them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+# Products of fewer rows than this do not keep a processor busy
+_LEAST_ROWS = 128
+# Of the multiplications of keys and their gradient: what more, but smaller, products may have
+_LARGEST_SHARE = 0.75
+
+
+@dataclass
+class Blip2ImageKeys:
+    r"""
+    What keys are made of, in their place.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)`):
+            Image features that need no gradient.
+        weight (`torch.Tensor` of shape `(hidden_size, encoder_hidden_size)`):
+            Of the projection to keys.
+        bias (`torch.Tensor` of shape `(hidden_size,)`):
+            Of the projection: it adds the same to all scores of a query, which a softmax does not see.
+    """
+
+    hidden_states: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """
+        Products of queries with the keys, up to a number for each query.
+
+        Args:
+            query (`torch.Tensor` of shape `(num_images, heads, query_length, head_dim)`):
+                As it is scaled for attention.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, heads, query_length, features)`.
+        """
+        weight = self.weight.view(query.shape[1], query.shape[3], -1)
+        return _Scores.apply(query, self.hidden_states, weight, self.bias)
+
+
+def scores_need_less_work(hidden_states: torch.Tensor, heads: int, head_dim: int, query_length: int) -> bool:
+    """Whether a step that learns from frozen features, of shape `(num_images, features, width)`, is faster so."""
+    is_measured = hidden_states.device.type == "cpu" and hidden_states.dtype in (torch.float32, torch.float64)
+    features = hidden_states.shape[1]
+    with_keys = 2 * features * head_dim
+    without = query_length * (2 * features + 3 * head_dim)
+    return (
+        is_measured
+        and torch.is_grad_enabled()
+        and not hidden_states.requires_grad
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and min(heads * query_length, features) >= _LEAST_ROWS
+        and without <= _LARGEST_SHARE * with_keys
+    )
+
+
+class _Scores(torch.autograd.Function):
+    """Image by image: what belongs to one stays in the cache, and products of one are faster than batched ones."""
+
+    @staticmethod
+    def forward(ctx, query, hidden_states, weight, bias):
+        ctx.save_for_backward(query, hidden_states, weight, bias)
+        scores = query.new_empty(*query.shape[:3], hidden_states.shape[1])
+        for own_query, states, out in zip(query, hidden_states, scores, strict=True):
+            torch.mm(torch.bmm(own_query, weight).flatten(0, 1), states.t(), out=out.flatten(0, 1))
+        return scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_scores):
+        query, hidden_states, weight, bias = ctx.saved_tensors
+        grad_query, grad_weight = torch.empty_like(query), torch.zeros_like(weight)
+        for index, (own_query, states) in enumerate(zip(query, hidden_states, strict=True)):
+            grad = torch.mm(grad_scores[index].flatten(0, 1), states).view(*query.shape[1:3], -1)
+            grad_weight.baddbmm_(own_query.transpose(1, 2), grad)
+            grad_query[index] = torch.bmm(grad, weight.transpose(1, 2))
+        return grad_query, None, grad_weight, torch.zeros_like(bias)
