@@ -17,6 +17,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from precision import fast_dtype
 from real_assets import cache_folder, download, real_assets, unpack
 from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -116,6 +117,7 @@ def main():
     if not (folder / "model" / "processor_config.json").exists():
         torch.manual_seed(0)
         make_model(folder / "model", assets, image_processor)
+    dtype = fast_dtype()
     settings = {
         "model": folder / "model",
         "data": folder / FILES["train"],
@@ -129,7 +131,8 @@ def main():
         "image_size": SIZE,
         # Small batches and short texts: faster than the fused kernels on a CPU
         "attn_implementation": "eager",
-        "bf16": True,
+        "bf16": dtype == torch.bfloat16,
+        "language_model_dtype": str(dtype).removeprefix("torch."),
         "use_cpu": not torch.cuda.is_available(),
         "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 128,

@@ -15,11 +15,11 @@ import random
 from pathlib import Path
 
 import datasets
-import torch
 import transformers
 from evaluate_stage1 import evaluate
 from features import choose_splits, image_processor
 from learn_stage1 import Lesson, make_model, real_assets
+from precision import fast_autocast
 from settings import FOLDER, STAGE1
 from training import save_json
 from transformers import AutoTokenizer
@@ -54,8 +54,7 @@ def clean(model, processor, rows: datasets.Dataset, folder: Path, seed: int) -> 
     """The caption that is kept of each row, and whether it is not the one that was there."""
     model.eval()
     captioner = ModelCaptioner(model, processor, num_captions=PROPOSALS, max_new_tokens=10)
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.autocast(device_type, torch.bfloat16):
+    with fast_autocast():
         capfilt_dataset(
             rows,
             captioner,

@@ -1,13 +1,20 @@
 """What stage 1 has learned: recall of names and pictures by contrast, by matching and by both; captions."""
 
+import sys
+from pathlib import Path
+
 import datasets
 import torch
 from datasets import concatenate_datasets
 from torch.nn.functional import logsigmoid
 
-from blip2_hf.data import read_cached_features
-from blip2_hf.evaluation import Ranking, TwoStageRankings, TwoStageRetrieval
-from blip2_hf.evaluation.metrics import caption_metrics
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from precision import fast_autocast  # noqa: E402
+
+from blip2_hf.data import read_cached_features  # noqa: E402
+from blip2_hf.evaluation import Ranking, TwoStageRankings, TwoStageRetrieval  # noqa: E402
+from blip2_hf.evaluation.metrics import caption_metrics  # noqa: E402
 
 
 CANDIDATES = 10  # that matching ranks anew
@@ -18,12 +25,11 @@ def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only:
     rows = concatenate_datasets(list(sets.values()))
     names = rows["name"]
     embeds = torch.stack([read_cached_features(row).float() for row in rows])
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
     retrieval = TwoStageRetrieval(model.eval(), processor.tokenizer, k=CANDIDATES, show_progress=False)
     texts, features = retrieval.encode_texts(names), retrieval.encode_images(embeds)
     ranked = {"ITC": retrieval.compare(features, texts.features)}
     if not contrast_only:
-        with torch.autocast(device_type, torch.bfloat16):
+        with fast_autocast():
             ranked["ITM"] = retrieval(embeds, texts, features)
         ranked["ITC and ITM"] = both(ranked["ITC"], ranked["ITM"], model.temperature.weight.item())
         captions = write(model, processor, embeds)

@@ -5,6 +5,7 @@ The frozen tower's output for all pictures of the recipe, computed once: some ve
 """
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from transformers import AutoImageProcessor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
 from picture_views import RandomView  # noqa: E402
-from pictures import VALIDATION_STYLE, load_pictures  # noqa: E402
+from pictures import SPLITS, VALIDATION_STYLE, load_pictures  # noqa: E402
+from precision import device_type, fast_dtype  # noqa: E402
 
 from blip2_hf.data import VisionTower, cache_features, load_cached_features  # noqa: E402
 
@@ -32,15 +34,13 @@ def image_processor():
     return AutoImageProcessor.from_pretrained(two_towers.pretrained_folder())
 
 
-def load_features() -> dict[str, datasets.Dataset]:
-    """The features of each split, made first if need be; a run that was stopped goes on."""
-    # A CPU that multiplies in bfloat16 needs less than half the time
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tower = VisionTower(two_towers.pretrained_folder()).to(device, torch.bfloat16)
+def load_features(splits: Sequence[str] = SPLITS) -> dict[str, datasets.Dataset]:
+    """The features of some splits, made first if need be; a run that was stopped goes on."""
+    tower = VisionTower(two_towers.pretrained_folder()).to(device_type(), fast_dtype())
     transform = RandomView(image_processor().size["height"])
-    features = {}
-    for split, pictures in load_pictures().items():
-        make = partial(cache_features, pictures, tower, image_processor(), FOLDER / "features" / split)
+    pictures, features = load_pictures(), {}
+    for split in splits:
+        make = partial(cache_features, pictures[split], tower, image_processor(), FOLDER / "features" / split)
         views = {"views": VIEWS, "transform": transform} if split in LEARNED_FROM else {}
         features[split] = load_cached_features(make(rows_per_shard=250, **views))
     return without_hands(features)
@@ -48,7 +48,7 @@ def load_features() -> dict[str, datasets.Dataset]:
 
 def choose_splits(validate: bool, clip_art: bool = False) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
     """What is learned from, and what is tested on."""
-    features = load_features()
+    features = load_features([split for split in SPLITS if clip_art or split != "clip_art"])
     train_rows = features["train"]
     tests = {"seen": features["test_seen"], "unseen": features["test_unseen"]}
     if validate:

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
 from demo import collate_names, start_projection  # noqa: E402
+from precision import fast_autocast, fast_dtype  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
@@ -59,7 +60,7 @@ def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -
         **parts, vision_model=two_towers.pretrained_folder(), language_model=assets.language_model
     ).float()
     start_projection(model, rows, tokenizer)
-    cast_parameters(model.language_model, torch.bfloat16)
+    cast_parameters(model.language_model, fast_dtype())
     # The fused kernels' backward in bfloat16 is slow on a CPU
     model.set_attn_implementation("eager")
     return model
@@ -83,7 +84,7 @@ def write(model, processor, rows: datasets.Dataset, batch_size: int = 64) -> lis
         chunk = rows.select(range(start, min(start + batch_size, len(rows))))
         embeds = torch.stack([read_cached_features(row) for row in chunk]).to(model.device, torch.float32)
         prompts = processor(text=[PROMPT] * len(embeds), return_tensors="pt").to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with fast_autocast():
             tokens = model.generate(image_embeds=embeds, **prompts, max_new_tokens=10, do_sample=False, num_beams=5)
         captions += processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
     return [caption.strip().split("\n")[0].strip() for caption in captions]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from precision import device_type, fast_dtype  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 
@@ -31,16 +32,20 @@ PROMPTS = (
 def repeats(model, tokenizer, prompt: str, names: list[str], times: int) -> list[bool]:
     """Whether the model goes on with each name, given the mean of its word embeddings, `times` times in a row."""
     embed = model.get_input_embeddings()
-    before, after = (embed(torch.tensor(tokenizer(part)["input_ids"])) for part in prompt.split("{}"))
+
+    def embedded(token_ids: list[int]) -> torch.Tensor:
+        return embed(torch.tensor(token_ids, device=model.device))
+
+    before, after = (embedded(tokenizer(part)["input_ids"]) for part in prompt.split("{}"))
     words = [tokenizer(" " + name)["input_ids"] for name in names]
-    middle = torch.stack([embed(torch.tensor(ids)).float().mean(dim=0) for ids in words]).to(before.dtype)
+    middle = torch.stack([embedded(token_ids).float().mean(dim=0) for token_ids in words]).to(before.dtype)
     rows = len(names)
     embeds = torch.cat(
         [before.expand(rows, -1, -1), middle[:, None].expand(-1, times, -1), after.expand(rows, -1, -1)], dim=1
     )
     tokens = model.generate(
         inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device),
         max_new_tokens=max(map(len, words)) + 1,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id,
@@ -52,7 +57,8 @@ def repeats(model, tokenizer, prompt: str, names: list[str], times: int) -> list
 def main():
     transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(real_assets().language_model)
-    model = AutoModelForCausalLM.from_pretrained(real_assets().language_model, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(real_assets().language_model, dtype=fast_dtype())
+    model.to(device_type()).eval()
     by_length: dict[int, list[str]] = {1: [], 2: []}
     for name in sorted(set(load_pictures()["train"]["name"])):
         by_length.setdefault(len(tokenizer(" " + name)["input_ids"]), []).append(name)

@@ -3,13 +3,18 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from settings import Training
 
-from blip2_hf.training import Blip2Arguments, Blip2Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from precision import fast_dtype  # noqa: E402
+
+from blip2_hf.training import Blip2Arguments, Blip2Trainer  # noqa: E402
 
 
 def learn(
@@ -43,7 +48,7 @@ def learn(
         save_strategy="no",
         report_to=[],
         seed=seed,
-        bf16=True,
+        bf16=fast_dtype() == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
