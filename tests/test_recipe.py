@@ -310,6 +310,20 @@ def test_hands_are_taken_out_of_the_features():
                 torch.testing.assert_close(read_cached_features(row, view), expected)
 
 
+@pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])
+def test_what_a_cpu_multiplies_fastest_in(monkeypatch, faster):
+    import precision
+
+    monkeypatch.setattr(precision, "device_type", lambda: "cpu")
+    monkeypatch.setattr(precision, "_seconds_of_product", lambda dtype: 1.0 if dtype == faster else 2.0)
+    precision.fast_dtype.cache_clear()
+    assert precision.fast_dtype() == faster
+    with precision.fast_autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    precision.fast_dtype.cache_clear()
+    assert product.dtype == faster
+
+
 def test_a_third_of_the_names_are_shuffled():
     import random
 

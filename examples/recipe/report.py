@@ -48,10 +48,12 @@ def retrieval_table(split: str) -> str:
     rows["Q-Former after all losses, ITC"] = retrieval_rows(full, split, "ITC")
     rows["Q-Former after all losses, re-ranked by matching (ITM)"] = retrieval_rows(full, split, "ITM")
     rows["Q-Former after all losses, ITC and ITM"] = retrieval_rows(full, split, "ITC and ITM")
-    for variant in (LONGER, "ITC for longer"):
+    for variant in (LONGER, "ITC for longer", "all losses for longer"):
         results = [run["results"] for run in runs("stage1", variant)]
-        if results:
-            rows[f"and then {variant} (seeds: {len(results)})"] = retrieval_rows(results, split, "ITC")
+        rankings = ["ITC", "ITC and ITM"] if "itm" in STAGE1[variant].losses else ["ITC"]
+        for ranking in rankings if results else []:
+            title = f"and then {variant}, {ranking} (seeds: {len(results)})"
+            rows[title] = retrieval_rows(results, split, ranking)
     columns = [f"{way} R@{k}" for way in ("picture→name", "name→picture") for k in (1, 5, 10)]
     return table(f"{SPLITS[split]}, %", columns, rows)
 
