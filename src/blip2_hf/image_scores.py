@@ -73,17 +73,21 @@ class _Scores(torch.autograd.Function):
     def forward(ctx, query, hidden_states, weight, bias):
         ctx.save_for_backward(query, hidden_states, weight, bias)
         scores = query.new_empty(*query.shape[:3], hidden_states.shape[1])
-        for own_query, states, out in zip(query, hidden_states, scores, strict=True):
-            torch.mm(torch.bmm(own_query, weight).flatten(0, 1), states.t(), out=out.flatten(0, 1))
+        # Memory that is new costs more than what is computed into it
+        weighted = query.new_empty(*query.shape[1:3], weight.shape[2])
+        for own_query, states, own_scores in zip(query, hidden_states, scores, strict=True):
+            torch.bmm(own_query, weight, out=weighted)
+            torch.mm(weighted.flatten(0, 1), states.t(), out=own_scores.flatten(0, 1))
         return scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_scores):
         query, hidden_states, weight, bias = ctx.saved_tensors
-        grad_query, grad_weight = torch.empty_like(query), torch.zeros_like(weight)
+        grad_query, grad_weight = query.new_empty(query.shape), torch.zeros_like(weight)
+        grad = query.new_empty(*query.shape[1:3], weight.shape[2])
         for index, (own_query, states) in enumerate(zip(query, hidden_states, strict=True)):
-            grad = torch.mm(grad_scores[index].flatten(0, 1), states).view(*query.shape[1:3], -1)
+            torch.mm(grad_scores[index].flatten(0, 1), states, out=grad.flatten(0, 1))
             grad_weight.baddbmm_(own_query.transpose(1, 2), grad)
-            grad_query[index] = torch.bmm(grad, weight.transpose(1, 2))
+            torch.bmm(grad, weight.transpose(1, 2), out=grad_query[index])
         return grad_query, None, grad_weight, torch.zeros_like(bias)
