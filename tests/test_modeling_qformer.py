@@ -242,12 +242,13 @@ def test_scores_without_keys_equal_attention_to_keys():
     assert gradients["encoder.layer.0.crossattention.attention.key.bias"].eq(0).all()
 
 
-@pytest.mark.parametrize("change", ["nothing", "eval", "mask", "checkpointing", "more rows", "many queries"])
+@pytest.mark.parametrize("change", ["nothing", "eval", "mask", "checkpointing", "more rows", "many queries", "frozen"])
 def test_keys_are_made_where_they_are_needed(change):
-    """In evaluation, with a mask or checkpointing, for several rows of an image, and where keys are less work."""
+    """In evaluation, with a mask or checkpointing, for several rows of an image, where they are less work or frozen."""
     qformer = make_qformer(**NARROW).train(change != "eval")
     if change == "checkpointing":
         qformer.gradient_checkpointing_enable()
+    projection = qformer.encoder.layer[0].crossattention.attention.key.requires_grad_(change != "frozen")
     rows, query_length = (4 if change == "more rows" else 2), (200 if change == "many queries" else 32)
     keys = record_keys(qformer)
     qformer(
@@ -256,4 +257,4 @@ def test_keys_are_made_where_they_are_needed(change):
         encoder_attention_mask=torch.ones(2, 257) if change == "mask" else None,
     ).last_hidden_state.sin().sum().backward()
     assert len(keys) == (0 if change == "nothing" else 1)
-    assert qformer.encoder.layer[0].crossattention.attention.key.weight.grad.abs().sum() > 0
+    assert change == "frozen" or projection.weight.grad.abs().sum() > 0

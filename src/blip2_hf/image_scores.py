@@ -50,17 +50,17 @@ class Blip2ImageKeys:
 
 
 def scores_need_less_work(hidden_states: torch.Tensor, heads: int, head_dim: int, query_length: int) -> bool:
-    """Whether a step that learns from frozen features, of shape `(num_images, features, width)`, is faster so."""
-    is_measured = hidden_states.device.type == "cpu" and hidden_states.dtype in (torch.float32, torch.float64)
+    """Whether a CPU learns keys of features, of shape `(num_images, features, width)`, faster so."""
     features = hidden_states.shape[1]
     with_keys = 2 * features * head_dim
     without = query_length * (2 * features + 3 * head_dim)
     return (
-        is_measured
-        and torch.is_grad_enabled()
-        and not hidden_states.requires_grad
+        hidden_states.device.type == "cpu"
+        and hidden_states.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and not hidden_states.requires_grad
         and min(heads * query_length, features) >= _LEAST_ROWS
         and without <= _LARGEST_SHARE * with_keys
     )

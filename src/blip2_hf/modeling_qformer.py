@@ -81,7 +81,7 @@ class Blip2ImageStates:
         return projection(self.hidden_states, self.weight, self.bias)
 
     def keys(self, projection: nn.Linear) -> Blip2ImageKeys:
-        """What `project` would make keys of. What is added to all features alike makes no difference to them."""
+        """What `project` would make keys of. A shift of all features alike makes no difference to attention."""
         weight = projection.weight if self.weight is None else projection.weight * self.weight
         return Blip2ImageKeys(self.hidden_states, weight, projection.bias)
 
@@ -159,7 +159,8 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         """For one pass alone, of as many rows as there are images."""
         sizes = (self.config.num_attention_heads, self.head_dim, query_length)
         # A kind of its own is an adapter, a quantised map, or one whose weights FSDP gathers when it is called
-        if type(self.key) is not Blip2ImageProjection or not scores_need_less_work(image_states.hidden_states, *sizes):
+        is_learned = type(self.key) is Blip2ImageProjection and self.key.weight.requires_grad
+        if not is_learned or not scores_need_less_work(image_states.hidden_states, *sizes):
             return self.project_image(image_states)
         return image_states.keys(self.key), self._project(image_states, self.value)
 
@@ -210,7 +211,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         return output.reshape(rows, query_length, heads, head_dim), None
 
     def _attend_without_keys(self, query: torch.Tensor, key: Blip2ImageKeys, value: torch.Tensor) -> torch.Tensor:
-        attend = partial(_attend_by_scores, dropout=self.attention_dropout if self.training else 0.0)
+        attend = partial(_attend_by_scores, dropout=self.attention_dropout)
         # The scores are kept once, in place of probabilities, mask and product
         return checkpoint(attend, key.scores(query * self.scaling), value, use_reentrant=False)
 
