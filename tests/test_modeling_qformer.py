@@ -244,7 +244,7 @@ def test_scores_without_keys_equal_attention_to_keys():
 
 @pytest.mark.parametrize("change", ["nothing", "eval", "mask", "checkpointing", "more rows", "many queries", "frozen"])
 def test_keys_are_made_where_they_are_needed(change):
-    """In evaluation, with a mask or checkpointing, for several rows of an image, where they are less work or frozen."""
+    """In evaluation, with a mask or checkpointing, for several rows an image, where less work or frozen."""
     qformer = make_qformer(**NARROW).train(change != "eval")
     if change == "checkpointing":
         qformer.gradient_checkpointing_enable()
