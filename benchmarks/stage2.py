@@ -15,6 +15,8 @@ above the parameters, their gradients and AdamW's state.
 import argparse
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import transformers
@@ -155,18 +157,33 @@ class Step:
         self.optimizer.step()
 
 
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """In training mode all the same: what is compared is what is timed."""
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name in ("p" if isinstance(module, nn.Dropout) else "attention_dropout",)
+        if isinstance(getattr(module, name, None), float)
+    ]
+    before = [getattr(module, name) for module, name in places]
+    for module, name in places:
+        setattr(module, name, 0.0)
+    yield
+    for (module, name), value in zip(places, before, strict=True):
+        setattr(module, name, value)
+
+
 def largest_difference(ours: Step, theirs: Step) -> dict[str, float]:
     """Of losses, and of gradients by their norms, without dropout. That of a key's bias is zero but for rounding."""
     losses, gradients = [], []
     for step in (ours, theirs):
-        step.model.eval()
         step.optimizer.zero_grad()
-        losses.append(step.loss())
-        losses[-1].backward()
+        with without_dropout(step.model):
+            losses.append(step.loss())
+            losses[-1].backward()
         named = step.model.named_parameters()
         gradients.append({name.removesuffix(".weight"): p.grad.clone() for name, p in named if p.grad is not None})
-        step.model.train()
-        step.model.language_model.eval()
     names = [name for name in gradients[1] if not name.endswith("key.bias")]
     worst = max((gradients[0][name] - gradients[1][name]).norm() / gradients[1][name].norm() for name in names)
     loss = (losses[0] - losses[1]).detach().abs() / losses[1].detach()

@@ -153,6 +153,15 @@ def test_a_head_with_a_hook_of_its_own_is_run_as_a_module():
     torch.testing.assert_close(loss_at_labels(scaled, states, labels), expected)
 
 
+def test_a_trained_bias_of_a_frozen_head_has_a_gradient():
+    head, states, labels = torch.nn.Linear(5, 11), torch.randn(4, 5), torch.randint(11, (4,))
+    head.weight.requires_grad_(False)
+    loss_at_labels(head, states, labels).backward()
+    actual, head.bias.grad = head.bias.grad, None
+    torch.nn.functional.cross_entropy(head(states), labels, reduction="sum").backward()
+    torch.testing.assert_close(actual, head.bias.grad)
+
+
 def test_small_gradients_of_half_precision_are_kept():
     """Those of a float16 language model that only a gradient scaler lifts above its smallest number."""
     embeds = torch.ones(2, 3, 4, dtype=torch.float16, requires_grad=True)
@@ -249,6 +258,22 @@ def test_adapters(part, name):
     assert gradients and any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("part", ["qformer", "vision_model"])
+def test_every_adapter_that_is_trained_has_a_gradient(part):
+    """DistributedDataParallel would wait for that of a block behind the layer, or of what text leaves behind."""
+    stage1 = make_stage1(num_query_tokens=4, vision_feature_layer=-2)
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(
+        stage1, make_model().language_model, instruction_aware=True
+    )
+    adapted = train_only(model, f"lora_{part}").train()
+    question = torch.tensor([[2, 8, 9, 3], [2, 8, 3, 0]])
+    inputs = {"qformer_input_ids": question, "qformer_attention_mask": question.ne(0).long()}
+    features = model.get_image_features(make_pixel_values(), **inputs).pooler_output
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(features.sum(), list(trained.values()), allow_unused=True)
+    assert trained and [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None] == []
+
+
 def test_presets_of_the_other_stage_are_refused():
     with pytest.raises(ValueError, match="not for a Blip2HfForConditionalGeneration"):
         train_only(make_model(), "stage1")
@@ -277,6 +302,9 @@ def test_a_language_model_that_was_quantised_on_its_own_is_not_saved_with_the_re
     model.language_model.hf_quantizer = object()
     with pytest.raises(ValueError, match="quantised on its own"):
         model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantised on its own"):
+        Blip2Trainer(model, Stage2Arguments(str(tmp_path), preset="stage2", use_cpu=True))
+    Blip2Trainer(model, Stage2Arguments(str(tmp_path), preset="stage2", use_cpu=True, save_strategy="no"))
     adapted = train_only(model, "lora_language_model")
     adapted.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()

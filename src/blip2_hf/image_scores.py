@@ -12,7 +12,7 @@ import torch
 
 # Products of fewer rows than this do not keep a processor busy
 _LEAST_ROWS = 128
-# Of the multiplications of keys and their gradient: what more, but smaller, products may have
+# Of the multiplications that keys and their gradient take; smaller products are slower ones
 _LARGEST_SHARE = 0.75
 
 
@@ -49,8 +49,19 @@ class Blip2ImageKeys:
         return _Scores.apply(query, self.hidden_states, weight, self.bias)
 
 
-def scores_need_less_work(hidden_states: torch.Tensor, heads: int, head_dim: int, query_length: int) -> bool:
-    """Whether a CPU learns keys of features, of shape `(num_images, features, width)`, faster so."""
+def is_faster_without_keys(hidden_states: torch.Tensor, heads: int, head_dim: int, query_length: int) -> bool:
+    """
+    Whether [`Blip2ImageKeys`] make a training step faster. Known of CPUs in full precision alone.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)`):
+            Image features.
+        heads, head_dim, query_length (`int`):
+            Sizes of the attention.
+
+    Returns:
+        `bool`.
+    """
     features = hidden_states.shape[1]
     with_keys = 2 * features * head_dim
     without = query_length * (2 * features + 3 * head_dim)
@@ -88,6 +99,6 @@ class _Scores(torch.autograd.Function):
         grad = query.new_empty(*query.shape[1:3], weight.shape[2])
         for index, (own_query, states) in enumerate(zip(query, hidden_states, strict=True)):
             torch.mm(grad_scores[index].flatten(0, 1), states, out=grad.flatten(0, 1))
-            grad_weight.baddbmm_(own_query.transpose(1, 2), grad)
+            torch.baddbmm(grad_weight, own_query.transpose(1, 2), grad, out=grad_weight)
             torch.bmm(grad, weight.transpose(1, 2), out=grad_query[index])
         return grad_query, None, grad_weight, torch.zeros_like(bias)

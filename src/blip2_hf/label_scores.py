@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import PreTrainedModel
 
+from .frozen import is_frozen
 from .losses import linear_cross_entropy, rows_at_a_time
 
 
@@ -115,4 +116,4 @@ def loss_at_labels(head: nn.Module, hidden_states: torch.Tensor, labels: torch.T
 def _is_plain_and_frozen(head: nn.Module) -> bool:
     """Whether the head is a product with a weight that is there, and no gradient of it is wanted."""
     # accelerate's hook brings weight and input to one device
-    return type(head) is nn.Linear and not head.weight.requires_grad and not hasattr(head, "_hf_hook")
+    return type(head) is nn.Linear and is_frozen(head) and not hasattr(head, "_hf_hook")

@@ -123,15 +123,21 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         self.freeze()
 
     def save_pretrained(self, *args, **kwargs):
+        self.check_that_it_can_be_saved()
+        return super().save_pretrained(*args, **kwargs)
+
+    def check_that_it_can_be_saved(self):
+        """
+        Raises:
+            ValueError: if the language model was quantised on its own.
+        """
         # Set by transformers on what it has quantised
         quantizers = [getattr(part, "hf_quantizer", None) for part in (self, self.language_model)]
         if quantizers[0] is None and quantizers[1] is not None:
             raise ValueError(
-                "The language model was quantised on its own, and would not load again as a part of this model. Save "
-                "adapters (PEFT, the presets lora_...), or load the whole with "
-                "from_pretrained(..., quantization_config=...)."
+                "The language model was quantised on its own, and would not load again as a part of this model. Train "
+                "and save adapters (PEFT, the presets lora_...), or give the language model in bfloat16."
             )
-        return super().save_pretrained(*args, **kwargs)
 
     def freeze(self) -> "Blip2ForConditionalGeneration":
         self.language_model.requires_grad_(False)

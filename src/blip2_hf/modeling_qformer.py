@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_blip2 import Blip2QFormerConfig
-from .image_scores import Blip2ImageKeys, scores_need_less_work
+from .image_scores import Blip2ImageKeys, is_faster_without_keys
 
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
@@ -158,9 +158,8 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
     ) -> tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor]:
         """For one pass alone, of as many rows as there are images."""
         sizes = (self.config.num_attention_heads, self.head_dim, query_length)
-        # A kind of its own is an adapter, a quantised map, or one whose weights FSDP gathers when it is called
-        is_learned = type(self.key) is Blip2ImageProjection and self.key.weight.requires_grad
-        if not is_learned or not scores_need_less_work(image_states.hidden_states, *sizes):
+        is_learned = self.training and _is_plain(self.key) and self.key.weight.requires_grad
+        if not is_learned or not is_faster_without_keys(image_states.hidden_states, *sizes):
             return self.project_image(image_states)
         return image_states.keys(self.key), self._project(image_states, self.value)
 
@@ -212,7 +211,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
 
     def _attend_without_keys(self, query: torch.Tensor, key: Blip2ImageKeys, value: torch.Tensor) -> torch.Tensor:
         attend = partial(_attend_by_scores, dropout=self.attention_dropout)
-        # The scores are kept once, in place of probabilities, mask and product
+        # Kept for the backward pass are scores alone: probabilities, with dropout and without, are made of them again
         return checkpoint(attend, key.scores(query * self.scaling), value, use_reentrant=False)
 
     def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -235,6 +234,18 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         if "flash" in name and (attention_mask is not None or query.dtype == torch.float32):
             return "sdpa"
         return name
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether nothing but a product with its weight happens when it is called: no adapter, no hook, no sharding."""
+    return (
+        type(projection) is Blip2ImageProjection
+        and type(projection.weight) is nn.Parameter
+        and not projection._forward_pre_hooks
+        and not projection._forward_hooks
+        # accelerate's hooks stand in its place
+        and "forward" not in vars(projection)
+    )
 
 
 def _attend_eagerly(module: nn.Module, query, key, value, attention_mask, dropout: float) -> torch.Tensor:
@@ -390,10 +401,10 @@ class Blip2HfQFormerModel(PreTrainedModel):
     ) -> tuple[tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor], ...]:
         """The same for these queries alone: without keys, where that is faster."""
         states = self._image_states(encoder_hidden_states)
-        has_one_pass = encoder_attention_mask is None and len(states.hidden_states) == len(query_embeds)
-        # Other implementations return probabilities, and reentrant checkpointing looks for gradients in tensors alone
-        is_plain = self.config._attn_implementation == "sdpa" and not self.encoder.gradient_checkpointing
-        if not (self.training and has_one_pass and is_plain):
+        is_image_a_row = encoder_attention_mask is None and len(states.hidden_states) == len(query_embeds)
+        # SDPA returns no probabilities; activation checkpointing may look for gradients in tensors alone
+        is_sdpa = self.config._attn_implementation == "sdpa" and not self.encoder.gradient_checkpointing
+        if not (self.training and is_image_a_row and is_sdpa):
             return self.project_image(states)
         return tuple(attention.project_image_for(states, query_length) for attention in self._cross_attentions)
 

@@ -120,7 +120,9 @@ def _add_adapters(model: Blip2PreTrainedModel, part: str, lora_config: "LoraConf
         # By their last name, anywhere in the part
         targets = rf"{part}\..*\.({'|'.join(sorted(map(re.escape, linear)))})"
         lora_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
-    return get_peft_model(model, lora_config)
+    adapted = get_peft_model(model, lora_config)
+    model.freeze_what_is_not_read()
+    return adapted
 
 
 def describe_trained_parts(model: nn.Module) -> str:

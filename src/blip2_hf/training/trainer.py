@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..configuration_blip2 import is_hub_id
@@ -22,6 +22,7 @@ from ..data.callbacks import SetEpochCallback
 from ..data.pairs import ImageTextStream
 from ..hub import fetch_card, is_of_this_package
 from ..model_card import CARD_NAME, PIPELINE_TAGS, class_name, write_model_card
+from ..modeling_blip2 import Blip2ForConditionalGeneration
 from ..modeling_pretraining import Blip2ForPreTraining
 from ..processing_blip2 import Blip2Processor
 from .arguments import Blip2Arguments
@@ -61,6 +62,9 @@ class Blip2Trainer(Seq2SeqTrainer):
             The settings.
         kwargs:
             Those of [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: if `args` are none of [`Blip2Arguments`], or checkpoints are wanted of a model that can't be saved.
     """
 
     args: Blip2Arguments
@@ -73,6 +77,9 @@ class Blip2Trainer(Seq2SeqTrainer):
             )
         if args.preset is not None:
             model = train_only(model, args.preset)
+        if isinstance(model, Blip2ForConditionalGeneration) and args.save_strategy != SaveStrategy.NO:
+            # Said now, not by the first checkpoint
+            model.check_that_it_can_be_saved()
         super().__init__(model, args, **kwargs)
         self.add_callback(SetEpochCallback())
         self._step_of_weights: int | None = None  # where they are not those of the last step
