@@ -19,17 +19,21 @@ from blip2_hf.training import Blip2Trainer, Stage2Arguments
 CAPTIONS = ["a dog", "a red bus near the street", "two people", "the sky", "a woman holding an umbrella", "grass"]
 
 
+def remove_dropout(model: torch.nn.Module):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
 def main():
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     (arguments,) = transformers.HfArgumentParser(Stage2Arguments).parse_args_into_dataclasses(sys.argv[1:])
     torch.manual_seed(0)
     model = make_model()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+    remove_dropout(model)
     rows = [{"image": make_image(i), "caption": CAPTIONS[i % 6]} for i in range(24)]
     trainer = Blip2Trainer(
         model,
