@@ -27,6 +27,7 @@ from blip2_hf.data import (
     ImageTextPairs,
     LanguageModelCollator,
     RandomResizedCropAndFlip,
+    check_held_out,
     leave_out_bad_rows,
     load_rows,
 )
@@ -40,8 +41,8 @@ class CaptioningArguments:
     """Data and model."""
 
     model: str = field(metadata={"help": "BLIP-2 after stage 2: folder or id on the Hub."})
-    data: str = field(metadata={"help": "File (parquet, json, csv, tar), Hub id, or folder of cached features."})
-    validation: str = field(metadata={"help": "Data to validate on."})
+    data: str = field(metadata={"help": "File, folder of features, or Hub id (:split behind it if it is not train)."})
+    validation: str = field(metadata={"help": "Data to validate on, such as Hub id:validation."})
     language_model_dtype: str = field(default="bfloat16", metadata={"help": "Of the language model."})
     prompt: str = field(default="a photo of", metadata={"help": "Text in front of the captions."})
     image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
@@ -78,6 +79,7 @@ def load_model(options: CaptioningArguments) -> tuple[Blip2ForConditionalGenerat
 
 def main():
     options, arguments = HfArgumentParser((CaptioningArguments, FineTuningArguments)).parse_args_into_dataclasses()
+    check_held_out(options.data, options.validation)
     model, processor = load_model(options)
     data = {
         "train": make_pairs(options, options.data, train=True, seed=arguments.seed),

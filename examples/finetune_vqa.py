@@ -26,6 +26,7 @@ from blip2_hf.data import (
     ImageTextPairs,
     LanguageModelCollator,
     RandomResizedCropAndFlip,
+    check_held_out,
     leave_out_bad_rows,
     load_rows,
 )
@@ -39,8 +40,8 @@ class VQAArguments:
     """Data and model."""
 
     model: str = field(metadata={"help": "BLIP-2 after stage 2: folder or id on the Hub."})
-    data: str = field(metadata={"help": "File (parquet, json, csv, tar) or Hub id."})
-    validation: str = field(metadata={"help": "Data to validate on."})
+    data: str = field(metadata={"help": "File, or Hub id (:split behind it if it is not train)."})
+    validation: str = field(metadata={"help": "Data to validate on, such as Hub id:validation."})
     stage1: str | None = field(default=None, metadata={"help": "Where the Q-Former's networks for text come from."})
     test: str | None = field(default=None, metadata={"help": "Data for the last evaluation, in place of validation."})
     images: str | None = field(default=None, metadata={"help": "Pictures or features of data, by number of the row."})
@@ -92,6 +93,7 @@ def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForCondi
 
 def main():
     options, arguments = HfArgumentParser((VQAArguments, FineTuningArguments)).parse_args_into_dataclasses()
+    check_held_out(options.data, options.validation, options.test)
     model, processor = load_model(options, arguments.preset)
     crop = RandomResizedCropAndFlip(options.image_size, flip=0)
     data = {
@@ -101,7 +103,8 @@ def main():
     if options.test is not None:
         data["test"] = make_pairs(options, options.test, options.test_images)
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
-    collator = LanguageModelCollator(processor, max_positions=positions)
+    limit = model.config.qformer_config.max_position_embeddings
+    collator = LanguageModelCollator(processor, max_positions=positions, max_qformer_positions=limit)
     if options.skip_bad_rows:
         for name, pairs in data.items():
             data[name] = leave_out_bad_rows(pairs, collator, Path(arguments.output_dir) / f"bad_rows-{name}.jsonl")

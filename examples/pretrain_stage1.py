@@ -39,7 +39,7 @@ from blip2_hf.training import Blip2Trainer, Stage1Arguments, last_complete_check
 class PretrainingArguments:
     """Data and parts."""
 
-    data: str = field(metadata={"help": "File (parquet, json, csv, tar), Hub id, or folder of cached features."})
+    data: str = field(metadata={"help": "File, folder of features, or Hub id (:split behind it if it is not train)."})
     vision_model: str = field(metadata={"help": "Any tower of AutoModel: folder or id on the Hub."})
     text_encoder: str = field(default="google-bert/bert-base-uncased", metadata={"help": "BERT to start from."})
     vision_feature_layer: int | None = field(default=None, metadata={"help": "Index into the tower's hidden states."})

@@ -10,6 +10,9 @@ Stage 2 of BLIP-2: a frozen language model learns to read the queries of a Q-For
     # Another language model for a trained BLIP-2: the projection alone is aligned anew
     python examples/pretrain_stage2.py --stage1 stage2 --language_model Qwen/Qwen3-0.6B --preset projection ...
 
+Validation by generation while it trains: --eval_strategy steps --eval_steps 1000 --save_steps 1000, and for the best
+checkpoint, or a stop where it gets no better, --load_best_model_at_end --early_stopping_patience 3.
+
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. The same command, given
 again after a stop, goes on from the last checkpoint that is whole.
 """
@@ -18,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
@@ -30,6 +34,7 @@ from blip2_hf.data import (
     leave_out_bad_rows,
     load_rows,
 )
+from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.training import Blip2Trainer, Stage2Arguments, last_complete_checkpoint
 
 
@@ -37,7 +42,7 @@ from blip2_hf.training import Blip2Trainer, Stage2Arguments, last_complete_check
 class PretrainingArguments:
     """Data and parts."""
 
-    data: str = field(metadata={"help": "File (parquet, json, csv, tar), Hub id, or folder of cached features."})
+    data: str = field(metadata={"help": "File, folder of features, or Hub id (:split behind it if it is not train)."})
     stage1: str = field(metadata={"help": "BLIP-2 whose tower and Q-Former are taken: folder or id on the Hub."})
     language_model: str = field(metadata={"help": "Any causal or sequence-to-sequence language model."})
     vision_model: str | None = field(default=None, metadata={"help": "The tower, if stage1 has none in it."})
@@ -48,13 +53,15 @@ class PretrainingArguments:
     image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
     text_column: str = field(default="caption", metadata={"help": "Column of the texts, or of lists of texts."})
     max_length: int = field(default=32, metadata={"help": "Most tokens of a text."})
-    held_out: float = field(default=0.02, metadata={"help": "Share, or number, of rows to validate on."})
+    id_column: str | None = field(default=None, metadata={"help": "Column that tells which rows show the same image."})
+    held_out: float = field(default=0.02, metadata={"help": "Share, or number, of images to validate on."})
     streaming: bool = field(default=False, metadata={"help": "Read the data as a stream; nothing is held out."})
+    early_stopping_patience: int | None = field(default=None, metadata={"help": "Validations without getting better."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
 
 
 def make_datasets(options: PretrainingArguments, collator: LanguageModelCollator, seed: int):
-    """What is learned from, and what is held out."""
+    """What is learned from, and what is held out: all rows of some images."""
     rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
     columns = {name: getattr(options, name) for name in ("image_column", "text_column", "prompt")}
@@ -64,18 +71,23 @@ def make_datasets(options: PretrainingArguments, collator: LanguageModelCollator
         rows = rows.shuffle(seed=seed, buffer_size=10_000)
         check = collator.check if options.skip_bad_rows else None
         return ImageTextStream(rows, repeat=True, skip_broken=options.skip_bad_rows, check=check, **learning), None
-    rows, held_out = hold_out(rows, options.held_out, seed=seed)
-    return ImageTextPairs(rows, **learning), ImageTextPairs(held_out, train=False, **columns)
+    rows, held_out = hold_out(rows, options.held_out, options.id_column, seed)
+    return ImageTextPairs(rows, **learning), ImageTextPairs(held_out, train=False, **columns) if held_out else None
 
 
 def main():
-    options, arguments = HfArgumentParser((PretrainingArguments, Stage2Arguments)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((PretrainingArguments, Stage2Arguments))
+    parser.set_defaults(predict_with_generate=True, metric_for_best_model="word_f1")
+    options, arguments = parser.parse_args_into_dataclasses()
+    if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
+        raise SystemExit("--early_stopping_patience: give --load_best_model_at_end and --eval_strategy steps too.")
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
         options.stage1,
         options.language_model,
         vision_model=options.vision_model,
         language_model_kwargs={"dtype": getattr(torch, options.language_model_dtype)},
     )
+    model.generation_config.max_new_tokens = options.max_length
     square = {"height": options.image_size, "width": options.image_size}
     processor = Blip2Processor(
         AutoImageProcessor.from_pretrained(options.vision_model or options.stage1, size=square, do_center_crop=False),
@@ -88,15 +100,19 @@ def main():
     if options.skip_bad_rows and not options.streaming:
         folder = Path(arguments.output_dir)
         train = leave_out_bad_rows(train, collator, folder / "bad_rows-train.jsonl")
-        held_out = leave_out_bad_rows(held_out, collator, folder / "bad_rows-held_out.jsonl")
+        if held_out is not None:
+            held_out = leave_out_bad_rows(held_out, collator, folder / "bad_rows-held_out.jsonl")
     trainer = Blip2Trainer(
         model,
         arguments,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collator,
+        compute_metrics=GeneratedTextMetrics(processor) if arguments.predict_with_generate else None,
         processing_class=processor,
     )
+    if options.early_stopping_patience is not None:
+        trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
     trainer.save_model()
     if held_out is not None:

@@ -3,12 +3,14 @@
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
 
 import datasets
 import numpy as np
 import pytest
+import torch
 import transformers
 from tiny import make_image, make_processor
 from torch.utils.data import DataLoader
@@ -21,6 +23,7 @@ from blip2_hf.data import (
     LanguageModelCollator,
     RandomResizedCropAndFlip,
     check_pairs,
+    leave_out_bad_rows,
     report_bad_rows,
 )
 from blip2_hf.data.bad_rows import RowName
@@ -324,3 +327,38 @@ def test_features_with_a_bad_text(tmp_path):
     dataset = datasets.Dataset.from_list([stored | {"caption": caption} for caption in ("a", None, "!")])
     bad = check_pairs(ImageTextPairs(dataset), show_progress=False)
     assert [(row.row, row.file, row.kind) for row in bad] == [(1, None, "text missing"), (2, None, "text empty")]
+
+
+def test_nothing_is_left_of_nothing(rows):
+    none = ImageTextPairs(datasets.Dataset.from_list(rows[:1]).select([]))
+    assert len(none) == len(none.without([])) == 0
+    assert check_pairs(none, show_progress=False) == []
+
+
+def test_processes_that_report_at_the_same_time(tmp_path, monkeypatch):
+    path, replace = tmp_path / "bad.jsonl", os.replace
+    bad = [BadRow(1, None, "Row 1 is bad", "text empty")]
+
+    def replace_behind_another(*names):
+        # Another process comes first
+        monkeypatch.setattr(os, "replace", replace)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 0)
+            report_bad_rows(bad, path)
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", replace_behind_another)
+    report_bad_rows(bad, path)
+    assert [BadRow(**json.loads(line)) for line in path.read_text().splitlines()] == bad
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_reports(rank, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    path = tmp_path / "bad.jsonl"
+    good = leave_out_bad_rows(ImageTextPairs(rows), path=path)
+    assert [good.row_number(i) for i in range(len(good))] == [0, 5, 7]
+    printed = capsys.readouterr().out
+    assert ("5 bad rows" in printed, path.exists()) == ((True, True) if rank == 0 else (False, False))

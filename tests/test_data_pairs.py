@@ -23,6 +23,8 @@ from blip2_hf.data import (
     ImageTextStream,
     RandomResizedCropAndFlip,
     SetEpochCallback,
+    check_held_out,
+    load_rows,
 )
 from blip2_hf.image_loading import ImageLoadError
 
@@ -437,3 +439,77 @@ def test_the_callback_reaches_data_sets_inside_others(dataset):
         state = transformers.TrainerState(epoch=2.5)
         SetEpochCallback().on_epoch_begin(None, state, None, train_dataloader=loader)
     assert [pairs.epoch for pairs in parts] == [2, 2, 2]
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    """A folder of files of two splits, as on the Hub, and one of two configurations."""
+    folder = tmp_path_factory.mktemp("splits")
+    for part in ("train", "validation"):
+        for name in ("plain", "english"):
+            (folder / name).mkdir(exist_ok=True)
+            rows = [{"caption": f"{name} {part} {i}"} for i in range(3)]
+            datasets.Dataset.from_list(rows).to_json(folder / name / f"{part}.jsonl")
+    configurations = [{"config_name": name, "data_dir": name} for name in ("plain", "english")]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configurations)}\n---\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "captions"),
+    [
+        ("plain", ["plain train 0", "plain train 1", "plain train 2"]),
+        ("plain:validation", ["plain validation 0", "plain validation 1", "plain validation 2"]),
+        ("plain:train[:1]+validation[1:2]", ["plain train 0", "plain validation 1"]),
+        (":english:train[1:2]", ["english train 1"]),
+        (":plain:validation[2:]", ["plain validation 2"]),
+        ("plain/validation.jsonl", ["plain validation 0", "plain validation 1", "plain validation 2"]),
+    ],
+)
+def test_a_split_stands_behind_the_name(name, captions, splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    data = f"{splits}{name}" if name.startswith(":") else splits / name
+    assert load_rows(data)["caption"][:] == captions
+    if ":" not in str(data):
+        assert [row["caption"] for row in load_rows(data, streaming=True)] == captions
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("me/ds", ("me/ds", None, "train")),
+        ("me/ds:test", ("me/ds", None, "test")),
+        ("me/ds:train[:10%]", ("me/ds", None, "train[:10%]")),
+        ("me/ds:english:train[5:]", ("me/ds", "english", "train[5:]")),
+        ("hf://datasets/me/ds", ("hf://datasets/me/ds", None, "train")),
+        ("hf://datasets/me/ds:test", ("hf://datasets/me/ds", None, "test")),
+    ],
+)
+def test_names_of_the_hub(name, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, **_: seen.append((name, config, split)))
+    load_rows(name)
+    assert seen == [expected]
+
+
+def test_a_path_that_exists_is_no_name_with_a_split(dataset, tmp_path):
+    dataset.save_to_disk(tmp_path / "rows:validation")
+    assert len(load_rows(tmp_path / "rows:validation")) == 8
+    dataset.to_parquet(tmp_path / "a:b.parquet")
+    assert len(load_rows(tmp_path / "a:b.parquet")) == 8
+    dataset.save_to_disk(tmp_path / "rows")
+    for name in ("rows:train", "a.parquet:train"):
+        with pytest.raises(ValueError, match="has no splits.*Give the name alone"):
+            load_rows(tmp_path / name)
+
+
+def test_what_is_held_out_is_not_learned(splits, tmp_path, monkeypatch):
+    monkeypatch.chdir(splits)
+    (tmp_path / "link").symlink_to(splits / "plain")
+    same = [("me/ds", "me/ds:train"), ("plain", f"{splits}/plain:train"), ("plain", tmp_path / "link")]
+    same += [("plain/train.jsonl", "./plain/train.jsonl"), ("me/ds:a:test", "me/ds:a:test")]
+    for data, other in same:
+        with pytest.raises(ValueError, match="which is what is learned from.*Give other data"):
+            check_held_out(data, "other.parquet", other)
+    check_held_out("me/ds", "me/ds:test", None, "me/ds:a:train", "plain", "me/other")
+    check_held_out("plain/train.jsonl", "plain/validation.jsonl", "plain:train")

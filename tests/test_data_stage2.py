@@ -19,6 +19,7 @@ from blip2_hf.data import (
     LanguageModelCollator,
     RandomResizedCropAndFlip,
     cache_features,
+    check_pairs,
     load_cached_features,
     read_cached_features,
 )
@@ -382,6 +383,31 @@ def test_the_qformer_reads_in_training_what_it_reads_in_use(qformer_processor, d
     for name in ("qformer_input_ids", "qformer_attention_mask"):
         torch.testing.assert_close(batch[name], used[name])
     assert batch["qformer_input_ids"].shape == (4, batch["qformer_attention_mask"].sum(1).max())
+
+
+def test_questions_that_the_qformer_has_no_room_for(qformer_processor):
+    rows = [{"image": make_image(), "question": " ".join(["dog"] * n), "answers": "a"} for n in (1, 9)]
+    pairs = ImageTextPairs(rows, **VQA)
+    length = int(make_batch(pairs, LanguageModelCollator(qformer_processor))["qformer_attention_mask"][1].sum())
+    assert make_batch(pairs, LanguageModelCollator(qformer_processor, max_qformer_positions=length))
+    collator = LanguageModelCollator(qformer_processor, max_qformer_positions=length - 1)
+    with pytest.raises(BadRowError, match=f"^row 1 has a prompt of {length} .* has {length - 1} positions") as error:
+        make_batch(pairs, collator)
+    assert (error.value.row, error.value.kind) == (1, "text too long")
+    assert [row.row for row in check_pairs(pairs, collator, show_progress=False)] == [1]
+    # Without text for the Q-Former there is nothing to count
+    assert make_batch(pairs, LanguageModelCollator(make_processor(), max_qformer_positions=1))
+
+
+def test_a_question_that_spells_a_separator(qformer_processor, dataset):
+    rows = [{"image": make_image(), "question": "is [SEP] the [CLS] bus", "answers": "a"}]
+    collator = LanguageModelCollator(qformer_processor)
+    ids = make_batch(ImageTextPairs(rows, clean_text=False, **VQA), collator)["qformer_input_ids"][0].tolist()
+    separator, start = WORDS.index("[SEP]"), WORDS.index("[CLS]")
+    assert (ids.count(separator), ids.count(start), ids[0], ids[-1]) == (1, 1, start, separator)
+    # Where it is given to the processor alone, it stays what it is
+    ids = qformer_processor(text="is [SEP]", return_tensors="pt")["qformer_input_ids"][0].tolist()
+    assert ids.count(separator) == 2
 
 
 def test_batches_that_lack_something(dataset):

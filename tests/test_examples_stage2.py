@@ -23,18 +23,23 @@ FEATURES = datasets.Features({"image": datasets.Image(), "caption": datasets.Val
 def write_rows(path: Path, broken: bool = False):
     captions = ["a dog", "a red bus", "two people", "the sky", "" if broken else "grass", "a woman"]
     rows = {"image": [make_image(i) for i in range(6)], "caption": captions}
-    rows |= {"question": [f"what is it {i}?" for i in range(6)], "kind": ["animal", "thing"] * 3}
-    features = FEATURES | {"question": datasets.Value("string"), "kind": datasets.Value("string")}
+    questions = [f"what is it {i}?" for i in range(5)] + ["what " * 600 if broken else "where?"]
+    rows |= {"question": questions, "kind": ["animal", "thing"] * 3}
+    rows |= {"picture": ["a", "a", "a", "b", "b", "b"]}
+    features = FEATURES | {name: datasets.Value("string") for name in ("question", "kind", "picture")}
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(path)
 
 
-def run(script: str, folder: Path, *options: str) -> str:
+def run(script: str, folder: Path, *options: str, error: str | None = None) -> str:
     common = "--per_device_train_batch_size 2 --max_steps 2 --warmup_steps 1 --logging_steps 1 --report_to none"
     command = [sys.executable, str(EXAMPLES / script), "--output_dir", str(folder), "--use_cpu", "--image_size", "28"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, *common.split(), *options], env=environment, capture_output=True, text=True, cwd=folder.parent
     )
+    if error is not None:
+        assert result.returncode != 0 and error in result.stderr, result.stderr[-3000:]
+        return result.stdout
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -50,6 +55,7 @@ def parts(tmp_path_factory) -> Path:
         model(LANGUAGE_MODELS[name]()).save_pretrained(folder / name)
         make_tokenizer(bos=name != "t5", eos=name == "t5").save_pretrained(folder / name)
     write_rows(folder / "rows.parquet")
+    write_rows(folder / "other.parquet")
     write_rows(folder / "broken.parquet", broken=True)
     return folder
 
@@ -70,21 +76,63 @@ def test_stage_2_then_captions_then_answers(parts, tmp_path, language_model):
     assert [row["kind"] for row in bad] == ["text empty"]
     model = Blip2ForConditionalGeneration.from_pretrained(stage2)
     assert model.config.text_config.model_type == language_model
-    data = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "rows.parquet"))
+    data = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "other.parquet"))
+    long = ("--data", str(parts / "broken.parquet"), *data[2:], "--skip_bad_rows")
     once = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
     printed = run("finetune_captioning.py", tmp_path / "captioner", "--model", str(stage2), *data, *once)
     assert "eval_word_f1" in printed
     printed = run(
         "finetune_vqa.py",
         tmp_path / "vqa",
-        *("--model", str(stage2), "--stage1", str(parts / "stage1"), *data, *once),
+        *("--model", str(stage2), "--stage1", str(parts / "stage1"), *long, *once),
         *("--answer_column", "caption", "--group_by", "kind", "--vision_layer_decay", "0.9"),
     )
     results = json.loads((tmp_path / "vqa" / "results.json").read_text())
     assert len(results["answers"]) == 6 and results["accuracy"].keys() == {"animal", "thing"}
     assert "animal" in printed
+    bad = [json.loads(line) for line in (tmp_path / "vqa" / "bad_rows-train.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["kind"]) for row in bad] == [(4, "text empty"), (5, "text too long")]
+    assert "the Q-Former has" in bad[1]["reason"]
     trained = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "vqa")
     assert trained.config.qformer_config.use_qformer_text_input
     processor = Blip2Processor.from_pretrained(tmp_path / "vqa")
     inputs = processor(images=make_image(), text="Question: what is it? Answer:", return_tensors="pt")
     assert "qformer_input_ids" in inputs and trained.generate(**inputs, max_new_tokens=2).shape[0] == 1
+
+
+def stage2_options(parts: Path, *options: str) -> tuple[str, ...]:
+    names = ("--stage1", str(parts / "stage1"), "--language_model", str(parts / "llama"))
+    return (*names, "--data", str(parts / "rows.parquet"), *options)
+
+
+def test_stage_2_stops_early_and_keeps_the_best_checkpoint(parts, tmp_path):
+    stage2 = tmp_path / "stage2"
+    early = ("--early_stopping_patience", "2")
+    run("pretrain_stage2.py", stage2, *stage2_options(parts, *early), error="give --load_best_model_at_end")
+    steps = ("--max_steps", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1")
+    # What learns nothing gets no better than it was at first
+    still = ("--learning_rate", "0", "--load_best_model_at_end", *early)
+    # Half of the rows show one picture, half of them the other
+    apart = ("--held_out", "1", "--id_column", "picture", "--skip_bad_rows")
+    printed = run("pretrain_stage2.py", stage2, *stage2_options(parts, *steps, *still, *apart))
+    assert "eval_word_f1" in printed and printed.count("No bad rows.") == 2
+    assert {path.name for path in stage2.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (1, 2, 3)}
+    state = json.loads((stage2 / "checkpoint-3" / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"], state["best_global_step"]) == (3, 8, 1)
+    # Three rows are left to learn from: two batches an epoch
+    assert state["num_train_epochs"] == 4
+
+
+def test_stage_2_with_nothing_held_out(parts, tmp_path):
+    options = stage2_options(parts, "--skip_bad_rows", "--save_strategy", "no")
+    for name, held_out in (("none", ("--held_out", "0")), ("few", ())):
+        printed = run("pretrain_stage2.py", tmp_path / name, *options, *held_out)
+        assert printed.count("No bad rows.") == 1 and "eval_" not in printed
+        assert not (tmp_path / name / "bad_rows-held_out.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", ["finetune_captioning.py", "finetune_vqa.py"])
+def test_fine_tuning_is_not_validated_on_what_it_learns(script, parts, tmp_path):
+    rows = str(parts / "rows.parquet")
+    options = ("--model", str(parts / "none"), "--data", rows, "--validation", rows)
+    run(script, tmp_path / "out", *options, error="which is what is learned from")

@@ -350,7 +350,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
     def _encode_instructions(
         self, texts: list[str], repeats: list[int] | None, text_kwargs: dict[str, Any]
     ) -> dict[str, list]:
-        names = ("padding", "pad_to_multiple_of", "truncation", "max_length")
+        names = ("padding", "pad_to_multiple_of", "truncation", "max_length", "split_special_tokens")
         kwargs = {name: text_kwargs[name] for name in names if name in text_kwargs}
         # One instruction for each picture of the text
         plain = _repeat([text.replace(self.image_token, " ").strip() for text in texts], repeats or [1] * len(texts))

@@ -4,7 +4,7 @@ from .bad_rows import BadRow, BadRowError, check_pairs, leave_out_bad_rows, repo
 from .callbacks import SetEpochCallback
 from .collators import ImageTextCollator, LanguageModelCollator
 from .feature_cache import VisionTower, cache_features, load_cached_features, read_cached_features
-from .loading import hold_out, load_rows
+from .loading import check_held_out, hold_out, load_rows
 from .pairs import ImageTextPairs, ImageTextStream
 from .text import clean_caption, clean_question, split_prefix
 from .transforms import RandomResizedCropAndFlip
@@ -21,6 +21,7 @@ __all__ = [
     "SetEpochCallback",
     "VisionTower",
     "cache_features",
+    "check_held_out",
     "check_pairs",
     "clean_caption",
     "clean_question",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from PIL import Image
 from transformers.utils import logging
 
@@ -168,7 +169,8 @@ def report_bad_rows(bad: Sequence[BadRow], path: str | os.PathLike | None = None
     if path is not None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
+        # Another process may write the same list
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in bad))
         os.replace(temporary, path)
     if not bad:
@@ -184,7 +186,7 @@ def leave_out_bad_rows(
     pairs: "ImageTextPairs", collator: Callable | None = None, path: str | os.PathLike | None = None
 ) -> "ImageTextPairs":
     r"""
-    [`check_pairs`], a printed [`report_bad_rows`], and what is left.
+    [`check_pairs`], a printed [`report_bad_rows`], and what is left. Of several processes the first one reports.
 
     Args:
         pairs ([`ImageTextPairs`]):
@@ -197,8 +199,10 @@ def leave_out_bad_rows(
     Returns:
         [`ImageTextPairs`]: the rows that are not bad.
     """
-    bad = check_pairs(pairs, collator)
-    print(report_bad_rows(bad, path))
+    is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    bad = check_pairs(pairs, collator, show_progress=is_first)
+    if is_first:
+        print(report_bad_rows(bad, path))
     return pairs.without(bad)
 
 

@@ -80,6 +80,9 @@ class LanguageModelCollator:
         max_positions (`int`, *optional*):
             Positions of the language model, for queries (if `processor.num_query_tokens` is set), prompt and text: a
             row that needs more is an error. `None`, for models without such a limit, does not look.
+        max_qformer_positions (`int`, *optional*):
+            Positions of a Q-Former that reads the prompt, for its tokens alone: queries take none. A row that needs
+            more is an error. `None` does not look.
 
     Example:
 
@@ -89,10 +92,17 @@ class LanguageModelCollator:
     >>> loss = model(**collator([pairs[0], pairs[1]])).loss
     ```"""
 
-    def __init__(self, processor: Any, max_length: int | None = None, max_positions: int | None = None):
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        max_positions: int | None = None,
+        max_qformer_positions: int | None = None,
+    ):
         self.processor = processor
         self.max_length = max_length
         self.max_positions = max_positions
+        self.max_qformer_positions = max_qformer_positions
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         r"""
@@ -153,8 +163,18 @@ class LanguageModelCollator:
         positions = batch["attention_mask"].sum(dim=1)
         if self.processor.is_encoder_decoder:
             positions = torch.maximum(positions, num_labels)
-        for i, (row, length, count) in enumerate(zip(rows, positions.tolist(), num_labels.tolist(), strict=True)):
+        of_prompts = batch.get("qformer_attention_mask", torch.zeros_like(batch["attention_mask"])).sum(dim=1)
+        lengths = torch.stack([positions, num_labels, of_prompts], dim=1).tolist()
+        for i, (row, (length, count, of_prompt)) in enumerate(zip(rows, lengths, strict=True)):
             name = row.get("row", f"row {i} of the batch")
+            if self.max_qformer_positions is not None and of_prompt > self.max_qformer_positions:
+                raise BadRowError(
+                    f"{name} has a prompt of {of_prompt} tokens, for which the Q-Former has "
+                    f"{self.max_qformer_positions} positions. Give a max_length of no more than that, to cut long "
+                    "prompts, or leave the row out: check_pairs finds all such rows.",
+                    name,
+                    TEXT_TOO_LONG,
+                )
             if self.max_positions is not None and length > self.max_positions:
                 raise BadRowError(
                     f"{name} takes {length} positions, of which the model has {self.max_positions}. Give a smaller "

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from .feature_cache import load_cached_features
 
 
 _BUILDERS = {".tar": "webdataset", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# What `cache_features` and `Dataset.save_to_disk` leave in a folder
+_MARKS = ("cache.json", "dataset_info.json")
 
 
 def load_rows(
@@ -22,16 +25,22 @@ def load_rows(
 
     Args:
         data (`str` or `os.PathLike`):
-            Its name.
+            Its name. That of a data set of the Hub, or of another folder, may have a split behind it, or a
+            configuration and a split: `"me/ds:validation"`, `"me/ds:train[:1000]"`, `"me/ds:english:validation"`. A
+            path that exists is that path.
         split (`str`, *optional*, defaults to `"train"`):
-            Of a data set of the Hub.
+            Of a data set whose name has none behind it.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether the rows are read one after the other.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` with `streaming`.
+
+    Raises:
+        ValueError: if a split stands behind the name of what has no splits.
     """
-    path = Path(data)
+    name, config, split = _read_name(str(data), split)
+    path = Path(name)
     if (path / "cache.json").exists():
         rows = load_cached_features(path)
         return rows.to_iterable_dataset() if streaming else rows
@@ -40,8 +49,52 @@ def load_rows(
         return rows.to_iterable_dataset() if streaming else rows
     builder = _BUILDERS.get(path.suffix)
     if builder is None:
-        return datasets.load_dataset(str(data), split=split, streaming=streaming)
-    return datasets.load_dataset(builder, data_files=str(data), split="train", streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    return datasets.load_dataset(builder, data_files=name, split="train", streaming=streaming)
+
+
+def check_held_out(data: str | os.PathLike, *held_out: str | os.PathLike | None):
+    r"""
+    Whether data to validate on are others than those to learn from, as far as their names tell.
+
+    Args:
+        data (`str` or `os.PathLike`):
+            What is learned from, as [`load_rows`] takes it.
+        held_out (`str` or `os.PathLike`, *optional*):
+            What is not.
+
+    Raises:
+        ValueError: if a name means the very same data.
+    """
+    for other in held_out:
+        if other is not None and _same_name(other) == _same_name(data):
+            raise ValueError(
+                f"{str(other)!r} was given to validate or test on, which is what is learned from, {str(data)!r}. Give "
+                "other data; a split of a data set of the Hub stands behind its name, such as me/data:validation."
+            )
+
+
+def _same_name(data: str | os.PathLike) -> tuple[str, str | None, str]:
+    """What is equal for all names of one data set."""
+    name, config, split = _read_name(str(data), "train")
+    return os.path.realpath(name) if os.path.exists(name) else name, config, split
+
+
+def _read_name(data: str, split: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of a data set: `name:configuration:split`, `name:split` or the name alone."""
+    # The colon of a protocol has slashes behind it
+    name, *ends = re.split(r":(?!//)", data, maxsplit=1)
+    if not ends or Path(data).exists() or Path(data).suffix in _BUILDERS:
+        return data, None, split
+    path = Path(name)
+    if path.is_file() or path.suffix in _BUILDERS or any((path / mark).exists() for mark in _MARKS):
+        raise ValueError(
+            f"{data!r} has {ends[0]!r} behind {name!r}, which has no splits: a data set of the Hub, or a folder of "
+            "files of several splits, was expected. Give the name alone."
+        )
+    config, _, rest = ends[0].partition(":")
+    # A colon in brackets is that of a slice
+    return (name, config, rest) if rest and "[" not in config else (name, None, ends[0])
 
 
 def hold_out(
@@ -73,4 +126,4 @@ def hold_out(
     return rows.select(parts[0]), rows.select(parts[1])
 
 
-__all__ = ["hold_out", "load_rows"]
+__all__ = ["check_held_out", "hold_out", "load_rows"]

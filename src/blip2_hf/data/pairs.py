@@ -333,7 +333,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             [`ImageTextPairs`]: a copy, whose epoch is set apart from that of this one.
 
         Raises:
-            ValueError: if the data set has no such row, or no row is left.
+            ValueError: if the data set has no such row, or all rows are left out.
         """
         left_out = {row.row if isinstance(row, BadRow) else operator.index(row) for row in bad}
         size = len(self.dataset)
@@ -341,7 +341,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             raise ValueError(f"There is no row {unknown[0]}: the data set has {size}. Check this very data set.")
         numbers = np.arange(size) if self._kept is None else self._kept
         kept = numbers[~np.isin(numbers, list(left_out))]
-        if len(kept) == 0:
+        if len(kept) == 0 and left_out:
             raise ValueError(f"All {len(self)} rows are bad, none is left. report_bad_rows says why.")
         pairs = copy.copy(self)
         pairs._kept, pairs._epoch = kept, self._epoch.clone().share_memory_()
