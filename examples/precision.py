@@ -14,12 +14,18 @@ def device_type() -> str:
 @cache
 def fast_dtype() -> torch.dtype:
     """
-    bfloat16 on a GPU, and on a CPU that has instructions for it. On one that has none a product in bfloat16 takes many
-    times as long as in float32.
+    bfloat16 on a GPU or a CPU that has instructions for it, float32 on others. A CPU is measured, for PyTorch does not
+    say of all of them what they have: bfloat16 has to be at least as fast by the best of ten products. It is not
+    close: without instructions such a product takes many times as long.
     """
     if device_type() != "cpu":
-        return torch.bfloat16
-    return min((torch.float32, torch.bfloat16), key=_seconds_of_product)
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # In turn, for other processes may have the core at times
+        pairs = [(_seconds_of_product(torch.bfloat16), _seconds_of_product(torch.float32)) for _ in range(10)]
+        bfloat16, float32 = (min(seconds) for seconds in zip(*pairs, strict=True))
+        is_fast = bfloat16 <= float32
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 def fast_autocast() -> torch.autocast:
@@ -27,11 +33,15 @@ def fast_autocast() -> torch.autocast:
     return torch.autocast(device_type(), torch.bfloat16, enabled=fast_dtype() == torch.bfloat16)
 
 
-def _seconds_of_product(dtype: torch.dtype, size: int = 384, repeats: int = 5) -> float:
-    """The best of some, for other processes may have the core at times."""
-    matrix, times = torch.ones(size, size, dtype=dtype), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.matmul(matrix, matrix)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def computed_in() -> dict[str, str]:
+    """What numbers depend on beside their settings."""
+    device = torch.cuda.get_device_name() if device_type() == "cuda" else "cpu"
+    dtype = str(fast_dtype()).removeprefix("torch.")
+    return {"dtype": dtype, "device": device, "torch": str(torch.__version__)}
+
+
+def _seconds_of_product(dtype: torch.dtype, size: int = 384) -> float:
+    matrix = torch.ones(size, size, dtype=dtype)
+    start = time.perf_counter()
+    torch.matmul(matrix, matrix)
+    return time.perf_counter() - start

@@ -52,6 +52,40 @@ def test_a_broken_file_of_clip_art_has_no_title(tmp_path):
     assert title_and_keywords(tmp_path / "picture.svg") == (None, [])
 
 
+def test_where_clip_art_cannot_be_had_there_is_none(monkeypatch, capsys):
+    import pictures
+
+    def fail(command, **kwargs):
+        raise subprocess.CalledProcessError(100, command, stderr="E: no such package")
+
+    monkeypatch.setattr(pictures.shutil, "which", lambda name: "/usr/bin/apt-get")
+    monkeypatch.setattr(pictures.subprocess, "run", fail)
+    assert pictures.clip_art_if_any(set()) == []
+    assert "apt-get download -q openclipart-png failed.\nE: no such package" in capsys.readouterr().out
+
+
+def test_features_that_are_there_need_no_tower(monkeypatch, tmp_path):
+    import datasets
+    import features
+
+    pictures = {"train": datasets.Dataset.from_dict({"name": ["a", "b"]}), "clip_art": datasets.Dataset.from_dict({})}
+    made = []
+    monkeypatch.setattr(features, "load_pictures", lambda: pictures)
+    monkeypatch.setattr(features, "FOLDER", tmp_path)
+    monkeypatch.setattr(features, "without_hands", lambda rows: rows)
+
+    def load(folder):
+        if folder.name not in made:
+            raise FileNotFoundError
+        return pictures[folder.name]
+
+    monkeypatch.setattr(features, "load_cached_features", load)
+    monkeypatch.setattr(features, "make_features", lambda rows, folder, views: made.append(folder.name))
+    for _ in range(2):
+        assert list(features.load_features(("train", "clip_art"))) == ["train"]
+    assert made == ["train"]
+
+
 def test_nearest_neighbours_against_one_by_one():
     from baselines import directions, nearest_neighbours
 
@@ -150,6 +184,14 @@ def test_stage_2_takes_the_first_queries(tmp_path):
     assert model.get_image_features(image_embeds=batch["image_embeds"], return_dict=True).pooler_output.shape[1] == 1
 
 
+def test_stage_2_is_not_validated_after_a_stage_1_of_all_hands(monkeypatch):
+    import learn_stage2
+
+    monkeypatch.setattr(sys, "argv", ["learn_stage2.py", "--validate"])
+    with pytest.raises(SystemExit, match="no --validate"):
+        learn_stage2.main()
+
+
 def test_what_a_language_model_repeats_counts_by_name():
     from prompts import repeats
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -191,6 +233,48 @@ def test_spread_is_the_mean_and_the_standard_deviation():
     assert spread([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
     assert spread([1.25], percent=False) == "1.25"
     assert table("what", ["a"], {"row": ["1"]}) == "| what | a |\n| --- | --- |\n| row | 1 |\n"
+
+
+def test_a_report_of_what_there_is(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    import report
+    from training import save_json
+
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--output", str(tmp_path / "report")])
+    report.main()
+    assert "CapFilt has not been run." in (tmp_path / "report" / "tables.md").read_text()
+
+    def recalls(value):
+        ways = ("image_to_text", "text_to_image")
+        return {"seen": {f"ITC {way} R@{k}": value for way in ways for k in (1, 5, 10)}}
+
+    for seed, value in enumerate((0.5, 0.7)):
+        log = [{"step": step, "loss_itc": step + seed, "loss_itm": 0.5, "loss_itg": 9.0} for step in (2, 1)]
+        run = {"results": recalls(value) | {"contrast": recalls(value)}, "log": [*log, {"train_loss": 1.0}]}
+        save_json(tmp_path / "stage1" / f"full-seed{seed}" / "results.json", run)
+        save_json(tmp_path / "stage1" / f"ITC for longer-seed{seed}" / "results.json", run)
+    assert "| ITC for longer | 2 | 1.50 ± 0.71 |  |  |" in report.loss_table()
+    cleaned = {"drawings": 9, "right": 0.5} | recalls(0.4)
+    kinds = dict.fromkeys(("shuffled", "kept", "cleaned"), cleaned)
+    detection = {"precision": 0.6, "recall": 0.9}
+    save_json(tmp_path / "capfilt" / "seed1.json", kinds | {"detection": detection, "alone": recalls(0.3)})
+    found = report.capfilt_table()
+    assert "| the two hands alone (seeds: 1) | 0 |  | 30.0 | 30.0 |" in found
+    assert "| all, as they were (seeds: 1) | 9 | 100 | 70.0 | 70.0 |" in found
+
+
+def test_without_clip_art_nothing_is_learned_from_it(monkeypatch, tmp_path):
+    import datasets
+    import run
+
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    file = tmp_path / "pictures" / "clip_art.parquet"
+    file.parent.mkdir()
+    for number in (1, 0):
+        datasets.Dataset.from_dict({"name": ["cat"] * number}).to_parquet(file)
+        commands = [" ".join(command) for jobs in run.stages([0]) for _, command in jobs]
+        assert any("with Open Clip Art" in command for command in commands) == bool(number)
 
 
 def test_every_step_of_the_recipe_is_a_command():

@@ -6,7 +6,8 @@ CapFilt on pictures whose names were shuffled on purpose: which are found, and w
 As in BLIP, captioner and filter learn from data that can be trusted: the drawings of two hands. Of the other hands a
 third have each other's names. The Q-Former writes captions of them (ITG) and ranks these with the names that are there
 (ITC); the best one stays, or the drawing goes where that is another name than it had. What contrast then learns of all
-hands is compared with what it learns of the shuffled names, and of the original ones (learn_stage1.py).
+hands is compared with what it learns of the two hands alone, of the shuffled names, and of the original ones
+(learn_stage1.py).
 """
 
 import argparse
@@ -15,13 +16,14 @@ import random
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from evaluate_stage1 import evaluate
 from features import choose_splits, image_processor
 from learn_stage1 import Lesson, make_model, real_assets
-from precision import fast_autocast
+from precision import computed_in, device_type, fast_autocast
 from settings import FOLDER, STAGE1
-from training import save_json
+from training import save_json, save_tensors
 from transformers import AutoTokenizer
 
 from blip2_hf import Blip2Processor
@@ -104,19 +106,35 @@ def main():
         right = sum(caption == names[row] for row, caption in captions.items()) / len(captions)
         return {"drawings": len(captions), "right": right} | evaluate(model, processor, tests, contrast_only=True)
 
+    def learned_from_trusted():
+        """A model after all losses, and what it was worth after contrast."""
+        file = folder / "trusted.pt"
+        if file.exists():
+            # Trained again it may end a little elsewhere, and what an earlier run has cleaned would be refused
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            model = make_model(settings)
+            model.load_state_dict(saved["model"])
+            return model.to(device_type()), saved["alone"]
+        model, lesson = lesson_of(trusted, [names[row] for row in trusted], "trusted")
+        alone = evaluate(model, processor, tests, contrast_only=True)
+        lesson.all_losses(model)
+        save_tensors(file, {"model": model.state_dict(), "alone": alone})
+        return model, alone
+
     original = [names[row] for row in others]
     captions = shuffled(original, random.Random(seed))
-    model, lesson = lesson_of(trusted, [names[row] for row in trusted], "trusted")
-    lesson.all_losses(model)
+    model, alone = learned_from_trusted()
     to_clean = rows.select(others).add_column("caption", captions)
     cleaned, dropped = clean(model, processor, to_clean, folder / "filtered", seed)
     corrupted = [caption != name for caption, name in zip(captions, original, strict=True)]
     kept = {row: name for row, name, is_dropped in zip(others, captions, dropped, strict=True) if not is_dropped}
     results = {
         "detection": detection(corrupted, dropped),
+        "alone": alone,
         "shuffled": learned_from(dict(zip(others, captions, strict=True)), "shuffled"),
         "kept": learned_from(kept, "kept"),
         "cleaned": learned_from(dict(zip(others, cleaned, strict=True)), "cleaned"),
+        "computed in": computed_in(),
     }
     print(json.dumps(results, indent=1))
     save_json(FOLDER / "capfilt" / f"seed{seed}.json", results)

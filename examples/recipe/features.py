@@ -6,7 +6,6 @@ The frozen tower's output for all pictures of the recipe, computed once: some ve
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -35,20 +34,36 @@ def image_processor():
 
 
 def load_features(splits: Sequence[str] = SPLITS) -> dict[str, datasets.Dataset]:
-    """The features of some splits, made first if need be; a run that was stopped goes on."""
-    tower = VisionTower(two_towers.pretrained_folder()).to(device_type(), fast_dtype())
-    transform = RandomView(image_processor().size["height"])
+    """
+    The features of some splits, but for those without pictures. Complete ones are taken as they are: after a change of
+    pictures or towers delete them.
+    """
     pictures, features = load_pictures(), {}
     for split in splits:
-        make = partial(cache_features, pictures[split], tower, image_processor(), FOLDER / "features" / split)
-        views = {"views": VIEWS, "transform": transform} if split in LEARNED_FROM else {}
-        features[split] = load_cached_features(make(rows_per_shard=250, **views))
+        if len(pictures[split]) == 0:
+            continue
+        folder = FOLDER / "features" / split
+        try:
+            # Without the towers, which may compute in another type here than where these were made
+            features[split] = load_cached_features(folder)
+        except FileNotFoundError:
+            make_features(pictures[split], folder, VIEWS if split in LEARNED_FROM else 1)
+            features[split] = load_cached_features(folder)
     return without_hands(features)
+
+
+def make_features(pictures: datasets.Dataset, folder: Path, views: int):
+    """A run that was stopped goes on."""
+    tower = VisionTower(two_towers.pretrained_folder()).to(device_type(), fast_dtype())
+    transform = RandomView(image_processor().size["height"])
+    cache_features(pictures, tower, image_processor(), folder, views=views, transform=transform, rows_per_shard=250)
 
 
 def choose_splits(validate: bool, clip_art: bool = False) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
     """What is learned from, and what is tested on."""
     features = load_features([split for split in SPLITS if clip_art or split != "clip_art"])
+    if clip_art and "clip_art" not in features:
+        sys.exit("There are no pictures of Open Clip Art; pictures.py says why.")
     train_rows = features["train"]
     tests = {"seen": features["test_seen"], "unseen": features["test_unseen"]}
     if validate:

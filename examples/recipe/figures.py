@@ -6,21 +6,26 @@ Pictures of what stage 1 has learned: similarities of drawings and names before 
 
 import argparse
 import random
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 import transformers
-from features import load_features
+from features import choose_splits
 from learn_stage1 import make_model
 from pictures import load_pictures
 from settings import FOLDER, STAGE1
 from transformers import AutoTokenizer
 
-from blip2_hf import Blip2ForPreTraining
-from blip2_hf.attention_maps import overlay, text_heat_map
-from blip2_hf.data import read_cached_features
-from blip2_hf.losses import image_text_similarity
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from precision import device_type  # noqa: E402
+
+from blip2_hf import Blip2ForPreTraining  # noqa: E402
+from blip2_hf.attention_maps import overlay, text_heat_map  # noqa: E402
+from blip2_hf.data import read_cached_features  # noqa: E402
+from blip2_hf.losses import image_text_similarity  # noqa: E402
 
 
 GROUPS = ("animal-mammal", "food-fruit", "musical-instrument", "transport-ground")
@@ -31,7 +36,7 @@ THINGS_OF_A_GROUP, MAPS = 7, 8
 def similarities(model, embeds: torch.Tensor, texts) -> torch.Tensor:
     images = model.get_image_features(image_embeds=embeds, return_dict=True).pooler_output
     names = model.get_text_features(texts["input_ids"], texts["attention_mask"], return_dict=True).pooler_output
-    return image_text_similarity(images, names)
+    return image_text_similarity(images, names).cpu()
 
 
 def draw_similarities(matrices: dict[str, torch.Tensor], names: list[str], file: Path):
@@ -65,16 +70,18 @@ def draw_maps(model, pictures, embeds: torch.Tensor, texts, names: list[str], fi
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--output", type=Path, default=Path("outputs/recipe"))
-    folder = parser.parse_args().output
+    parser.add_argument("--seed", type=int, default=0, help="of the model that is shown")
+    options = parser.parse_args()
+    folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
-    transformers.set_seed(0)
+    transformers.set_seed(options.seed)
     transformers.logging.set_verbosity_error()
-    saved = FOLDER / "stage1" / "full-seed0" / "model"
+    saved = FOLDER / "stage1" / f"full-seed{options.seed}" / "model"
     tokenizer = AutoTokenizer.from_pretrained(saved)
-    untrained = make_model(STAGE1["full"]).eval()
-    trained = Blip2ForPreTraining.from_pretrained(saved).eval()
+    untrained = make_model(STAGE1["full"]).to(device_type()).eval()
+    trained = Blip2ForPreTraining.from_pretrained(saved).to(device_type()).eval()
 
-    rows = load_features()["test_seen"]
+    rows = choose_splits(validate=False)[1]["seen"]
     chosen = [
         number
         for group in GROUPS
@@ -84,8 +91,8 @@ def main():
     ]
     rows = rows.select(chosen)
     names = list(rows["name"])
-    embeds = torch.stack([read_cached_features(row).float() for row in rows])
-    texts = tokenizer(names, padding=True, return_tensors="pt")
+    embeds = torch.stack([read_cached_features(row).float() for row in rows]).to(device_type())
+    texts = tokenizer(names, padding=True, return_tensors="pt").to(device_type())
     models = {"before stage 1": untrained, "after": trained}
     matrices = {title: similarities(model, embeds, texts) for title, model in models.items()}
     draw_similarities(matrices, names, folder / "similarities.png")

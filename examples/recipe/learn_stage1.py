@@ -11,7 +11,6 @@ looked at.
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -25,13 +24,14 @@ from evaluate_stage1 import evaluate
 from features import choose_splits, image_processor
 from safetensors.torch import load_model
 from settings import FOLDER, STAGE1, Stage1
-from training import learn, parse_options, save_json
+from training import learn, parse_options, save_json, save_tensors
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
 from demo import NEW_PARTS  # noqa: E402
+from precision import computed_in  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
@@ -157,15 +157,12 @@ class Lesson:
 def contrast_once(model, lesson: Lesson, file: Path | None) -> list[dict]:
     """Runs that differ in what comes later share `file`. Returns the log."""
     if file and file.exists():
-        saved = torch.load(file, weights_only=True)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
         return saved["log"]
     log = lesson.contrast(model)
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        torch.save({"model": model.state_dict(), "log": log}, unfinished)
-        unfinished.replace(file)
+        save_tensors(file, {"model": model.state_dict(), "log": log})
     return log
 
 
@@ -197,10 +194,11 @@ def main():
             f"{options.variant!r} goes on from {settings.after!r}, which has learned from all hands: no --validate."
         )
     folder = options.output or FOLDER / "stage1" / f"{options.variant}-seed{options.seed}"
-    transformers.set_seed(options.seed)
     transformers.logging.set_verbosity_error()
     start = time.time()
     train_rows, tests = choose_splits(options.validate, settings.clip_art)
+    # Here, for features that are made first use up random numbers
+    transformers.set_seed(options.seed)
     model = make_model(settings)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=settings.num_query_tokens)
@@ -220,7 +218,8 @@ def main():
     if not options.validate:
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
-        save_json(folder / "results.json", {"results": results, "log": log, "seconds": trained - start})
+        record = {"results": results, "log": log, "seconds": trained - start, "computed in": computed_in()}
+        save_json(folder / "results.json", record)
 
 
 if __name__ == "__main__":

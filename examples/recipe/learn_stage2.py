@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
 from demo import collate_names, start_projection  # noqa: E402
-from precision import fast_autocast, fast_dtype  # noqa: E402
+from precision import computed_in, fast_autocast, fast_dtype  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
@@ -54,6 +54,8 @@ def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -
             "text_encoder": assets.text_encoder,
             "num_query_tokens": settings.num_query_tokens,
             "cross_attention_frequency": 1,
+            # None in stage 1 either
+            "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
         }
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
@@ -93,11 +95,14 @@ def write(model, processor, rows: datasets.Dataset, batch_size: int = 64) -> lis
 def main():
     options = parse_options(__doc__.splitlines()[1], STAGE2)
     settings = replace(STAGE2[options.variant], **options.set)
+    if settings.stage1 and options.validate:
+        sys.exit(f"{options.variant!r} goes on from a stage 1 that has learned from all hands: no --validate.")
     folder = options.output or FOLDER / "stage2" / f"{options.variant}-seed{options.seed}"
-    transformers.set_seed(options.seed)
     transformers.logging.set_verbosity_error()
     start = time.time()
     train_rows, tests = choose_splits(options.validate)
+    # Here, for features that are made first use up random numbers
+    transformers.set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().language_model)
     model = make_model(settings, options.seed, train_rows, tokenizer)
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=model.config.num_query_tokens)
@@ -112,7 +117,7 @@ def main():
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
         record = {"results": results, "captions": captions, "log": log, "seconds": trained - start}
-        save_json(folder / "results.json", record)
+        save_json(folder / "results.json", record | {"computed in": computed_in()})
 
 
 if __name__ == "__main__":

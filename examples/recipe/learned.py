@@ -6,6 +6,8 @@ the test hand has not been learned, and how much is lost from one hand to anothe
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import datasets
 import torch
@@ -15,14 +17,18 @@ from features import choose_splits
 from learn_stage2 import write
 from settings import FOLDER, LONGER
 
-from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
-from blip2_hf.data import read_cached_features
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from precision import device_type  # noqa: E402
+
+from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
+from blip2_hf.data import read_cached_features  # noqa: E402
 
 
 @torch.no_grad()
 def likeness(model, rows: datasets.Dataset) -> float:
     """Mean cosine of two queries of a picture, in the space of contrast."""
-    embeds = torch.stack([read_cached_features(row).float() for row in rows])
+    embeds = torch.stack([read_cached_features(row).float() for row in rows]).to(model.device)
     features = model.get_image_features(image_embeds=embeds, return_dict=True).pooler_output
     cosines = features @ features.transpose(1, 2)
     different = ~torch.eye(cosines.shape[1], dtype=torch.bool)
@@ -39,14 +45,16 @@ def main():
     results = {}
     for variant in ("full", LONGER):
         folder = FOLDER / "stage1" / f"{variant}-seed{seed}" / "model"
-        model, processor = Blip2ForPreTraining.from_pretrained(folder), Blip2Processor.from_pretrained(folder)
+        model = Blip2ForPreTraining.from_pretrained(folder).to(device_type())
+        processor = Blip2Processor.from_pretrained(folder)
         # Matching has learned nothing more in the latter
         of_all = evaluate(model, processor, tests)["seen"]
         keys = [key for key in of_all if variant == "full" or not key.startswith(("ITM", "ITC and ITM"))]
         results |= {f"{variant}: {key}": of_all[key] for key in keys}
         results[f"{variant}: cosine of two queries"] = likeness(model, tests["seen"])
     folder = FOLDER / "stage2" / f"full-seed{seed}" / "model"
-    model, processor = Blip2ForConditionalGeneration.from_pretrained(folder), Blip2Processor.from_pretrained(folder)
+    model = Blip2ForConditionalGeneration.from_pretrained(folder).to(device_type())
+    processor = Blip2Processor.from_pretrained(folder)
     scores = score(write(model, processor, tests["seen"]), list(tests["seen"]["name"]))
     results |= {f"stage 2: {name}": value for name, value in scores.items()}
     print(*(f"{name:55} {value:.3f}" for name, value in results.items()), sep="\n")

@@ -19,11 +19,13 @@ import argparse
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -79,13 +81,26 @@ def as_png(data: bytes) -> bytes:
     return bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=160))
 
 
+def clip_art_if_any(forbidden: set[str]) -> list[dict]:
+    """None where its package can't be had: one ablation needs it, the rest does not."""
+    if not shutil.which("apt-get"):
+        print("No apt-get, so no Open Clip Art: it is a package of Debian.")
+        return []
+    try:
+        return list(clip_art(forbidden))
+    except subprocess.CalledProcessError as error:
+        print(f"No Open Clip Art: {shlex.join(error.cmd)} failed.\n{error.stderr}")
+        return []
+
+
 def clip_art(forbidden: set[str]) -> Iterator[dict]:
     """Pictures of things of Open Clip Art, the first of each title."""
     with tempfile.TemporaryDirectory() as folder:
+        run = partial(subprocess.run, cwd=folder, check=True, stderr=subprocess.PIPE, text=True)
         for package in CLIP_ART:
-            subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+            run(["apt-get", "download", "-q", package])
         for archive in Path(folder).glob("*.deb"):
-            subprocess.run(["dpkg-deb", "-x", str(archive), folder], check=True)
+            run(["dpkg-deb", "-x", str(archive), folder])
         root = Path(folder) / "usr" / "share" / "openclipart"
         seen = set(forbidden)
         for file in sorted(file for part in CLIP_ART_FOLDERS for file in (root / "svg" / part).rglob("*.svg")):
@@ -144,12 +159,8 @@ def make_pictures(folder: Path):
             "test_seen": fluent.select([i for i, name in enumerate(fluent["name"]) if name not in unseen]),
             "test_unseen": fluent.select([i for i, name in enumerate(fluent["name"]) if name in unseen]),
         }
-        if shutil.which("apt-get"):
-            art = list(clip_art(forbidden={None, *names}))
-            splits["clip_art"] = datasets.Dataset.from_list(art, features=fluent.features)
-        else:
-            print("No apt-get, so no Open Clip Art: it is a package of Debian.")
-            splits["clip_art"] = drawings.select([])
+        art = clip_art_if_any(forbidden={None, *names})
+        splits["clip_art"] = datasets.Dataset.from_list(art, features=fluent.features)
         work = folder.with_name(folder.name + ".part")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)

@@ -16,9 +16,9 @@ from settings import FOLDER, FULL, LONGER, STAGE1, STAGE2
 SPLITS = {"seen": "seen concepts", "unseen": "unseen concepts"}
 
 
-def runs(stage: str, variant: str) -> list[dict]:
+def runs(stage: str, variant: str, seed: str = "seed*") -> list[dict]:
     """The results of each seed."""
-    files = sorted((FOLDER / stage).glob(f"{variant}-seed*/results.json"))
+    files = sorted((FOLDER / stage).glob(f"{variant}-{seed}/results.json"))
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -40,14 +40,18 @@ def retrieval_rows(results: list[dict], split: str, ranking: str) -> list[str]:
     return [spread([result[split][key] for result in results]) for key in keys]
 
 
+def read_baselines() -> dict[str, list[dict]]:
+    file = FOLDER / "baselines.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def retrieval_table(split: str) -> str:
-    baselines = json.loads((FOLDER / "baselines.json").read_text())
-    full = [run["results"] for run in runs("stage1", "full")]
-    rows = {name: retrieval_rows(results, split, "") for name, results in baselines.items()}
-    rows["Q-Former after contrast alone"] = retrieval_rows([result["contrast"] for result in full], split, "ITC")
-    rows["Q-Former after all losses, ITC"] = retrieval_rows(full, split, "ITC")
-    rows["Q-Former after all losses, re-ranked by matching (ITM)"] = retrieval_rows(full, split, "ITM")
-    rows["Q-Former after all losses, ITC and ITM"] = retrieval_rows(full, split, "ITC and ITM")
+    rows = {name: retrieval_rows(results, split, "") for name, results in read_baselines().items()}
+    if full := [run["results"] for run in runs("stage1", "full")]:
+        rows["Q-Former after contrast alone"] = retrieval_rows([result["contrast"] for result in full], split, "ITC")
+        rows["Q-Former after all losses, ITC"] = retrieval_rows(full, split, "ITC")
+        rows["Q-Former after all losses, re-ranked by matching (ITM)"] = retrieval_rows(full, split, "ITM")
+        rows["Q-Former after all losses, ITC and ITM"] = retrieval_rows(full, split, "ITC and ITM")
     for variant in (LONGER, "ITC for longer", "all losses for longer"):
         results = [run["results"] for run in runs("stage1", variant)]
         rankings = ["ITC", "ITC and ITM"] if "itm" in STAGE1[variant].losses else ["ITC"]
@@ -59,17 +63,15 @@ def retrieval_table(split: str) -> str:
 
 
 def caption_table() -> str:
-    baselines = json.loads((FOLDER / "baselines.json").read_text())["nearest neighbour"]
-
     def cells(exact: dict[str, list[float]], cider: dict[str, list[float]]) -> list[str]:
         return [cell for split in SPLITS for cell in (spread(exact[split]), spread(cider[split], percent=False))]
 
-    rows = {
-        "the nearest neighbour's name": cells(
-            {split: [run[split]["image_to_text R@1"] for run in baselines] for split in SPLITS},
-            {split: [run[split]["CIDEr-D"] for run in baselines] for split in SPLITS},
+    rows = {}
+    if neighbour := read_baselines().get("nearest neighbour"):
+        rows["the nearest neighbour's name"] = cells(
+            {split: [run[split]["image_to_text R@1"] for run in neighbour] for split in SPLITS},
+            {split: [run[split]["CIDEr-D"] for run in neighbour] for split in SPLITS},
         )
-    }
     for variant in STAGE2:
         results = [run["results"] for run in runs("stage2", variant)]
         if results:
@@ -108,8 +110,24 @@ def ablation_table() -> str:
     return table("stage 1, seen concepts, %", columns, rows)
 
 
+def loss_table() -> str:
+    """What was logged last of each loss that was learned from."""
+    rows = {}
+    for variant, settings in STAGE1.items():
+        logs = [run["log"] for run in runs("stage1", variant)]
+        if logs:
+            rows[variant] = [str(len(logs))] + [
+                spread([[e[f"loss_{name}"] for e in log if f"loss_{name}" in e][-1] for log in logs], percent=False)
+                if name == "itc" or name in settings.losses
+                else ""
+                for name in ("itc", "itm", "itg")
+            ]
+    return table("stage 1, loss at the end", ["seeds", "ITC", "ITM", "ITG"], rows)
+
+
 def capfilt_table() -> str:
-    results = [json.loads(file.read_text()) for file in sorted((FOLDER / "capfilt").glob("seed*.json"))]
+    files = sorted((FOLDER / "capfilt").glob("seed*.json"))
+    results = [json.loads(file.read_text()) for file in files]
     if not results:
         return "CapFilt has not been run.\n"
     kinds = {
@@ -123,15 +141,17 @@ def capfilt_table() -> str:
         return [spread([run["seen"][key] for run in of_kind]) for key in keys]
 
     rows = {}
+    if alone := [result["alone"] for result in results if "alone" in result]:
+        rows[f"the two hands alone (seeds: {len(alone)})"] = ["0", "", *cells(alone)]
     for title, kind in kinds.items():
         of_kind = [result[kind] for result in results]
         drawings = round(statistics.mean(run["drawings"] for run in of_kind))
         rows[title] = [str(drawings), spread([run["right"] for run in of_kind]), *cells(of_kind)]
-    rows["all, as they were"] = [
-        str(results[0]["shuffled"]["drawings"]),
-        "100",
-        *cells([run["results"]["contrast"] for run in runs("stage1", "full")]),
-    ]
+    # Of the same seeds
+    originals = [run["results"]["contrast"] for file in files for run in runs("stage1", "full", file.stem)]
+    if originals:
+        drawings = str(results[0]["shuffled"]["drawings"])
+        rows[f"all, as they were (seeds: {len(originals)})"] = [drawings, "100", *cells(originals)]
     found = {
         "by CapFilt": [spread([result["detection"][key] for result in results]) for key in ("precision", "recall")]
     }
@@ -161,7 +181,8 @@ def plot_logs(stage: str, variants: list[str], names: list[str], file: Path):
             bounds = ([pick(column) for column in zip(*values, strict=True)] for pick in (min, max))
             axis.fill_between(steps, *bounds, alpha=0.2, color=colors[number], linewidth=0)
         axis.set(title=name.replace("_", " "), xlabel="step")
-    axes[0][0].legend(fontsize=8)
+    if axes[0][0].lines:
+        axes[0][0].legend(fontsize=8)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
@@ -171,7 +192,8 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("outputs/recipe"))
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
-    tables = [*(retrieval_table(split) for split in SPLITS), caption_table(), ablation_table(), capfilt_table()]
+    tables = [retrieval_table(split) for split in SPLITS]
+    tables += [caption_table(), ablation_table(), loss_table(), capfilt_table()]
     (folder / "tables.md").write_text("\n".join(tables))
     print("\n".join(tables))
     losses = ["loss_itc", "loss_itm", "loss_itg", "temperature", "learning_rate"]

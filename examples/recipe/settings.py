@@ -57,6 +57,7 @@ STAGE1 = {
     "full": FULL,
     "no ITG": replace(FULL, losses=("itm",)),
     "no ITM": replace(FULL, losses=("itg",)),
+    "ITC alone": replace(FULL, losses=()),
     "random initialisation": replace(FULL, random_initialisation=True),
     "random negatives": replace(FULL, hardness=(0.0, 0.0)),
     "1 query": replace(FULL, num_query_tokens=1),

@@ -54,6 +54,8 @@ def learn(
         disable_tqdm=True,
         **arguments,
     )
+    # Of several GPUs one: losses that call parts of the model can't go through DataParallel
+    arguments._n_gpu = min(1, arguments.n_gpu)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
     trainer = trainer_class(
         model, arguments, train_dataset=pairs, data_collator=collator, optimizers=(optimizer, None)
@@ -77,8 +79,16 @@ def parse_options(description: str, variants: Iterable[str]) -> argparse.Namespa
 
 
 def save_json(file: Path, value):
-    """All of it or nothing: run.py takes a file that is there for a step that is done."""
+    _save(file, lambda unfinished: unfinished.write_text(json.dumps(value)))
+
+
+def save_tensors(file: Path, value):
+    _save(file, lambda unfinished: torch.save(value, unfinished))
+
+
+def _save(file: Path, write: Callable[[Path], object]):
+    """All of it or nothing: a file that is there stands for a step that is done."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(value))
+    write(unfinished)
     unfinished.replace(file)
