@@ -566,7 +566,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     trainer = make_trainer(
         tmp_path,
         compute_metrics=lambda processor: lambda prediction: {"word_f1": next(scores)},
-        max_steps=4,
+        max_steps=8,
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
@@ -575,6 +575,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     )
     trainer.add_callback(transformers.EarlyStoppingCallback(early_stopping_patience=2))
     trainer.train()
+    assert trainer.state.global_step == 4
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best = Blip2ForConditionalGeneration.from_pretrained(trainer.state.best_model_checkpoint)
     torch.testing.assert_close(best.query_tokens.weight, trainer.model.query_tokens.weight)
