@@ -1,7 +1,7 @@
 import pytest
 import torch
 import transformers
-from tiny import QFORMER, VISION, make_config, make_pixel_values, randomize
+from tiny import QFORMER, VISION, assert_same_model, make_config, make_pixel_values, randomize
 
 from blip2_hf import Blip2Config, Blip2Model, Blip2VisionConfig, Blip2VisionModel
 
@@ -36,7 +36,7 @@ def test_any_tower_gives_patch_features(name, tmp_path):
     assert model(pixel_values).last_hidden_state.shape == (2, 4, 32)
     model.save_pretrained(tmp_path)
     loaded = Blip2Model.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(pixel_values).last_hidden_state, model(pixel_values).last_hidden_state)
+    assert_same_model(loaded, model, loaded(pixel_values).last_hidden_state, model(pixel_values).last_hidden_state)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from naive_stage1 import naive_stage1
 from stage1 import assert_same, gradients, make_inputs, make_stage1
-from tiny import make_pixel_values
+from tiny import assert_same_model, make_pixel_values
 
 from blip2_hf import Blip2ForPreTraining
 
@@ -122,7 +122,7 @@ def test_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     loaded, info = Blip2ForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
+    assert_same_model(loaded, model, loaded(**inputs).loss, model(**inputs).loss)
     assert loaded.lm_head.decoder.weight is loaded.embeddings.word_embeddings.weight
     assert loaded.lm_head.decoder.bias is loaded.lm_head.bias
     assert loaded.temperature.weight.item() == model.temperature.weight.item() == 0.5
@@ -134,10 +134,10 @@ def test_more_words(tmp_path):
     model.resize_token_embeddings(70)
     assert model.lm_head.bias.shape == (70,) and model.config.qformer_config.vocab_size == 70
     assert model.lm_head.decoder.weight is model.embeddings.word_embeddings.weight
-    assert torch.equal(model(return_loss=False, **inputs).logits_per_image, expected)
+    torch.testing.assert_close(model(return_loss=False, **inputs).logits_per_image, expected)
     model.save_pretrained(tmp_path)
     loaded = Blip2ForPreTraining.from_pretrained(tmp_path)
-    assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
+    assert_same_model(loaded, model, loaded(**inputs).loss, model(**inputs).loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

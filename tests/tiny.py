@@ -102,6 +102,14 @@ def make_model(language_model: str = "opt", **kwargs) -> Blip2ForConditionalGene
     return randomize(Blip2ForConditionalGeneration(make_config(language_model, **kwargs))).eval()
 
 
+def assert_same_model(actual, expected, outputs, expected_outputs):
+    """Weights to the last bit; what is computed of them may depend on where in memory they lie."""
+    weights = expected.state_dict()
+    assert actual.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in actual.state_dict().items())
+    torch.testing.assert_close(outputs, expected_outputs)
+
+
 def make_tokenizer(bos: bool = True, eos: bool = False) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE of fewer than `VOCAB_SIZE - 1` tokens; `<s>` 0, `<pad>` 1, `</s>` 2."""
     tokenizer = Tokenizer(models.BPE())
