@@ -401,10 +401,11 @@ class Blip2HfQFormerModel(PreTrainedModel):
     ) -> tuple[tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor], ...]:
         """The same for these queries alone: without keys, where that is faster."""
         states = self._image_states(encoder_hidden_states)
-        is_image_a_row = encoder_attention_mask is None and len(states.hidden_states) == len(query_embeds)
+        # Sizes are compared in training alone: a graph for serving has them open
+        if not self.training or encoder_attention_mask is not None or len(states.hidden_states) != len(query_embeds):
+            return self.project_image(states)
         # SDPA returns no probabilities; activation checkpointing may look for gradients in tensors alone
-        is_sdpa = self.config._attn_implementation == "sdpa" and not self.encoder.gradient_checkpointing
-        if not (self.training and is_image_a_row and is_sdpa):
+        if self.config._attn_implementation != "sdpa" or self.encoder.gradient_checkpointing:
             return self.project_image(states)
         return tuple(attention.project_image_for(states, query_length) for attention in self._cross_attentions)
 
