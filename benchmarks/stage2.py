@@ -174,20 +174,31 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
         setattr(module, name, value)
 
 
+def gradients(step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss, and gradients by the names that both have, without dropout."""
+    step.optimizer.zero_grad()
+    with without_dropout(step.model):
+        loss = step.loss()
+        loss.backward()
+    named = step.model.named_parameters()
+    return loss.detach(), {name.removesuffix(".weight"): p.grad.clone() for name, p in named if p.grad is not None}
+
+
 def largest_difference(ours: Step, theirs: Step) -> dict[str, float]:
-    """Of losses, and of gradients by their norms, without dropout. That of a key's bias is zero but for rounding."""
-    losses, gradients = [], []
-    for step in (ours, theirs):
-        step.optimizer.zero_grad()
-        with without_dropout(step.model):
-            losses.append(step.loss())
-            losses[-1].backward()
-        named = step.model.named_parameters()
-        gradients.append({name.removesuffix(".weight"): p.grad.clone() for name, p in named if p.grad is not None})
-    names = [name for name in gradients[1] if not name.endswith("key.bias")]
-    worst = max((gradients[0][name] - gradients[1][name]).norm() / gradients[1][name].norm() for name in names)
-    loss = (losses[0] - losses[1]).detach().abs() / losses[1].detach()
-    return {"loss": float(loss), "gradient": float(worst)}
+    """Of losses, and of gradients by their norms; and what rounding of the features alone makes of theirs."""
+    (our_loss, actual), (loss, expected) = gradients(ours), gradients(theirs)
+    features = theirs.batch["pixel_values"]
+    theirs.batch["pixel_values"] = features * (1 + 2e-7 * torch.randn_like(features))
+    _, rounded = gradients(theirs)
+    theirs.batch["pixel_values"] = features
+    # That of a key's bias is zero but for rounding
+    names = [name for name in expected if not name.endswith("key.bias")]
+
+    def largest(other: dict[str, torch.Tensor]) -> float:
+        return float(max((other[name] - expected[name]).norm() / expected[name].norm() for name in names))
+
+    difference = {"loss": float((our_loss - loss).abs() / loss), "gradient": largest(actual)}
+    return difference | {"gradient_of_theirs_if_features_are_rounded": largest(rounded)}
 
 
 def memory_of(step: Step) -> int:

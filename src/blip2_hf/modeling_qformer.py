@@ -401,13 +401,19 @@ class Blip2HfQFormerModel(PreTrainedModel):
     ) -> tuple[tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor], ...]:
         """The same for these queries alone: without keys, where that is faster."""
         states = self._image_states(encoder_hidden_states)
-        # Sizes are compared in training alone: a graph for serving has them open
-        if not self.training or encoder_attention_mask is not None or len(states.hidden_states) != len(query_embeds):
-            return self.project_image(states)
-        # SDPA returns no probabilities; activation checkpointing may look for gradients in tensors alone
-        if self.config._attn_implementation != "sdpa" or self.encoder.gradient_checkpointing:
-            return self.project_image(states)
-        return tuple(attention.project_image_for(states, query_length) for attention in self._cross_attentions)
+        # Sizes are compared in training alone, for a graph for serving has them open; SDPA returns no probabilities;
+        # activation checkpointing may look for gradients in tensors alone
+        is_one_pass = (
+            self.training
+            and self.config._attn_implementation == "sdpa"
+            and not self.encoder.gradient_checkpointing
+            and encoder_attention_mask is None
+            and len(states.hidden_states) == len(query_embeds)
+        )
+        return tuple(
+            attention.project_image_for(states, query_length) if is_one_pass else attention.project_image(states)
+            for attention in self._cross_attentions
+        )
 
     @property
     def _cross_attentions(self) -> list[Blip2QFormerMultiHeadAttention]:
