@@ -38,8 +38,8 @@ def run(model, folder, **kwargs):
 @pytest.mark.parametrize("makes_keys", [False, True])
 def test_loss_and_gradients(monkeypatch, folder, makes_keys, skip_logits):
     # Attention to features without their keys, which such small sizes would not have
-    monkeypatch.setattr("blip2_hf.image_scores._LEAST_ROWS", 10**9 if makes_keys else 1)
-    monkeypatch.setattr("blip2_hf.image_scores._LARGEST_SHARE", 10**9)
+    monkeypatch.setattr("blip2_hf.image_states._LEAST_ROWS", 10**9 if makes_keys else 1)
+    monkeypatch.setattr("blip2_hf.image_states._LARGEST_SHARE", 10**9)
     model = load(folder).train()
     outputs = run(model, folder, skip_logits=skip_logits)
     assert (outputs.logits is None) == skip_logits

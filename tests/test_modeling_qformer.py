@@ -6,9 +6,8 @@ from tiny import QFORMER, make_config, make_pixel_values, randomize
 from torch.nn.utils import prune
 
 from blip2_hf import Blip2Model, Blip2QFormerConfig, Blip2QFormerModel, block_attention_mask
+from blip2_hf.image_states import Blip2ImageProjection, Blip2ImageStates
 from blip2_hf.modeling_qformer import (
-    Blip2ImageProjection,
-    Blip2ImageStates,
     Blip2TextEmbeddings,
     additive_mask,
     copy_bert_weights,

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2_hf.distributed import GlobalBatch
-from blip2_hf.modeling_qformer import Blip2ImageProjection, Blip2QFormerLayer
+from blip2_hf.image_states import Blip2ImageProjection
+from blip2_hf.modeling_qformer import Blip2QFormerLayer
 
 
 pytestmark = pytest.mark.usefixtures("likeliest_negatives")

@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from train_stage2 import remove_dropout
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from blip2_hf import image_scores
-from blip2_hf.modeling_qformer import Blip2ImageProjection, Blip2QFormerLayer
+from blip2_hf import image_states
+from blip2_hf.image_states import Blip2ImageProjection
+from blip2_hf.modeling_qformer import Blip2QFormerLayer
 
 
 PROGRAM = Path(__file__).parent / "train_stage2.py"
@@ -89,7 +90,7 @@ def wrap_in_fsdp2(model):
 def run_process(rank: int, world_size: int, folder: str):
     torch.set_num_threads(1)
     # Attention to features without their keys, whose projection DDP and FSDP then never see called
-    image_scores._LEAST_ROWS, image_scores._LARGEST_SHARE = 1, 10**9
+    image_states._LEAST_ROWS, image_states._LARGEST_SHARE = 1, 10**9
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     results = {}
     for name, wrap in {"ddp": DistributedDataParallel, "fsdp": wrap_in_fsdp, "fsdp2": wrap_in_fsdp2}.items():

@@ -11,7 +11,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .cache_name import CACHE_NAME
-from .modeling_qformer import Blip2ImageStates, Blip2QFormerModel, Blip2QFormerText
+from .image_states import Blip2ImageStates
+from .modeling_qformer import Blip2QFormerModel, Blip2QFormerText
 
 
 class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):

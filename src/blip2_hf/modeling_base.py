@@ -14,8 +14,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .cache_name import CACHE_NAMES
 from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hidden_size
 from .frozen import is_frozen
+from .image_states import Blip2ImageStates
 from .modeling_qformer import (
-    Blip2ImageStates,
     Blip2QFormerModel,
     copy_bert_weights,
     load_bert,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm, linear
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,79 +22,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_blip2 import Blip2QFormerConfig
-from .image_scores import Blip2ImageKeys, is_faster_without_keys
+from .image_states import Blip2ImageKeys, Blip2ImageProjection, Blip2ImageStates, is_faster_without_keys
 
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 ImageKeyValues = tuple[KeyValues, ...]
-
-
-@dataclass
-class Blip2ImageStates:
-    r"""
-    Image features after the LayerNorm that follows the tower, as the keys and values of the cross-attention need them.
-
-    A frozen tower leaves that LayerNorm's weight and bias as all that its output is differentiated for. They are then
-    folded into the key and value weights, for `(x * g + b) W' = x (W * g)' + b W'`: no gradient flows into the
-    features, and one product of three in the backward of each projection falls away.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)`):
-            The features.
-        weight, bias (`torch.Tensor` of shape `(encoder_hidden_size,)`, *optional*):
-            What is left to be done to them: multiplied and added.
-    """
-
-    hidden_states: torch.Tensor
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-    @classmethod
-    def after_layernorm(cls, image_embeds: torch.Tensor, layernorm: nn.LayerNorm) -> "Blip2ImageStates":
-        """Of the tower's output, and the LayerNorm that follows it."""
-        image_embeds = image_embeds.to(layernorm.weight.dtype)
-        if torch.is_grad_enabled() and layernorm.weight.requires_grad and not image_embeds.requires_grad:
-            normalized = layer_norm(image_embeds, layernorm.normalized_shape, eps=layernorm.eps)
-            return cls(normalized, layernorm.weight, layernorm.bias)
-        return cls(layernorm(image_embeds))
-
-    def to(self, dtype: torch.dtype) -> "Blip2ImageStates":
-        tensors = (self.hidden_states, self.weight, self.bias)
-        return Blip2ImageStates(*(tensor if tensor is None else tensor.to(dtype) for tensor in tensors))
-
-    def unfolded(self) -> "Blip2ImageStates":
-        """With nothing left to be done to the features."""
-        return self if self.weight is None else Blip2ImageStates(self.hidden_states * self.weight + self.bias)
-
-    def autocast(self) -> "Blip2ImageStates":
-        """With features in the type that autocast multiplies in: cast once, not for each projection."""
-        kind = self.hidden_states.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self
-        return Blip2ImageStates(self.hidden_states.to(torch.get_autocast_dtype(kind)), self.weight, self.bias)
-
-    def project(self, projection: nn.Module) -> torch.Tensor:
-        """What a linear map makes of the features."""
-        if self.weight is None:
-            return projection(self.hidden_states)
-        return projection(self.hidden_states, self.weight, self.bias)
-
-    def keys(self, projection: nn.Linear) -> Blip2ImageKeys:
-        """What `project` would make keys of. A shift of all features alike makes no difference to attention."""
-        weight = projection.weight if self.weight is None else projection.weight * self.weight
-        return Blip2ImageKeys(self.hidden_states, weight, projection.bias)
-
-
-class Blip2ImageProjection(nn.Linear):
-    """From image features to keys or values; FSDP wraps it by itself, for it is called outside its layer."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Of `hidden_states * scale + shift`, without a gradient into `hidden_states` if they need none."""
-        if scale is None:
-            return super().forward(hidden_states)
-        return linear(hidden_states, self.weight * scale, linear(shift, self.weight, self.bias))
 
 
 @dataclass

@@ -13,9 +13,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_blip2 import Blip2Config
+from .image_states import Blip2ImageStates
 from .losses import image_text_similarity
 from .modeling_base import Blip2PreTrainedModel
-from .modeling_qformer import Blip2ImageStates, ImageKeyValues
+from .modeling_qformer import ImageKeyValues
 
 
 class Blip2Temperature(nn.Module):
