@@ -108,6 +108,29 @@ def test_a_frozen_language_model_is_run_row_by_row_to_the_same_end(name, rows, m
     assert (more.decoder_hidden_states if name == "t5" else more.hidden_states) is not None
 
 
+def test_words_before_the_picture_can_be_run_once_for_all_rows():
+    model, batch = make_model().train(), make_batch()
+    model.qformer.eval()
+    shared, rows = torch.tensor([[5, 9, 7]]), len(batch["input_ids"])
+    whole = batch | {"input_ids": torch.cat([shared.expand(rows, -1), batch["input_ids"]], dim=1)}
+    for name, value in (("labels", -100), ("attention_mask", 1)):
+        whole[name] = torch.cat([torch.full((rows, 3), value), batch[name]], dim=1)
+    full = model(**whole, skip_logits=False)
+    expected = trained_gradients(model, full.loss)
+    # The second time it knows what the language model does to its scores, and could run it row by row
+    for _ in range(2):
+        with torch.no_grad():
+            cache = model.language_model(shared, use_cache=True)[CACHE_NAME]
+        cache.batch_repeat_interleave(rows)
+        given = batch | {"attention_mask": whole["attention_mask"], CACHE_NAME: cache}
+        actual = model(**given, skip_logits=True)
+        torch.testing.assert_close(actual.loss, full.loss, rtol=1e-6, atol=1e-6)
+        found = trained_gradients(model, actual.loss)
+        assert found.keys() == expected.keys()
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=2e-5, msg=key)
+
+
 def test_a_language_model_that_is_trained_is_run_at_once():
     model, batch = train_only(make_model(), "lora_language_model").train(), make_batch()
     for _ in range(2):

@@ -30,6 +30,7 @@ from precision import computed_in, fast_autocast, fast_dtype  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
+from blip2_hf.cache_name import CACHE_NAME  # noqa: E402
 from blip2_hf.data import ImageTextPairs, read_cached_features  # noqa: E402
 from blip2_hf.frozen import cast_parameters  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage2Arguments  # noqa: E402
@@ -68,12 +69,26 @@ def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -
     return model
 
 
+class SharesPrompt(Blip2Trainer):
+    """The words before the picture, which all rows share, run through the frozen language model once a step."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        # Padding is behind the names: the picture has the same place in each row
+        input_ids = inputs["input_ids"]
+        length = int((input_ids[0] == model.config.image_token_index).int().argmax())
+        with torch.no_grad(), self.accelerator.autocast():
+            shared = model.language_model(input_ids[:1, :length], use_cache=True)[CACHE_NAME]
+        shared.batch_repeat_interleave(len(input_ids))
+        rest = {name: inputs[name][:, length:] for name in ("input_ids", "labels")}
+        return super().compute_loss(model, inputs | rest | {CACHE_NAME: shared}, return_outputs, **kwargs)
+
+
 def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int, folder: Path) -> list[dict]:
     """Returns the log."""
     pairs = ImageTextPairs(rows, text_column="name", clean_text=False, seed=seed)
     collator = partial(collate_names, processor=processor, mixed=0.0, prompt=PROMPT)
     parts = (model, pairs, collator, settings, ("language_projection",))
-    return learn(*parts, seed, folder, Blip2Trainer, Stage2Arguments, max_grad_norm=1.0).state.log_history
+    return learn(*parts, seed, folder, SharesPrompt, Stage2Arguments, max_grad_norm=1.0).state.log_history
 
 
 @torch.no_grad()

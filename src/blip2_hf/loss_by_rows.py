@@ -13,6 +13,7 @@ import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 
+from .cache_name import CACHE_NAMES
 from .frozen import is_frozen
 
 
@@ -27,7 +28,8 @@ def can_run_by_rows(language_model: PreTrainedModel, inputs: dict[str, Any], shi
     """Whether nothing but the loss, and its gradient into `inputs_embeds`, is wanted of the language model."""
     embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
     outputs = ("output_hidden_states", "output_attentions")
-    if embeds is None or inputs.get("encoder_outputs") is not None or inputs["use_cache"]:
+    given = ("encoder_outputs", *CACHE_NAMES)
+    if embeds is None or inputs["use_cache"] or any(inputs.get(name) is not None for name in given):
         return False
     if any(inputs.get(name, getattr(language_model.config, name)) for name in outputs):
         return False
