@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from stage1 import make_inputs, make_stage1
+from tiny import make_model, make_pixel_values
 from transformers import AutoConfig, AutoModel
 
 
@@ -182,6 +183,35 @@ def test_stage_2_takes_the_first_queries(tmp_path):
     torch.testing.assert_close(model.query_tokens.weight, queries[:, :1])
     batch = make_inputs(2)
     assert model.get_image_features(image_embeds=batch["image_embeds"], return_dict=True).pooler_output.shape[1] == 1
+
+
+def test_stage_2_runs_its_prompt_once_to_the_same_loss(tmp_path):
+    from learn_stage2 import SharesPrompt
+
+    from blip2_hf.training import Stage2Arguments
+
+    # In eval mode, for dropout would differ
+    model = make_model().eval()
+    image = [model.config.image_token_index] * model.config.num_query_tokens
+    rows = [[5, 9, 7, *image, *name] for name in ([11, 12, 2], [13, 2, 1], [14, 2, 1])]
+    input_ids = torch.tensor(rows)
+    behind = torch.arange(input_ids.shape[1]) >= 3 + len(image)
+    batch = {
+        "input_ids": input_ids,
+        "image_embeds": model.get_image_embeds(make_pixel_values(3)),
+        "attention_mask": (input_ids != 1).long(),
+        "labels": input_ids.masked_fill(~behind | (input_ids == 1), -100),
+    }
+    arguments = Stage2Arguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=10)
+    trainer = SharesPrompt(model, arguments, train_dataset=[{}])
+    lengths = []
+    model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1] if not args else args[0].shape),
+        with_kwargs=True,
+    )
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(7))
+    assert lengths == [(1, 3), input_ids.shape[1] - 3]
+    torch.testing.assert_close(loss, model(**batch, num_items_in_batch=7).loss)
 
 
 def test_stage_2_is_not_validated_after_a_stage_1_of_all_hands(monkeypatch):
