@@ -275,6 +275,10 @@ def test_labels_are_not_shown_to_generate():
     expected = model.generate(pixel_values=pixel_values, input_ids=ids[:, :3], max_new_tokens=4)
     assert actual[0, :6].tolist() == [0, 5, 6, 1, 1, 1]
     assert actual[0, 6:].tolist() == expected[0, 3:].tolist()
+    # Placeholders before it have no labels, whether they are given or not
+    front = torch.full((1, model.config.num_query_tokens), model.config.image_token_index)
+    given = {"pixel_values": pixel_values, "input_ids": torch.cat([front, ids], dim=1), "labels": labels}
+    assert model.generate(**given, max_new_tokens=4)[0, front.shape[1] :].tolist() == actual[0].tolist()
 
 
 def test_return_dict_in_generate():

@@ -114,6 +114,26 @@ def test_image_is_projected_once():
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("mask_dims", [2, 3, 4])
+def test_fewer_outputs_than_inputs(attn, mask_dims):
+    qformer = make_qformer()
+    qformer.set_attn_implementation(attn)
+    queries, text, image = inputs()
+    mask = torch.ones(2, 9, 9).tril()
+    mask = {2: mask[:, -1] * torch.arange(9).lt(7), 3: mask, 4: mask[:, None]}[mask_dims]
+    given = {
+        "query_embeds": torch.cat([queries, text], dim=1),
+        "query_length": 4,
+        "attention_mask": mask,
+        "encoder_hidden_states": image,
+    }
+    expected = qformer(**given).last_hidden_state
+    for length in (4, 6):
+        actual = qformer(**given, output_length=length).last_hidden_state
+        torch.testing.assert_close(actual, expected[:, :length])
+
+
 @pytest.mark.parametrize("frequency", [1, 2, 3])
 def test_cross_attention_frequency(frequency):
     qformer = make_qformer(cross_attention_frequency=frequency)

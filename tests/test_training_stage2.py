@@ -131,6 +131,22 @@ def test_words_before_the_picture_can_be_run_once_for_all_rows():
             torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=2e-5, msg=key)
 
 
+def test_positions_that_all_rows_share():
+    model, batch = make_model().train(), make_batch()
+    model.qformer.eval()
+    model(**batch, skip_logits=True)
+    positions = torch.arange(batch["input_ids"].shape[1])[None]
+    expected = model(**batch, position_ids=positions, skip_logits=False).loss
+    torch.testing.assert_close(model(**batch, position_ids=positions, skip_logits=True).loss, expected)
+
+
+def test_labels_without_text_are_an_error():
+    batch = make_batch()
+    del batch["input_ids"], batch["attention_mask"]
+    with pytest.raises(ValueError, match="without input_ids"):
+        make_model()(**batch)
+
+
 def test_a_language_model_that_is_trained_is_run_at_once():
     model, batch = train_only(make_model(), "lora_language_model").train(), make_batch()
     for _ in range(2):
@@ -367,6 +383,9 @@ def test_instructions_reach_the_qformer(attached):
         model = Blip2ForConditionalGeneration.from_pretrained_parts(stage1, language_model)
         model.language_projection = direct.language_projection
         model.attach_text_networks(stage1)
+    # An optimizer's states are kept by the order of the weights
+    wanted = [(name, p.requires_grad) for name, p in direct.named_parameters()]
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == wanted
     pixel_values, question = make_pixel_values(), torch.tensor([[2, 8, 9, 3], [2, 8, 3, 0]])
     mask = question.ne(0).long()
     features = model.get_image_features(pixel_values, qformer_input_ids=question, qformer_attention_mask=mask)
@@ -387,6 +406,26 @@ def test_instructions_reach_the_qformer(attached):
     model(pixel_values=pixel_values, qformer_input_ids=question, qformer_attention_mask=mask, **inputs).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert any("intermediate." in n and p.grad is not None for n, p in model.named_parameters())
+
+
+def test_text_networks_leave_the_rest_as_it_was():
+    stage1 = make_stage1(num_query_tokens=4)
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(stage1, make_model().language_model)
+    train_only(model, "projection")
+    model.gradient_checkpointing_enable()
+    before = dict(model.named_parameters())
+    model.attach_text_networks(stage1)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert {name for name, p in after.items() if p.requires_grad} == {
+        "language_projection.weight",
+        "language_projection.bias",
+    }
+    assert all(layer.gradient_checkpointing for layer in model.qformer.encoder.layer)
+    torch.testing.assert_close(
+        model.qformer.encoder.layer[0].intermediate.state_dict(),
+        stage1.qformer.encoder.layer[0].intermediate.state_dict(),
+    )
 
 
 def test_instructions_need_the_networks_of_stage_1(tmp_path):

@@ -70,7 +70,7 @@ qformer_attention_mask, interpolate_pos_encoding:
         if input_ids is None:
             input_ids, attention_mask = self._start_tokens(image_features), None
         elif labels is not None and not self.config.is_encoder_decoder:
-            is_prompt = labels == -100
+            is_prompt = self._match_labels(labels, input_ids) == -100
             attention_mask = is_prompt.long() if attention_mask is None else attention_mask * is_prompt
             input_ids = input_ids.masked_fill(~is_prompt, self.config.pad_token_id)
         prompt = self._insert_image_features(image_features, input_ids, attention_mask)

@@ -33,6 +33,9 @@ def can_run_by_rows(language_model: PreTrainedModel, inputs: dict[str, Any], shi
         return False
     if any(inputs.get(name, getattr(language_model.config, name)) for name in outputs):
         return False
+    position_ids = inputs.get("position_ids")
+    if position_ids is not None and position_ids.shape != embeds.shape[:2]:
+        return False
     predicting = embeds if inputs.get("decoder_input_ids") is None else inputs["decoder_input_ids"]
     return (
         predicting.shape[1] == shift_labels.shape[1]

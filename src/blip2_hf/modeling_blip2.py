@@ -23,7 +23,6 @@ from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labe
 from .loss_by_rows import can_run_by_rows, loss_by_rows
 from .losses import language_modeling_loss, mean_over_labels
 from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
-from .modeling_qformer import Blip2QFormerModel
 from .parts import image_token_id, language_model_class, load_language_model
 
 
@@ -392,7 +391,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 For an encoder-decoder; made from `labels` if they are not given.
             labels (`torch.Tensor` of shape `(batch_size, sequence_length)` or `(batch_size, target_length)`, \
 *optional*):
-                What to learn: of the shape of `input_ids`, or, for an encoder-decoder, the target. -100 is ignored.
+                What to learn: of the shape of `input_ids` (or of the text alone, without the placeholders before it),
+                or, for an encoder-decoder, the target. -100 is ignored.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 Whether position embeddings are interpolated to the size of the images.
             skip_logits (`bool`, *optional*):
@@ -405,7 +405,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             [`Blip2ForConditionalGenerationModelOutput`].
 
         Raises:
-            ValueError: if images and placeholders do not match.
+            ValueError: if images and placeholders do not match, or there are labels but no text.
         """
         image_features, image_outputs = self._image_features(
             image_features,
@@ -420,6 +420,11 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             if inputs_embeds is not None:
                 raise ValueError("inputs_embeds hold text and image features already: give no image with them.")
             if input_ids is None:
+                if labels is not None and not self.config.is_encoder_decoder:
+                    raise ValueError(
+                        f"labels of shape {tuple(labels.shape)} were given without input_ids, where a decoder-only "
+                        "language model reads what it learns. Blip2Processor(images, text_target=...) makes both."
+                    )
                 input_ids = self._start_tokens(image_features)
             merged = self._insert_image_features(image_features, input_ids, attention_mask, labels)
             inputs_embeds, attention_mask, labels = (merged[k] for k in ("inputs_embeds", "attention_mask", "labels"))
@@ -462,7 +467,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
     ) -> "Blip2ForConditionalGeneration":
         r"""
         Lets the Q-Former read the question too, as in the paper's fine-tuning for VQA (appendix): the feed-forward
-        networks for text, which stage 2 does without, and the word embeddings come from stage 1. All else stays.
+        networks for text, which stage 2 does without, and the word embeddings come from stage 1. All else stays; they
+        are trained where the Q-Former is.
 
         Args:
             stage1 (`str`, `os.PathLike` or [`Blip2ForPreTraining`]):
@@ -483,11 +489,15 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             raise ValueError(f"stage1 has another Q-Former: {', '.join(differing)} differ.")
         own.use_qformer_text_input, own.vocab_size = True, given.vocab_size
         own.max_position_embeddings = given.max_position_embeddings
-        qformer, embeddings = Blip2QFormerModel(own), Blip2TextEmbeddings(own)
-        qformer.load_state_dict(source.qformer.state_dict() | self.qformer.state_dict())
-        embeddings.load_state_dict(source.embeddings.state_dict())
-        self.qformer = qformer.to(next(self.qformer.parameters())).train(self.training)
-        self.embeddings = embeddings.to(next(self.qformer.parameters())).train(self.training)
+        for layer, trained in zip(self.qformer.encoder.layer, source.qformer.encoder.layer, strict=True):
+            layer.attach_text_network(trained)
+        like = next(self.qformer.parameters())
+        self.embeddings = Blip2TextEmbeddings(own)
+        self.embeddings.load_state_dict(source.embeddings.state_dict())
+        self.embeddings.to(like).train(self.training).requires_grad_(like.requires_grad)
+        # As in a model that is made with them: the states of an optimizer go by the order of the weights
+        for name in ("qformer", "language_projection", "language_model"):
+            self._modules[name] = self._modules.pop(name)
         self.freeze_what_is_not_read()
         return self
 

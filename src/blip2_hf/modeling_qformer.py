@@ -147,8 +147,8 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
 
     def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         if attention_mask is not None:
-            # Flex attention looks the mask up by query
-            attention_mask = attention_mask.expand(-1, -1, query.shape[2], -1)
+            # Flex attention looks the mask up by query; there may be fewer of these than the mask was made for
+            attention_mask = attention_mask[:, :, : query.shape[2]].expand(-1, -1, query.shape[2], -1)
         name = self._attn_implementation(query, attention_mask)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
@@ -212,6 +212,7 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: Blip2QFormerConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.attention = Blip2QFormerAttention(config, layer_idx)
         self.has_cross_attention = layer_idx % config.cross_attention_frequency == 0
         if self.has_cross_attention:
@@ -246,6 +247,16 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
         if text.shape[1] > 0:
             outputs.append(self._feed_forward(self.intermediate, self.output, text))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def attach_text_network(self, trained: "Blip2QFormerLayer"):
+        """Takes over another layer's feed-forward network for text; it is trained where that of the queries is."""
+        like = self.intermediate_query.dense.weight
+        for name, network in (("intermediate", BertIntermediate(self.config)), ("output", BertOutput(self.config))):
+            network.load_state_dict(getattr(trained, name).state_dict())
+            setattr(self, name, network.to(like).train(self.training).requires_grad_(like.requires_grad))
+        # As in a layer that is made with it
+        for name in ("intermediate_query", "output_query"):
+            self._modules[name] = self._modules.pop(name)
 
     def _feed_forward(self, intermediate: BertIntermediate, output: BertOutput, states: torch.Tensor) -> torch.Tensor:
         """The wide states are kept once, before their activation, which costs little to compute again."""
