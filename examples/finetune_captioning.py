@@ -95,7 +95,7 @@ def main():
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=collator,
-        compute_metrics=GeneratedTextMetrics(processor),
+        compute_metrics=GeneratedTextMetrics(processor) if arguments.predict_with_generate else None,
         processing_class=processor,
     )
     if options.early_stopping_patience is not None:

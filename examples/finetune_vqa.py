@@ -108,13 +108,14 @@ def main():
     if options.skip_bad_rows:
         for name, pairs in data.items():
             data[name] = leave_out_bad_rows(pairs, collator, Path(arguments.output_dir) / f"bad_rows-{name}.jsonl")
+    metrics = GeneratedTextMetrics(processor)
     trainer = Blip2Trainer(
         model,
         arguments,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=collator,
-        compute_metrics=(metrics := GeneratedTextMetrics(processor)),
+        compute_metrics=metrics if arguments.predict_with_generate else None,
         processing_class=processor,
     )
     if options.early_stopping_patience is not None:
@@ -123,6 +124,8 @@ def main():
     trainer.save_model()
 
     test = data.get("test", data["validation"])
+    # By generation, whatever it was validated by
+    trainer.args.predict_with_generate, trainer.compute_metrics = True, metrics
     output = trainer.predict(test, metric_key_prefix="test")
     trainer.log_metrics("test", output.metrics)
     answers, wanted = metrics.texts(output.predictions), metrics.texts(output.label_ids)

@@ -472,8 +472,6 @@ FAST = ("--generate", "num_beams=2", "max_new_tokens=5", "min_new_tokens=0")
 )
 def test_the_command(folder, tmp_path, capsys, task, files, keys):
     options = [text for name, value in files.items() for text in (f"--{name}", folder / value)]
-    if "data" in files:
-        options += ["--split", "train"]
     main(command(folder, task, tmp_path, *options, *FAST, "--limit", 2))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["task"] == task and results["settings"]["model"] == str(folder / "model")
@@ -541,7 +539,7 @@ def test_options_that_do_not_fit(folder, tmp_path, task, options, message):
     ],
 )
 def test_models_that_do_not_fit(folder, tmp_path, task, model, options, message):
-    data = ["--data", folder / "rows.parquet", "--split", "train", "--model", folder / model]
+    data = ["--data", folder / "rows.parquet", "--model", folder / model]
     with pytest.raises(SystemExit, match=f"^blip2-hf: .*{message}"):
         main(command(folder, task, tmp_path, *data, *options))
 

@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs, Blip2TextEmbeddings
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .cache_name import CACHE_NAME
 from .configuration_blip2 import Blip2Config
@@ -24,6 +24,9 @@ from .loss_by_rows import can_run_by_rows, loss_by_rows
 from .losses import language_modeling_loss, mean_over_labels
 from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
 from .parts import image_token_id, language_model_class, load_language_model
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -239,8 +242,17 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             return image_features.flatten(0, -3), None
         if not any(given):
             return None, None
+        self._check_instruction(kwargs.get("qformer_input_ids"))
         outputs = self.get_image_features(pixel_values=pixel_values, image_embeds=image_embeds, **kwargs)
         return outputs.pooler_output, outputs
+
+    def _check_instruction(self, qformer_input_ids: torch.Tensor | None):
+        reads_text = self.config.qformer_config.use_qformer_text_input
+        if reads_text and qformer_input_ids is None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "The Q-Former of this model reads the question too, but qformer_input_ids were not given. "
+                "Blip2Processor(..., qformer_tokenizer=AutoTokenizer.from_pretrained(...)) makes them."
+            )
 
     def _insert_image_features(
         self,

@@ -199,7 +199,8 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
                 are appended to the prompts, with the end token; prompts and pictures have the label -100.
             kwargs (`dict`):
                 Those of the image processor and of the tokenizer. Texts are padded to the longest by default, on the
-                right with `text_target` and on the left without it, unless `padding` or `padding_side` say otherwise.
+                right with `text_target` or for an encoder-decoder, on the left otherwise, unless `padding` or
+                `padding_side` say otherwise.
                 `max_length` (with `truncation=True`) counts the tokens of text, not the placeholders; what is cut is
                 the end of the text, never the end token.
 

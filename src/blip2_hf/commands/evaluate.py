@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
@@ -49,7 +50,7 @@ def add_parser(commands: Any):
     add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
     add("--data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub")
     add("--config", "configuration of --data, where it has several")
-    add("--split", "split of --data, also `test[:1000]`, or of Karpathy's file", default="test")
+    add("--split", "split of --data, also `test[:1000]`, or of Karpathy's file; without it test, of a file all of it")
     add("--image-column", "column of the pictures", default="image")
     add("--caption-column", "column of a caption, or of a list", default="caption")
     add("--question-column", "column of the questions", default="question")
@@ -107,7 +108,7 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
         "gqa": lambda: readers.read_gqa(options.questions, options.images),
     }
     for name in ("coco-caption", "coco-retrieval", "flickr30k-retrieval"):
-        files[name] = lambda: readers.read_karpathy(options.annotations, options.images, options.split)
+        files[name] = lambda: readers.read_karpathy(options.annotations, options.images, options.split or "test")
     for name in ("vqav2", "okvqa"):
         files[name] = lambda: readers.read_vqa(options.questions, options.images, options.annotations)
     samples = files.get(options.task, partial(_read_rows, options, task))()
@@ -117,7 +118,9 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
-    rows = load_dataset(options.data, options.config, options.split)
+    # A file has no test split: to datasets it is one for training, whatever is in it
+    split = options.split or ("train" if Path(options.data).is_file() else "test")
+    rows = load_dataset(options.data, options.config, split)
     if task.kind != "vqa":
         return readers.read_caption_rows(rows, options.image_column, options.caption_column, options.id_column)
     return readers.read_question_rows(
