@@ -136,3 +136,19 @@ def test_fine_tuning_is_not_validated_on_what_it_learns(script, parts, tmp_path)
     rows = str(parts / "rows.parquet")
     options = ("--model", str(parts / "none"), "--data", rows, "--validation", rows)
     run(script, tmp_path / "out", *options, error="which is what is learned from")
+
+
+@pytest.mark.parametrize("script", ["finetune_captioning.py", "finetune_vqa.py"])
+def test_fine_tuning_validates_by_loss_without_generation(script, parts, tmp_path):
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(parts / "stage1", parts / "llama")
+    model.save_pretrained(tmp_path / "stage2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "llama")
+    Blip2Processor(make_image_processor(), tokenizer, num_query_tokens=4).save_pretrained(tmp_path / "stage2")
+    data = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "other.parquet"))
+    by_loss = ("--predict_with_generate", "false", "--metric_for_best_model", "loss", "--greater_is_better", "false")
+    once = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
+    column = ("--answer_column", "caption") if script == "finetune_vqa.py" else ()
+    printed = run(script, tmp_path / "out", "--model", str(tmp_path / "stage2"), *data, *by_loss, *once, *column)
+    assert "eval_loss" in printed and "eval_word_f1" not in printed
+    # Answers are tested by generation all the same
+    assert (tmp_path / "out" / "results.json").exists() == bool(column) == ("test_exact_match" in printed)
