@@ -45,8 +45,8 @@ from blip2_hf.losses import image_text_similarity
 
 
 DATA = Path(__file__).parent / "data" / "emoji"
-# An example of what is wanted: without it the language model takes far longer to learn that it is to name the picture
-PROMPT = "dog = dog\n<image> ="
+# From two examples a frozen language model knows what it is to do with a picture that reads like a word
+PROMPT = "dog: dog\nred apple: red apple\n<image>:"
 GROUPS = ("animal", "food-fruit", "food-vegetable", "food-prepared", "drink", "transport", "musical-instrument")
 LAYER, QUERIES = 9, 8
 # Parts of stage 1 that no pretrained weights start; they learn faster than the rest
@@ -199,9 +199,9 @@ def start_projection(model, features: datasets.Dataset, tokenizer):
     model.language_projection.bias.copy_(target_middle - middle @ weight)
 
 
-def collate_names(rows: list[dict], processor, mixed: float = 0.5, prompt: str = PROMPT) -> dict[str, torch.Tensor]:
+def collate_names(rows: list[dict], processor, mixed: float = 0.5) -> dict[str, torch.Tensor]:
     """The prompt and the name of each picture, the picture with up to `mixed` of another in it."""
-    text = processor(text=[prompt] * len(rows), text_target=[row["text"] for row in rows], return_tensors="pt")
+    text = processor(text=[PROMPT] * len(rows), text_target=[row["text"] for row in rows], return_tensors="pt")
     embeds = torch.stack([row["image_embeds"] for row in rows]).float()
     # Queries of pictures that it has not seen lie between those that it has: so do these, nearer to their own
     own = 1 - mixed * torch.rand(len(rows), 1, 1)

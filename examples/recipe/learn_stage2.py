@@ -18,14 +18,14 @@ import torch
 import transformers
 from evaluate_stage1 import score
 from features import choose_splits, image_processor
-from settings import FOLDER, PROMPT, STAGE2, Stage2
+from settings import FOLDER, STAGE2, Stage2
 from training import learn, parse_options, save_json
 from transformers import AutoTokenizer
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import two_towers  # noqa: E402
-from demo import collate_names, start_projection  # noqa: E402
+from demo import PROMPT, collate_names, start_projection  # noqa: E402
 from precision import computed_in, fast_autocast, fast_dtype  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
@@ -86,7 +86,7 @@ class SharesPrompt(Blip2Trainer):
 def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int, folder: Path) -> list[dict]:
     """Returns the log."""
     pairs = ImageTextPairs(rows, text_column="name", clean_text=False, seed=seed)
-    collator = partial(collate_names, processor=processor, mixed=0.0, prompt=PROMPT)
+    collator = partial(collate_names, processor=processor, mixed=0.0)
     parts = (model, pairs, collator, settings, ("language_projection",))
     return learn(*parts, seed, folder, SharesPrompt, Stage2Arguments, max_grad_norm=1.0).state.log_history
 

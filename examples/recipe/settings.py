@@ -10,8 +10,6 @@ from real_assets import cache_folder  # noqa: E402
 
 
 SEEDS = (0, 1, 2)
-# Of stage 2. From two examples a frozen language model knows what it is to do with a picture that reads like a word
-PROMPT = "dog: dog\nred apple: red apple\n<image>:"
 VIEWS = 4
 FOLDER = cache_folder() / "recipe"
 
