@@ -68,7 +68,9 @@ def check_format(path: str | os.PathLike, format: str | None = None) -> str:
         endings = " or ".join(FORMATS.values())
         raise ValueError(f"{path}: a name that ends in {endings} was expected, or a format of {', '.join(FORMATS)}.")
     if found == "onnx" and not all(find_spec(name) for name in ("onnx", "onnxscript")):
-        raise ImportError("ONNX needs onnx and onnxscript: pip install onnx onnxscript.")
+        raise ImportError(
+            "ONNX needs onnx and onnxscript: pip install 'blip2-hf[export]', or pip install onnx onnxscript."
+        )
     return found
 
 
