@@ -408,6 +408,18 @@ def test_instructions_reach_the_qformer(attached):
     assert any("intermediate." in n and p.grad is not None for n, p in model.named_parameters())
 
 
+def test_a_question_that_does_not_reach_the_qformer_is_told(monkeypatch):
+    stage1, language_model = make_stage1(num_query_tokens=4), make_model().language_model
+    told = []
+    monkeypatch.setattr("blip2_hf.modeling_blip2.logger.warning_once", told.append)
+    question = torch.tensor([[2, 8, 9, 3], [2, 8, 3, 0]])
+    for aware, given, expected in ((False, None, 0), (True, question, 0), (True, None, 1)):
+        model = Blip2ForConditionalGeneration.from_pretrained_parts(stage1, language_model, instruction_aware=aware)
+        model.generate(make_pixel_values(), qformer_input_ids=given, max_new_tokens=1)
+        assert len(told) == expected
+    assert "qformer_tokenizer" in told[0]
+
+
 def test_text_networks_leave_the_rest_as_it_was():
     stage1 = make_stage1(num_query_tokens=4)
     model = Blip2ForConditionalGeneration.from_pretrained_parts(stage1, make_model().language_model)
