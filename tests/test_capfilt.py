@@ -494,8 +494,56 @@ def test_what_is_refused(rows, retriever, tmp_path):
     capfilt_dataset(rows, draw_words, count_letters, tmp_path / "out", keep=1, overwrite=True)
     assert all(len(kept) == 1 for kept in load_rows(tmp_path / "out")["kept_captions"])
     (tmp_path / "out" / "capfilt.json").unlink()
-    with pytest.raises(ValueError, match="there already, without capfilt.json"):
-        capfilt_dataset(rows, draw_words, count_letters, tmp_path / "out")
+    kept = shards(tmp_path / "out")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="there already, without capfilt.json"):
+            capfilt_dataset(rows, draw_words, count_letters, tmp_path / "out", overwrite=overwrite)
+    assert shards(tmp_path / "out") == kept
+
+
+def test_what_a_stopped_run_has_begun_is_no_part_of_another_result(rows, tmp_path):
+    def interrupted(pictures, captions):
+        # What the first batch gave is in the file by then
+        monkey.setattr("blip2_hf.capfilt.files._GROUP_BYTES", 1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(pictures)
+        return count_letters(pictures, captions)
+
+    calls = []
+    with pytest.MonkeyPatch.context() as monkey, pytest.raises(KeyboardInterrupt):
+        capfilt_dataset(rows, draw_words, interrupted, tmp_path / "out", batch_size=2)
+    assert len(calls) == 2 and len(list((tmp_path / "out" / ".unfinished").iterdir())) == 1
+    capfilt_dataset(rows, draw_words, count_letters, tmp_path / "out", rows_per_shard=4)
+    assert sorted(shards(tmp_path / "out")) == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    assert len(datasets.load_dataset(str(tmp_path / "out"), split="train")) == 6
+
+
+def test_a_result_holds_pictures_that_the_rows_only_name(rows, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(3):
+        make_image(number).save(pictures / f"{number}.png")
+    lines = [{"file_name": f"{number}.png", "caption": WORDS[number]} for number in range(3)]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    folder = datasets.load_dataset(str(pictures), split="train")
+    expected = [image.tobytes() for image in folder["image"]]
+    capfilt_dataset(folder, draw_words, count_letters, tmp_path / "out")
+    for path in pictures.iterdir():
+        path.unlink()
+    found = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    assert [image.tobytes() for image in found["image"]] == expected
+    assert found.features["image"] == datasets.Image()
+
+
+def test_a_part_of_the_rows(rows, stage1_folder, tmp_path):
+    rows.to_parquet(tmp_path / "rows-0.parquet")
+    rows.save_to_disk(tmp_path / "disk")
+    arguments = ["--filter", stage1_folder, "--num-captions", 0, "--device", "cpu", "--split", "train[:2]"]
+    run(tmp_path / "rows-*.parquet", *arguments, "--output", tmp_path / "out")
+    assert datasets.load_dataset(str(tmp_path / "out"), split="train")["capfilt_row"] == [0, 1]
+    with pytest.raises(SystemExit, match="disk has no splits, but 'train\\[:2\\]' was asked for"):
+        run(tmp_path / "disk", *arguments, "--output", tmp_path / "other")
 
 
 def test_arguments_that_do_not_fit(rows, retriever, captioner, tmp_path):

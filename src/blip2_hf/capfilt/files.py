@@ -73,10 +73,13 @@ class ResultFiles:
         path = self.folder / _SETTINGS
         if path.exists() and (self.is_finished or any((self.folder / _UNFINISHED).glob("*.parquet"))):
             self._compare(json.loads(path.read_text()))
-        elif self.is_finished:
+
+    def check_own(self):
+        """Refuses a folder of data that no run of this kind can have written."""
+        if self.is_finished and not (self.folder / _SETTINGS).exists():
             raise ValueError(
                 f"{self.folder / _DATA} is there already, without {_SETTINGS}, which would tell what wrote it. Give "
-                "another folder, or overwrite=True (--overwrite) to delete it."
+                "another folder, or delete it yourself."
             )
 
     def _compare(self, found: dict[str, Any]):
@@ -93,8 +96,13 @@ class ResultFiles:
         return [shard for shard, name in enumerate(self.names) if not (self.place / name).exists()]
 
     def prepare(self):
-        """Makes the folder, and says in it what the result is made with."""
+        """Makes the folder, without what a run that was stopped has begun, and says what the result is made with."""
         self.place.mkdir(parents=True, exist_ok=True)
+        if not self.is_finished:
+            # What stayed would become a part of the data set
+            for path in self.place.iterdir():
+                if path.name not in self.names:
+                    path.unlink()
         path = self.folder / _SETTINGS
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
@@ -103,7 +111,8 @@ class ResultFiles:
     def write(self, shard: int, tables: Iterator[pa.Table], report: ShardReport):
         """Writes a file, and into it the report, which is complete once the tables are."""
         path = self.place / self.names[shard]
-        temporary = path.with_name(f"{path.name}.tmp")
+        # Hidden from load_dataset, in a folder that may be finished already
+        temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "wb") as file:
             with pq.ParquetWriter(file, self.schema) as writer:
                 for table in _large(tables):

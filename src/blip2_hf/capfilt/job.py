@@ -12,6 +12,7 @@ import datasets
 import pyarrow as pa
 import torch
 from accelerate import PartialState
+from datasets.table import embed_table_storage
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -131,6 +132,7 @@ def capfilt_dataset(
     features = datasets.Features({**dataset.features, **ADDED})
     files = ResultFiles(Path(folder), features, len(dataset), rows_per_shard, settings)
     state = PartialState(cpu=not torch.accelerator.is_available())
+    files.check_own()
     if overwrite and state.is_main_process:
         files.clear()
     state.wait_for_everyone()
@@ -218,7 +220,8 @@ class _Ranking:
         columns = list(zip(*found, strict=True))
         arrays = self.pictures.columns(columns[-1]).combine_chunks().columns
         arrays += [pa.array(x, self.schema.field(name).type) for name, x in zip(ADDED, columns, strict=True)]
-        return pa.Table.from_arrays(arrays, schema=self.schema)
+        # Files that pictures are only named of would be missing where the result is moved to
+        return embed_table_storage(pa.Table.from_arrays(arrays, schema=self.schema))
 
 
 def _write(

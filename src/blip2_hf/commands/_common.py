@@ -65,6 +65,8 @@ def load_dataset(data: str, config: str | None = None, split: str = "train") -> 
             raise SystemExit(f"blip2-hf: {data}: a file with one of the endings {', '.join(_BUILDERS)} was expected.")
         return datasets.load_dataset(_BUILDERS[path.suffix], data_files=data, split=split)
     if (path / "state.json").is_file():
+        if split != "train":
+            raise SystemExit(f"blip2-hf: {data} has no splits, but {split!r} was asked for. Leave out --split.")
         return datasets.load_from_disk(data)
     return datasets.load_dataset(data, config, split=split)
 

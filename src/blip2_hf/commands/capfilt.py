@@ -81,7 +81,7 @@ def _open_rows(options: argparse.Namespace) -> Any:
 
     is_cached = (Path(options.data) / "cache.json").is_file()
     if is_cached or glob.has_magic(options.data):
-        return load_rows(options.data)
+        return load_rows(options.data, options.split)
     return load_dataset(options.data, options.config, options.split)
 
 

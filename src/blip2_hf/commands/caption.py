@@ -80,7 +80,9 @@ def _open_pictures(options: argparse.Namespace) -> Any:
             return folder
         if paths := sorted(map(str, path.rglob("*.tar"))):
             return TarPictures(paths, options.image_column)
-    rows = load_rows(options.data) if has_wildcard else load_dataset(options.data, options.config, options.split)
+    if has_wildcard:
+        return RowPictures(load_rows(options.data, options.split), options.image_column)
+    rows = load_dataset(options.data, options.config, options.split)
     return RowPictures(rows, options.image_column)
 
 

@@ -50,7 +50,8 @@ def add_parser(commands: Any):
     add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
     add("--data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub")
     add("--config", "configuration of --data, where it has several")
-    add("--split", "split of --data, also `test[:1000]`, or of Karpathy's file; without it test, of a file all of it")
+    splits = "split of --data, also `test[:1000]`, or of Karpathy's file; without it test, or all where there are none"
+    add("--split", splits)
     add("--image-column", "column of the pictures", default="image")
     add("--caption-column", "column of a caption, or of a list", default="caption")
     add("--question-column", "column of the questions", default="question")
@@ -118,8 +119,9 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
-    # A file has no test split: to datasets it is one for training, whatever is in it
-    split = options.split or ("train" if Path(options.data).is_file() else "test")
+    # One data set has no test split: to datasets it is one for training, whatever is in it
+    path = Path(options.data)
+    split = options.split or ("train" if path.is_file() or (path / "state.json").is_file() else "test")
     rows = load_dataset(options.data, options.config, split)
     if task.kind != "vqa":
         return readers.read_caption_rows(rows, options.image_column, options.caption_column, options.id_column)

@@ -29,7 +29,7 @@ def load_rows(
             configuration and a split: `"me/ds:validation"`, `"me/ds:train[:1000]"`, `"me/ds:english:validation"`. A
             path that exists is that path.
         split (`str`, *optional*, defaults to `"train"`):
-            Of a data set whose name has none behind it.
+            Of a data set whose name has none behind it; of files a part, such as `"train[:1000]"`.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether the rows are read one after the other.
 
@@ -37,20 +37,20 @@ def load_rows(
         `datasets.Dataset`, or `datasets.IterableDataset` with `streaming`.
 
     Raises:
-        ValueError: if a split stands behind the name of what has no splits.
+        ValueError: if a split is given of what has no splits.
     """
     name, config, split = _read_name(str(data), split)
     path = Path(name)
-    if (path / "cache.json").exists():
-        rows = load_cached_features(path)
-        return rows.to_iterable_dataset() if streaming else rows
-    if (path / "dataset_info.json").exists():
-        rows = datasets.load_from_disk(path)
-        return rows.to_iterable_dataset() if streaming else rows
+    for mark, load in (("cache.json", load_cached_features), ("dataset_info.json", datasets.load_from_disk)):
+        if (path / mark).exists():
+            if split != "train":
+                raise ValueError(f"{name} has no splits, but {split!r} was asked for. Give the name alone.")
+            rows = load(path)
+            return rows.to_iterable_dataset() if streaming else rows
     builder = _BUILDERS.get(path.suffix)
     if builder is None:
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
-    return datasets.load_dataset(builder, data_files=name, split="train", streaming=streaming)
+    return datasets.load_dataset(builder, data_files=name, split=split, streaming=streaming)
 
 
 def check_held_out(data: str | os.PathLike, *held_out: str | os.PathLike | None):
