@@ -442,7 +442,9 @@ def folder(opt, tmp_path_factory):
     make_pictures(folder / "images", "COCO_val2014_000000000042.jpg")
     write(folder / "gqa.json", {"201": {"imageId": "n1", "question": "Is it overcast?", "answer": "no"}})
     rows = [{"image": make_image(i), "caption": CAPTIONS[i], "question": QUESTIONS[0]} for i in range(3)]
-    datasets.Dataset.from_list([{**row, "answer": "bus"} for row in rows]).to_parquet(folder / "rows.parquet")
+    rows = datasets.Dataset.from_list([{**row, "answer": "bus"} for row in rows])
+    rows.to_parquet(folder / "rows.parquet")
+    rows.save_to_disk(folder / "rows")
     return folder
 
 
@@ -468,6 +470,7 @@ FAST = ("--generate", "num_beams=2", "max_new_tokens=5", "min_new_tokens=0")
         ("gqa", {"questions": "gqa.json", "images": "images"}, {"questionId", "prediction"}),
         ("caption", {"data": "rows.parquet"}, {"image_id", "caption"}),
         ("vqa", {"data": "rows.parquet"}, {"question_id", "answer"}),
+        ("vqa", {"data": "rows"}, {"question_id", "answer"}),
     ],
 )
 def test_the_command(folder, tmp_path, capsys, task, files, keys):

@@ -65,6 +65,23 @@ def test_where_clip_art_cannot_be_had_there_is_none(monkeypatch, capsys):
     assert "apt-get download -q openclipart-png failed.\nE: no such package" in capsys.readouterr().out
 
 
+def test_pictures_without_clip_art(monkeypatch, tmp_path):
+    import pictures
+
+    def of_one_hand(style, concepts):
+        for row in concepts.select(range(20)):
+            yield {**row, "style": style, "image": {"bytes": b"", "path": None}}
+
+    monkeypatch.setattr(pictures, "of_one_hand", of_one_hand)
+    monkeypatch.setattr(pictures.shutil, "which", lambda name: None)
+    pictures.make_pictures(tmp_path / "pictures")
+    splits = pictures.load_pictures(tmp_path / "pictures")
+    assert len(splits["clip_art"]) == 0
+    unseen, seen = set(splits["test_unseen"]["name"]), set(splits["test_seen"]["name"])
+    assert (len(seen), len(unseen)) == (723, 80) and set(splits["train"]["name"]) == seen
+    assert not seen & unseen and set(splits["train"]["style"]) == {"noto", "twemoji", *pictures.MORE_STYLES}
+
+
 def test_features_that_are_there_need_no_tower(monkeypatch, tmp_path):
     import datasets
     import features

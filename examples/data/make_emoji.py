@@ -10,7 +10,10 @@ bytes, given the same versions of Pillow, pyarrow and datasets.
 import argparse
 import io
 import json
+import shlex
+import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -34,9 +37,14 @@ SIZE = 160  # larger pictures are scaled down to this
 
 def npm_pack(package, folder, *wanted):
     """Download an npm package; returns `{path: bytes}` of the files under the `wanted` paths."""
+    if not shutil.which("npm"):
+        sys.exit("The drawings are downloaded by npm, which was not found. It comes with Node.js.")
     print(f"downloading {package} ...", flush=True)
     command = ["npm", "pack", "--silent", "--pack-destination", str(folder), package]
-    name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    packed = subprocess.run(command, capture_output=True, text=True)
+    if packed.returncode:
+        sys.exit(f"{shlex.join(command)} failed.\n{packed.stdout}{packed.stderr}")
+    name = packed.stdout.split()[-1]
     with tarfile.open(Path(folder) / name) as archive:
         members = ((m.name.removeprefix("package/"), m) for m in archive if m.isfile())
         return {path: archive.extractfile(m).read() for path, m in members if path.startswith(wanted)}

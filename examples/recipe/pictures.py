@@ -30,6 +30,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import datasets
+import pyarrow.parquet
 from datasets import concatenate_datasets
 
 
@@ -160,7 +161,8 @@ def make_pictures(folder: Path):
             "test_unseen": fluent.select([i for i, name in enumerate(fluent["name"]) if name in unseen]),
         }
         art = clip_art_if_any(forbidden={None, *names})
-        splits["clip_art"] = datasets.Dataset.from_list(art, features=fluent.features)
+        columns = {name: [row[name] for row in art] for name in fluent.column_names}
+        splits["clip_art"] = datasets.Dataset.from_dict(columns, features=fluent.features)
         work = folder.with_name(folder.name + ".part")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -176,10 +178,14 @@ def load_pictures(folder: Path | None = None) -> dict[str, datasets.Dataset]:
     folder = folder or cache_folder() / "recipe" / "pictures"
     if not folder.exists():
         make_pictures(folder)
-    return {
-        split: datasets.Dataset.from_parquet(str(folder / f"{split}.parquet"), cache_dir=str(folder.parent / "arrow"))
-        for split in SPLITS
-    }
+    return {split: read_pictures(folder / f"{split}.parquet") for split in SPLITS}
+
+
+def read_pictures(file: Path) -> datasets.Dataset:
+    # datasets takes a file without rows for an error
+    if pyarrow.parquet.read_metadata(file).num_rows == 0:
+        return datasets.Dataset.from_dict({})
+    return datasets.Dataset.from_parquet(str(file), cache_dir=str(file.parents[1] / "arrow"))
 
 
 def main():
