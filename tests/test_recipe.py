@@ -175,6 +175,46 @@ def test_contrast_is_of_the_whole_batch_and_the_others_of_a_part(tmp_path, part,
     torch.testing.assert_close(loss, expected)
 
 
+def test_what_runs_share_is_made_again_where_it_was_made_otherwise(tmp_path, capsys):
+    import datasets
+    from learn_stage1 import contrast_once
+    from settings import Stage1, Training
+
+    class Lesson:
+        learned = 0
+
+        def __init__(self, steps=3, names=("a", "b")):
+            self.settings = Stage1(contrast=Training(steps, 2, 0.1, 0.1))
+            self.rows = datasets.Dataset.from_dict({"name": names})
+
+        def contrast(self, model):
+            Lesson.learned += 1
+            torch.nn.init.constant_(model.weight, Lesson.learned)
+            return [{"loss": Lesson.learned}]
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    file = tmp_path / "contrast.pt"
+    given = [(Lesson(), 1), (Lesson(), 1), (Lesson(steps=4), 2), (Lesson(steps=4), 2), (Lesson(4, ("a", "c")), 3)]
+    for lesson, expected in given:
+        torch.nn.init.zeros_(model.weight)
+        assert contrast_once(model, lesson, file) == [{"loss": expected}] and model.weight.item() == expected
+    assert capsys.readouterr().out.count("is made again") == 2
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_what_is_to_be_gone_on_from_and_is_not_there_is_named(monkeypatch, tmp_path, stage):
+    import learn_stage1
+    import learn_stage2
+    from settings import STAGE2
+
+    monkeypatch.setattr(learn_stage2, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit, match="which is not there yet"):
+        if stage == "stage1":
+            learn_stage1.go_on(None, tmp_path / "full-seed0")
+        else:
+            learn_stage2.make_model(STAGE2["full"], 0, None, None)
+
+
 def test_a_variant_goes_on_from_another(tmp_path):
     from learn_stage1 import WithoutMatching, go_on
     from training import save_json
@@ -296,19 +336,27 @@ def test_a_report_of_what_there_is(monkeypatch, tmp_path):
         ways = ("image_to_text", "text_to_image")
         return {"seen": {f"ITC {way} R@{k}": value for way in ways for k in (1, 5, 10)}}
 
+    computed_in = {"computed in": {"dtype": "float32"}}
     for seed, value in enumerate((0.5, 0.7)):
         log = [{"step": step, "loss_itc": step + seed, "loss_itm": 0.5, "loss_itg": 9.0} for step in (2, 1)]
         run = {"results": recalls(value) | {"contrast": recalls(value)}, "log": [*log, {"train_loss": 1.0}]}
         save_json(tmp_path / "stage1" / f"full-seed{seed}" / "results.json", run)
+        # One of them without a note of the type
+        run = run | (computed_in if seed else {})
         save_json(tmp_path / "stage1" / f"ITC for longer-seed{seed}" / "results.json", run)
-    assert "| ITC for longer | 2 | 1.50 ± 0.71 |  |  |" in report.loss_table()
+    assert (
+        "| ITC for longer | 1 in a type that was not noted, 1 in float32 | 1.50 ± 0.71 |  |  |" in report.loss_table()
+    )
     cleaned = {"drawings": 9, "right": 0.5} | recalls(0.4)
     kinds = dict.fromkeys(("shuffled", "kept", "cleaned"), cleaned)
     detection = {"precision": 0.6, "recall": 0.9}
-    save_json(tmp_path / "capfilt" / "seed1.json", kinds | {"detection": detection, "alone": recalls(0.3)})
+    by_hand = {"detection by hand": {"openmoji": {"precision": 0.2, "recall": 0.1}}}
+    result = kinds | computed_in | by_hand | {"detection": detection, "alone": recalls(0.3)}
+    save_json(tmp_path / "capfilt" / "seed1.json", result)
     found = report.capfilt_table()
+    assert "| all (seeds: 1) | 60.0 | 90.0 |\n| openmoji (seeds: 1) | 20.0 | 10.0 |" in found
     assert "| the two hands alone (seeds: 1) | 0 |  | 30.0 | 30.0 |" in found
-    assert "| all, as they were (seeds: 1) | 9 | 100 | 70.0 | 70.0 |" in found
+    assert "| all, as they were (seeds: 1 in a type that was not noted) | 9 | 100 | 70.0 | 70.0 |" in found
 
 
 def test_without_clip_art_nothing_is_learned_from_it(monkeypatch, tmp_path):

@@ -7,12 +7,13 @@ As in BLIP, captioner and filter learn from data that can be trusted: the drawin
 third have each other's names. The Q-Former writes captions of them (ITG) and ranks these with the names that are there
 (ITC); the best one stays, or the drawing goes where that is another name than it had. What contrast then learns of all
 hands is compared with what it learns of the two hands alone, of the shuffled names, and of the original ones
-(learn_stage1.py).
+(learn_stage1.py). A run that was stopped goes on from what it has finished.
 """
 
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 import datasets
@@ -23,7 +24,7 @@ from features import choose_splits, image_processor
 from learn_stage1 import Lesson, make_model, real_assets
 from precision import computed_in, device_type, fast_autocast
 from settings import FOLDER, STAGE1
-from training import save_json, save_tensors
+from training import made_of, save_json, save_tensors
 from transformers import AutoTokenizer
 
 from blip2_hf import Blip2Processor
@@ -86,6 +87,11 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=settings.num_query_tokens)
 
+    key = made_of(settings, rows)
+    begun = folder / "made_of.json"
+    if folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == key):
+        sys.exit(f"{folder} holds parts that were made of other settings, pictures or types. Delete it to begin anew.")
+    save_json(begun, key)
     names = [clean_caption(name) for name in rows["name"]]
     trusted = [row for row, style in enumerate(rows["style"]) if style in TRUSTED]
     others = [row for row, style in enumerate(rows["style"]) if style not in TRUSTED]
@@ -101,10 +107,15 @@ def main():
 
     def learned_from(captions: dict[int, str], name: str) -> dict:
         """What contrast learns of the trusted hands and of the rows that have a caption here."""
+        file = folder / f"{name}.json"
+        if file.exists():
+            return json.loads(file.read_text())
         texts = [names[row] for row in trusted] + list(captions.values())
         model, _ = lesson_of(trusted + list(captions), texts, name)
         right = sum(caption == names[row] for row, caption in captions.items()) / len(captions)
-        return {"drawings": len(captions), "right": right} | evaluate(model, processor, tests, contrast_only=True)
+        result = {"drawings": len(captions), "right": right} | evaluate(model, processor, tests, contrast_only=True)
+        save_json(file, result)
+        return result
 
     def learned_from_trusted():
         """A model after all losses, and what it was worth after contrast."""
@@ -128,8 +139,14 @@ def main():
     cleaned, dropped = clean(model, processor, to_clean, folder / "filtered", seed)
     corrupted = [caption != name for caption, name in zip(captions, original, strict=True)]
     kept = {row: name for row, name, is_dropped in zip(others, captions, dropped, strict=True) if not is_dropped}
+    hands = rows.select(others)["style"]
+    by_hand = {}
+    for hand in sorted(set(hands)):
+        own = [row for row, style in enumerate(hands) if style == hand]
+        by_hand[hand] = detection([corrupted[row] for row in own], [dropped[row] for row in own])
     results = {
         "detection": detection(corrupted, dropped),
+        "detection by hand": by_hand,
         "alone": alone,
         "shuffled": learned_from(dict(zip(others, captions, strict=True)), "shuffled"),
         "kept": learned_from(kept, "kept"),

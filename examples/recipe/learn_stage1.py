@@ -24,7 +24,7 @@ from evaluate_stage1 import evaluate
 from features import choose_splits, image_processor
 from safetensors.torch import load_model
 from settings import FOLDER, STAGE1, Stage1
-from training import learn, parse_options, save_json, save_tensors
+from training import learn, made_of, parse_options, save_json, save_tensors
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 
@@ -132,7 +132,7 @@ class Lesson:
         self, rows: datasets.Dataset, processor, settings: Stage1, seed: int, folder: Path, text: str = "name"
     ):
         pairs = ImageTextPairs(rows, text_column=text, id_column=text, seed=seed)
-        self.settings, self.where = settings, (seed, folder)
+        self.rows, self.settings, self.where = rows, settings, (seed, folder)
         self.parts = pairs, ImageTextCollator(processor)
 
     def contrast(self, model) -> list[dict]:
@@ -155,19 +155,24 @@ class Lesson:
 
 
 def contrast_once(model, lesson: Lesson, file: Path | None) -> list[dict]:
-    """Runs that differ in what comes later share `file`. Returns the log."""
+    """Runs that differ in what comes later share `file`, if it was made as it would be now. Returns the log."""
+    key = made_of(lesson.settings.contrast, lesson.rows)
     if file and file.exists():
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["model"])
-        return saved["log"]
+        if saved.get("made_of") == key:
+            model.load_state_dict(saved["model"])
+            return saved["log"]
+        print(f"{file} was made of other settings, pictures or types, and is made again.")
     log = lesson.contrast(model)
     if file:
-        save_tensors(file, {"model": model.state_dict(), "log": log})
+        save_tensors(file, {"model": model.state_dict(), "log": log, "made_of": key})
     return log
 
 
 def go_on(model, folder: Path) -> list[dict]:
     """From the results of another variant. Returns its log."""
+    if not (folder / "results.json").exists():
+        sys.exit(f"This goes on from {folder}, which is not there yet. Run that variant first, with this seed.")
     load_model(model, folder / "model" / "model.safetensors")
     return json.loads((folder / "results.json").read_text())["log"]
 

@@ -49,6 +49,8 @@ def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -
     assets = real_assets()
     if settings.stage1 is not None:
         folder = FOLDER / "stage1" / f"{settings.stage1}-seed{seed}" / "model"
+        if not folder.exists():
+            sys.exit(f"This goes on from {folder}, which is not there yet. Run learn_stage1.py first, with this seed.")
         parts = {"stage1": with_first_queries(folder, settings.num_query_tokens)}
     else:
         parts = {

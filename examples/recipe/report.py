@@ -7,6 +7,7 @@ Tables and plots of what the recipe has come to, for as many seeds as there are.
 import argparse
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,12 +15,19 @@ from settings import FOLDER, FULL, LONGER, STAGE1, STAGE2
 
 
 SPLITS = {"seen": "seen concepts", "unseen": "unseen concepts"}
+RANKINGS = {"ITC": "ITC", "ITM": "re-ranked by matching (ITM)", "ITC and ITM": "ITC and ITM"}
 
 
 def runs(stage: str, variant: str, seed: str = "seed*") -> list[dict]:
     """The results of each seed."""
     files = sorted((FOLDER / stage).glob(f"{variant}-{seed}/results.json"))
     return [json.loads(file.read_text()) for file in files]
+
+
+def count(records: list[dict]) -> str:
+    """How many seeds, by the type that they were computed in: means of several types are means of unlike runs."""
+    dtypes = Counter(record.get("computed in", {}).get("dtype", "a type that was not noted") for record in records)
+    return ", ".join(f"{number} in {dtype}" for dtype, number in sorted(dtypes.items()))
 
 
 def spread(values: list[float], percent: bool = True) -> str:
@@ -47,17 +55,18 @@ def read_baselines() -> dict[str, list[dict]]:
 
 def retrieval_table(split: str) -> str:
     rows = {name: retrieval_rows(results, split, "") for name, results in read_baselines().items()}
-    if full := [run["results"] for run in runs("stage1", "full")]:
-        rows["Q-Former after contrast alone"] = retrieval_rows([result["contrast"] for result in full], split, "ITC")
-        rows["Q-Former after all losses, ITC"] = retrieval_rows(full, split, "ITC")
-        rows["Q-Former after all losses, re-ranked by matching (ITM)"] = retrieval_rows(full, split, "ITM")
-        rows["Q-Former after all losses, ITC and ITM"] = retrieval_rows(full, split, "ITC and ITM")
+    if records := runs("stage1", "full"):
+        full, seeds = [record["results"] for record in records], f"(seeds: {count(records)})"
+        after_contrast = [result["contrast"] for result in full]
+        rows[f"Q-Former after contrast alone {seeds}"] = retrieval_rows(after_contrast, split, "ITC")
+        for ranking, title in RANKINGS.items():
+            rows[f"Q-Former after all losses, {title} {seeds}"] = retrieval_rows(full, split, ranking)
     for variant in (LONGER, "ITC for longer", "all losses for longer"):
-        results = [run["results"] for run in runs("stage1", variant)]
-        rankings = ["ITC", "ITC and ITM"] if "itm" in STAGE1[variant].losses else ["ITC"]
-        for ranking in rankings if results else []:
-            title = f"and then {variant}, {ranking} (seeds: {len(results)})"
-            rows[title] = retrieval_rows(results, split, ranking)
+        records = runs("stage1", variant)
+        results = [record["results"] for record in records]
+        rankings = RANKINGS if "itm" in STAGE1[variant].losses else {"ITC": "ITC"}
+        for ranking, title in rankings.items() if results else ():
+            rows[f"and then {variant}, {title} (seeds: {count(records)})"] = retrieval_rows(results, split, ranking)
     columns = [f"{way} R@{k}" for way in ("picture→name", "name→picture") for k in (1, 5, 10)]
     return table(f"{SPLITS[split]}, %", columns, rows)
 
@@ -73,21 +82,23 @@ def caption_table() -> str:
             {split: [run[split]["CIDEr-D"] for run in neighbour] for split in SPLITS},
         )
     for variant in STAGE2:
-        results = [run["results"] for run in runs("stage2", variant)]
+        records = runs("stage2", variant)
+        results = [record["results"] for record in records]
         if results:
             scores = (
                 {split: [run[split][key] for run in results] for split in SPLITS} for key in ("exact", "CIDEr-D")
             )
             name = {"full": "stage 1, then stage 2"}.get(variant, f"stage 2, {variant}")
-            rows[f"{name} (seeds: {len(results)})"] = cells(*scores)
+            rows[f"{name} (seeds: {count(records)})"] = cells(*scores)
     for title, variant in (("", "full"), (", after ITC and ITG for longer", LONGER)):
-        results = [run["results"] for run in runs("stage1", variant)]
+        records = runs("stage1", variant)
+        results = [record["results"] for record in records]
         if results:
             scores = (
                 {split: [run[split][f"ITG {key}"] for run in results] for split in SPLITS}
                 for key in ("exact", "CIDEr-D")
             )
-            rows[f"the Q-Former's own (ITG){title} (seeds: {len(results)})"] = cells(*scores)
+            rows[f"the Q-Former's own (ITG){title} (seeds: {count(records)})"] = cells(*scores)
     columns = [f"{kind}, {split}" for split in SPLITS for kind in ("exact, %", "CIDEr-D")]
     return table("captions", columns, rows)
 
@@ -97,11 +108,12 @@ def ablation_table() -> str:
     keys = [f"{ranking} {way} R@1" for ranking in rankings for way in ("image_to_text", "text_to_image")]
     rows = {}
     for variant in STAGE1:
-        results = [run["results"] for run in runs("stage1", variant)]
+        records = runs("stage1", variant)
+        results = [record["results"] for record in records]
         if results:
             # What has not been learned is not shown
             left_out = [name.upper() for name in ("itm", "itg") if name not in STAGE1[variant].losses]
-            rows[variant] = [str(len(results))] + [
+            rows[variant] = [count(records)] + [
                 "" if any(name in key for name in left_out) else spread([run["seen"][key] for run in results])
                 for key in (*keys, "ITG exact")
             ]
@@ -114,9 +126,10 @@ def loss_table() -> str:
     """What was logged last of each loss that was learned from."""
     rows = {}
     for variant, settings in STAGE1.items():
-        logs = [run["log"] for run in runs("stage1", variant)]
+        records = runs("stage1", variant)
+        logs = [record["log"] for record in records]
         if logs:
-            rows[variant] = [str(len(logs))] + [
+            rows[variant] = [count(records)] + [
                 spread([[e[f"loss_{name}"] for e in log if f"loss_{name}" in e][-1] for log in logs], percent=False)
                 if name == "itc" or name in settings.losses
                 else ""
@@ -148,17 +161,22 @@ def capfilt_table() -> str:
         drawings = round(statistics.mean(run["drawings"] for run in of_kind))
         rows[title] = [str(drawings), spread([run["right"] for run in of_kind]), *cells(of_kind)]
     # Of the same seeds
-    originals = [run["results"]["contrast"] for file in files for run in runs("stage1", "full", file.stem)]
-    if originals:
+    full = [record for file in files for record in runs("stage1", "full", file.stem)]
+    if originals := [record["results"]["contrast"] for record in full]:
         drawings = str(results[0]["shuffled"]["drawings"])
-        rows[f"all, as they were (seeds: {len(originals)})"] = [drawings, "100", *cells(originals)]
+        rows[f"all, as they were (seeds: {count(full)})"] = [drawings, "100", *cells(originals)]
+    detections = {"all": [result["detection"] for result in results]}
+    for result in results:
+        for hand, own in result.get("detection by hand", {}).items():
+            detections.setdefault(hand, []).append(own)
     found = {
-        "by CapFilt": [spread([result["detection"][key] for result in results]) for key in ("precision", "recall")]
+        f"{hand} (seeds: {len(own)})": [spread([values[key] for values in own]) for key in ("precision", "recall")]
+        for hand, own in detections.items()
     }
     columns = ["drawings", "right, %", "picture→name R@1, %", "name→picture R@1, %"]
     return "\n".join(
         [
-            table(f"names of three hands (seeds: {len(results)})", columns, rows),
+            table(f"names of three hands (seeds: {count(results)})", columns, rows),
             table("finding shuffled names, %", ["precision", "recall"], found),
         ]
     )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import datasets
 import torch
 from settings import Training
 
@@ -76,6 +77,11 @@ def parse_options(description: str, variants: Iterable[str]) -> argparse.Namespa
         parser.error("Other settings would take the place of the recipe's results: give --output, or --validate.")
     options.set = {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
     return options
+
+
+def made_of(settings: Training, rows: datasets.Dataset) -> dict:
+    """What a model that has been learned depends on: where it differs, what is there is another model."""
+    return {"settings": repr(settings), "rows": rows._fingerprint, "dtype": str(fast_dtype())}
 
 
 def save_json(file: Path, value):
