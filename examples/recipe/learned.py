@@ -25,6 +25,10 @@ from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Pr
 from blip2_hf.data import read_cached_features  # noqa: E402
 
 
+def show(title: str, scores: dict[str, float]):
+    print(*(f"{f'{title}: {name}':55} {value:.3f}" for name, value in scores.items()), sep="\n", flush=True)
+
+
 @torch.no_grad()
 def likeness(model, rows: datasets.Dataset) -> float:
     """Mean cosine of two queries of a picture, in the space of contrast."""
@@ -42,7 +46,6 @@ def main():
     transformers.logging.set_verbosity_error()
     # The drawings that would be tested on with --validate; without it they are learned from
     _, tests = choose_splits(validate=True)
-    results = {}
     for variant in ("full", LONGER):
         folder = FOLDER / "stage1" / f"{variant}-seed{seed}" / "model"
         model = Blip2ForPreTraining.from_pretrained(folder).to(device_type())
@@ -50,14 +53,11 @@ def main():
         # Matching has learned nothing more in the latter
         of_all = evaluate(model, processor, tests)["seen"]
         keys = [key for key in of_all if variant == "full" or not key.startswith(("ITM", "ITC and ITM"))]
-        results |= {f"{variant}: {key}": of_all[key] for key in keys}
-        results[f"{variant}: cosine of two queries"] = likeness(model, tests["seen"])
+        show(variant, {key: of_all[key] for key in keys} | {"cosine of two queries": likeness(model, tests["seen"])})
     folder = FOLDER / "stage2" / f"full-seed{seed}" / "model"
     model = Blip2ForConditionalGeneration.from_pretrained(folder).to(device_type())
     processor = Blip2Processor.from_pretrained(folder)
-    scores = score(write(model, processor, tests["seen"]), list(tests["seen"]["name"]))
-    results |= {f"stage 2: {name}": value for name, value in scores.items()}
-    print(*(f"{name:55} {value:.3f}" for name, value in results.items()), sep="\n")
+    show("stage 2", score(write(model, processor, tests["seen"]), list(tests["seen"]["name"])))
 
 
 if __name__ == "__main__":
