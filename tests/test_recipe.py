@@ -536,3 +536,18 @@ def test_contrast_and_matching_together_against_one_by_one():
         found = together.image_to_text
         assert found.index[row].tolist() == sorted(candidates, key=score.__getitem__, reverse=True)
         assert found.scores[row].tolist() == pytest.approx(sorted(score.values(), reverse=True), abs=1e-4)
+
+
+def test_captions_by_the_length_of_the_name():
+    from learned import by_length
+
+    def tokenizer(text):
+        return {"input_ids": text.split()}
+
+    names = ["cat", "dog", "red apple", "a b c d", "a b c d e"]
+    found = by_length(["cat", "cow", "red apple", "x", "a b c d e"], names, tokenizer)
+    assert found == {
+        "exact, 2 names of 1 token": 0.5,
+        "exact, 1 names of 2 tokens": 1.0,
+        "exact, 2 names of 4 tokens or more": 0.5,
+    }

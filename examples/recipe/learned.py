@@ -1,11 +1,13 @@
 """
 What the models know of drawings that they have learned from, those by one of the hands: how much of what is missing on
-the test hand has not been learned, and how much is lost from one hand to another; and how alike their queries are.
+the test hand has not been learned, and how much is lost from one hand to another; how alike their queries are; and, of
+the test hand, how much depends on the length of a name.
 
     python examples/recipe/learned.py --seed 0
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import transformers
 from evaluate_stage1 import evaluate, score
 from features import choose_splits
 from learn_stage2 import write
-from settings import FOLDER, LONGER
+from settings import FOLDER, LONGER, STAGE2
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,6 +25,9 @@ from precision import device_type  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import read_cached_features  # noqa: E402
+
+
+LONG = 4  # tokens
 
 
 def show(title: str, scores: dict[str, float]):
@@ -39,11 +44,24 @@ def likeness(model, rows: datasets.Dataset) -> float:
     return cosines[:, different].mean().item()
 
 
+def by_length(captions: list[str], names: list[str], tokenizer) -> dict[str, float]:
+    """The share of captions that are exactly right, by how many tokens the name has; the last are all longer ones."""
+    lengths = [min(len(tokenizer(" " + name)["input_ids"]), LONG) for name in names]
+    parts = {length: [row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))}
+    return {
+        f"exact, {len(rows)} names of {length} token{'s' * (length > 1)}{' or more' * (length == LONG)}": score(
+            [captions[row] for row in rows], [names[row] for row in rows]
+        )["exact"]
+        for length, rows in parts.items()
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
     transformers.logging.set_verbosity_error()
+    test_names = list(choose_splits(validate=False)[1]["seen"]["name"])
     # The drawings that would be tested on with --validate; without it they are learned from
     _, tests = choose_splits(validate=True)
     for variant in ("full", LONGER):
@@ -57,7 +75,12 @@ def main():
     folder = FOLDER / "stage2" / f"full-seed{seed}" / "model"
     model = Blip2ForConditionalGeneration.from_pretrained(folder).to(device_type())
     processor = Blip2Processor.from_pretrained(folder)
-    show("stage 2", score(write(model, processor, tests["seen"]), list(tests["seen"]["name"])))
+    for variant in STAGE2:
+        file = FOLDER / "stage2" / f"{variant}-seed{seed}" / "results.json"
+        if file.exists():
+            captions = json.loads(file.read_text())["captions"]["seen"]
+            show(f"stage 2, {variant}, test hand", by_length(captions, test_names, processor.tokenizer))
+    show("stage 2, full", score(write(model, processor, tests["seen"]), list(tests["seen"]["name"])))
 
 
 if __name__ == "__main__":
