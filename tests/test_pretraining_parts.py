@@ -137,6 +137,12 @@ def test_example_on_pictures(monkeypatch, parts, tmp_path, options):
     assert tokenizer.bos_token_id == model.config.qformer_config.bos_token_id
 
 
+def test_example_refuses_to_validate_on_what_it_learns_from(monkeypatch, parts, tmp_path):
+    data = parts["pictures.parquet"]
+    with pytest.raises(ValueError, match="which is what is learned from"):
+        run_example(monkeypatch, parts, data, tmp_path / "run", "--validation", str(data))
+
+
 def test_example_on_stored_features(monkeypatch, parts, tmp_path):
     run_command(
         ["cache-features", parts["pictures.parquet"], "--vision-model", parts["tower"], "--size", "28", "--views", "2"]
