@@ -34,6 +34,8 @@ from blip2_hf.data import clean_caption
 
 SHARE, PROPOSALS = 1 / 3, 5
 TRUSTED = ("noto", "twemoji")
+# A name could also be dropped only where a caption beats it by more than this, in the cosine
+MARGINS = (0.0, 0.05, 0.1, 0.2)
 
 
 def shuffled(names: list[str], generator: random.Random) -> list[str]:
@@ -53,8 +55,17 @@ def detection(corrupted: list[bool], dropped: list[bool]) -> dict[str, float]:
     return {"precision": found / max(1, sum(dropped)), "recall": found / sum(corrupted)}
 
 
-def clean(model, processor, rows: datasets.Dataset, folder: Path, seed: int) -> tuple[list[str], list[bool]]:
-    """The caption that is kept of each row, and whether it is not the one that was there."""
+def margin(candidates: list[dict]) -> float:
+    """By how much the best caption that was proposed beats the one that was there."""
+    proposed, original = (
+        max((candidate["score"] for candidate in candidates if candidate["is_original"] == is_original), default=-2.0)
+        for is_original in (False, True)
+    )
+    return proposed - original
+
+
+def clean(model, processor, rows: datasets.Dataset, folder: Path, seed: int) -> tuple[list[str], list[float]]:
+    """The caption that is kept of each row, and by how much the best new one beats the one that was there."""
     model.eval()
     captioner = ModelCaptioner(model, processor, num_captions=PROPOSALS, max_new_tokens=10)
     with fast_autocast():
@@ -71,10 +82,8 @@ def clean(model, processor, rows: datasets.Dataset, folder: Path, seed: int) -> 
     files = sorted(str(file) for file in (folder / "data").glob("*.parquet"))
     result = datasets.Dataset.from_parquet(files, columns=["kept_captions", "candidates", "capfilt_row"])
     assert result["capfilt_row"] == list(range(len(rows)))
-    best = [candidates[0] for candidates in result["candidates"]]
-    return [clean_caption(candidate["text"]) for candidate in best], [
-        not candidate["is_original"] for candidate in best
-    ]
+    ranked = list(result["candidates"])
+    return [clean_caption(candidates[0]["text"]) for candidates in ranked], [margin(own) for own in ranked]
 
 
 def main():
@@ -136,7 +145,8 @@ def main():
     captions = shuffled(original, random.Random(seed))
     model, alone = learned_from_trusted()
     to_clean = rows.select(others).add_column("caption", captions)
-    cleaned, dropped = clean(model, processor, to_clean, folder / "filtered", seed)
+    cleaned, margins = clean(model, processor, to_clean, folder / "filtered", seed)
+    dropped = [own > 0 for own in margins]
     corrupted = [caption != name for caption, name in zip(captions, original, strict=True)]
     kept = {row: name for row, name, is_dropped in zip(others, captions, dropped, strict=True) if not is_dropped}
     hands = rows.select(others)["style"]
@@ -147,6 +157,7 @@ def main():
     results = {
         "detection": detection(corrupted, dropped),
         "detection by hand": by_hand,
+        "detection by margin": {str(most): detection(corrupted, [own > most for own in margins]) for most in MARGINS},
         "alone": alone,
         "shuffled": learned_from(dict(zip(others, captions, strict=True)), "shuffled"),
         "kept": learned_from(kept, "kept"),

@@ -169,9 +169,11 @@ def capfilt_table() -> str:
     for result in results:
         for hand, own in result.get("detection by hand", {}).items():
             detections.setdefault(hand, []).append(own)
+        for least, own in result.get("detection by margin", {}).items():
+            detections.setdefault(f"beaten by more than {least}", []).append(own)
     found = {
-        f"{hand} (seeds: {len(own)})": [spread([values[key] for values in own]) for key in ("precision", "recall")]
-        for hand, own in detections.items()
+        f"{which} (seeds: {len(own)})": [spread([values[key] for values in own]) for key in ("precision", "recall")]
+        for which, own in detections.items()
     }
     columns = ["drawings", "right, %", "picture→name R@1, %", "name→picture R@1, %"]
     return "\n".join(
