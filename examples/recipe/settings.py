@@ -21,7 +21,7 @@ class Training:
     steps: int
     batch_size: int
     learning_rate: float
-    # Of what no pretrained weights start: it learns faster than the rest
+    # Of parts without pretrained weights; in stage 1 with all losses, of the two heads
     new_parts_learning_rate: float
 
 
@@ -29,7 +29,7 @@ class Training:
 class Stage1(Training):
     """
     A stage 1: which losses there are beside contrast, how many queries, and how long it learns; first from contrast
-    alone, then from all losses, contrast still in large batches, at a third of the others' work for a pair.
+    alone, then from all losses; contrast still in large batches: a pair costs it a third of what it costs the others.
     """
 
     losses: tuple[str, ...] = ("itm", "itg")
