@@ -17,7 +17,7 @@ import transformers
 from evaluate_stage1 import evaluate, score
 from features import choose_splits
 from learn_stage2 import write
-from settings import FOLDER, LONGER, STAGE2
+from settings import FOLDER, LONGER, STAGE1, STAGE2
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -64,13 +64,15 @@ def main():
     test_names = list(choose_splits(validate=False)[1]["seen"]["name"])
     # The drawings that would be tested on with --validate; without it they are learned from
     _, tests = choose_splits(validate=True)
-    for variant in ("full", LONGER):
+    for variant in ("full", LONGER, "all losses for longer"):
         folder = FOLDER / "stage1" / f"{variant}-seed{seed}" / "model"
+        if not folder.exists():
+            continue
         model = Blip2ForPreTraining.from_pretrained(folder).to(device_type())
         processor = Blip2Processor.from_pretrained(folder)
-        # Matching has learned nothing more in the latter
         of_all = evaluate(model, processor, tests)["seen"]
-        keys = [key for key in of_all if variant == "full" or not key.startswith(("ITM", "ITC and ITM"))]
+        has_matching = "itm" in STAGE1[variant].losses
+        keys = [key for key in of_all if has_matching or not key.startswith(("ITM", "ITC and ITM"))]
         show(variant, {key: of_all[key] for key in keys} | {"cosine of two queries": likeness(model, tests["seen"])})
     folder = FOLDER / "stage2" / f"full-seed{seed}" / "model"
     model = Blip2ForConditionalGeneration.from_pretrained(folder).to(device_type())
