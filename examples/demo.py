@@ -29,7 +29,10 @@ from demo_report import draw_sheet, nearest_neighbours, print_table, score, writ
 from picture_views import RandomView
 from real_assets import cache_folder, real_assets
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+# In transformers 5.17 the name in the package itself asks for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
 from blip2_hf.data import (

@@ -19,7 +19,10 @@ import datasets
 import torch
 from precision import fast_dtype
 from real_assets import cache_folder, download, real_assets, unpack
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
+
+# In transformers 5.17 the name in the package itself asks for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.data import VisionTower, cache_features

@@ -20,7 +20,10 @@ again after a stop, goes on from the last checkpoint that is whole.
 
 from dataclasses import dataclass, field
 
-from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser
+
+# In transformers 5.17 the name in the package itself asks for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor
 from blip2_hf.data import (

@@ -22,7 +22,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser
+
+# In transformers 5.17 the name in the package itself asks for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.data import (

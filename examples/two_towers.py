@@ -18,7 +18,6 @@ from real_assets import cache_folder, real_assets
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     Dinov2Config,
     Dinov2Model,
@@ -26,6 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutput
+
+# In transformers 5.17 the name in the package itself asks for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 class TwoTowersConfig(PreTrainedConfig):

@@ -9,6 +9,9 @@ import torch
 import transformers
 from tiny import make_config, make_image, make_image_processor, randomize
 
+# In transformers 5.17 the name in the package itself asks for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
 from blip2_hf import Blip2Model
 from blip2_hf.cli import main
 from blip2_hf.data import load_cached_features, read_cached_features
@@ -53,9 +56,7 @@ def cache(data, tower, output, *arguments):
 
 def expected_features(tower, size=28, layer=None):
     model = transformers.Dinov2Model.from_pretrained(tower).eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(
-        tower, size={"height": size, "width": size}, do_center_crop=False
-    )
+    processor = AutoImageProcessor.from_pretrained(tower, size={"height": size, "width": size}, do_center_crop=False)
     with torch.no_grad():
         outputs = model(**processor(images=[make_image(1)], return_tensors="pt"), output_hidden_states=True)
     return (outputs.last_hidden_state if layer is None else outputs.hidden_states[layer])[0]

@@ -14,7 +14,9 @@ from datasets import concatenate_datasets
 from hands import without_hands
 from settings import FOLDER, VIEWS
 from training import save_json
-from transformers import AutoImageProcessor
+
+# In transformers 5.17 the name in the package itself asks for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

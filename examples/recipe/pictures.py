@@ -167,7 +167,7 @@ def make_pictures(folder: Path):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         for split, rows in splits.items():
-            rows.to_parquet(work / f"{split}.parquet")
+            write_pictures(rows, work / f"{split}.parquet")
             print(f"{split:12} {len(rows):6} pictures of {len(set(rows['name'])):5} things", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(work, folder)
@@ -181,8 +181,15 @@ def load_pictures(folder: Path | None = None) -> dict[str, datasets.Dataset]:
     return {split: read_pictures(folder / f"{split}.parquet") for split in SPLITS}
 
 
+def write_pictures(rows: datasets.Dataset, file: Path):
+    # datasets neither writes, before 5, nor reads a file without rows
+    if len(rows) == 0:
+        pyarrow.parquet.write_table(rows.features.arrow_schema.empty_table(), file)
+    else:
+        rows.to_parquet(file)
+
+
 def read_pictures(file: Path) -> datasets.Dataset:
-    # datasets takes a file without rows for an error
     if pyarrow.parquet.read_metadata(file).num_rows == 0:
         return datasets.Dataset.from_dict({})
     return datasets.Dataset.from_parquet(str(file), cache_dir=str(file.parents[1] / "arrow"))

@@ -42,7 +42,9 @@ def _run(options: argparse.Namespace):
         raise SystemExit("blip2-hf: --vision-feature-layer goes with --vision-model; a BLIP-2 has its own.")
 
     import torch
-    from transformers import AutoImageProcessor
+
+    # In transformers 5.17 the name in the package itself asks for torchvision
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from ..data import RandomResizedCropAndFlip, VisionTower, cache_features
     from ..modeling_base import Blip2Model
