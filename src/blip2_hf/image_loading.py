@@ -208,7 +208,10 @@ def _open_record(record: Mapping) -> Image.Image:
 
 def _download(url: str, timeout: float | None) -> bytes:
     # transformers downloads with the same client: httpx, from huggingface_hub 2 on httpx2
-    from huggingface_hub.utils import httpx
+    try:
+        from huggingface_hub.utils import httpx
+    except ImportError:  # the first versions do not pass its name on
+        import httpx  # type: ignore
 
     try:
         response = httpx.get(url, timeout=timeout, follow_redirects=True, headers={"user-agent": _USER_AGENT})
