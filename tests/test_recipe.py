@@ -506,7 +506,7 @@ def test_what_a_cpu_multiplies_fastest_in(monkeypatch, faster):
 def test_a_third_of_the_names_are_shuffled():
     import random
 
-    from capfilt import detection, margin, shuffled
+    from capfilt import detection, detection_by_hand, margin, shuffled
 
     names = [f"thing {i % 20}" for i in range(90)]
     captions = shuffled(names, random.Random(0))
@@ -514,6 +514,8 @@ def test_a_third_of_the_names_are_shuffled():
     assert sum(a != b for a, b in zip(names, captions, strict=True)) == 30
     found = detection([True, True, False, False], [True, False, True, False])
     assert found == {"precision": 0.5, "recall": 0.5}
+    by_hand = detection_by_hand([True, True, False, True], [True, False, True, True], ["x", "x", "x", "y"])
+    assert by_hand == {"x": {"precision": 0.5, "recall": 0.5}, "y": {"precision": 1.0, "recall": 1.0}}
     ranked = [("a", 0.5, False), ("b", 0.3, True), ("c", 0.1, False)]
     candidates = [dict(zip(("text", "score", "is_original"), candidate, strict=True)) for candidate in ranked]
     assert margin(candidates) == pytest.approx(0.2) and margin(candidates[1:]) == pytest.approx(-0.2)

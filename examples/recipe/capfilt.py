@@ -55,6 +55,11 @@ def detection(corrupted: list[bool], dropped: list[bool]) -> dict[str, float]:
     return {"precision": found / max(1, sum(dropped)), "recall": found / sum(corrupted)}
 
 
+def detection_by_hand(corrupted: list[bool], dropped: list[bool], hands: list[str]) -> dict[str, dict[str, float]]:
+    rows = {hand: [row for row, own in enumerate(hands) if own == hand] for hand in sorted(set(hands))}
+    return {hand: detection([corrupted[i] for i in own], [dropped[i] for i in own]) for hand, own in rows.items()}
+
+
 def margin(candidates: list[dict]) -> float:
     """By how much the best caption that was proposed beats the one that was there."""
     proposed, original = (
@@ -149,14 +154,9 @@ def main():
     dropped = [own > 0 for own in margins]
     corrupted = [caption != name for caption, name in zip(captions, original, strict=True)]
     kept = {row: name for row, name, is_dropped in zip(others, captions, dropped, strict=True) if not is_dropped}
-    hands = rows.select(others)["style"]
-    by_hand = {}
-    for hand in sorted(set(hands)):
-        own = [row for row, style in enumerate(hands) if style == hand]
-        by_hand[hand] = detection([corrupted[row] for row in own], [dropped[row] for row in own])
     results = {
         "detection": detection(corrupted, dropped),
-        "detection by hand": by_hand,
+        "detection by hand": detection_by_hand(corrupted, dropped, list(to_clean["style"])),
         "detection by margin": {str(most): detection(corrupted, [own > most for own in margins]) for most in MARGINS},
         "alone": alone,
         "shuffled": learned_from(dict(zip(others, captions, strict=True)), "shuffled"),
