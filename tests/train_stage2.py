@@ -5,6 +5,7 @@ A run of stage 2 on tiny parts, as a program: for the tests to run it in several
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def main():
     trainer.train()
     if trainer.is_world_process_zero():
         Path(arguments.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
+    # Not by the interpreter's way: in it gloo's threads abort the process now and then (pytorch/pytorch#179291), for
+    # DistributedDataParallel keeps them alive when the process group is destroyed
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
