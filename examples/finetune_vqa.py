@@ -140,7 +140,6 @@ def main():
     (Path(arguments.output_dir) / "results.json").write_text(json.dumps(results))
     if arguments.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -104,7 +104,6 @@ def main():
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

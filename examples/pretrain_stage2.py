@@ -122,7 +122,6 @@ def main():
         trainer.log_metrics("eval", trainer.evaluate())
     if arguments.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

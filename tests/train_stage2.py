@@ -45,8 +45,8 @@ def main():
     trainer.train()
     if trainer.is_world_process_zero():
         Path(arguments.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
-    # Not by the interpreter's way: in it gloo's threads abort the process now and then (pytorch/pytorch#179291), for
-    # DistributedDataParallel keeps them alive when the process group is destroyed
+    # gloo's threads abort a process now and then that ends by way of the interpreter (pytorch/pytorch#179291), and with
+    # DistributedDataParallel they can stop it for good where the process group is destroyed
     sys.stdout.flush()
     os._exit(0)
 
