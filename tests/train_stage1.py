@@ -74,8 +74,8 @@ def main():
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
     if trainer.is_world_process_zero():
         Path(arguments.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
-    # gloo's threads abort a process now and then that ends by way of the interpreter (pytorch/pytorch#179291), and with
-    # DistributedDataParallel they can stop it for good where the process group is destroyed
+    # gloo's threads abort a process now and then that ends by way of the interpreter (pytorch/pytorch#179291); where
+    # the process group is destroyed, with DistributedDataParallel, they can stop it for good
     sys.stdout.flush()
     os._exit(0)
 
