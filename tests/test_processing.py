@@ -130,7 +130,13 @@ def test_one_prompt_goes_with_every_image(processor):
 
 
 def test_images_alone_and_text_alone(processor):
-    assert set(processor(images=make_image())) == {"pixel_values"}
+    empty = processor(images=make_image())
+    assert set(empty) == {"pixel_values", "input_ids", "attention_mask"}
+    assert empty["input_ids"] == processor(images=make_image(), text="")["input_ids"]
+    bert = make_tokenizer(eos=True)
+    bert.cls_token, bert.sep_token = "<s>", "</s>"
+    stage1 = Blip2Processor(make_image_processor(), bert)
+    assert set(stage1(images=make_image())) == {"pixel_values"}
     inputs = processor(text=["a", "a dog"])
     assert processor.image_token_id not in sum(inputs["input_ids"], [])
     with pytest.raises(ValueError, match="either images or text"):

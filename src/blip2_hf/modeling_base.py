@@ -262,6 +262,9 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         """`(image_embeds, vision_outputs, qformer_outputs)` of images, or of the tower's output in their place."""
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
+        for name in ("input_ids", "attention_mask"):
+            # Blip2Processor makes them for images alone too, and an image's features do not depend on them
+            kwargs.pop(name, None)
         vision_outputs = None
         if image_embeds is None:
             if pixel_values.dim() == 5:

@@ -15,10 +15,10 @@ from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVision
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .cache_name import CACHE_NAME
+from .cache_name import CACHE_NAME, CACHE_NAMES
 from .configuration_blip2 import Blip2Config
 from .frozen import checkpoint_in_eval_mode, is_frozen
-from .generation_blip2 import Blip2GenerationMixin
+from .generation_blip2 import Blip2GenerationMixin, check_attention_mask
 from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labels
 from .loss_by_rows import can_run_by_rows, loss_by_rows
 from .losses import language_modeling_loss, mean_over_labels
@@ -257,37 +257,51 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
     def _insert_image_features(
         self,
         image_features: torch.Tensor,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor | None]:
+        inputs_embeds: torch.Tensor | None = None,
+        past_length: int = 0,
+    ) -> dict[str, Any]:
         """
-        Puts the image features at their `<image>` placeholders, or in front of the text where there are none.
+        Puts the image features at their `<image>` placeholders, or in front of the text if there are none.
 
         Returns:
-            `dict`: `inputs_embeds` of shape `(batch_size, length, hidden_size)`; `input_ids`, `attention_mask`,
-            `labels` of shape `(batch_size, length)`; `is_image`, boolean, of the same shape.
+            `dict`: `inputs_embeds` of shape `(batch_size, length, hidden_size)`; `input_ids` (`None` if only
+            `inputs_embeds` were given), `attention_mask`, `labels` of shape `(batch_size, length)`; `is_image`,
+            boolean, of the same shape; `num_added`, how many positions were put in front.
         """
+        text: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
+        if input_ids is not None and input_ids.shape[:2] != text.shape[:2]:
+            raise ValueError(
+                f"inputs_embeds of shape {tuple(text.shape)} for input_ids of shape {tuple(input_ids.shape)}: one "
+                "embedding for each token was expected."
+            )
+        check_attention_mask(attention_mask, text, past_length)
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if not self._has_placeholders(input_ids):
-            batch_size, num_images = input_ids.shape[0], image_features.shape[0]
+            attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+        is_image, num_added = self._placeholders(input_ids, inputs_embeds), 0
+        if inputs_embeds is None:
+            ids = input_ids if is_image is None else input_ids.masked_fill(is_image, 0)
+            inputs_embeds = self.get_input_embeddings()(ids)
+        if is_image is None:
+            batch_size, num_images = text.shape[0], image_features.shape[0]
             if num_images % batch_size:
                 raise ValueError(
                     f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for "
                     "each text were expected. Let Blip2Processor make input_ids, or give one image a text."
                 )
-            length = num_images // batch_size * image_features.shape[1]
-            image_index = self.config.image_token_index
-            front = input_ids.new_full((batch_size, length), -1 if image_index is None else image_index)
-            is_image = torch.cat([torch.ones_like(front), torch.zeros_like(input_ids)], dim=1).bool()
-            input_ids = torch.cat([front, input_ids], dim=1)
-            attention_mask = torch.cat([attention_mask.new_ones(front.shape), attention_mask], dim=1)
+            num_added = num_images // batch_size * image_features.shape[1]
+            index = self.config.image_token_index
+            front = attention_mask.new_ones(batch_size, num_added)
+            is_image = torch.cat([front, front.new_zeros(text.shape[:2])], dim=1).bool()
+            if input_ids is not None:
+                input_ids = torch.cat([torch.full_like(front, -1 if index is None else index), input_ids], dim=1)
+            attention_mask = torch.cat([front, attention_mask], dim=1)
+            empty = inputs_embeds.new_zeros(batch_size, num_added, inputs_embeds.shape[2])
+            inputs_embeds = torch.cat([empty, inputs_embeds], dim=1)
             if labels is not None and not self.config.is_encoder_decoder:
-                labels = torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
-        else:
-            is_image = input_ids == self.config.image_token_index
-        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+                labels = torch.cat([torch.full_like(front, -100), labels], dim=1)
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
         self._check_placeholders(is_image, image_features, inputs_embeds.shape[2])
         inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
@@ -302,15 +316,37 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             "attention_mask": attention_mask,
             "labels": labels,
             "is_image": is_image,
+            "num_added": num_added,
         }
 
-    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
+    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """Where `<image>` stands in the text, boolean, of shape `(batch_size, length)`; `None` if it has none."""
         index = self.config.image_token_index
+        if input_ids is not None:
+            is_image = None if index is None else input_ids == index
+        else:
+            # A tokenizer may have given `<image>` an id beyond the embeddings
+            embeddings = self.get_input_embeddings()
+            has_embedding = index is not None and index < embeddings.weight.shape[0]
+            is_image = None
+            if has_embedding:
+                placeholder = embeddings(torch.tensor(index, device=inputs_embeds.device)).to(inputs_embeds)
+                is_image = (inputs_embeds == placeholder).all(dim=-1)
         # A compiled graph can't branch on values: there, Blip2Processor's placeholders are expected
-        if index is not None and (torch.compiler.is_compiling() or bool((input_ids == index).any())):
-            return True
-        self._check_unknown_placeholders(input_ids)
-        return False
+        if is_image is not None and (torch.compiler.is_compiling() or bool(is_image.any())):
+            return is_image
+        if input_ids is not None:
+            self._check_unknown_placeholders(input_ids)
+        return None
+
+    def _check_text_without_image(self, input_ids: torch.Tensor):
+        index = self.config.image_token_index
+        if index is None or torch.compiler.is_compiling() or not bool((input_ids == index).any()):
+            return
+        raise ValueError(
+            f"input_ids have {int((input_ids == index).sum())} `<image>` placeholders (token id {index}), but no "
+            "image was given. Give pixel_values, image_embeds or image_features, or a text without `<image>`."
+        )
 
     def _match_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Labels of the shape of `input_ids`: those of the text alone are filled up at the placeholders before it."""
@@ -393,7 +429,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
 *optional*):
                 An instruction for the Q-Former, where it reads text.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Embedded text and image features, in place of all of these.
+                Embedded text, in place of `input_ids`. Images stand where it equals the embedding of `<image>`, or
+                in front of it; without an image, it may hold image features already.
             position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions; made from `attention_mask` if they are not given.
             encoder_outputs (`ModelOutput`, *optional*):
@@ -428,17 +465,22 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         labels = self._match_labels(labels, input_ids)
-        if image_features is not None:
-            if inputs_embeds is not None:
-                raise ValueError("inputs_embeds hold text and image features already: give no image with them.")
-            if input_ids is None:
+        if image_features is None:
+            if input_ids is not None:
+                self._check_text_without_image(input_ids)
+        else:
+            if input_ids is None and inputs_embeds is None:
                 if labels is not None and not self.config.is_encoder_decoder:
                     raise ValueError(
                         f"labels of shape {tuple(labels.shape)} were given without input_ids, where a decoder-only "
                         "language model reads what it learns. Blip2Processor(images, text_target=...) makes both."
                     )
                 input_ids = self._start_tokens(image_features)
-            merged = self._insert_image_features(image_features, input_ids, attention_mask, labels)
+            cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+            past_length = 0 if cache is None else cache.get_seq_length()
+            merged = self._insert_image_features(
+                image_features, input_ids, attention_mask, labels, inputs_embeds, past_length
+            )
             inputs_embeds, attention_mask, labels = (merged[k] for k in ("inputs_embeds", "attention_mask", "labels"))
             input_ids = None
         if self.config.is_encoder_decoder:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -207,7 +208,9 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         Returns:
             [`BatchFeature`]: `pixel_values` of shape `(num_images, channels, height, width)`; `input_ids` and
             `attention_mask` of shape `(batch_size, length)`; `labels`; `qformer_input_ids` and
-            `qformer_attention_mask`, of a Q-Former that reads text. Without text, `pixel_values` alone.
+            `qformer_attention_mask`, of a Q-Former that reads text. Pictures without text have an empty one: what the
+            language model's tokenizer begins each text with, which may be no token. The processor of stage 1, whose
+            tokenizer is BERT's and which has no `num_query_tokens`, then gives `pixel_values` alone.
 
         Raises:
             ValueError: if there is nothing to process, or pictures and texts do not match.
@@ -226,6 +229,8 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         if caller_side is not None:
             text_kwargs["padding_side"] = caller_side
         groups = None if images is None else _group(images)
+        if text is None and self._writes_text:
+            text = ""
         data: dict[str, Any] = {}
         if text is not None or text_target is not None:
             texts, targets = _texts(text, text_target, groups, self.image_token)
@@ -238,7 +243,14 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
             pictures = load_images([image for group in groups for image in group])
             image_kwargs = output_kwargs["images_kwargs"] | {"return_tensors": return_tensors}
             data |= self.image_processor(pictures, **image_kwargs)
+        if return_tensors is not None:
+            data |= {name: np.zeros((len(rows), 0), dtype=np.int64) for name, rows in data.items() if _is_empty(rows)}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def _writes_text(self) -> bool:
+        """Whether it belongs to a language model, which goes on from a text, and not to the Q-Former of stage 1."""
+        return self.num_query_tokens is not None or self.tokenizer.cls_token is None
 
     def _images_in_front(self, texts: list[str], groups: list[list] | None) -> list[int]:
         """How many pictures stand in front of each text: those that no `<image>` inside it marks."""
@@ -460,6 +472,11 @@ def _without_prompt(generated: torch.Tensor, prompt: torch.Tensor) -> torch.Tens
     prompt = prompt.to(generated.device).repeat_interleave(generated.shape[0] // prompt.shape[0], dim=0)
     length = prompt.shape[1]
     return generated[:, length:] if torch.equal(generated[:, :length], prompt) else generated
+
+
+def _is_empty(rows: Any) -> bool:
+    """Whether there are texts, but no token in any: without a value, a tensor of them would be one of floats."""
+    return isinstance(rows, list) and len(rows) > 0 and all(isinstance(row, list) and not row for row in rows)
 
 
 def _repeat(values: list, repeats: list[int]) -> list:
