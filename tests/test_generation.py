@@ -1,9 +1,13 @@
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers
 from tiny import DECODER_ONLY, LANGUAGE_MODELS, NUM_QUERIES, VOCAB_SIZE, make_model, make_pixel_values
 
 from blip2_hf import Blip2ForConditionalGeneration
+from blip2_hf.cache_name import CACHE_NAME, CACHE_NAMES
 
 
 IMAGE = VOCAB_SIZE - 1
@@ -325,6 +329,204 @@ def test_text_alone_goes_to_the_language_model():
     expected = model.language_model.generate(input_ids=ids, max_new_tokens=4)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, prompt_lookup_num_tokens=2), expected)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4), expected)
+
+
+def two_turns(model, placeholders: bool):
+    """`(pixel_values, first turn, its cache, both turns)` of two rows, one of them padded."""
+    front = [IMAGE] * NUM_QUERIES if placeholders else []
+    pixel_values, batch = make_pixel_values(2), pad([front + PROMPTS[0], front + PROMPTS[1]])
+    first = model.generate(pixel_values=pixel_values, **batch, max_new_tokens=4, return_dict_in_generate=True)
+    both = torch.cat([first.sequences, torch.tensor([[11, 12], [13, 14]])], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, both.shape[1] - batch["input_ids"].shape[1])], dim=1)
+    return pixel_values, batch, first[CACHE_NAME], {"input_ids": both, "attention_mask": mask.long()}
+
+
+@pytest.mark.parametrize("placeholders", [True, False])
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_generation_goes_on_from_a_cache(name, placeholders):
+    model = make_model(name, image_token_index=IMAGE if placeholders else None)
+    model.generation_config.eos_token_id = None
+    pixel_values, first, cache, both = two_turns(model, placeholders)
+    expected = model.generate(pixel_values=pixel_values, **both, max_new_tokens=5)
+    read = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: read.append(output.shape[1]))
+    for cache_name in CACHE_NAMES:
+        given = {**both, cache_name: copy.deepcopy(cache), "max_new_tokens": 5, "repetition_penalty": 1.0}
+        assert torch.equal(model.generate(pixel_values=pixel_values, **given), expected)
+        given[cache_name] = copy.deepcopy(cache)
+        if placeholders:
+            # The image is in the cache: what is new is read, the last token of the first turn and the second one
+            read.clear()
+            assert torch.equal(model.generate(**given), expected)
+            assert read == [3, 1, 1, 1, 1]
+        else:
+            with pytest.raises(ValueError, match="Give the image again"):
+                model.generate(**given)
+    static = transformers.StaticCache(config=model.config.text_config, max_cache_len=64)
+    model.generate(pixel_values=pixel_values, **first, max_new_tokens=4, past_key_values=static)
+    assert torch.equal(model.generate(pixel_values=pixel_values, **both, max_new_tokens=5, cache=static), expected)
+
+
+def test_a_prefix_is_read_once_for_several_questions():
+    model = make_model("llama")
+    pixel_values, prefix = make_pixel_values(1), torch.tensor([[IMAGE] * NUM_QUERIES + [0, 5, 6]])
+    with torch.no_grad():
+        cache = model(pixel_values=pixel_values, input_ids=prefix, use_cache=True)[CACHE_NAME]
+    for question in ([7, 8], [30, 31, 32]):
+        input_ids = torch.cat([prefix, torch.tensor([question])], dim=1)
+        expected = model.generate(pixel_values=pixel_values, input_ids=input_ids, max_new_tokens=5)
+        actual = model.generate(input_ids=input_ids, cache=copy.deepcopy(cache), max_new_tokens=5)
+        assert torch.equal(actual, expected)
+
+
+def test_caches_that_do_not_fit_are_refused():
+    model = make_model("llama")
+    pixel_values, first, cache, both = two_turns(model, placeholders=True)
+    with pytest.raises(ValueError, match="the whole text is expected"):
+        model.generate(pixel_values=pixel_values, **first, cache=cache, max_new_tokens=2)
+    behind = both["attention_mask"].clone()
+    behind[1, -3] = 0
+    with pytest.raises(ValueError, match="padding_side='left'"):
+        model.generate(pixel_values=pixel_values, **(both | {"attention_mask": behind}), cache=cache)
+    with pytest.raises(ValueError, match="does not go on from a cache"):
+        model.generate(pixel_values=pixel_values, **both, cache=cache, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("placeholders", [True, False])
+def test_guidance_weighs_against_the_text_without_the_image(placeholders):
+    model = make_model("llama", image_token_index=IMAGE if placeholders else None)
+    model.generation_config.eos_token_id = None
+    prompt, negative = [IMAGE] * NUM_QUERIES * placeholders + [0, 5, 6], [0, 7]
+    pixel_values, new = make_pixel_values(1), []
+    for _ in range(5):
+        logits = model(pixel_values=pixel_values, input_ids=torch.tensor([prompt + new])).logits[0, -1]
+        without = model.language_model(input_ids=torch.tensor([negative + new])).logits[0, -1].log_softmax(-1)
+        new.append((2.0 * (logits.log_softmax(-1) - without) + without).argmax().item())
+    inputs = {"pixel_values": pixel_values, "input_ids": torch.tensor([prompt]), "max_new_tokens": 5}
+    guided = model.generate(**inputs, guidance_scale=2.0, negative_prompt_ids=torch.tensor([negative]))
+    assert guided[0].tolist() == prompt + new
+    assert model.generate(**inputs, guidance_scale=2.0).shape == guided.shape
+    with pytest.raises(ValueError, match="guidance_scale needs a decoder-only"):
+        make_model("t5").generate(**inputs, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "t5"])
+@pytest.mark.parametrize("index", [IMAGE, None])
+def test_embedded_text_and_inputs_stand_for_input_ids(name, index):
+    model = make_model(name, image_token_index=index)
+    front = [] if index is None else [IMAGE] * NUM_QUERIES
+    batch, pixel_values = pad([front + PROMPTS[0], front + PROMPTS[1]]), make_pixel_values(2)
+    mask = {"attention_mask": batch["attention_mask"]}
+    expected = model.generate(pixel_values=pixel_values, **batch, max_new_tokens=4)
+    assert torch.equal(
+        model.generate(pixel_values=pixel_values, inputs=batch["input_ids"], **mask, max_new_tokens=4), expected
+    )
+    # The embeddings of other words show that they are what is read
+    inputs_embeds = model.get_input_embeddings()(batch["input_ids"])
+    embedded = model.generate(pixel_values=pixel_values, inputs_embeds=inputs_embeds, **mask, max_new_tokens=4)
+    length = 0 if name == "t5" else batch["input_ids"].shape[1]
+    assert torch.equal(embedded, expected[:, length:])
+    other = model.generate(pixel_values=pixel_values, inputs_embeds=inputs_embeds.flip(1), max_new_tokens=4)
+    assert not torch.equal(other, embedded)
+    if name != "t5":
+        both = {"inputs_embeds": inputs_embeds, **batch}
+        assert torch.equal(model.generate(pixel_values=pixel_values, **both, max_new_tokens=4), expected)
+        logits = model(pixel_values=pixel_values, inputs_embeds=inputs_embeds, **mask).logits
+        torch.testing.assert_close(logits, model(pixel_values=pixel_values, **batch).logits)
+    with pytest.raises(ValueError, match="another name for `input_ids`"):
+        model.generate(pixel_values=pixel_values, inputs=batch["input_ids"], **batch)
+    with pytest.raises(ValueError, match="token ids were expected"):
+        model.generate(inputs=pixel_values)
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_a_mask_of_another_length_is_refused(name):
+    model = make_model(name)
+    pixel_values, input_ids = make_pixel_values(1), torch.tensor([PROMPTS[0]])
+    for mask in (torch.ones(1, 3), torch.ones(1, 8), torch.ones(2, 6)):
+        inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
+        for images in ({"pixel_values": pixel_values}, {}):
+            with pytest.raises(ValueError, match=r"attention_mask of shape \(., .\) for a text of shape \(1, 6\)"):
+                model.generate(**images, **inputs, max_new_tokens=2)
+        with pytest.raises(ValueError, match=r"for a text of shape \(1, 6\)"):
+            model(pixel_values=pixel_values, **inputs, labels=input_ids)
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_an_image_token_without_an_image_is_refused(name):
+    model = make_model(name)
+    inputs = {"input_ids": torch.tensor([[IMAGE] * NUM_QUERIES + PROMPTS[0]])}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="4 `<image>` placeholders .* no image was given"):
+            call(**inputs)
+
+
+def test_limits_without_placeholders_count_the_text():
+    model = make_model("llama", image_token_index=None)
+    inputs = {"pixel_values": make_pixel_values(1), "input_ids": torch.tensor([[0, 5]])}
+    free = model.generate(**inputs, max_new_tokens=8)[0, 2:].tolist()
+    model.generation_config.eos_token_id = free[0]
+    assert model.generate(**inputs, max_new_tokens=8).shape == (1, 3)
+    # A shortest length of 6 is four new tokens behind the two that were given, however the longest is said
+    for longest in ({"max_new_tokens": 8}, {"max_length": 10}):
+        lengths = [model.generate(**inputs, **longest, min_length=6).shape[1]]
+        config = transformers.GenerationConfig(min_length=6, eos_token_id=free[0], pad_token_id=1, **longest)
+        lengths.append(model.generate(**inputs, generation_config=config).shape[1])
+        model.generation_config.min_length = 6
+        lengths.append(model.generate(**inputs, **longest).shape[1])
+        model.generation_config.min_length = None
+        assert min(lengths) >= 6 and len(set(lengths)) == 1
+        banned = model.generate(**inputs, **longest, min_new_tokens=4)
+        assert banned.shape[1] == lengths[0]
+
+
+def test_own_functions_see_the_text_as_it_was_given():
+    model = make_model("llama", image_token_index=None)
+    model.generation_config.eos_token_id = None
+    rows = [PROMPTS[0], PROMPTS[1]]
+    seen: dict[str, list] = {"stops": [], "scores": [], "tries": []}
+
+    class Stops(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen["stops"].append(input_ids.tolist())
+            return torch.tensor([len(row) >= 8 for row in input_ids])
+
+    class Scores(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen["scores"].append(input_ids.tolist())
+            return scores
+
+    def allowed(row, input_ids):
+        seen["tries"].append((row, input_ids.tolist()))
+        return list(range(VOCAB_SIZE))
+
+    outputs = model.generate(
+        pixel_values=make_pixel_values(2),
+        **pad(rows, "right"),
+        max_new_tokens=6,
+        stopping_criteria=transformers.StoppingCriteriaList([Stops()]),
+        logits_processor=transformers.LogitsProcessorList([Scores()]),
+        prefix_allowed_tokens_fn=allowed,
+    )
+    prompts = pad(rows)["input_ids"].tolist()
+    assert outputs.shape == (2, 8)
+    assert seen["scores"][0] == prompts
+    assert seen["tries"][:2] == list(enumerate(prompts))
+    assert seen["stops"] == [
+        [p + new[6 : 6 + n] for p, new in zip(prompts, outputs.tolist(), strict=True)] for n in (1, 2)
+    ]
+
+
+def test_assisted_decoding_in_threads():
+    model = make_model("llama")
+    inputs = [
+        {"pixel_values": make_pixel_values(1), "input_ids": torch.tensor([row]), "max_new_tokens": 8}
+        for row in ([0, 5, 6, 7], [IMAGE] * NUM_QUERIES + [0, 30, 31, 30, 31], [0, 9]) * 4
+    ]
+    expected = [model.generate(**kwargs) for kwargs in inputs]
+    with ThreadPoolExecutor(4) as threads:
+        actual = list(threads.map(lambda kwargs: model.generate(**kwargs, prompt_lookup_num_tokens=2), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_a_model_needs_a_language_model():

@@ -92,11 +92,9 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         if self.config.is_encoder_decoder:
             text = {name: prompt[name] for name in ("inputs_embeds", "attention_mask")}
             return self.language_model.generate(**text, **generate_kwargs)
-        if cache is None:
-            prompt = _pad_left(prompt)
-        else:
-            _check_prompt_with_cache(prompt["attention_mask"], cache)
-        return self._generate_after_prompt(input_ids, prompt, generate_kwargs)
+        if cache is not None:
+            _check_prompt_with_cache(prompt["attention_mask"], cache, prompt["num_added"])
+        return self._generate_after_prompt(input_ids, _pad_left(prompt), generate_kwargs)
 
     def _checked(self, generate_kwargs: dict[str, Any], has_image: bool) -> tuple[Cache | None, dict[str, Any]]:
         """The cache, and the arguments of `generate` for the language model; what would go wrong there is refused."""
@@ -345,14 +343,14 @@ def check_attention_mask(attention_mask: torch.Tensor | None, text: torch.Tensor
         )
 
 
-def _check_prompt_with_cache(attention_mask: torch.Tensor, cache: Cache):
+def _check_prompt_with_cache(attention_mask: torch.Tensor, cache: Cache, num_added: int = 0):
     length, past_length = attention_mask.shape[1], cache.get_seq_length()
     if length <= past_length:
         raise ValueError(
             f"A cache of {past_length} positions and a prompt of {length} (images and text) were given: with a cache, "
             "the whole text is expected, what the cache holds and what is new."
         )
-    mask = attention_mask.bool()
+    mask = attention_mask[:, num_added:].bool()
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise ValueError(
             "With a cache, padding is expected in front of each text (padding_side='left'), as in the cache; "
