@@ -1,6 +1,7 @@
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
+import peft
 import pytest
 import torch
 import transformers
@@ -527,6 +528,12 @@ def test_assisted_decoding_in_threads():
     with ThreadPoolExecutor(4) as threads:
         actual = list(threads.map(lambda kwargs: model.generate(**kwargs, prompt_lookup_num_tokens=2), inputs))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_virtual_tokens_are_refused():
+    adapted = peft.get_peft_model(make_model("llama"), peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="virtual tokens of PEFT"):
+        adapted.generate(pixel_values=make_pixel_values(1), input_ids=torch.tensor([[0, 5]]), max_new_tokens=2)
 
 
 def test_a_model_needs_a_language_model():

@@ -98,6 +98,14 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
 
     def _checked(self, generate_kwargs: dict[str, Any], has_image: bool) -> tuple[Cache | None, dict[str, Any]]:
         """The cache, and the arguments of `generate` for the language model; what would go wrong there is refused."""
+        # PEFT replaces this method, by which alone its virtual tokens come into generation
+        adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        adapter = getattr(adapted, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise ValueError(
+                f"{type(adapter).__name__}: PEFT's virtual tokens do not reach the language model in generate. Train "
+                "adapters that change weights, such as LoraConfig."
+            )
         caches = [generate_kwargs[name] for name in CACHE_NAMES if generate_kwargs.get(name) is not None]
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if name not in CACHE_NAMES}
         cache = caches[0] if caches else None
