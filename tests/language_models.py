@@ -13,7 +13,7 @@ CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SEQ2SEQ = sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 MOST_PARAMETERS = 3_000_000
 
-_LAYERS, _HEADS, _GROUPS, _WIDTH, _HEAD_WIDTH = 2, 4, 2, 32, 8
+_LAYERS, _HEADS, _WIDTH, _HEAD_WIDTH = 2, 4, 32, 8
 _SIZES = (
     (
         _WIDTH,
@@ -35,13 +35,13 @@ _SIZES = (
     (
         _HEADS,
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
-        "num_local_experts n_routed_experts moe_num_experts mamba_n_heads conv_kernel mamba_d_conv num_expert",
+        "num_local_experts n_routed_experts moe_num_experts mamba_n_heads conv_kernel mamba_d_conv num_expert "
+        "num_key_value_heads num_kv_heads n_kv_heads",
     ),
-    (_GROUPS, "num_key_value_heads num_kv_heads n_kv_heads multi_query_group_num"),
     (
         _HEAD_WIDTH,
         "head_dim d_kv kv_channels qk_nope_head_dim v_head_dim state_size mamba_d_state qk_rope_head_dim "
-        "index_head_dim",
+        "index_head_dim rotary_dim",
     ),
     (16, "q_lora_rank kv_lora_rank mamba_d_head mamba_head_dim time_step_rank sliding_window"),
     (VOCAB_SIZE, "vocab_size decoder_vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size"),
@@ -67,8 +67,8 @@ def _shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     fields = {name: value for name, value in _SMALL.items() if name in default and default[name] is not None}
     fields |= {name: value for name, value in _TOKENS.items() if name in default}
     fields |= {name: 0.0 for name, value in default.items() if "dropout" in name and isinstance(value, float)}
-    # As long as the layers are many
-    fields |= {name: value[:_LAYERS] for name, value in default.items() if _is_for_each_layer(name, value)}
+    fields |= {name: True for name in ("is_decoder",) if name in default}
+    fields |= {name: _for_two_layers(value) for name, value in default.items() if _is_for_each_layer(name, value)}
     for name, sub_class in (config_class.sub_configs or {}).items():
         if isinstance(default.get(name), dict) and sub_class is not None and hasattr(sub_class, "to_dict"):
             fields[name] = _shrink(sub_class).to_dict()
@@ -79,8 +79,14 @@ def _is_for_each_layer(name: str, value) -> bool:
     return isinstance(value, list) and len(value) > _LAYERS and not name.endswith(("section", "ids"))
 
 
+def _for_two_layers(values: list) -> list:
+    """Two kinds of layers, if there are so many."""
+    other = next((value for value in values if value != values[0]), values[0])
+    return [values[0], other]
+
+
 @torch.no_grad()
-def randomize_lightly(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+def randomize_lightly(model: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
     """Matrices of normal noise, other weights as they are initialised: some families have logarithms there."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
