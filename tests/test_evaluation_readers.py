@@ -197,7 +197,7 @@ def karpathy_file(folder, *changes):
     [
         ({"sentences": [{"raw": "A dog."}, {"raw": None}]}, r"\.sentences\[1\]: 'raw' is None; a text was expected"),
         ({"sentences": [{"raw": 2}]}, r"\.sentences\[0\]: 'raw' is 2; a text was expected. Write numbers as texts"),
-        ({"sentences": [{"raw": "A \ud800 dog."}]}, r"\.sentences\[0\]: 'raw' is .*half a character \('\\ud800'\)"),
+        ({"sentences": [{"raw": "A \ud800 dog."}]}, r"\.sentences\[0\]: 'raw' is .*a lone surrogate \('\\ud800'\)"),
         ({"sentences": ["A dog."]}, r"\.sentences\[0\] has no 'raw', but 'A dog.'"),
         ({"sentences": None}, ": 'sentences' is None; a list was expected"),
         ({"sentences": ...}, " has no 'sentences', but "),
@@ -261,7 +261,7 @@ def test_entries_of_nocaps_that_can_not_be_right(tmp_path, fields, message):
     [
         ("questions", {"question": None}, r"questions\[1\]: 'question' is None; a text was expected"),
         ("questions", {"question": " "}, r"questions\[1\]: question is ' '; a question was expected"),
-        ("questions", {"question": "\udcff?"}, r"questions\[1\]: 'question' is .*half a character"),
+        ("questions", {"question": "\udcff?"}, r"questions\[1\]: 'question' is .*a lone surrogate"),
         ("questions", {"question_id": None}, r"questions\[1\]: 'question_id' is None"),
         ("questions", {"question_id": 42000}, r"questions\[1\] have the same id"),
         ("questions", {"image_id": "x"}, r"questions\[1\]: 'image_id' is 'x'; a number was expected"),
@@ -320,7 +320,7 @@ def test_an_id_of_gqa_that_stands_twice(tmp_path):
     [
         ({"caption": None}, "row 1, column 'caption' is None; a text was expected"),
         ({"captions": ["a dog", None]}, "row 1, column 'captions', entry 1 is None; a text was expected"),
-        ({"caption": "\ud800"}, "row 1, column 'caption' is .*half a character"),
+        ({"caption": "\ud800"}, "row 1, column 'caption' is .*a lone surrogate"),
         ({"id": None}, "row 1, column 'id' is None; an integer or a text was expected"),
         ({"id": float("nan")}, "column 'id' is (nan|7.0); an integer or a text was expected"),
     ],

@@ -26,6 +26,7 @@ from blip2_hf.evaluation.metrics import caption_metrics, vqa_accuracy
 from blip2_hf.evaluation.readers import read_caption_rows, read_karpathy, read_question_rows
 from blip2_hf.evaluation.retrieval_benchmark import evaluate_retrieval
 from blip2_hf.evaluation.samples import CaptionSample, QuestionSample, samples_fingerprint
+from blip2_hf.image_loading import ImageLoadError
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +205,22 @@ def test_captions_are_what_retrieval_reads(retrieval, tmp_path):
 def test_what_tells_samples_apart(tmp_path):
     folders = [make_pictures(tmp_path / name, "0.jpg") for name in "ab"]
     paths = [CaptionSample(str(folder / "0.jpg"), 0, ["a dog"]) for folder in folders]
-    rows = [{"image": make_image(0), "caption": "a dog"}] * 2
-    fingerprints = [samples_fingerprint([sample]) for sample in [*paths, *read_caption_rows(rows)]]
+    fingerprints = [samples_fingerprint([sample]) for sample in paths]
     fingerprints += [samples_fingerprint([sample]) for sample in (CaptionSample(make_image(i), 0, []) for i in (1, 2))]
     fingerprints += [samples_fingerprint(paths[:1], texts) for texts in (["What?"], ["Where?"])]
-    assert len(set(fingerprints)) == 8
+    assert len(set(fingerprints)) == 6
+
+
+@pytest.mark.parametrize("stored", [list, datasets.Dataset.from_list])
+def test_every_picture_of_a_data_set_tells_it_apart(stored):
+    rows = [{"image": make_image(i, (8, 8)), "caption": f"picture {i}", "id": i} for i in range(40)]
+    expected = samples_fingerprint(read_caption_rows(stored(rows)))
+    assert samples_fingerprint(read_caption_rows(stored(rows))) == expected
+    # A row more of a picture that is there already is another caption
+    more = stored([rows[0], *rows])
+    assert samples_fingerprint(read_caption_rows(more, id_column="id")) == expected
+    rows[4], rows[9] = rows[9], rows[4]  # which are not among the 32
+    assert samples_fingerprint(read_caption_rows(stored(rows))) != expected
 
 
 # Pictures
@@ -301,7 +313,7 @@ def test_caption_samples_that_can_not_be_right(fields, message):
     [
         ({"question_id": None}, "question_id=None: question_id is None; an integer or a text was expected"),
         ({"question": None}, "question_id=9: question is None; a text was expected"),
-        ({"question": "What is \ud83d?"}, r"question is 'What is \\ud83d\?', with half a character"),
+        ({"question": "What is \ud83d?"}, r"question is 'What is \\ud83d\?', with a lone surrogate"),
         ({"answers": [2]}, r"question_id=9: answers\[0\] is 2; a text was expected. Write numbers as texts"),
     ],
 )
@@ -353,7 +365,7 @@ def test_captions_with_the_mark_of_a_picture_in_retrieval(retrieval, tmp_path):
 def test_a_prompt_with_half_a_character(opt, tmp_path):
     model, processor = opt
     preset = replace(fast_preset("caption", model), prompt="a \udcff of")
-    with pytest.raises(ValueError, match=r"The prompt is 'a \\udcff of', with half a character"):
+    with pytest.raises(ValueError, match=r"The prompt is 'a \\udcff of', with a lone surrogate"):
         evaluate_captioning(model, processor, caption_samples(1), tmp_path, preset)
 
 
@@ -370,3 +382,12 @@ def test_the_command_names_file_and_entry(tmp_path):
     options[1] = write(tmp_path / "gqa.json", {"7": entry})
     with pytest.raises(SystemExit, match="^blip2-hf: .*gqa.json, '7': the prompt is .*'<image>' stands for a picture"):
         main(command(tmp_path, "gqa", tmp_path / "out", *options))
+
+
+def test_a_row_without_a_picture_is_named_before_generation(opt, tmp_path, generated):
+    model, processor = opt
+    rows = [{"image": make_image(0) if i != 2 else None, "caption": f"picture {i}"} for i in range(40)]
+    samples = read_caption_rows(datasets.Dataset.from_list(rows))
+    with pytest.raises(ImageLoadError, match="^row 2 "):
+        evaluate_captioning(model, processor, samples, tmp_path)
+    assert generated == []

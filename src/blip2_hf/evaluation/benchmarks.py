@@ -74,7 +74,8 @@ def evaluate_captioning(
         `dict`: what results.json holds, in all processes.
 
     Raises:
-        ValueError: if `output` holds predictions that other settings made, or arguments do not fit.
+        ValueError: if `output` holds predictions that other settings made, if two samples have the same id, or if
+            arguments do not fit.
         ImageLoadError: if a picture can't be read.
     """
     preset = _preset(preset, model, samples)
@@ -132,7 +133,8 @@ def evaluate_vqa(
         `dict`: what results.json holds, in all processes.
 
     Raises:
-        ValueError: if `output` holds predictions that other settings made, or arguments do not fit.
+        ValueError: if `output` holds predictions that other settings made, if two samples have the same id, or if
+            arguments do not fit.
         ImageLoadError: if a picture can't be read.
     """
     if protocol not in _PROTOCOLS:
@@ -156,7 +158,7 @@ def evaluate_vqa(
 
 
 def check_preset(preset: GenerationPreset, asks: bool):
-    """Refuse a prompt that has a question where there is none, or none where there is one, or half a character."""
+    """Refuse a prompt that has a question where there is none, or none where there is one."""
     check_text(preset.prompt, "The prompt")
     if preset.asks and not asks:
         raise ValueError(f"The preset {preset.name!r} asks a question ({preset.prompt!r}); captioning has none.")
@@ -216,7 +218,7 @@ def _evaluate(
 
 
 def _check_prompts(samples: Sequence[Sample], prompts: Sequence[str], template: str, image_token: str):
-    """Refuse questions with the mark of a picture, of which there is one for a prompt."""
+    """Refuse questions that hold the mark of a picture; the rest of the prompt may."""
     for number, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
         if prompt.count(image_token) > template.count(image_token):
             raise ValueError(

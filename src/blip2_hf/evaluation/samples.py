@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,13 +132,15 @@ def _check_shared(sample: Sample, references: Any, name: str, what: str):
 def check_text(value: Any, name: str):
     """Refuse what is no text, or one that no file and no tokenizer can hold."""
     if not isinstance(value, str):
-        hint = ' Write numbers as texts, such as "2".' if isinstance(value, (int, float)) else ""
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        hint = ' Write numbers as texts, such as "2".' if is_number else ""
         raise ValueError(f"{name} is {shorten(value)}; a text was expected.{hint}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} is {shorten(value)}, with half a character ({value[error.start]!r}). Write the character in full."
+            f"{name} is {shorten(value)}, with a lone surrogate ({value[error.start]!r}), which is half a character. "
+            "Write the character in full."
         ) from None
 
 
@@ -194,21 +196,38 @@ def open_sample_image(sample: Sample) -> Image.Image:
 
 def samples_fingerprint(samples: Sequence[Sample], texts: Sequence[str] = ()) -> str:
     """
-    A hash of what a model is given: paths or rows of the pictures, some of the pictures, and texts. Names, references
-    and groups have a part in the output alone.
+    Return a hash of what a model is given: the pictures, files by their paths and some of them by what they show, and
+    texts. Ids, references and groups have a part in the output alone.
     """
     digest = hashlib.blake2b(digest_size=16)
+    pictures: dict[Hashable, bytes] = {}
     for sample in samples:
-        image = sample.image
-        is_path = isinstance(image, (str, os.PathLike))
-        place = [image.row, image.column] if isinstance(image, RowImage) else os.fspath(image) if is_path else None
-        digest.update(json.dumps(place).encode())
+        key = picture_key(sample)
+        if key not in pictures:
+            pictures[key] = _picture_digest(sample)
+        digest.update(pictures[key])
     for text in texts:
         digest.update(json.dumps(text).encode())
     for number in sorted({len(samples) * opened // _OPENED for opened in range(_OPENED)}):
-        image = open_sample_image(samples[number])
-        digest.update(repr(image.size).encode() + image.tobytes())
+        digest.update(_pixels(samples[number]))
     return digest.hexdigest()
+
+
+def _picture_digest(sample: Sample) -> bytes:
+    """A hash of a picture: of the path of a file, else of all there is."""
+    value = sample.image
+    if isinstance(value, RowImage):
+        value = value.rows[value.row][value.column]
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, (str, os.PathLike)):
+        value = str(value).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(value if isinstance(value, bytes) else _pixels(sample), digest_size=16).digest()
+
+
+def _pixels(sample: Sample) -> bytes:
+    image = open_sample_image(sample)
+    return repr(image.size).encode() + image.tobytes()
 
 
 __all__ = ["CaptionSample", "QuestionSample", "RowImage"]
