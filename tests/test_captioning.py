@@ -243,6 +243,15 @@ def test_tar_files(parts, tmp_path):
         TarPictures(paths)
 
 
+def test_a_picture_that_stands_twice(tmp_path):
+    """Not one after the other: the captions of both would have one name."""
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name in ("0.jpg", "1.jpg", "0.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(CollectionError, match="0.tar has the file '0.jpg' twice"):
+        TarPictures([tmp_path / "0.tar"])
+
+
 def test_a_sample_with_several_pictures(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         for ending in ("jpg", "mask.png"):

@@ -14,7 +14,7 @@ from blip2_hf.evaluation.readers import (
     read_question_rows,
     read_vqa,
 )
-from blip2_hf.evaluation.samples import open_sample_image
+from blip2_hf.evaluation.samples import CaptionSample, open_sample_image
 
 
 def write(path, content):
@@ -78,8 +78,10 @@ def test_nocaps(tmp_path):
     del content["annotations"]
     secret = read_nocaps(write(tmp_path / "nocaps_test_image_info.json", content), images)
     assert [sample.captions for sample in secret] == [[], []]
-    with pytest.raises(ValueError, match="image 1 has no caption"):
-        read_nocaps(nocaps_file(tmp_path / "x.json", annotations=[{"image_id": 0, "caption": "A bus."}]), images)
+    lacking = nocaps_file(tmp_path / "x.json", annotations=[{"image_id": 0, "caption": "A bus."}])
+    assert [sample.captions for sample in read_nocaps(lacking, images)] == [["A bus."], []]
+    with pytest.raises(ValueError, match="y.json: no 'image_id' of its annotations is an 'id' of its images"):
+        read_nocaps(nocaps_file(tmp_path / "y.json", annotations=[{"image_id": "0", "caption": "A bus."}]), images)
 
 
 def vqa_files(folder, subtype="val2014"):
@@ -138,15 +140,15 @@ def test_files_that_are_not_what_they_should_be(tmp_path):
         read_vqa(annotations, images)
     with pytest.raises(ValueError, match="has no 'images'"):
         read_karpathy(questions, images)
-    with pytest.raises(ValueError, match="has no 'imageId' in its 'info'"):
+    with pytest.raises(ValueError, match="questions.json, 'info' has no 'imageId'"):
         read_gqa(questions, images)
-    with pytest.raises(ValueError, match="questions by their id were expected, but 'images' has \\[\\]"):
+    with pytest.raises(ValueError, match="captions.json, 'images' is .*; questions by their id were expected"):
         read_gqa(write(tmp_path / "captions.json", {"images": []}), images)
     (tmp_path / "half.json").write_text('{"images": [')
     with pytest.raises(ValueError, match="half.json is no JSON"):
         read_nocaps(tmp_path / "half.json", images)
     entry = karpathy_entry(0, "test", sentences=[{"tokens": ["a"]}])
-    with pytest.raises(ValueError, match="has no 'raw' in its 'sentences'"):
+    with pytest.raises(ValueError, match=r"k.json, images\[0\].sentences\[0\] has no 'raw', but \['tokens'\]"):
         read_karpathy(write(tmp_path / "k.json", {"images": [entry]}), images)
 
 
@@ -162,7 +164,7 @@ def test_captions_in_a_data_set():
     assert read_caption_rows(lists, "picture", "text")[1].captions == ["number 1", "another"]
     with pytest.raises(ValueError, match="no column 'image'.*'picture'"):
         read_caption_rows(dataset)
-    with pytest.raises(ValueError, match="row 0, column 'caption': a text or a list of texts was expected, got None"):
+    with pytest.raises(ValueError, match="row 0, column 'caption' is None; a text was expected"):
         read_caption_rows([{"image": make_image(0), "caption": None}])
 
 
@@ -176,7 +178,193 @@ def test_questions_in_a_data_set():
     assert sample.answers == ["bus", "a bus"]
     plain = read_question_rows([{**rows[0], "answer": "bus"}])[0]
     assert (plain.question_id, plain.image_id, plain.answers, plain.group) == (0, 0, ["bus"], None)
-    with pytest.raises(ValueError, match="row 0, column 'question': a question was expected, got ''"):
+    with pytest.raises(ValueError, match="row 0: question is ''; a question was expected"):
         read_question_rows([{**rows[0], "question": "", "answer": "bus"}])
     with pytest.raises(ValueError, match="no rows"):
         read_question_rows([])
+
+
+def karpathy_file(folder, *changes):
+    """Entries of one picture each, with changes to their fields; a field that is `...` is taken out."""
+    entries = [karpathy_entry(number, "test") | change for number, change in enumerate(changes)]
+    entries = [{name: value for name, value in entry.items() if value is not ...} for entry in entries]
+    names = [f"val2014/COCO_val2014_{number:012d}.jpg" for number in range(len(changes))]
+    return write(folder / "k.json", {"images": entries}), make_pictures(folder / "images", *names)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sentences": [{"raw": "A dog."}, {"raw": None}]}, r"\.sentences\[1\]: 'raw' is None; a text was expected"),
+        ({"sentences": [{"raw": 2}]}, r"\.sentences\[0\]: 'raw' is 2; a text was expected. Write numbers as texts"),
+        ({"sentences": [{"raw": "A \ud800 dog."}]}, r"\.sentences\[0\]: 'raw' is .*a lone surrogate \('\\ud800'\)"),
+        ({"sentences": ["A dog."]}, r"\.sentences\[0\] has no 'raw', but 'A dog.'"),
+        ({"sentences": None}, ": 'sentences' is None; a list was expected"),
+        ({"sentences": ...}, " has no 'sentences', but "),
+        ({"filename": None}, ": 'filename' is None; a text was expected"),
+        ({"filepath": 7}, ": 'filepath' is 7; a text was expected"),
+        ({"split": None}, ": 'split' is None; a text was expected"),
+        ({"cocoid": None}, ": 'cocoid' is None; an integer or a text was expected"),
+        ({"cocoid": " "}, ": 'cocoid' is ' '; an integer or a text was expected"),
+        ({"cocoid": 0}, r" have the same id, and each needs its own \(0\)"),
+        ({"filename": "COCO_val2014_000000000000.jpg"}, " are about the same picture"),
+    ],
+)
+def test_entries_of_karpathys_split_that_can_not_be_right(tmp_path, change, message):
+    path, images = karpathy_file(tmp_path, {}, change)
+    with pytest.raises(ValueError, match=rf"k\.json, images\[1\]{message}"):
+        read_karpathy(path, images)
+
+
+def test_files_of_one_name_in_several_folders(tmp_path):
+    images = make_pictures(tmp_path / "images", "cats/1.jpg", "dogs/1.jpg", "birds/1.jpg")
+    changes = [{"filepath": name, "filename": "1.jpg", "cocoid": ...} for name in ("cats", "dogs", "birds")]
+    samples = read_karpathy(karpathy_file(tmp_path, *changes)[0], images)
+    assert [sample.image_id for sample in samples] == ["cats/1", "dogs/1", "birds/1"]
+    assert [open_sample_image(sample).tobytes() for sample in samples] == [
+        open_sample_image(CaptionSample(images / name / "1.jpg", 0, [])).tobytes()
+        for name in ("cats", "dogs", "birds")
+    ]
+    # Of the folders one is not there: its picture is not that of the folder above
+    (images / "birds" / "1.jpg").rename(images / "1.jpg")
+    (images / "dogs" / "1.jpg").unlink()
+    with pytest.raises(ValueError, match=r"images\[1\] and .*images\[2\] are about the same picture"):
+        read_karpathy(tmp_path / "k.json", images)
+
+
+def test_a_picture_without_captions(tmp_path):
+    samples = read_karpathy(*karpathy_file(tmp_path, {}, {"sentences": []}))
+    assert [len(sample.captions) for sample in samples] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"annotations": [{"image_id": 0, "caption": None}]}, r"annotations\[0\]: 'caption' is None"),
+        ({"annotations": [{"image_id": None, "caption": "A bus."}]}, r"annotations\[0\]: 'image_id' is None"),
+        ({"annotations": {}}, "'annotations' is {}; a list was expected"),
+        ({"images": [{"id": 0}]}, r"images\[0\] has no 'file_name'"),
+        ({"images": [{"id": None, "file_name": "000.jpg"}]}, r"images\[0\]: 'id' is None"),
+        ({"images": [{"id": 0, "file_name": f"00{n}.jpg"} for n in "01"]}, r"images\[1\] have the same id"),
+        ({"images": [{"id": n, "file_name": "000.jpg"} for n in "01"], "annotations": []}, "about the same picture"),
+        ({"images": [{"id": 0, "file_name": "000.jpg", "domain": 5}]}, r"images\[0\]: group is 5"),
+    ],
+)
+def test_entries_of_nocaps_that_can_not_be_right(tmp_path, fields, message):
+    images = make_pictures(tmp_path / "val", "000.jpg", "001.jpg")
+    with pytest.raises(ValueError, match=rf"nocaps\.json.*{message}"):
+        read_nocaps(nocaps_file(tmp_path / "nocaps.json", **fields), images)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("questions", {"question": None}, r"questions\[1\]: 'question' is None; a text was expected"),
+        ("questions", {"question": " "}, r"questions\[1\]: question is ' '; a question was expected"),
+        ("questions", {"question": "\udcff?"}, r"questions\[1\]: 'question' is .*a lone surrogate"),
+        ("questions", {"question_id": None}, r"questions\[1\]: 'question_id' is None"),
+        ("questions", {"question_id": 42000}, r"questions\[1\] have the same id"),
+        ("questions", {"image_id": "x"}, r"questions\[1\]: 'image_id' is 'x'; a number was expected"),
+        ("annotations", {"answers": None}, r"annotations\[1\]: 'answers' is None; a list was expected"),
+        ("annotations", {"answers": [{"answer": 2}]}, r"annotations\[1\].answers\[0\]: 'answer' is 2; a text was exp"),
+        ("annotations", {"answers": ["bus"]}, r"annotations\[1\].answers\[0\] has no 'answer', but 'bus'"),
+        ("annotations", {"question_id": 42001}, r"annotations\[1\]: another entry has the answers to question 42001"),
+        ("annotations", {"answer_type": "overall"}, r"questions\[0\]: group is 'overall'"),
+    ],
+)
+def test_entries_of_vqa_that_can_not_be_right(tmp_path, file, change, message):
+    files = dict(zip(("questions", "annotations"), vqa_files(tmp_path), strict=True))
+    images = make_pictures(tmp_path / "images", "COCO_val2014_000000000042.jpg")
+    content = json.loads(files[file].read_text())
+    content[file][1] |= change
+    write(files[file], content)
+    with pytest.raises(ValueError, match=message):
+        read_vqa(files["questions"], images, files["annotations"])
+
+
+def test_a_question_without_answers(tmp_path):
+    questions, annotations = vqa_files(tmp_path)
+    images = make_pictures(tmp_path / "images", "COCO_val2014_000000000042.jpg")
+    content = json.loads(annotations.read_text())
+    content["annotations"][1]["answers"] = []
+    samples = read_vqa(questions, images, write(annotations, content))
+    assert [len(sample.answers) for sample in samples] == [0, 10]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": 2}, "g.json, '7': 'answer' is 2; a text was expected"),
+        ({"answer": None}, "g.json, '7': 'answer' is None; a text was expected"),
+        ({"question": 5}, "g.json, '7': 'question' is 5; a text was expected"),
+        ({"imageId": None}, "g.json, '7': 'imageId' is None"),
+    ],
+)
+def test_entries_of_gqa_that_can_not_be_right(tmp_path, change, message):
+    images = make_pictures(tmp_path / "images", "n1.jpg")
+    entry = {"imageId": "n1", "question": "Is it overcast?", "answer": "no"}
+    with pytest.raises(ValueError, match=message):
+        read_gqa(write(tmp_path / "g.json", {"6": entry, "7": entry | change}), images)
+
+
+def test_an_id_of_gqa_that_stands_twice(tmp_path):
+    entry = json.dumps({"imageId": "n1", "question": "Is it overcast?", "answer": "no"})
+    (tmp_path / "g.json").write_text(f'{{"7": {entry}, "7": {entry}}}')
+    with pytest.raises(ValueError, match="g.json is no JSON .'7' stands twice in one object"):
+        read_gqa(tmp_path / "g.json", make_pictures(tmp_path / "images", "n1.jpg"))
+
+
+@pytest.mark.parametrize("as_data_set", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"caption": None}, "row 1, column 'caption' is None; a text was expected"),
+        ({"captions": ["a dog", None]}, "row 1, column 'captions', entry 1 is None; a text was expected"),
+        ({"caption": "\ud800"}, "row 1, column 'caption' is .*a lone surrogate"),
+        ({"id": None}, "row 1, column 'id' is None; an integer or a text was expected"),
+        ({"id": float("nan")}, "column 'id' is (nan|7.0); an integer or a text was expected"),
+    ],
+)
+def test_rows_of_captions_that_can_not_be_right(change, message, as_data_set):
+    row = {"image": make_image(0), "caption": "a dog", "captions": ["a dog"], "id": 7}
+    rows = [row, row | change]
+    column = "captions" if "captions" in change else "caption"
+    if as_data_set and change.get("caption") != "\ud800":  # Arrow refuses it
+        rows = datasets.Dataset.from_list(rows)
+    with pytest.raises(ValueError, match=message):
+        read_caption_rows(rows, caption_column=column, id_column="id")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": None}, "row 1, column 'question' is None; a text was expected"),
+        ({"answer": 2}, "row 1, column 'answer' is 2; a text was expected. Write numbers as texts"),
+        ({"answer": True}, "row 1, column 'answer' is True; a text was expected"),
+        ({"answer": [{"text": "bus"}]}, "row 1, column 'answer', entry 0 is {'text': 'bus'}; a text was expected"),
+        ({"id": 0}, "row 0 and row 1 have the same id in column 'id'"),
+        ({"id": None}, "row 1, column 'id' is None; an integer or a text was expected"),
+        ({"image_id": None}, "row 1, column 'image_id' is None; an integer or a text was expected"),
+        ({"image": None}, "row 1, column 'image': there is no picture"),
+        ({"kind": "overall"}, "row 1: group is 'overall', as all samples together are called"),
+    ],
+)
+def test_rows_of_questions_that_can_not_be_right(change, message):
+    row = {"image": make_image(0), "question": "What?", "answer": "bus", "id": 0, "image_id": 5, "kind": "x"}
+    with pytest.raises(ValueError, match=message):
+        read_question_rows(
+            [row, row | {"id": 1} | change], id_column="id", image_id_column="image_id", group_column="kind"
+        )
+    with pytest.raises(ValueError, match="row 1: The rows have no column 'question'"):
+        read_question_rows([row, {"image": row["image"], "answer": "bus"}])
+
+
+def test_rows_of_one_picture_are_about_the_first():
+    """Each row has a picture of its own, which the ids say are the same."""
+    rows = [{"image": make_image(i), "question": "What?", "answer": [], "image_id": "abb"[i]} for i in range(3)]
+    samples = read_question_rows(datasets.Dataset.from_list(rows), image_id_column="image_id")
+    assert [sample.image.row for sample in samples] == [0, 1, 1] and samples[0].answers == []
+    # Tensors would be no ids
+    rows = [{"image": make_image(i), "caption": "a dog", "image_id": i // 2} for i in range(4)]
+    samples = read_caption_rows(datasets.Dataset.from_list(rows).with_format("torch"), id_column="image_id")
+    assert [(sample.image_id, len(sample.captions)) for sample in samples] == [(0, 2), (1, 2)]

@@ -120,7 +120,7 @@ class TarPictures(_NamedPictures):
             Ending that the pictures have behind their key, such as `"jpg"`. Needed where a sample has several.
 
     Raises:
-        CollectionError: if a file is no tar file, or a sample has several pictures.
+        CollectionError: if a file is no tar file, if a sample has several pictures, or if a file stands twice in one.
     """
 
     columns = {"shard": str, "key": str}
@@ -154,7 +154,7 @@ class TarPictures(_NamedPictures):
 
 def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, int, int]]:
     """Key, ending, offset and size of each picture of a tar file."""
-    last_key, last_ending = None, None
+    endings: dict[str, str] = {}
     for name, offset, size in _members(path):
         folder, slash, base = name.rpartition("/")
         stem, _, ending = base.partition(".")
@@ -162,12 +162,17 @@ def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, 
         is_wanted = f".{ending.rpartition('.')[2]}".lower() in picture_suffixes()
         if (ending.lower() != field.lower()) if field is not None else not is_wanted:
             continue
-        if key == last_key:
+        if endings.get(key) == ending:
             raise CollectionError(
-                f"{path}: the sample {key!r} has several pictures, {last_ending!r} and {ending!r}. Say which are to "
+                f"{path} has the file {name!r} twice, and captions are told apart by the names. Write the tar file "
+                "anew, with one of them or with other names."
+            )
+        if key in endings:
+            raise CollectionError(
+                f"{path}: the sample {key!r} has several pictures, {endings[key]!r} and {ending!r}. Say which are to "
                 "be captioned with image_column (--image-column)."
             )
-        last_key, last_ending = key, ending
+        endings[key] = ending
         yield key, ending, offset, size
 
 

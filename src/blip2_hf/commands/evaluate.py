@@ -82,8 +82,7 @@ def _run(options: argparse.Namespace):
     with processes(options.device, "What is predicted is kept; the same command goes on with the rest.") as state:
         results = run(options, task, _read(options, task), options.device or state.device)
         if state.is_main_process:
-            scores = {**results["scores_by_group"], "overall": results["scores"]} if results["scores"] else {}
-            print(make_table(options.task, scores, results["num_samples"]), end="")
+            print(make_table(results), end="")
 
 
 def _check(options: argparse.Namespace, task: _Task):
@@ -146,7 +145,7 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
     if task.kind == "caption":
         return evaluate_captioning(model, processor, samples, options.output, preset, options.task, **shared)
     protocol = "gqa" if options.task == "gqa" else "vqa"
-    if options.task == "vqa" and all(len(sample.answers) == 1 for sample in samples):
+    if options.task == "vqa" and all(len(sample.answers) <= 1 for sample in samples):
         protocol = "exact_match"
     return evaluate_vqa(model, processor, samples, options.output, preset, options.task, protocol, **shared)
 

@@ -14,7 +14,16 @@ from .generated_text import exact_match
 from .metrics import caption_metrics, gqa_accuracy, vqa_accuracy
 from .prediction_store import PredictionStore
 from .report import write_report
-from .samples import CaptionSample, QuestionSample, Sample
+from .samples import (
+    OVERALL,
+    CaptionSample,
+    QuestionSample,
+    Sample,
+    check_distinct,
+    check_text,
+    sample_id,
+    sample_name,
+)
 from .text_prediction import predict_texts, prediction_settings
 
 
@@ -65,7 +74,8 @@ def evaluate_captioning(
         `dict`: what results.json holds, in all processes.
 
     Raises:
-        ValueError: if `output` holds predictions that other settings made, or arguments do not fit.
+        ValueError: if `output` holds predictions that other settings made, if two samples have the same id, or if
+            arguments do not fit.
         ImageLoadError: if a picture can't be read.
     """
     preset = _preset(preset, model, samples)
@@ -123,7 +133,8 @@ def evaluate_vqa(
         `dict`: what results.json holds, in all processes.
 
     Raises:
-        ValueError: if `output` holds predictions that other settings made, or arguments do not fit.
+        ValueError: if `output` holds predictions that other settings made, if two samples have the same id, or if
+            arguments do not fit.
         ImageLoadError: if a picture can't be read.
     """
     if protocol not in _PROTOCOLS:
@@ -147,7 +158,8 @@ def evaluate_vqa(
 
 
 def check_preset(preset: GenerationPreset, asks: bool):
-    """Refuses a prompt that has a question where there is none, or none where there is one."""
+    """Refuse a prompt that has a question where there is none, or none where there is one."""
+    check_text(preset.prompt, "The prompt")
     if preset.asks and not asks:
         raise ValueError(f"The preset {preset.name!r} asks a question ({preset.prompt!r}); captioning has none.")
     if asks and not preset.asks:
@@ -174,30 +186,45 @@ def _evaluate(
     image_size: int | None = None,
     **kwargs,
 ) -> dict[str, Any]:
+    check_distinct(samples, sample_id, "have the same id, and each needs its own")
+    _check_prompts(samples, prompts, preset.prompt, processor.image_token)
     state = PartialState(cpu=model.device.type == "cpu")
     settings = prediction_settings(model, processor, preset, samples, image_size)
-    store = PredictionStore(Path(output) / "parts", {"task": task, **settings}, state)
+    store = PredictionStore(Path(output) / "parts", settings, state)
     texts, batch_size = predict_texts(
         model, processor, samples, prompts, preset.generate_kwargs, store, image_size=image_size, **kwargs
     )
     if state.is_main_process:
         groups = _groups(samples)
-        scores = {}
-        if all(references):
-            for group, numbers in groups.items():
-                scores[group] = score([texts[n] for n in numbers], [references[n] for n in numbers])
+        scored = {group: [n for n in numbers if references[n]] for group, numbers in groups.items()}
         write_report(
             output,
             task,
             model,
-            settings,
+            {"preset": preset.name, **settings},
             [submit(sample, text) for sample, text in zip(samples, texts, strict=True)],
-            scores,
+            {
+                group: score([texts[n] for n in numbers], [references[n] for n in numbers])
+                for group, numbers in scored.items()
+                if numbers
+            },
             {group: len(numbers) for group, numbers in groups.items()},
+            {group: len(numbers) for group, numbers in scored.items()},
+            [sample_id(sample) for sample, own in zip(samples, references, strict=True) if not own],
             {"num_processes": state.num_processes, "batch_size": batch_size},
         )
     state.wait_for_everyone()
     return json.loads((Path(output) / "results.json").read_text(encoding="utf-8"))
+
+
+def _check_prompts(samples: Sequence[Sample], prompts: Sequence[str], template: str, image_token: str):
+    """Refuse questions that hold the mark of a picture; the rest of the prompt may."""
+    for number, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
+        if prompt.count(image_token) > template.count(image_token):
+            raise ValueError(
+                f"{sample_name(sample, number)}: the prompt is {prompt!r}, and {image_token!r} stands for a picture. "
+                "Write the question without it."
+            )
 
 
 def _groups(samples: Sequence[Sample]) -> dict[str, list[int]]:
@@ -206,7 +233,7 @@ def _groups(samples: Sequence[Sample]) -> dict[str, list[int]]:
     for number, sample in enumerate(samples):
         if sample.group is not None:
             groups.setdefault(sample.group, []).append(number)
-    return dict(sorted(groups.items())) | {"overall": list(range(len(samples)))}
+    return dict(sorted(groups.items())) | {OVERALL: list(range(len(samples)))}
 
 
 __all__ = ["evaluate_captioning", "evaluate_vqa"]

@@ -3,12 +3,23 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.rows import get_column, select_columns
-from .samples import CaptionSample, QuestionSample, RowImage
+from ..data.bad_rows import shorten
+from ..data.rows import column_names, get_column, select_columns
+from .samples import (
+    CaptionSample,
+    QuestionSample,
+    RowImage,
+    check_distinct,
+    check_id,
+    check_list,
+    check_text,
+    picture_key,
+    sample_id,
+)
 
 
 def read_karpathy(
@@ -26,32 +37,34 @@ def read_karpathy(
             `"test"`, `"val"` or `"train"`, which is both `train` and `restval` of the file.
 
     Returns:
-        `list[CaptionSample]`
+        `list[CaptionSample]`: a picture without `cocoid` is named as its file, with the folder and without the ending.
 
     Raises:
-        ValueError: if the file is another one, or has no such split.
+        ValueError: if the file is another one or has no such split, if a field of an entry is missing or of another
+            type, or if two entries have the same id or the same picture.
         FileNotFoundError: if a file or a picture is not there.
     """
     splits = ("train", "restval") if split == "train" else (split,)
-    entries = _field(_read_json(annotations), "images", annotations)
-    found = Counter(_field(entry, "split", annotations, "images") for entry in entries)
-    entries = [entry for entry in entries if entry["split"] in splits]
+    entries = list(_entries(_read_json(annotations), "images", annotations))
+    found = Counter(_field(entry, "split", where, check_text) for where, entry in entries)
+    entries = [(where, entry) for where, entry in entries if entry["split"] in splits]
     if not entries:
         raise ValueError(f"{annotations} has no split {split!r}; its splits are {dict(found)}.")
     pictures = _Pictures(images)
     samples = []
-    for entry in entries:
-        filename = _field(entry, "filename", annotations, "images")
-        sentences = _field(entry, "sentences", annotations, "images")
-        samples.append(
-            CaptionSample(
-                pictures.find(Path(entry.get("filepath", "")) / filename, filename),
-                # Flickr30K's pictures have no other name than that of their file
-                entry["cocoid"] if "cocoid" in entry else Path(filename).stem,
-                [_field(sentence, "raw", annotations, "sentences") for sentence in sentences],
-            )
-        )
+    for where, entry in entries:
+        filename = _field(entry, "filename", where, check_text)
+        path = Path(_field(entry, "filepath", where, check_text) if "filepath" in entry else "", filename)
+        # Flickr30K's pictures have no other name than that of their file
+        has_id = "cocoid" in entry
+        image_id = _field(entry, "cocoid", where, check_id) if has_id else os.path.splitext(path.as_posix())[0]
+        captions = [
+            _field(sentence, "raw", f"{where}.sentences[{number}]", check_text)
+            for number, sentence in enumerate(_field(entry, "sentences", where, check_list))
+        ]
+        samples.append(CaptionSample(pictures.find(path, filename), image_id, captions, source=where))
     pictures.check()
+    _check_pictures(samples)
     return samples
 
 
@@ -69,25 +82,31 @@ def read_nocaps(annotations: str | os.PathLike, images: str | os.PathLike) -> li
         `list[CaptionSample]`
 
     Raises:
-        ValueError: if the file is another one.
+        ValueError: if the file is another one, if a field of an entry is missing or of another type, if two entries
+            have the same id or the same picture, or if no caption is about any of the pictures.
         FileNotFoundError: if a file or a picture is not there.
     """
     content = _read_json(annotations)
     captions: dict[Any, list[str]] = {}
-    for annotation in content.get("annotations", []):
-        image_id = _field(annotation, "image_id", annotations, "annotations")
-        captions.setdefault(image_id, []).append(_field(annotation, "caption", annotations, "annotations"))
+    for where, entry in _entries(content, "annotations", annotations) if "annotations" in content else ():
+        image_id = _field(entry, "image_id", where, check_id)
+        captions.setdefault(image_id, []).append(_field(entry, "caption", where, check_text))
     pictures = _Pictures(images)
     samples = []
-    for entry in _field(content, "images", annotations):
-        image_id, filename = (_field(entry, name, annotations, "images") for name in ("id", "file_name"))
-        if captions and image_id not in captions:
-            raise ValueError(f"{annotations}: image {image_id} has no caption.")
-        samples.append(
-            CaptionSample(pictures.find(filename), image_id, captions.get(image_id, []), entry.get("domain"))
-        )
+    for where, entry in _entries(content, "images", annotations):
+        image_id = _field(entry, "id", where, check_id)
+        path = pictures.find(_field(entry, "file_name", where, check_text))
+        samples.append(CaptionSample(path, image_id, captions.get(image_id, []), entry.get("domain"), where))
+    if captions and not any(sample.captions for sample in samples):
+        raise ValueError(f"{annotations}: no 'image_id' of its annotations is an 'id' of its images.")
     pictures.check()
+    _check_pictures(samples)
     return samples
+
+
+def _check_pictures(samples: list[CaptionSample]):
+    check_distinct(samples, sample_id, "have the same id, and each needs its own")
+    check_distinct(samples, picture_key, "are about the same picture: a picture's captions belong in one entry")
 
 
 def read_vqa(
@@ -109,34 +128,43 @@ def read_vqa(
         `list[QuestionSample]`
 
     Raises:
-        ValueError: if the files are others, or do not belong together.
+        ValueError: if the files are others or do not belong together, if a field of an entry is missing or of another
+            type, or if two entries have the same id.
         FileNotFoundError: if a file or a picture is not there.
     """
     content = _read_json(questions)
     # Questions of test-dev2015 are about pictures of test2015
-    subtype = _field(content, "data_subtype", questions).replace("-dev", "")
+    subtype = _field(content, "data_subtype", questions, check_text).replace("-dev", "")
     answers = {} if annotations is None else _read_answers(annotations)
     pictures = _Pictures(images)
     samples = []
-    for entry in _field(content, "questions", questions):
-        question_id, image_id, question = (
-            _field(entry, name, questions, "questions") for name in ("question_id", "image_id", "question")
-        )
+    for where, entry in _entries(content, "questions", questions):
+        question_id, image_id = (_field(entry, name, where, check_id) for name in ("question_id", "image_id"))
         if annotations is not None and question_id not in answers:
-            raise ValueError(f"{annotations} has no answer to question {question_id} of {questions}.")
+            raise ValueError(f"{annotations} has no answer to question {question_id!r} of {where}.")
+        if not str(image_id).isdecimal():
+            raise ValueError(f"{where}: 'image_id' is {shorten(image_id)}; a number was expected, that of the file.")
         filename = f"COCO_{subtype}_{int(image_id):012d}.jpg"
         path = pictures.find(Path(subtype) / filename, filename)
-        samples.append(QuestionSample(path, image_id, question_id, question, *answers.get(question_id, ([], None))))
+        question = _field(entry, "question", where, check_text)
+        texts, group = answers.get(question_id, ([], None))
+        samples.append(QuestionSample(path, image_id, question_id, question, texts, group, where))
     pictures.check()
+    check_distinct(samples, sample_id, "have the same id, and each needs its own")
     return samples
 
 
 def _read_answers(annotations: str | os.PathLike) -> dict[Any, tuple[list[str], str | None]]:
     """Answers and their type, by question."""
-    answers = {}
-    for entry in _field(_read_json(annotations), "annotations", annotations):
-        question_id, given = (_field(entry, name, annotations, "annotations") for name in ("question_id", "answers"))
-        texts = [_field(answer, "answer", annotations, "answers") for answer in given]
+    answers: dict[Any, tuple[list[str], str | None]] = {}
+    for where, entry in _entries(_read_json(annotations), "annotations", annotations):
+        question_id = _field(entry, "question_id", where, check_id)
+        if question_id in answers:
+            raise ValueError(f"{where}: another entry has the answers to question {question_id!r}.")
+        texts = [
+            _field(answer, "answer", f"{where}.answers[{number}]", check_text)
+            for number, answer in enumerate(_field(entry, "answers", where, check_list))
+        ]
         answers[question_id] = (texts, entry.get("answer_type"))
     return answers
 
@@ -155,18 +183,20 @@ def read_gqa(questions: str | os.PathLike, images: str | os.PathLike) -> list[Qu
         `list[QuestionSample]`
 
     Raises:
-        ValueError: if the file is another one.
+        ValueError: if the file is another one, or if a field of an entry is missing or of another type.
         FileNotFoundError: if a file or a picture is not there.
     """
     pictures = _Pictures(images)
     samples = []
     for question_id, entry in _read_json(questions).items():
+        where = f"{questions}, {question_id!r}"
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{questions}: questions by their id were expected, but {question_id!r} has {entry!r}.")
-        image_id, question = (_field(entry, name, questions, question_id) for name in ("imageId", "question"))
+            raise ValueError(f"{where} is {shorten(entry)}; questions by their id were expected.")
+        image_id = _field(entry, "imageId", where, check_id)
+        question = _field(entry, "question", where, check_text)
+        answers = [_field(entry, "answer", where, check_text)] if "answer" in entry else []
         path = pictures.find(f"{image_id}.jpg")
-        answers = [entry["answer"]] if "answer" in entry else []
-        samples.append(QuestionSample(path, image_id, question_id, question, answers))
+        samples.append(QuestionSample(path, image_id, question_id, question, answers, source=where))
     pictures.check()
     return samples
 
@@ -183,27 +213,25 @@ def read_caption_rows(
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures.
         caption_column (`str`, *optional*, defaults to `"caption"`):
-            Column of a caption, or of a list of captions.
+            Column of a caption, or of a list of captions, which may be empty.
         id_column (`str`, *optional*):
-            Column of the pictures' ids: rows with the same id are about one picture. Without it, the id is the number
-            of the row.
+            Column of the pictures' ids: rows with the same id are about one picture, that of the first of them.
+            Without it, each row has a picture of its own, whose id is the number of the row.
 
     Returns:
         `list[CaptionSample]`
 
     Raises:
-        ValueError: if there is no such column, or a row has no caption.
+        ValueError: if there is no such column, or a value is missing or of another type.
     """
-    pictures, texts, (ids,) = _columns(rows, image_column, [caption_column], [id_column])
-    samples: dict[Any, CaptionSample] = {}
-    for row, values in enumerate(texts):
-        captions = _texts(get_column(values, caption_column), f"row {row}, column {caption_column!r}")
-        image_id = row if id_column is None else get_column(ids[row], id_column)
-        if image_id in samples:
-            samples[image_id].captions.extend(captions)
-        else:
-            samples[image_id] = CaptionSample(RowImage(pictures, row, image_column), image_id, captions)
-    return list(samples.values())
+    found: dict[Any, tuple[RowImage, list[str]]] = {}
+    for image, values in _read_rows(rows, image_column, [caption_column, id_column]):
+        image_id = image.row if id_column is None else _value(values, id_column, image.row, check_id)
+        found.setdefault(image_id, (image, []))[1].extend(_texts(values, caption_column, image.row))
+    return [
+        CaptionSample(image, image_id, captions, source=f"row {image.row}")
+        for image_id, (image, captions) in found.items()
+    ]
 
 
 def read_question_rows(
@@ -226,11 +254,12 @@ def read_question_rows(
         question_column (`str`, *optional*, defaults to `"question"`):
             Column of the questions.
         answer_column (`str`, *optional*, defaults to `"answer"`):
-            Column of an answer, of a list of answers, or of a list of dicts with `answer`.
+            Column of an answer, of a list of answers, which may be empty, or of a list of dicts with `answer`.
         id_column (`str`, *optional*):
             Column of the questions' ids. Without it, the id is the number of the row.
         image_id_column (`str`, *optional*):
-            Column of the pictures' ids: a picture is then read once for all questions about it.
+            Column of the pictures' ids: rows with the same id are about one picture, that of the first of them, which
+            is read once for all questions about it.
         group_column (`str`, *optional*):
             Column that scores are told apart by.
 
@@ -238,57 +267,75 @@ def read_question_rows(
         `list[QuestionSample]`
 
     Raises:
-        ValueError: if there is no such column, or a row has no question or answer.
+        ValueError: if there is no such column, if a value is missing or of another type, or if two rows have the same
+            id.
     """
-    others = [id_column, image_id_column, group_column]
-    pictures, texts, others_of = _columns(rows, image_column, [question_column, answer_column], others)
+    columns = [question_column, answer_column, id_column, image_id_column, group_column]
+    images: dict[Any, RowImage] = {}
     samples = []
-    for row, values in enumerate(texts):
-        question = get_column(values, question_column)
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"row {row}, column {question_column!r}: a question was expected, got {question!r}.")
-        question_id, image_id, group = (
-            None if name is None else get_column(column[row], name)
-            for name, column in zip(others, others_of, strict=True)
-        )
+    for image, values in _read_rows(rows, image_column, columns):
+        row = image.row
+        image_id = row if image_id_column is None else _value(values, image_id_column, row, check_id)
+        group = None if group_column is None else _value(values, group_column, row)
         samples.append(
             QuestionSample(
-                RowImage(pictures, row, image_column),
-                row if image_id is None else image_id,
-                row if question_id is None else question_id,
-                question,
-                _texts(get_column(values, answer_column), f"row {row}, column {answer_column!r}"),
+                images.setdefault(image_id, image),
+                image_id,
+                row if id_column is None else _value(values, id_column, row, check_id),
+                _value(values, question_column, row, check_text),
+                _texts(values, answer_column, row),
                 None if group is None else str(group),
+                f"row {row}",
             )
         )
+    check_distinct(samples, sample_id, f"have the same id in column {id_column!r}, and each needs its own")
     return samples
 
 
-def _columns(rows: Any, image_column: str, text_columns: list[str], others: list[str | None]):
-    """Rows of pictures, as they are stored; rows of texts; rows of each other column."""
+def _read_rows(rows: Any, image_column: str, columns: list[str | None]) -> Iterator[tuple[RowImage, Mapping]]:
+    """The picture of each row, as it is stored, and the row's columns that are named."""
     if len(rows) == 0:
         raise ValueError("The data set has no rows.")
+    if column_names(rows) is not None:
+        rows = rows.with_format(None)  # a tensor is no id, and no text
     pictures = select_columns(rows, [image_column], image_column)
     get_column(pictures[0], image_column)
-    texts = select_columns(rows, text_columns, None)
-    return pictures, texts, [None if name is None else select_columns(rows, [name], None) for name in others]
+    others = select_columns(rows, [name for name in columns if name is not None], None)
+    for row, values in enumerate(others):
+        # Rows of `datasets` have the same columns, and their pictures are left where they are
+        if others is pictures and _value(values, image_column, row) is None:
+            raise ValueError(f"row {row}, column {image_column!r}: there is no picture.")
+        yield RowImage(pictures, row, image_column), values
 
 
-def _texts(value: Any, name: str) -> list[str]:
+def _value(values: Mapping, column: str, row: int, check: Callable[[Any, str], None] | None = None) -> Any:
+    """What a row has in a column."""
+    try:
+        value = get_column(values, column)
+    except ValueError as error:
+        raise ValueError(f"row {row}: {error}") from error
+    if check is not None:
+        check(value, f"row {row}, column {column!r}")
+    return value
+
+
+def _texts(values: Mapping, column: str, row: int) -> list[str]:
     """One text, several, or several records with `answer`, as a list."""
-    texts = [value] if isinstance(value, str) else value
-    if isinstance(texts, (list, tuple)):
-        texts = [text.get("answer") if isinstance(text, Mapping) else text for text in texts]
-        if texts and all(isinstance(text, str) for text in texts):
-            return texts
-    raise ValueError(f"{name}: a text or a list of texts was expected, got {value!r}.")
+    value, name = _value(values, column, row), f"row {row}, column {column!r}"
+    if not isinstance(value, (list, tuple)):
+        check_text(value, name)
+        return [value]
+    texts = [text.get("answer", text) if isinstance(text, Mapping) else text for text in value]
+    for number, text in enumerate(texts):
+        check_text(text, f"{name}, entry {number}")
+    return texts
 
 
 def _read_json(path: str | os.PathLike) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_object)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}). Is it complete, and unpacked?") from error
     if not isinstance(content, dict):
@@ -296,12 +343,27 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _field(entry: Any, name: str, path: str | os.PathLike, where: str | None = None) -> Any:
-    if isinstance(entry, Mapping) and name in entry:
-        return entry[name]
-    inside = "" if where is None else f" in its {where!r}"
-    found = sorted(map(str, entry))[:10] if isinstance(entry, Mapping) else type(entry).__name__
-    raise ValueError(f"{path} has no {name!r}{inside}, but {found}. Is it the right file?")
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose last field of a name would else take the place of the others."""
+    content = dict(fields)
+    if len(content) < len(fields):
+        name = Counter(name for name, _ in fields).most_common(1)[0][0]
+        raise ValueError(f"{name!r} stands twice in one object")
+    return content
+
+
+def _entries(content: Any, name: str, path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+    """The entries of a list, each with what errors call it."""
+    for number, entry in enumerate(_field(content, name, path, check_list)):
+        yield f"{path}, {name}[{number}]", entry
+
+
+def _field(entry: Any, name: str, where: str | os.PathLike, check: Callable[[Any, str], None]) -> Any:
+    if not isinstance(entry, Mapping) or name not in entry:
+        found = sorted(map(str, entry))[:10] if isinstance(entry, Mapping) else shorten(entry)
+        raise ValueError(f"{where} has no {name!r}, but {found}. Is it the right file?")
+    check(entry[name], f"{where}: {name!r}")
+    return entry[name]
 
 
 class _Pictures:

@@ -11,6 +11,10 @@ import transformers
 
 from .. import __version__
 from .prediction_store import write_json, write_text
+from .samples import OVERALL
+
+
+_NAMED = 10  # samples without references that the results name
 
 
 def write_report(
@@ -21,6 +25,8 @@ def write_report(
     predictions: Any,
     scores: dict[str, dict[str, float]],
     num_samples: dict[str, int],
+    num_scored: dict[str, int],
+    without_references: list[int | str],
     run: dict[str, Any],
 ) -> dict[str, Any]:
     r"""
@@ -38,9 +44,13 @@ def write_report(
         predictions (`list[dict]` or `dict`):
             The predictions, as the benchmark's authors want them where they say.
         scores (`dict[str, dict[str, float]]`):
-            Those of each group, and of all samples as `overall`; empty where the references are secret.
+            Those of each group, and of all samples as `overall`; empty where there are no references.
         num_samples (`dict[str, int]`):
             How many samples a group has, and `overall`.
+        num_scored (`dict[str, int]`):
+            How many of them have references.
+        without_references (`list[int]` or `list[str]`):
+            Ids of the others.
         run (`dict`):
             How the predictions were made, where they do not depend on it.
 
@@ -50,27 +60,36 @@ def write_report(
     folder = Path(output)
     results = {
         "task": task,
-        "scores": scores.get("overall", {}),
-        "scores_by_group": {group: values for group, values in scores.items() if group != "overall"},
+        "scores": scores.get(OVERALL, {}),
+        "scores_by_group": {group: values for group, values in scores.items() if group != OVERALL},
         "num_samples": num_samples,
+        "num_scored": num_scored,
+        "without_references": without_references[:_NAMED],
         "settings": {"model": model.config.name_or_path, **settings},
         "run": {"device": str(model.device), **run, "versions": versions()},
     }
     write_json(folder / "predictions.json", predictions)
-    write_text(folder / "table.md", make_table(task, scores, num_samples))
+    write_text(folder / "table.md", make_table(results))
     write_json(folder / "results.json", results)
     return results
 
 
-def make_table(task: str, scores: dict[str, dict[str, float]], num_samples: dict[str, int]) -> str:
-    """Scores as a table in Markdown, times 100 as papers have them, a line for each group."""
+def make_table(results: dict[str, Any]) -> str:
+    """
+    Return the scores of results.json as a table in Markdown, times 100 as papers have them, with a line for each
+    group, and what is not scored.
+    """
+    task, scores, num_scored = results["task"], results["scores"], results["num_scored"]
     if not scores:
         return f"{task}: there are no references, and so no scores.\n"
-    names = list(scores["overall"])
-    lines = [f"| {task} | samples | {' | '.join(names)} |", f"|---|{'---:|' * (len(names) + 1)}"]
-    for group, values in scores.items():
-        cells = [f"{100 * values[name]:.2f}" for name in names]
-        lines.append(f"| {group} | {num_samples[group]} | {' | '.join(cells)} |")
+    lines = [f"| {task} | samples | {' | '.join(scores)} |", f"|---|{'---:|' * (len(scores) + 1)}"]
+    for group, values in {**results["scores_by_group"], OVERALL: scores}.items():
+        cells = [f"{100 * values[name]:.2f}" for name in scores]
+        lines.append(f"| {group} | {num_scored[group]} | {' | '.join(cells)} |")
+    total, names = results["num_samples"][OVERALL], list(map(str, results["without_references"]))
+    if count := total - num_scored[OVERALL]:
+        names += ["..."] if count > len(names) else []
+        lines += ["", f"Not scored, because they have no references: {count} of {total} samples ({', '.join(names)})."]
     return "\n".join(lines) + "\n"
 
 

@@ -9,13 +9,13 @@ from ..losses import image_text_similarity
 
 def retrieval_recall(similarity: torch.Tensor, is_match: torch.Tensor, k: tuple[int, ...] = (1, 5, 10)) -> dict:
     r"""
-    Recall at k, both ways: the share of images with a text of theirs among the k most alike, and of texts.
+    Compute recall at k, both ways: the share of images with a text of theirs among the k most alike, and of texts.
 
     Args:
         similarity (`torch.Tensor` of shape `(num_images, num_texts)`):
             The higher, the more alike.
         is_match (`torch.BoolTensor` of shape `(num_images, num_texts)`):
-            Which belong together.
+            Which belong together. Images without any text, and texts without any image, do not count.
         k (`tuple[int, ...]`, *optional*, defaults to `(1, 5, 10)`):
             How many of the first count.
 
@@ -25,7 +25,7 @@ def retrieval_recall(similarity: torch.Tensor, is_match: torch.Tensor, k: tuple[
     recall = {}
     directions = {"image_to_text": (similarity, is_match), "text_to_image": (similarity.T, is_match.T)}
     for name, (scores, right) in directions.items():
-        ranked = right.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+        ranked = right.gather(1, scores.argsort(dim=1, descending=True, stable=True))[right.any(dim=1)]
         for count in k:
             recall[f"{name}_r{count}"] = ranked[:, :count].any(dim=1).double().mean().item()
     return recall

@@ -20,7 +20,16 @@ from ..data.text import clean_caption
 from ..inference import first_batch_size, model_fingerprint, own_image_size, with_image_size
 from .prediction_store import PredictionStore
 from .report import write_report
-from .samples import CaptionSample, RowImage, samples_fingerprint
+from .samples import (
+    OVERALL,
+    CaptionSample,
+    RowImage,
+    check_distinct,
+    picture_key,
+    sample_id,
+    sample_name,
+    samples_fingerprint,
+)
 from .two_stage import EncodedTexts, TwoStageRankings, TwoStageRetrieval
 
 
@@ -52,7 +61,8 @@ def evaluate_retrieval(
         processor ([`Blip2Processor`]):
             Its processor.
         samples (`list[CaptionSample]`):
-            Pictures with captions, such as [`read_karpathy`] returns.
+            Pictures with captions, such as [`read_karpathy`] returns. A picture without captions is one that captions
+            may find, and is not asked for any.
         output (`str` or `os.PathLike`):
             Folder for `results.json`, `table.md`, `predictions.json` (the first ten of each), and `parts`, with which
             an interrupted evaluation goes on. `parts` holds the tower's output, of which it tells the size, and which
@@ -77,21 +87,22 @@ def evaluate_retrieval(
         `k` is less than 10, and than the number of candidates, only those up to `k` are told.
 
     Raises:
-        ValueError: if `output` holds what other settings made, or a sample has no caption.
+        ValueError: if `output` holds what other settings made, if two samples have the same id or picture, or if no
+            sample has a caption.
         ImageLoadError: if a picture can't be read.
     """
     if not samples:
         raise ValueError("There are no samples.")
-    if without := [sample.image_id for sample in samples if not sample.captions]:
-        raise ValueError(f"{len(without)} images have no caption, the first of them {without[0]}: there is no recall.")
+    check_distinct(samples, sample_id, "have the same id, and each needs its own")
+    check_distinct(samples, picture_key, "are about the same picture: a picture's captions belong in one sample")
+    texts = _texts(samples, processor.image_token)
     state = PartialState(cpu=model.device.type == "cpu")
-    texts = [clean_caption(caption) for sample in samples for caption in sample.captions]
     image_processor = with_image_size(processor.image_processor, image_size)
     tokenizer = processor.qformer_tokenizer or processor.tokenizer
     start = batch_size or first_batch_size(model.device)
     retrieval = _SharedRetrieval(model, tokenizer, k, start, show_progress=show_progress and state.is_main_process)
-    settings = _settings(retrieval, image_processor, samples)
-    retrieval.store = PredictionStore(Path(output) / "parts", {"task": task, **settings}, state, _RESULTS)
+    settings = _settings(retrieval, image_processor, samples, texts)
+    retrieval.store = PredictionStore(Path(output) / "parts", settings, state, _RESULTS)
     images = _tower_outputs(model, image_processor, samples, retrieval.store, start, num_workers)
     image_features, encoded = retrieval.encode(images, texts)
     if k == 0:
@@ -99,16 +110,42 @@ def evaluate_retrieval(
     else:
         rankings = retrieval(images, encoded, image_features)
     if state.is_main_process:
-        counts = {"overall": len(samples)}
-        run = {"num_processes": state.num_processes, "batch_size": retrieval.batch_size}
-        scores = {"overall": rankings.recall(_matches(samples), _RECALL_AT)}
-        found = _first_ten(rankings, samples, texts)
-        write_report(output, task, model, {**settings, "k": k}, found, scores, counts, run)
+        without = [sample.image_id for sample in samples if not sample.captions]
+        write_report(
+            output,
+            task,
+            model,
+            {**settings, "k": k},
+            _first_ten(rankings, samples, texts),
+            {OVERALL: rankings.recall(_matches(samples), _RECALL_AT)},
+            {OVERALL: len(samples)},
+            {OVERALL: len(samples) - len(without)},
+            without,
+            {"num_processes": state.num_processes, "batch_size": retrieval.batch_size},
+        )
     state.wait_for_everyone()
     return json.loads((Path(output) / "results.json").read_text(encoding="utf-8"))
 
 
-def _settings(retrieval: TwoStageRetrieval, image_processor: Any, samples: Sequence[CaptionSample]) -> dict[str, Any]:
+def _texts(samples: Sequence[CaptionSample], image_token: str) -> list[str]:
+    """All captions, as they are read."""
+    texts = []
+    for number, sample in enumerate(samples):
+        for caption in sample.captions:
+            texts.append(clean_caption(caption))
+            if image_token in texts[-1]:
+                raise ValueError(
+                    f"{sample_name(sample, number)}: a caption is {caption!r}, and {image_token!r} stands for a "
+                    "picture. Write the caption without it."
+                )
+    if not texts:
+        raise ValueError(f"None of {len(samples)} images has a caption: there is no recall.")
+    return texts
+
+
+def _settings(
+    retrieval: TwoStageRetrieval, image_processor: Any, samples: Sequence[CaptionSample], texts: Sequence[str]
+) -> dict[str, Any]:
     """What features and scores of pairs depend on: not `k`, which only says of which pairs."""
     model = retrieval.model
     return {
@@ -118,8 +155,8 @@ def _settings(retrieval: TwoStageRetrieval, image_processor: Any, samples: Seque
         "image_size": own_image_size(image_processor),
         "image_processor": json.loads(image_processor.to_json_string()),
         "num_samples": len(samples),
-        "num_texts": sum(len(sample.captions) for sample in samples),
-        "samples": samples_fingerprint(samples),
+        "num_texts": len(texts),
+        "samples": samples_fingerprint(samples, texts),
     }
 
 
@@ -163,10 +200,12 @@ def _tower_outputs(
 
 def _image_rows(samples: Sequence[CaptionSample]) -> tuple[datasets.Dataset, str]:
     """The pictures as a data set, one row each, and their column."""
-    first = samples[0].image
-    if isinstance(first, RowImage) and isinstance(first.rows, datasets.Dataset):
-        return first.rows.select([sample.image.row for sample in samples]), first.column
     images = [sample.image for sample in samples]
+    first = images[0]
+    # Samples may come from several data sets
+    is_one = all(isinstance(x, RowImage) and x.rows is first.rows and x.column == first.column for x in images)
+    if is_one and isinstance(first.rows, datasets.Dataset):
+        return first.rows.select([image.row for image in images]), first.column
     images = [image.rows[image.row][image.column] if isinstance(image, RowImage) else image for image in images]
     return datasets.Dataset.from_dict({"image": images}), "image"
 

@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
+from ..data.bad_rows import shorten
 from ..data.rows import open_image
 
+
+OVERALL = "overall"  # the group of all samples
 
 _OPENED = 32  # pictures that a fingerprint looks at
 
@@ -43,17 +46,28 @@ class CaptionSample:
         image (`str` or [`RowImage`]):
             Path of the picture, or anything else that [`~image_loading.load_image`] takes.
         image_id (`int` or `str`):
-            Its name in the data set.
+            Its name in the output, which no other sample has.
         captions (`list[str]`):
-            What people wrote; empty where that is secret.
+            What people wrote. A sample without captions is not scored.
         group (`str`, *optional*):
             What scores are told apart by, such as the domain of NoCaps.
+        source (`str`, *optional*):
+            What errors call the sample, such as `"dataset_coco.json, images[3]"`.
+
+    Raises:
+        ValueError: if a field is missing, or of another type.
     """
 
     image: Any
     image_id: int | str
     captions: list[str]
     group: str | None = None
+    source: str | None = None
+
+    def __post_init__(self):
+        name = self.source or f"CaptionSample with image_id={shorten(self.image_id)}"
+        check_id(self.image_id, f"{name}: image_id")
+        _check_shared(self, self.captions, name, "captions")
 
 
 @dataclass(frozen=True)
@@ -67,13 +81,18 @@ class QuestionSample:
         image_id (`int` or `str`):
             Its name in the data set.
         question_id (`int` or `str`):
-            The question's name in the data set.
+            The question's name in the output, which no other sample has.
         question (`str`):
             The question.
         answers (`list[str]`):
-            What people answered; empty where that is secret.
+            What people answered. A question without answers is not scored.
         group (`str`, *optional*):
             What scores are told apart by, such as the type of the answer.
+        source (`str`, *optional*):
+            What errors call the sample, such as `"questions.json, questions[3]"`.
+
+    Raises:
+        ValueError: if a field is missing, or of another type.
     """
 
     image: Any
@@ -82,9 +101,89 @@ class QuestionSample:
     question: str
     answers: list[str]
     group: str | None = None
+    source: str | None = None
+
+    def __post_init__(self):
+        name = self.source or f"QuestionSample with question_id={shorten(self.question_id)}"
+        check_id(self.image_id, f"{name}: image_id")
+        check_id(self.question_id, f"{name}: question_id")
+        check_text(self.question, f"{name}: question")
+        if not self.question.strip():
+            raise ValueError(f"{name}: question is {shorten(self.question)}; a question was expected.")
+        _check_shared(self, self.answers, name, "answers")
 
 
 Sample = CaptionSample | QuestionSample
+
+
+def _check_shared(sample: Sample, references: Any, name: str, what: str):
+    """Refuse what no sample can have."""
+    if sample.image is None:
+        raise ValueError(f"{name} has no picture.")
+    check_list(references, f"{name}: {what}")
+    for number, text in enumerate(references):
+        check_text(text, f"{name}: {what}[{number}]")
+    if sample.group is not None:
+        check_text(sample.group, f"{name}: group")
+    if sample.group == OVERALL:
+        raise ValueError(f"{name}: group is {OVERALL!r}, as all samples together are called. Give another name.")
+
+
+def check_text(value: Any, name: str):
+    """Refuse what is no text, or one that no file and no tokenizer can hold."""
+    if not isinstance(value, str):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        hint = ' Write numbers as texts, such as "2".' if is_number else ""
+        raise ValueError(f"{name} is {shorten(value)}; a text was expected.{hint}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is {shorten(value)}, with a lone surrogate ({value[error.start]!r}), which is half a character. "
+            "Write the character in full."
+        ) from None
+
+
+def check_list(value: Any, name: str):
+    """Refuse what is no list, a text among others."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} is {shorten(value)}; a list was expected.")
+
+
+def check_id(value: Any, name: str):
+    """Refuse what names nothing."""
+    if isinstance(value, str) and value.strip():
+        check_text(value, name)
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {shorten(value)}; an integer or a text was expected.")
+
+
+def check_distinct(samples: Sequence[Sample], key: Callable[[Sample], Hashable], what: str):
+    """Refuse samples of which two have the same key; `what` says what that means."""
+    seen: dict[Hashable, int] = {}
+    for number, sample in enumerate(samples):
+        first = seen.setdefault(key(sample), number)
+        if first != number:
+            names = f"{sample_name(samples[first], first)} and {sample_name(sample, number)}"
+            raise ValueError(f"{names} {what} ({shorten(key(sample))}).")
+
+
+def sample_name(sample: Sample, number: int) -> str:
+    """What errors call a sample."""
+    return sample.source or f"sample {number}"
+
+
+def sample_id(sample: Sample) -> int | str:
+    """What the output calls a sample."""
+    return sample.question_id if isinstance(sample, QuestionSample) else sample.image_id
+
+
+def picture_key(sample: Sample) -> Hashable:
+    """What samples about one picture share: its path, its row in a data set, or the object that it is."""
+    image = sample.image
+    if isinstance(image, RowImage):
+        return id(image.rows), image.row, image.column
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
 
 
 def open_sample_image(sample: Sample) -> Image.Image:
@@ -95,16 +194,40 @@ def open_sample_image(sample: Sample) -> Image.Image:
     return open_image(image, f"image {sample.image_id}")
 
 
-def samples_fingerprint(samples: Sequence[Sample]) -> str:
-    """A hash of ids, paths and texts, and of some of the pictures; the group has a part in scores alone."""
+def samples_fingerprint(samples: Sequence[Sample], texts: Sequence[str] = ()) -> str:
+    """
+    Return a hash of what a model is given: the pictures, files by their paths and some of them by what they show, and
+    texts. Ids, references and groups have a part in the output alone.
+    """
     digest = hashlib.blake2b(digest_size=16)
+    pictures: dict[Hashable, bytes] = {}
     for sample in samples:
-        path = os.fspath(sample.image) if isinstance(sample.image, (str, os.PathLike)) else None
-        digest.update(json.dumps(asdict(replace(sample, image=path, group=None)), default=str).encode())
+        key = picture_key(sample)
+        if key not in pictures:
+            pictures[key] = _picture_digest(sample)
+        digest.update(pictures[key])
+    for text in texts:
+        digest.update(json.dumps(text).encode())
     for number in sorted({len(samples) * opened // _OPENED for opened in range(_OPENED)}):
-        image = open_sample_image(samples[number])
-        digest.update(repr(image.size).encode() + image.tobytes())
+        digest.update(_pixels(samples[number]))
     return digest.hexdigest()
+
+
+def _picture_digest(sample: Sample) -> bytes:
+    """A hash of a picture: of the path of a file, else of all there is."""
+    value = sample.image
+    if isinstance(value, RowImage):
+        value = value.rows[value.row][value.column]
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, (str, os.PathLike)):
+        value = str(value).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(value if isinstance(value, bytes) else _pixels(sample), digest_size=16).digest()
+
+
+def _pixels(sample: Sample) -> bytes:
+    image = open_sample_image(sample)
+    return repr(image.size).encode() + image.tobytes()
 
 
 __all__ = ["CaptionSample", "QuestionSample", "RowImage"]

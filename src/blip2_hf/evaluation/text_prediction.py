@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..generation_presets import GenerationPreset
 from ..inference import first_batch_size, model_fingerprint, own_image_size, with_image_size
 from .prediction_store import PredictionStore
-from .samples import Sample, open_sample_image, samples_fingerprint
+from .samples import QuestionSample, Sample, open_sample_image, picture_key, samples_fingerprint
 
 
 def predict_texts(
@@ -97,18 +97,23 @@ def prediction_settings(
     samples: Sequence[Sample],
     image_size: int | None,
 ) -> dict[str, Any]:
-    """What predictions depend on: neither the batch size nor the number of processes."""
+    """
+    Return what predictions depend on: neither the batch size nor the number of processes, and neither references nor
+    names.
+    """
     image_processor = with_image_size(processor.image_processor, image_size)
+    defaults = model.generation_config.to_diff_dict()
+    questions = [sample.question for sample in samples if isinstance(sample, QuestionSample)]
     return {
         "weights": model_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "preset": preset.name,
         "prompt": preset.prompt,
         "generate_kwargs": preset.generate_kwargs,
+        "generation_config": {name: value for name, value in defaults.items() if name != "transformers_version"},
         "image_size": own_image_size(image_processor),
         "image_processor": json.loads(image_processor.to_json_string()),
         "num_samples": len(samples),
-        "samples": samples_fingerprint(samples),
+        "samples": samples_fingerprint(samples, questions),
     }
 
 
@@ -117,7 +122,7 @@ def _by_image(samples: Sequence[Sample], done: dict[int, Any]) -> list[list[int]
     images: dict[Any, list[int]] = {}
     for number, sample in enumerate(samples):
         if number not in done:
-            images.setdefault(sample.image_id, []).append(number)
+            images.setdefault(picture_key(sample), []).append(number)
     return list(images.values())
 
 

@@ -61,11 +61,11 @@ class TwoStageRankings:
 
     def recall(self, is_match: torch.Tensor, k: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
         r"""
-        Recall at k, both ways: the share of images with a text of theirs among the first k, and of texts.
+        Compute recall at k, both ways: the share of images with a text of theirs among the first k, and of texts.
 
         Args:
             is_match (`torch.BoolTensor` of shape `(num_images, num_texts)`):
-                Which belong together.
+                Which belong together. Images without any text, and texts without any image, do not count.
             k (`tuple[int, ...]`, *optional*, defaults to `(1, 5, 10)`):
                 How many of the first count. A number is left out where fewer were ranked, unless these are all.
 
@@ -78,7 +78,7 @@ class TwoStageRankings:
             "text_to_image": (self.text_to_image, is_match.T),
         }
         for name, (ranking, right) in directions.items():
-            found = right.gather(1, ranking.index)
+            found = right.gather(1, ranking.index)[right.any(dim=1)]
             for count in k:
                 if count <= found.shape[1] or found.shape[1] == right.shape[1]:
                     recall[f"{name}_r{count}"] = found[:, :count].any(dim=1).double().mean().item()
