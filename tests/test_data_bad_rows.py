@@ -143,6 +143,35 @@ def test_pictures_that_are_none():
         ImageTextPairs(stored)[1]
 
 
+def test_pictures_that_cannot_be_fetched(tmp_path, capsys):
+    """Whatever file systems and HTTP clients raise names the row, and is left out when asked."""
+    (tmp_path / "broken.zip").write_bytes(b"no zip file")
+    paths = ["http://a..b/x.png", f"zip://a.png::{tmp_path}/broken.zip", "unknown://x.png", "a\0b.png", "a\ud800.png"]
+    records = [*paths[:1], *({"path": path, "bytes": None} for path in paths)]
+    rows = [{"image": record, "caption": "a"} for record in [*records, make_image()]]
+    pairs = ImageTextPairs(rows)
+    for row, path in enumerate([paths[0], *paths]):
+        with pytest.raises(ImageLoadError, match=f"row {row} ") as error:
+            pairs[row]
+        assert error.value.kind == "picture unreadable" and path[-4:] in str(error.value)
+    left = leave_out_bad_rows(pairs, path=tmp_path / "bad.jsonl")
+    assert [left.row_number(i) for i in range(len(left))] == [len(records)]
+    report = capsys.readouterr().out
+    # A path that is not UTF-8 can be printed too
+    assert "6 picture unreadable" in report and report.encode("utf-8")
+    assert [item["image_id"] for item in ImageTextStream(rows, skip_broken=True)] == [len(records)]
+
+
+def test_a_file_system_without_its_package(monkeypatch):
+    def open_without_package(path, mode):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.open", open_without_package)
+    with pytest.raises(ImageLoadError, match=r"row 0 \('s3://bucket/x.png'\).*Install s3fs") as error:
+        ImageTextPairs([{"image": {"path": "s3://bucket/x.png", "bytes": None}, "caption": "a"}])[0]
+    assert error.value.file == "s3://bucket/x.png"
+
+
 def test_numbers_of_pictures_that_are_none():
     images = [{"image": make_image()}, {"image": b"no picture"}]
     rows = [{"picture": number, "caption": "a"} for number in (0, None, 2, -1, "0", 1)]

@@ -9,7 +9,7 @@ import fsspec
 import torch
 from PIL import Image
 
-from ..image_loading import ImageLoadError, load_image
+from ..image_loading import as_load_error, load_image
 
 
 def stable_hash(text: str) -> int:
@@ -77,14 +77,17 @@ def open_image(value: Any, name: str) -> Image.Image:
     Raises:
         ImageLoadError: if it can't be read.
     """
-    if isinstance(value, Mapping) and value.get("bytes") is None and "://" in str(value.get("path")):
-        path = value["path"]
-        if path.startswith(("http://", "https://")):
-            return load_image(path, name)
-        try:
-            # A file on the Hub, or inside an archive
-            with fsspec.open(path, "rb") as file:
-                value = {"bytes": file.read(), "path": path}
-        except (OSError, ValueError, KeyError) as error:
-            raise ImageLoadError(f"{name} ({path!r}): cannot read the file ({error}). Check the path.") from error
-    return load_image(value, name)
+    path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
+    if not isinstance(path, str) or "://" not in path:
+        return load_image(value, name)
+    if path.startswith(("http://", "https://")):
+        return load_image(path, name)
+    try:
+        # A file on the Hub, or inside an archive
+        with fsspec.open(path, "rb") as file:
+            data = file.read()
+    except MemoryError:
+        raise
+    except Exception as error:  # each file system of fsspec has errors of its own, and may lack its package
+        raise as_load_error(error, value, name) from error
+    return load_image({"bytes": data, "path": path}, name)
