@@ -23,7 +23,9 @@ PICTURE_MISSING = "picture missing"
 PICTURE_UNREADABLE = "picture unreadable"
 TEXT_MISSING = "text missing"
 TEXT_EMPTY = "text empty"
+TEXT_UNREADABLE = "text unreadable"
 TEXT_TOO_LONG = "text too long"
+ID_MISSING = "id missing"
 NOTHING_TO_LEARN = "nothing to learn"
 
 _LONGEST_PATH = 256  # characters; a longer string is a picture in base64
@@ -72,8 +74,8 @@ class BadRowError(ValueError):
         name (`str`, *optional*):
             What items have as `row`.
         kind (`str`, *optional*, defaults to `"other"`):
-            `"picture missing"`, `"picture unreadable"`, `"text missing"`, `"text empty"`, `"text too long"` or
-            `"nothing to learn"`.
+            `"picture missing"`, `"picture unreadable"`, `"text missing"`, `"text empty"`, `"text unreadable"`,
+            `"text too long"`, `"id missing"` or `"nothing to learn"`.
 
     Attributes:
         row (`int`, *optional*):
