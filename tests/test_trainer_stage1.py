@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -92,6 +93,44 @@ def test_defaults_are_those_of_the_paper(tmp_path):
     linear = make_trainer(tmp_path, lr_scheduler_type="linear", warmup_steps=0)
     linear.create_optimizer_and_scheduler(100)
     assert linear.lr_scheduler.lr_lambdas[0](50) == pytest.approx(0.5)
+
+
+def test_a_short_run_is_not_all_warm_up(tmp_path, caplog):
+    """The paper's 2,000 steps would leave the rate of 50 steps near a hundredth of its peak."""
+    trainer = make_trainer(tmp_path, max_steps=50)
+    trainer.create_optimizer_and_scheduler(50)
+    rates = [1e-4 * trainer.lr_scheduler.lr_lambdas[0](step) for step in range(51)]
+    # From a hundredth to the peak in five steps, and down to a tenth
+    assert rates[:6] == pytest.approx([1e-6, 2.575e-5, 5.05e-5, 7.525e-5, 1e-4, 1e-4], rel=0.01)
+    assert rates[-1] == pytest.approx(1e-5, rel=0.02) and rates.index(max(rates)) in (4, 5)
+    (said,) = [message for message in caplog.messages if "warmup_steps" in message]
+    assert "2,000 is more than a tenth of the 50 steps of this run, and is shortened to 5" in said
+
+
+def test_warm_up_of_a_run_that_is_counted_in_epochs(tmp_path, caplog):
+    # Three batches an epoch
+    options = {"num_train_epochs": 7, "max_steps": -1, "lr_scheduler_type": "linear", "warmup_steps": 20}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates[:4] == pytest.approx([0, 5e-5, 1e-4, 1e-4 * 18 / 19])
+    assert "a tenth of the 21 steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "num_steps", "expected"),
+    [(2000, 20_000, 2000), (2000, 19_999, 1999), (3, 9, 0), (0.3, 50, 15), (0, 50, 0), (1, 10, 1)],
+)
+def test_warm_up_is_a_tenth_at_most_or_the_share_that_is_given(tmp_path, caplog, warmup_steps, num_steps, expected):
+    assert make_arguments(tmp_path, warmup_steps=warmup_steps).get_warmup_steps(num_steps) == expected
+    is_shortened = warmup_steps >= 1 and expected < warmup_steps
+    assert ("is shortened to" in caplog.text) == is_shortened
+
+
+def test_warm_up_is_said_by_one_process(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Stage1Arguments, "process_index", 1)
+    assert make_arguments(tmp_path, warmup_steps=2000).get_warmup_steps(50) == 5
+    assert not caplog.messages
 
 
 def test_what_decays(tmp_path):

@@ -439,8 +439,8 @@ prefix_lm:
 
     Raises:
         BadRowError: if the picture of a row is missing or can't be read, or its text is missing or empty; the message
-            has its file or, of WebDataset, shard and key, and its number. That is the running number of the row (`row 3
-            of the stream`) in a `datasets.IterableDataset`, which does not tell the number in a file.
+            has its file or, of WebDataset, shard and key, and its number: a running one (`row 3 of the stream`) in a
+            `datasets.IterableDataset`, which does not tell the number in a file.
         ValueError: if the rows can be read but once, or a column is missing, or arguments do not fit.
     """
 
