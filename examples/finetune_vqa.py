@@ -32,7 +32,7 @@ from blip2_hf.data import (
 )
 from blip2_hf.evaluation import GeneratedTextMetrics, exact_match
 from blip2_hf.frozen import cast_parameters
-from blip2_hf.training import Blip2Trainer, FineTuningArguments, last_complete_checkpoint
+from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
 
 
 @dataclass
@@ -120,7 +120,8 @@ def main():
     )
     if options.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["model", "stage1"])
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
     test = data.get("test", data["validation"])

@@ -38,7 +38,7 @@ from blip2_hf.data import (
     load_rows,
 )
 from blip2_hf.evaluation import contrastive_retrieval_metrics
-from blip2_hf.training import Blip2Trainer, Stage1Arguments, last_complete_checkpoint
+from blip2_hf.training import Blip2Trainer, Stage1Arguments, checkpoint_to_resume
 
 
 @dataclass
@@ -110,7 +110,8 @@ def main():
         compute_metrics=contrastive_retrieval_metrics,
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["vision_model", "text_encoder"])
+    trainer.train(resume_from_checkpoint=checkpoint)
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()

@@ -38,7 +38,7 @@ from blip2_hf.data import (
     load_rows,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics
-from blip2_hf.training import Blip2Trainer, Stage2Arguments, last_complete_checkpoint
+from blip2_hf.training import Blip2Trainer, Stage2Arguments, checkpoint_to_resume
 
 
 @dataclass
@@ -116,7 +116,8 @@ def main():
     )
     if options.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["stage1", "language_model", "vision_model"])
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())

@@ -1,6 +1,5 @@
 import copy
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -16,7 +15,13 @@ from train_stage1 import Processor, make_pairs
 
 from blip2_hf.data import ImageTextCollator, ImageTextPairs
 from blip2_hf.evaluation import contrastive_retrieval_metrics, retrieval_recall
-from blip2_hf.training import Blip2Trainer, Stage1Arguments, describe_trained_parts, last_complete_checkpoint
+from blip2_hf.training import (
+    Blip2Trainer,
+    Stage1Arguments,
+    checkpoint_to_resume,
+    describe_trained_parts,
+    last_complete_checkpoint,
+)
 
 
 PROGRAM = Path(__file__).with_name("train_stage1.py")
@@ -227,6 +232,146 @@ def test_a_checkpoint_of_some_of_the_processes_is_passed_over(tmp_path):
         for rank in range(processes):
             torch.save({}, tmp_path / f"checkpoint-{step}" / f"rng_state_{rank}.pth")
     assert last_complete_checkpoint(tmp_path, world_size=2) == str(tmp_path / "checkpoint-5")
+
+
+def write_checkpoint(folder, step: int = 5, weights_alone: bool = False):
+    (folder / f"checkpoint-{step}").mkdir(parents=True)
+    state = {"global_step": step, "epoch": step / 3}
+    (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    if not weights_alone:
+        torch.save({}, folder / f"checkpoint-{step}" / "rng_state.pth")
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"first")
+    return tmp_path / "model"
+
+
+def find(folder, model="model", data="rows.parquet", options=None, rows=12, **arguments):
+    """What a run of a script would go on from."""
+    trainer = make_trainer(folder, **{"max_steps": 9, **arguments})
+    trainer.train_dataset = ImageTextPairs(make_pairs(rows))
+    options = {"model": str(model), "data": data, "skip_bad_rows": False, "prompt": ""} | (options or {})
+    return checkpoint_to_resume(trainer, options, models=["model"])
+
+
+def test_a_run_goes_on_from_its_own_checkpoint(tmp_path, model_folder):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    assert find(run, model_folder) is None
+    write_checkpoint(run)
+    expected = str(run / "checkpoint-5")
+    assert find(run, model_folder) == expected
+    # What does not change what is learned, or makes the run longer, may differ
+    free = {"logging_steps": 7, "max_steps": 20, "dataloader_num_workers": 2, "save_steps": 3, "bf16": True}
+    assert find(run, model_folder, options={"skip_bad_rows": True}, **free) == expected
+    # So may the way that a batch of four is made, and the places of model and data
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    model_folder.rename(moved)
+    assert find(run, moved, "moved.parquet", **split) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"options": {"prompt": "a photo of"}}, "--prompt: '' there, 'a photo of' now"),
+        ({"options": {"vision_model": "v"}}, "--vision_model: None there, 'v' now"),
+        ({"rows": 11, "data": "other.parquet"}, "--data: 'rows.parquet' there, 'other.parquet' now; contents of --da"),
+        ({"rows": 11}, "contents of --data: "),
+        ({"learning_rate": 1e-3}, "--learning_rate: 0.0001 there, 0.001 now"),
+        ({"seed": 1}, "--seed: 42 there, 1 now"),
+        ({"preset": "stage1"}, "--preset: None there, 'stage1' now"),
+        ({"warmup_steps": 0.5}, "--warmup_steps: 2000.* there, 0.5 now"),
+        ({"per_device_train_batch_size": 8}, "batch over all processes: 4 there, 8 now"),
+    ],
+    ids=str,
+)
+def test_a_run_does_not_go_on_from_another(change, words, tmp_path, model_folder):
+    run = tmp_path / "run"
+    find(run, model_folder)
+    write_checkpoint(run)
+    before = (run / "_settings.json").read_text()
+    with pytest.raises(ValueError, match=words) as error:
+        find(run, model_folder, **change)
+    assert "--overwrite" in str(error.value) and "--output_dir" in str(error.value)
+    assert (run / "_settings.json").read_text() == before
+    assert find(run, model_folder) == str(run / "checkpoint-5")
+
+
+def test_the_same_folder_with_other_weights_is_another_model(tmp_path, model_folder):
+    run = tmp_path / "run"
+    find(run, model_folder)
+    write_checkpoint(run)
+    (model_folder / "training_args.bin").write_bytes(b"no weights")
+    assert find(run, model_folder) is not None
+    (model_folder / "model.safetensors").write_bytes(b"later")
+    with pytest.raises(ValueError, match="contents of --model"):
+        find(run, model_folder)
+
+
+def test_the_same_model_of_the_hub_at_another_revision(tmp_path, monkeypatch):
+    def at(commit):
+        found = f"{tmp_path}/models--me--blip2/snapshots/{commit}/config.json"
+        monkeypatch.setattr("blip2_hf.training.checkpoints.cached_file", lambda name, file: found)
+        return find(tmp_path / "run", "me/blip2")
+
+    at("a" * 40)
+    write_checkpoint(tmp_path / "run")
+    assert at("a" * 40) is not None
+    with pytest.raises(ValueError, match="contents of --model: 'aaaa.*' there, 'bbbb.*' now"):
+        at("b" * 40)
+
+
+def test_overwriting_begins_anew(tmp_path):
+    write_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint-5 is there already, without _settings.json"):
+        find(tmp_path)
+    # It is taken all the same if it is named
+    named = str(tmp_path / "checkpoint-5")
+    with pytest.raises(ValueError, match="one of the two"):
+        find(tmp_path, resume_from_checkpoint=named, overwrite=True)
+    assert find(tmp_path, resume_from_checkpoint=named, seed=3) == named
+    (tmp_path / "keep.txt").touch()
+    assert find(tmp_path, overwrite=True) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"keep.txt", "_settings.json"}
+    # Settings without a checkpoint bind no other run
+    assert find(tmp_path, seed=4) is None
+
+
+def test_weights_alone_are_not_gone_on_from(tmp_path, caplog):
+    find(tmp_path)
+    write_checkpoint(tmp_path, 3, weights_alone=True)
+    assert last_complete_checkpoint(tmp_path) is None
+    assert "weights alone (save_only_model)" in caplog.text
+    for options in ({}, {"resume_from_checkpoint": str(tmp_path / "checkpoint-3")}):
+        with pytest.raises(ValueError, match="checkpoint-3 has weights alone.*--overwrite"):
+            find(tmp_path, **options)
+    write_checkpoint(tmp_path, 2)
+    assert find(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_run_is_not_made_shorter_than_it_is(tmp_path):
+    find(tmp_path)
+    write_checkpoint(tmp_path, 6)
+    assert find(tmp_path, max_steps=6) is not None
+    with pytest.raises(ValueError, match="learned for 6 steps, and the run is to have 4"):
+        find(tmp_path, max_steps=4)
+    assert find(tmp_path, max_steps=-1, num_train_epochs=2) is not None
+    with pytest.raises(ValueError, match="learned for 2 epochs, and the run is to have 1"):
+        find(tmp_path, max_steps=-1, num_train_epochs=1)
+    with pytest.raises(ValueError, match="no trainer_state.json"):
+        find(tmp_path, resume_from_checkpoint=str(tmp_path / "nothing"))
+
+
+def test_weights_alone_are_told_by_what_trainer_saves(tmp_path):
+    for name, alone in (("all", False), ("alone", True)):
+        options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": alone}
+        trainer = make_trainer(tmp_path / name, **options)
+        checkpoint_to_resume(trainer, {})
+        trainer.train()
+        assert (last_complete_checkpoint(tmp_path / name) is None) == alone
 
 
 def command(folder, *options: str, processes: int = 1) -> list[str]:
