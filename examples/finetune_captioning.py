@@ -12,7 +12,8 @@ The data have columns with a picture and a caption, or a list of captions, of wh
 features, which need a frozen tower, add --preset stage2.
 
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. It validates by generation
-after each epoch, and keeps the best checkpoint.
+after each epoch, and keeps the best checkpoint. The same command, given again after a stop, goes on. Other models,
+data or settings are refused in the same output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field

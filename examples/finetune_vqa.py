@@ -10,7 +10,8 @@ With --stage1 the Q-Former reads the question too, with the feed-forward network
 features, which need a frozen tower, add --preset stage2. --group_by tells the accuracy for each value of a column.
 
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. It validates by generation
-after each epoch, and keeps the best checkpoint.
+after each epoch, and keeps the best checkpoint. The same command, given again after a stop, goes on. Other models,
+data or settings are refused in the same output_dir; --overwrite deletes its checkpoints.
 """
 
 import json

@@ -15,7 +15,8 @@ Stage 1 of BLIP-2: a Q-Former learns from a frozen vision tower, by contrast, ma
 Validation, by loss and by recall: --eval_strategy steps --eval_steps 1000, on held-out images.
 
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. The same command, given
-again after a stop, goes on from the last checkpoint that is whole.
+again after a stop, goes on from the last checkpoint that is whole. Other models, data or settings are refused in the
+same output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field

@@ -14,7 +14,8 @@ Validation by generation while it trains: --eval_strategy steps --eval_steps 100
 checkpoint, or a stop where it gets no better, --load_best_model_at_end --early_stopping_patience 3.
 
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. The same command, given
-again after a stop, goes on from the last checkpoint that is whole.
+again after a stop, goes on from the last checkpoint that is whole. Other models, data or settings are refused in the
+same output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field

@@ -219,6 +219,33 @@ def test_hold_out_leaves_something_to_learn_from():
         hold_out(rows, 1, "id")
 
 
+def test_a_fingerprint_is_that_of_the_rows(dataset, rows, tmp_path):
+    first = ImageTextPairs(dataset).fingerprint()
+    dataset.to_parquet(tmp_path / "elsewhere.parquet")
+    moved = datasets.load_dataset("parquet", data_files=str(tmp_path / "elsewhere.parquet"), split="train")
+    pairs = ImageTextPairs(moved)
+    pairs.set_epoch(2)
+    assert pairs.fingerprint() == pairs.without([1]).fingerprint() == first
+    assert ImageTextPairs(dataset.select(range(7))).fingerprint() != first
+    changed = [row | {"caption": "another"} if i == 3 else row for i, row in enumerate(rows)]
+    assert ImageTextPairs(changed).fingerprint() != ImageTextPairs(rows).fingerprint()
+    # Pictures in memory, and others in place of those that rows share
+    in_memory = [{"image": make_image(), "caption": "a"}]
+    assert ImageTextPairs(in_memory).fingerprint() == ImageTextPairs([dict(in_memory[0])]).fingerprint()
+    shared = [{"image": 0, "caption": "a"}]
+    fingerprints = {ImageTextPairs(shared, images=[{"image": encode(make_image(i))}]).fingerprint() for i in (0, 1, 1)}
+    assert len(fingerprints) == 2
+
+
+def test_a_fingerprint_of_stored_features():
+    def features(value):
+        stored = {"image_embeds": np.full((1, 2, 3), value, np.float32).tobytes(), "image_embeds_shape": [1, 2, 3]}
+        stored |= {"image_embeds_dtype": "float32", "caption": "a"}
+        return ImageTextPairs(datasets.Dataset.from_list([stored])).fingerprint()
+
+    assert features(0) == features(0) != features(1)
+
+
 def test_broken_pictures_are_named(rows, caplog):
     broken = [dict(rows[0]), {"image": encode(make_image())[:60], "caption": "a"}, dict(rows[2])]
     as_records = [row | {"image": {"bytes": row["image"], "path": None}} for row in broken[1:2]]
