@@ -348,6 +348,9 @@ def test_weights_alone_are_not_gone_on_from(tmp_path, caplog):
     for options in ({}, {"resume_from_checkpoint": str(tmp_path / "checkpoint-3")}):
         with pytest.raises(ValueError, match="checkpoint-3 has weights alone.*--overwrite"):
             find(tmp_path, **options)
+    for checkpoint in (True, str(tmp_path / "checkpoint-3")):
+        with pytest.raises(ValueError, match="checkpoint-3 has weights alone"):
+            make_trainer(tmp_path).train(resume_from_checkpoint=checkpoint)
     write_checkpoint(tmp_path, 2)
     assert find(tmp_path) == str(tmp_path / "checkpoint-2")
 

@@ -139,7 +139,8 @@ def hold_out(
 
 def _read_ids(rows: datasets.Dataset, column: str) -> list[int | str]:
     selected = select_columns(rows.with_format(None), [column], None)
-    values = [get_column(row, column) for row in selected]
+    (name,) = selected.column_names
+    values = [get_column({name: value}, column) for value in selected[:][name]]
     if missing := [number for number, value in enumerate(values) if value is None]:
         raise ValueError(
             f"{len(missing):,} rows, the first of which is row {missing[0]}, have no id in column {column!r}. They "

@@ -156,12 +156,8 @@ def _find_checkpoint(trainer: "Blip2Trainer", settings: dict[str, Any]) -> str |
             shutil.rmtree(old)
     checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(folder, args.world_size)
     others = "Give another --output_dir, or --overwrite to delete all checkpoints in it and begin anew"
-    weights_alone = [old for old in _checkpoints(folder).values() if _has_weights_alone(old)]
-    if (checkpoint is None and weights_alone) or (checkpoint is not None and _has_weights_alone(Path(checkpoint))):
-        raise ValueError(
-            f"{checkpoint or weights_alone[-1]} has weights alone (--save_only_model), without the state of the "
-            f"optimizer and the schedule: training can't go on from it. {others}."
-        )
+    alone = [str(old) for old in _checkpoints(folder).values() if _has_weights_alone(old)]
+    refuse_weights_alone(checkpoint or (alone[-1] if alone else None))
     if checkpoint is not None:
         if args.resume_from_checkpoint is None:
             anyway = f"{others}, or --resume_from_checkpoint {checkpoint} to go on from it all the same."
@@ -176,6 +172,25 @@ def _find_checkpoint(trainer: "Blip2Trainer", settings: dict[str, Any]) -> str |
     temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return checkpoint
+
+
+def refuse_weights_alone(checkpoint: str | os.PathLike | None):
+    """
+    Refuse a checkpoint of `save_only_model`: `Trainer` would go on at its step with a schedule that begins anew.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`, *optional*):
+            The folder.
+
+    Raises:
+        ValueError: if it has the weights alone.
+    """
+    if checkpoint is not None and _has_weights_alone(Path(checkpoint)):
+        raise ValueError(
+            f"{checkpoint} has weights alone (save_only_model), without the state of the optimizer and the schedule: "
+            "training can't go on from it. Give another --output_dir, or --overwrite to delete all checkpoints in it "
+            "and begin anew."
+        )
 
 
 def _settings(trainer: "Blip2Trainer", options: Mapping[str, Any], models: Iterable[str]) -> dict[str, Any]:
