@@ -57,6 +57,7 @@ _FREE_OPTIONS = {
     "test_images",
 }
 _DATA, _VALIDATION = ("data", "images"), ("validation", "validation_images")
+_ANEW = "Give another --output_dir, or --overwrite to delete all checkpoints in it and begin anew"
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
@@ -155,12 +156,11 @@ def _find_checkpoint(trainer: "Blip2Trainer", settings: dict[str, Any]) -> str |
         for old in _checkpoints(folder).values():
             shutil.rmtree(old)
     checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(folder, args.world_size)
-    others = "Give another --output_dir, or --overwrite to delete all checkpoints in it and begin anew"
     alone = [str(old) for old in _checkpoints(folder).values() if _has_weights_alone(old)]
     refuse_weights_alone(checkpoint or (alone[-1] if alone else None))
     if checkpoint is not None:
         if args.resume_from_checkpoint is None:
-            anyway = f"{others}, or --resume_from_checkpoint {checkpoint} to go on from it all the same."
+            anyway = f"{_ANEW}, or --resume_from_checkpoint {checkpoint} to go on from it all the same."
             if not path.exists():
                 raise ValueError(
                     f"{checkpoint} is there already, without {path.name}, which would tell what made it. {anyway}"
@@ -188,8 +188,7 @@ def refuse_weights_alone(checkpoint: str | os.PathLike | None):
     if checkpoint is not None and _has_weights_alone(Path(checkpoint)):
         raise ValueError(
             f"{checkpoint} has weights alone (save_only_model), without the state of the optimizer and the schedule: "
-            "training can't go on from it. Give another --output_dir, or --overwrite to delete all checkpoints in it "
-            "and begin anew."
+            f"training can't go on from it. {_ANEW}."
         )
 
 
@@ -234,10 +233,7 @@ def _check_length(checkpoint: str, args: Any):
     if wanted <= 0:
         done, wanted, unit = state["epoch"] or 0, args.num_train_epochs, "epochs"
     if done > wanted:
-        raise ValueError(
-            f"{checkpoint} has learned for {done:g} {unit}, and the run is to have {wanted:g}. Give no fewer, or "
-            "another --output_dir, or --overwrite to begin anew."
-        )
+        raise ValueError(f"{checkpoint} has learned for {done:g} {unit}, and the run is to have {wanted:g}. {_ANEW}.")
 
 
 def _model_contents(name: str) -> str | None:
