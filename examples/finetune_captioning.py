@@ -12,7 +12,8 @@ The data have columns with a picture and a caption, or a list of captions, of wh
 features, which need a frozen tower, add --preset stage2.
 
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. It validates by generation
-after each epoch, and keeps the best checkpoint.
+after each epoch, and keeps the best checkpoint. The same command, given again after a stop, goes on. Other models,
+data or settings are refused in the same output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from blip2_hf.data import (
 )
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.frozen import cast_parameters
-from blip2_hf.training import Blip2Trainer, FineTuningArguments, last_complete_checkpoint
+from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
 
 
 @dataclass
@@ -100,7 +101,8 @@ def main():
     )
     if options.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["model"])
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.log_metrics("eval", trainer.evaluate())
     if arguments.push_to_hub:

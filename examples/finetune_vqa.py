@@ -10,7 +10,8 @@ With --stage1 the Q-Former reads the question too, with the feed-forward network
 features, which need a frozen tower, add --preset stage2. --group_by tells the accuracy for each value of a column.
 
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. It validates by generation
-after each epoch, and keeps the best checkpoint.
+after each epoch, and keeps the best checkpoint. The same command, given again after a stop, goes on. Other models,
+data or settings are refused in the same output_dir; --overwrite deletes its checkpoints.
 """
 
 import json
@@ -32,7 +33,7 @@ from blip2_hf.data import (
 )
 from blip2_hf.evaluation import GeneratedTextMetrics, exact_match
 from blip2_hf.frozen import cast_parameters
-from blip2_hf.training import Blip2Trainer, FineTuningArguments, last_complete_checkpoint
+from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
 
 
 @dataclass
@@ -120,7 +121,8 @@ def main():
     )
     if options.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["model", "stage1"])
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
     test = data.get("test", data["validation"])

@@ -15,10 +15,12 @@ Stage 1 of BLIP-2: a Q-Former learns from a frozen vision tower, by contrast, ma
 Validation, by loss and by recall: --eval_strategy steps --eval_steps 1000, on held-out images.
 
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. The same command, given
-again after a stop, goes on from the last checkpoint that is whole.
+again after a stop, goes on from the last checkpoint that is whole. Other models, data or settings are refused in the
+same output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -33,10 +35,11 @@ from blip2_hf.data import (
     RandomResizedCropAndFlip,
     check_held_out,
     hold_out,
+    leave_out_bad_rows,
     load_rows,
 )
 from blip2_hf.evaluation import contrastive_retrieval_metrics
-from blip2_hf.training import Blip2Trainer, Stage1Arguments, last_complete_checkpoint
+from blip2_hf.training import Blip2Trainer, Stage1Arguments, checkpoint_to_resume
 
 
 @dataclass
@@ -55,6 +58,7 @@ class PretrainingArguments:
     held_out: float = field(default=0.02, metadata={"help": "Share, or number, of images to validate on."})
     validation: str | None = field(default=None, metadata={"help": "Data to validate on, in place of held_out."})
     streaming: bool = field(default=False, metadata={"help": "Read the data as a stream."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
 
 
 def make_datasets(options: PretrainingArguments, seed: int):
@@ -67,7 +71,8 @@ def make_datasets(options: PretrainingArguments, seed: int):
     transform = None if is_cached else RandomResizedCropAndFlip(options.image_size)
     learning = {**columns, "seed": seed, "transform": transform}
     if options.streaming:
-        train = ImageTextStream(rows.shuffle(seed=seed, buffer_size=10_000), repeat=True, **learning)
+        rows = rows.shuffle(seed=seed, buffer_size=10_000)
+        train = ImageTextStream(rows, repeat=True, skip_broken=options.skip_bad_rows, **learning)
     else:
         if held_out is None:
             rows, held_out = hold_out(rows, options.held_out, options.id_column, seed)
@@ -78,6 +83,12 @@ def make_datasets(options: PretrainingArguments, seed: int):
 def main():
     options, arguments = HfArgumentParser((PretrainingArguments, Stage1Arguments)).parse_args_into_dataclasses()
     train, held_out, is_cached = make_datasets(options, arguments.seed)
+    if options.skip_bad_rows:
+        folder = Path(arguments.output_dir)
+        if not options.streaming:
+            train = leave_out_bad_rows(train, path=folder / "bad_rows-train.jsonl")
+        if held_out is not None:
+            held_out = leave_out_bad_rows(held_out, path=folder / "bad_rows-held_out.jsonl")
     model = Blip2ForPreTraining.from_encoders_pretrained(
         options.vision_model,
         options.text_encoder,
@@ -100,7 +111,8 @@ def main():
         compute_metrics=contrastive_retrieval_metrics,
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["vision_model", "text_encoder"])
+    trainer.train(resume_from_checkpoint=checkpoint)
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()

@@ -14,7 +14,8 @@ Validation by generation while it trains: --eval_strategy steps --eval_steps 100
 checkpoint, or a stop where it gets no better, --load_best_model_at_end --early_stopping_patience 3.
 
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. The same command, given
-again after a stop, goes on from the last checkpoint that is whole.
+again after a stop, goes on from the last checkpoint that is whole. Other models, data or settings are refused in the
+same output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from blip2_hf.data import (
     load_rows,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics
-from blip2_hf.training import Blip2Trainer, Stage2Arguments, last_complete_checkpoint
+from blip2_hf.training import Blip2Trainer, Stage2Arguments, checkpoint_to_resume
 
 
 @dataclass
@@ -116,7 +117,8 @@ def main():
     )
     if options.early_stopping_patience is not None:
         trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["stage1", "language_model", "vision_model"])
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())

@@ -23,7 +23,9 @@ from blip2_hf.data import (
     LanguageModelCollator,
     RandomResizedCropAndFlip,
     check_pairs,
+    hold_out,
     leave_out_bad_rows,
+    load_rows,
     report_bad_rows,
 )
 from blip2_hf.data.bad_rows import RowName
@@ -141,6 +143,101 @@ def test_pictures_that_are_none():
     stored = datasets.Dataset.from_list([{"image": make_image(), "caption": "a"}, {"image": None, "caption": "b"}])
     with pytest.raises(BadRowError, match="Row 1 has no picture"):
         ImageTextPairs(stored)[1]
+
+
+def test_texts_with_half_a_character():
+    """A lone surrogate, which JSON can hold and no tokenizer reads, is found before a batch is made."""
+    for column in ("caption", "question"):
+        row = {"image": make_image(), "caption": "a", "question": "what?"} | {column: "a dog \ud83d"}
+        with pytest.raises(BadRowError, match=f"Row 0 has 'a dog .*ud83d' in column '{column}'") as error:
+            ImageTextPairs([row], prompt="{}", prompt_column="question")[0]
+        assert error.value.kind == "text unreadable" and str(error.value).encode()
+    assert ImageTextPairs([{"image": make_image(), "caption": "ein Hund \U0001f415"}])[0]["text"].endswith(
+        "\U0001f415"
+    )
+
+
+def held_out_parts(rows, **columns):
+    train, held_out = hold_out(rows, 3, seed=1)
+    return ImageTextPairs(train, **columns), ImageTextPairs(held_out, train=False, **columns)
+
+
+def test_rows_of_a_part_have_the_numbers_of_the_whole(tmp_path):
+    """After some rows are held out, bad ones are still those of the user's file."""
+    captions = ["..." if number in KINDS else "a dog" for number in range(8)]
+    file = {"image": [encode(make_image(i)) for i in range(8)], "caption": captions}
+    datasets.Dataset.from_dict(file).to_parquet(tmp_path / "rows.parquet")
+    whole = load_rows(tmp_path / "rows.parquet")
+    parts = held_out_parts(whole)
+    numbers = [[pairs.row_number(i) for i in range(len(pairs))] for pairs in parts]
+    assert sorted(numbers[0] + numbers[1]) == list(range(8)) and numbers[0] != list(range(5))
+    bad = [check_pairs(pairs, show_progress=False) for pairs in parts]
+    assert {row.row for part in bad for row in part} == set(KINDS)
+    for pairs, part, own in zip(parts, bad, numbers, strict=True):
+        assert all(row.reason.startswith(f"Row {row.row} has '...'") for row in part)
+        good = pairs.without(part)
+        left = [number for number in own if number not in KINDS]
+        assert [good.row_number(i) for i in range(len(good))] == left
+        assert [good[i]["row"].number for i in range(len(good))] == left
+        # What is drawn, and the id, do not depend on which rows are held out
+        assert [good[i]["image_id"] for i in range(len(good))] == left
+        with pytest.raises(ValueError, match="no row 99"):
+            pairs.without([99])
+    left_out = next(number for number in range(8) if number not in numbers[0])
+    with pytest.raises(ValueError, match=f"no row {left_out}"):
+        parts[0].without([left_out])
+
+
+def test_parts_of_parts_and_their_order(rows):
+    whole = datasets.Dataset.from_list([{"caption": str(i), "image": encode(make_image(i))} for i in range(12)])
+    train = hold_out(whole, 4)[0]
+    for part in (train.shuffle(seed=3), train.filter(lambda row: int(row["caption"]) % 2), hold_out(train, 2)[0]):
+        pairs = ImageTextPairs(part)
+        assert [str(pairs.row_number(i)) for i in range(len(pairs))] == part["caption"][:]
+        assert all(f"row {item['text']}" == item["row"] for item in (pairs[i] for i in range(len(pairs))))
+    subset = torch.utils.data.Subset(ImageTextPairs(train), [5, 2])
+    assert [item["row"] for item in subset] == [f"row {train[i]['caption']}" for i in (5, 2)]
+    stream = ImageTextStream(train.to_iterable_dataset(num_shards=2).shuffle(seed=0))
+    assert {item["row"] for item in stream} == {f"row {text}" for text in train["caption"]}
+    # Otherwise a stream does not know
+    stream = ImageTextStream(whole.to_iterable_dataset().shuffle(seed=0))
+    assert {item["row"] for item in stream} == {f"row {i} of the stream" for i in range(12)}
+
+
+def test_a_part_keeps_what_it_makes_of_its_rows():
+    whole = datasets.Dataset.from_list([{"caption": str(i), "image": encode(make_image(i))} for i in range(6)])
+    whole = whole.with_transform(lambda batch: batch | {"caption": [f"made {text}" for text in batch["caption"]]})
+    for pairs in held_out_parts(whole):
+        assert [pairs[i]["text"] for i in range(3)] == [f"made {pairs.row_number(i)}" for i in range(3)]
+
+
+def test_pictures_that_cannot_be_fetched(tmp_path, capsys):
+    """Whatever file systems and HTTP clients raise names the row, and is left out when asked."""
+    (tmp_path / "broken.zip").write_bytes(b"no zip file")
+    paths = ["http://a..b/x.png", f"zip://a.png::{tmp_path}/broken.zip", "unknown://x.png", "a\0b.png", "a\ud800.png"]
+    records = [*paths[:1], *({"path": path, "bytes": None} for path in paths)]
+    rows = [{"image": record, "caption": "a"} for record in [*records, make_image()]]
+    pairs = ImageTextPairs(rows)
+    for row, path in enumerate([paths[0], *paths]):
+        with pytest.raises(ImageLoadError, match=f"row {row} ") as error:
+            pairs[row]
+        assert error.value.kind == "picture unreadable" and path[-4:] in str(error.value)
+    left = leave_out_bad_rows(pairs, path=tmp_path / "bad.jsonl")
+    assert [left.row_number(i) for i in range(len(left))] == [len(records)]
+    report = capsys.readouterr().out
+    # A path that is not UTF-8 can be printed too
+    assert "6 picture unreadable" in report and report.encode("utf-8")
+    assert [item["image_id"] for item in ImageTextStream(rows, skip_broken=True)] == [len(records)]
+
+
+def test_a_file_system_without_its_package(monkeypatch):
+    def open_without_package(path, mode):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.open", open_without_package)
+    with pytest.raises(ImageLoadError, match=r"row 0 \('s3://bucket/x.png'\).*Install s3fs") as error:
+        ImageTextPairs([{"image": {"path": "s3://bucket/x.png", "bytes": None}, "caption": "a"}])[0]
+    assert error.value.file == "s3://bucket/x.png"
 
 
 def test_numbers_of_pictures_that_are_none():
@@ -311,7 +408,7 @@ def test_a_row_of_webdataset_is_named_by_shard_and_key(tmp_path):
                 tar.addfile(info, io.BytesIO(data))
     source = datasets.load_dataset("webdataset", data_files=[str(path)], split="train", streaming=True)
     stream = iter(ImageTextStream(source, image_column="png", text_column="txt"))
-    assert next(stream)["row"] == f"row 0 ({path}::000)"
+    assert next(stream)["row"] == f"row 0 of the stream ({path}::000)"
     with pytest.raises(BadRowError, match="Row 1 .*00000.tar::001.*empty text") as error:
         next(stream)
     assert error.value.file == f"{path}::001"

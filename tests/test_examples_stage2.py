@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import transformers
 from stage1 import STAGE1_QFORMER, make_stage1
 from tiny import LANGUAGE_MODELS, make_image, make_image_processor, make_tokenizer
@@ -136,6 +137,28 @@ def test_fine_tuning_is_not_validated_on_what_it_learns(script, parts, tmp_path)
     rows = str(parts / "rows.parquet")
     options = ("--model", str(parts / "none"), "--data", rows, "--validation", rows)
     run(script, tmp_path / "out", *options, error="which is what is learned from")
+
+
+def test_another_model_is_not_taken_for_the_one_that_was_trained(parts, tmp_path):
+    """The same output_dir with another model: an error that names it; with --overwrite that model is trained."""
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(parts / "stage1", parts / "llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "llama")
+    processor = Blip2Processor(make_image_processor(), tokenizer, num_query_tokens=4)
+    for name in ("first", "second"):
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        torch.nn.init.normal_(model.language_model.get_output_embeddings().weight)
+    options = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "other.parquet"))
+    options += ("--language_model_dtype", "float32", "--load_best_model_at_end", "false")
+    options += ("--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no")
+    out = tmp_path / "out"
+    run("finetune_captioning.py", out, "--model", str(tmp_path / "first"), *options)
+    second = ("--model", str(tmp_path / "second"), *options)
+    run("finetune_captioning.py", out, *second, error=f"--model: '{tmp_path}/first' there, '{tmp_path}/second' now")
+    run("finetune_captioning.py", out, *second, "--overwrite")
+    trained, given = (Blip2ForConditionalGeneration.from_pretrained(path) for path in (out, tmp_path / "second"))
+    head = "language_model.lm_head.weight"
+    assert torch.equal(trained.state_dict()[head], given.state_dict()[head])
 
 
 @pytest.mark.parametrize("script", ["finetune_captioning.py", "finetune_vqa.py"])

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import struct
 import subprocess
@@ -341,6 +342,65 @@ def test_broken_file_is_named(name, picture, tmp_path):
 def test_message_says_what_was_given(image, words):
     with pytest.raises(ImageLoadError, match=words):
         load_image(image)
+
+
+class Unnameable(os.PathLike):
+    def __fspath__(self):
+        raise RuntimeError("no path today")
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        ("http://a..b/x.png", r"'http://a\.\.b/x\.png'\): the download failed"),
+        ("https://\udc80.com/x.png", "the download failed"),
+        ("http://[::1/x.png", "the download failed"),
+        (Path("a\0b.png"), "embedded null byte"),
+        ("a\0b.png", "no such file"),
+        (Path("a\ud800.png"), r"'a\\ud800\.png'"),
+        ("data:image/png;base64,\udc80", "base64"),
+        ({"bytes": None, "path": 0}, "TypeError"),
+        ({"bytes": "text", "path": None}, "bytes-like"),
+        ({"bytes": np.zeros(3), "path": None}, "ValueError"),
+        (Unnameable(), "Unnameable.*no path today"),
+        (torch.zeros(3, 4, 4, device="meta"), "meta tensor"),
+        (np.array([["a"]]), "minimum"),
+    ],
+)
+def test_whatever_is_raised_is_an_error_that_names_the_picture(image, words):
+    with pytest.raises(ImageLoadError, match=words) as error:
+        load_image(image, "row 3")
+    message = str(error.value)
+    assert message.startswith("row 3 (") and message.encode("utf-8")
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_picture(monkeypatch):
+    def run_out(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("blip2_hf.image_loading._open", run_out)
+    with pytest.raises(MemoryError):
+        load_image("x.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "ICO", "PPM", "TGA", "PCX"])
+def test_damaged_files_are_pictures_or_errors_that_name_them(format):
+    """Nothing but an ImageLoadError comes out, whichever bytes are changed, cut off or added."""
+    generator = np.random.default_rng(0)
+    noise = Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    whole, failed = np.frombuffer(encode(noise, format), np.uint8), 0
+    for _ in range(150):
+        data = whole.copy()
+        places = generator.integers(0, min(len(data), 200), generator.integers(1, 6))
+        data[places] = generator.integers(0, 256, len(places))
+        data = data[: generator.integers(1, len(data) + 1)].tobytes() if generator.random() < 0.3 else data.tobytes()
+        try:
+            assert load_image(data, "row 3").mode == "RGB"
+        except ImageLoadError as error:
+            failed += 1
+            assert str(error).startswith(f"row 3 ({len(data)} bytes): ")
+    assert failed > 0
 
 
 def test_mode_that_pil_cannot_convert_is_an_error_that_names_it(monkeypatch):

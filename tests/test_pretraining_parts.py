@@ -1,18 +1,21 @@
 """Where stage 1 begins and where it goes: from a tower and a BERT, with the tower or without, into stage 2."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
 from stage1 import make_inputs, make_stage1
-from tiny import LANGUAGE_MODELS, QFORMER, make_image_processor, make_pixel_values
+from tiny import LANGUAGE_MODELS, QFORMER, make_image, make_image_processor, make_pixel_values
 from train_stage1 import Processor, make_pairs
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Model
 from blip2_hf.cli import main as run_command
+from blip2_hf.image_loading import ImageLoadError
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain_stage1.py"
@@ -135,6 +138,29 @@ def test_example_on_pictures(monkeypatch, parts, tmp_path, options):
     assert model.generate(pixel_values=make_pixel_values(2), max_new_tokens=3).shape[0] == 2
     tokenizer = transformers.AutoProcessor.from_pretrained(tmp_path / "run").tokenizer
     assert tokenizer.bos_token_id == model.config.qformer_config.bos_token_id
+
+
+@pytest.mark.parametrize("options", [(), ("--streaming",)], ids=["rows", "stream"])
+def test_example_leaves_out_bad_rows(monkeypatch, parts, tmp_path, options, capsys):
+    """A picture that can't be fetched stops the run by name or, with --skip_bad_rows, is listed by its row."""
+    files = []
+    for number in range(12):
+        files.append(str(tmp_path / f"{number}.png") if number not in (2, 7) else "http://a..b/x.png")
+        make_image(number).save(tmp_path / f"{number}.png")
+    data = tmp_path / "broken.parquet"
+    datasets.Dataset.from_dict({"image": files, "caption": make_pairs(12)["caption"][:]}).to_parquet(data)
+    options = (*options, "--validation", parts["pictures.parquet"], "--save_strategy", "no", "--max_steps", "6")
+    with pytest.raises(ImageLoadError, match=r"row \d.*'http://a..b/x.png'"):
+        run_example(monkeypatch, parts, data, tmp_path / "run", *options)
+    capsys.readouterr()
+    run_example(monkeypatch, parts, data, tmp_path / "run", *options, "--skip_bad_rows")
+    printed = capsys.readouterr().out
+    assert "No bad rows." in printed
+    listed = tmp_path / "run" / "bad_rows-train.jsonl"
+    if "--streaming" not in options:
+        assert "2 bad rows: 2 picture unreadable." in printed
+        assert [json.loads(line)["row"] for line in listed.read_text().splitlines()] == [2, 7]
+    assert Blip2ForPreTraining.from_pretrained(tmp_path / "run").config.has_vision_tower
 
 
 def test_example_refuses_to_validate_on_what_it_learns_from(monkeypatch, parts, tmp_path):

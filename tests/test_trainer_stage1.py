@@ -15,7 +15,13 @@ from train_stage1 import Processor, make_pairs
 
 from blip2_hf.data import ImageTextCollator, ImageTextPairs
 from blip2_hf.evaluation import contrastive_retrieval_metrics, retrieval_recall
-from blip2_hf.training import Blip2Trainer, Stage1Arguments, describe_trained_parts, last_complete_checkpoint
+from blip2_hf.training import (
+    Blip2Trainer,
+    Stage1Arguments,
+    checkpoint_to_resume,
+    describe_trained_parts,
+    last_complete_checkpoint,
+)
 
 
 PROGRAM = Path(__file__).with_name("train_stage1.py")
@@ -92,6 +98,44 @@ def test_defaults_are_those_of_the_paper(tmp_path):
     linear = make_trainer(tmp_path, lr_scheduler_type="linear", warmup_steps=0)
     linear.create_optimizer_and_scheduler(100)
     assert linear.lr_scheduler.lr_lambdas[0](50) == pytest.approx(0.5)
+
+
+def test_a_short_run_is_not_all_warm_up(tmp_path, caplog):
+    """The paper's 2,000 steps would leave the rate of 50 steps near a hundredth of its peak."""
+    trainer = make_trainer(tmp_path, max_steps=50)
+    trainer.create_optimizer_and_scheduler(50)
+    rates = [1e-4 * trainer.lr_scheduler.lr_lambdas[0](step) for step in range(51)]
+    # From a hundredth to the peak in five steps, and down to a tenth
+    assert rates[:6] == pytest.approx([1e-6, 2.575e-5, 5.05e-5, 7.525e-5, 1e-4, 1e-4], rel=0.01)
+    assert rates[-1] == pytest.approx(1e-5, rel=0.02) and rates.index(max(rates)) in (4, 5)
+    (said,) = [message for message in caplog.messages if "warmup_steps" in message]
+    assert "2,000 is more than a tenth of the 50 steps of this run, and is shortened to 5" in said
+
+
+def test_warm_up_of_a_run_that_is_counted_in_epochs(tmp_path, caplog):
+    # Three batches an epoch
+    options = {"num_train_epochs": 7, "max_steps": -1, "lr_scheduler_type": "linear", "warmup_steps": 20}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates[:4] == pytest.approx([0, 5e-5, 1e-4, 1e-4 * 18 / 19])
+    assert "a tenth of the 21 steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "num_steps", "expected"),
+    [(2000, 20_000, 2000), (2000, 19_999, 1999), (3, 9, 0), (0.3, 50, 15), (0, 50, 0), (1, 10, 1)],
+)
+def test_warm_up_is_a_tenth_at_most_or_the_share_that_is_given(tmp_path, caplog, warmup_steps, num_steps, expected):
+    assert make_arguments(tmp_path, warmup_steps=warmup_steps).get_warmup_steps(num_steps) == expected
+    is_shortened = warmup_steps >= 1 and expected < warmup_steps
+    assert ("is shortened to" in caplog.text) == is_shortened
+
+
+def test_warm_up_is_said_by_one_process(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Stage1Arguments, "process_index", 1)
+    assert make_arguments(tmp_path, warmup_steps=2000).get_warmup_steps(50) == 5
+    assert not caplog.messages
 
 
 def test_what_decays(tmp_path):
@@ -188,6 +232,149 @@ def test_a_checkpoint_of_some_of_the_processes_is_passed_over(tmp_path):
         for rank in range(processes):
             torch.save({}, tmp_path / f"checkpoint-{step}" / f"rng_state_{rank}.pth")
     assert last_complete_checkpoint(tmp_path, world_size=2) == str(tmp_path / "checkpoint-5")
+
+
+def write_checkpoint(folder, step: int = 5, weights_alone: bool = False):
+    (folder / f"checkpoint-{step}").mkdir(parents=True)
+    state = {"global_step": step, "epoch": step / 3}
+    (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    if not weights_alone:
+        torch.save({}, folder / f"checkpoint-{step}" / "rng_state.pth")
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"first")
+    return tmp_path / "model"
+
+
+def find(folder, model="model", data="rows.parquet", options=None, rows=12, **arguments):
+    """What a run of a script would go on from."""
+    trainer = make_trainer(folder, **{"max_steps": 9, **arguments})
+    trainer.train_dataset = ImageTextPairs(make_pairs(rows))
+    options = {"model": str(model), "data": data, "skip_bad_rows": False, "prompt": ""} | (options or {})
+    return checkpoint_to_resume(trainer, options, models=["model"])
+
+
+def test_a_run_goes_on_from_its_own_checkpoint(tmp_path, model_folder):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    assert find(run, model_folder) is None
+    write_checkpoint(run)
+    expected = str(run / "checkpoint-5")
+    assert find(run, model_folder) == expected
+    # What does not change what is learned, or makes the run longer, may differ
+    free = {"logging_steps": 7, "max_steps": 20, "dataloader_num_workers": 2, "save_steps": 3, "bf16": True}
+    assert find(run, model_folder, options={"skip_bad_rows": True}, **free) == expected
+    # So may the way that a batch of four is made, and the places of model and data
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    model_folder.rename(moved)
+    assert find(run, moved, "moved.parquet", **split) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"options": {"prompt": "a photo of"}}, "--prompt: '' there, 'a photo of' now"),
+        ({"options": {"vision_model": "v"}}, "--vision_model: None there, 'v' now"),
+        ({"rows": 11, "data": "other.parquet"}, "--data: 'rows.parquet' there, 'other.parquet' now; contents of --da"),
+        ({"rows": 11}, "contents of --data: "),
+        ({"learning_rate": 1e-3}, "--learning_rate: 0.0001 there, 0.001 now"),
+        ({"seed": 1}, "--seed: 42 there, 1 now"),
+        ({"preset": "stage1"}, "--preset: None there, 'stage1' now"),
+        ({"warmup_steps": 0.5}, "--warmup_steps: 2000.* there, 0.5 now"),
+        ({"per_device_train_batch_size": 8}, "batch over all processes: 4 there, 8 now"),
+    ],
+    ids=str,
+)
+def test_a_run_does_not_go_on_from_another(change, words, tmp_path, model_folder):
+    run = tmp_path / "run"
+    find(run, model_folder)
+    write_checkpoint(run)
+    before = (run / "_settings.json").read_text()
+    with pytest.raises(ValueError, match=words) as error:
+        find(run, model_folder, **change)
+    assert "--overwrite" in str(error.value) and "--output_dir" in str(error.value)
+    assert (run / "_settings.json").read_text() == before
+    assert find(run, model_folder) == str(run / "checkpoint-5")
+
+
+def test_the_same_folder_with_other_weights_is_another_model(tmp_path, model_folder):
+    run = tmp_path / "run"
+    find(run, model_folder)
+    write_checkpoint(run)
+    (model_folder / "training_args.bin").write_bytes(b"no weights")
+    assert find(run, model_folder) is not None
+    (model_folder / "model.safetensors").write_bytes(b"later")
+    with pytest.raises(ValueError, match="contents of --model"):
+        find(run, model_folder)
+
+
+def test_the_same_model_of_the_hub_at_another_revision(tmp_path, monkeypatch):
+    def at(commit):
+        found = f"{tmp_path}/models--me--blip2/snapshots/{commit}/config.json"
+        monkeypatch.setattr("blip2_hf.training.checkpoints.cached_file", lambda name, file: found)
+        return find(tmp_path / "run", "me/blip2")
+
+    at("a" * 40)
+    write_checkpoint(tmp_path / "run")
+    assert at("a" * 40) is not None
+    with pytest.raises(ValueError, match="contents of --model: 'aaaa.*' there, 'bbbb.*' now"):
+        at("b" * 40)
+
+
+def test_overwriting_begins_anew(tmp_path):
+    write_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint-5 is there already, without _settings.json"):
+        find(tmp_path)
+    # It is taken all the same if it is named
+    named = str(tmp_path / "checkpoint-5")
+    with pytest.raises(ValueError, match="one of the two"):
+        find(tmp_path, resume_from_checkpoint=named, overwrite=True)
+    assert find(tmp_path, resume_from_checkpoint=named, seed=3) == named
+    (tmp_path / "keep.txt").touch()
+    assert find(tmp_path, overwrite=True) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"keep.txt", "_settings.json"}
+    # Settings without a checkpoint bind no other run
+    assert find(tmp_path, seed=4) is None
+
+
+def test_weights_alone_are_not_gone_on_from(tmp_path, caplog):
+    find(tmp_path)
+    write_checkpoint(tmp_path, 3, weights_alone=True)
+    assert last_complete_checkpoint(tmp_path) is None
+    assert "weights alone (save_only_model)" in caplog.text
+    for options in ({}, {"resume_from_checkpoint": str(tmp_path / "checkpoint-3")}):
+        with pytest.raises(ValueError, match="checkpoint-3 has weights alone.*--overwrite"):
+            find(tmp_path, **options)
+    for checkpoint in (True, str(tmp_path / "checkpoint-3")):
+        with pytest.raises(ValueError, match="checkpoint-3 has weights alone"):
+            make_trainer(tmp_path).train(resume_from_checkpoint=checkpoint)
+    write_checkpoint(tmp_path, 2)
+    assert find(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_run_is_not_made_shorter_than_it_is(tmp_path):
+    find(tmp_path)
+    write_checkpoint(tmp_path, 6)
+    assert find(tmp_path, max_steps=6) is not None
+    with pytest.raises(ValueError, match="learned for 6 steps, and the run is to have 4"):
+        find(tmp_path, max_steps=4)
+    assert find(tmp_path, max_steps=-1, num_train_epochs=2) is not None
+    with pytest.raises(ValueError, match="learned for 2 epochs, and the run is to have 1"):
+        find(tmp_path, max_steps=-1, num_train_epochs=1)
+    with pytest.raises(ValueError, match="no trainer_state.json"):
+        find(tmp_path, resume_from_checkpoint=str(tmp_path / "nothing"))
+
+
+def test_weights_alone_are_told_by_what_trainer_saves(tmp_path):
+    for name, alone in (("all", False), ("alone", True)):
+        options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": alone}
+        trainer = make_trainer(tmp_path / name, **options)
+        checkpoint_to_resume(trainer, {})
+        trainer.train()
+        assert (last_complete_checkpoint(tmp_path / name) is None) == alone
 
 
 def command(folder, *options: str, processes: int = 1) -> list[str]:

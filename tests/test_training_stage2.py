@@ -518,7 +518,7 @@ def make_arguments(folder, kind=FineTuningArguments, **kwargs):
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 2,
         "max_steps": 6,
-        "warmup_steps": 2,
+        "warmup_steps": 0.3,
         "learning_rate": 1e-2,
         "report_to": [],
         "use_cpu": True,

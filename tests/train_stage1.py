@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from blip2_hf.data import ImageTextCollator, ImageTextPairs, ImageTextStream, RandomResizedCropAndFlip
 from blip2_hf.evaluation import contrastive_retrieval_metrics
-from blip2_hf.training import Blip2Trainer, Stage1Arguments, last_complete_checkpoint
+from blip2_hf.training import Blip2Trainer, Stage1Arguments, checkpoint_to_resume
 
 
 WORDS = "a red green blue big small dog cat bus tree house boat on under near the grass street"
@@ -71,7 +71,7 @@ def main():
         data_collator=ImageTextCollator(Processor()),
         compute_metrics=contrastive_retrieval_metrics,
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, {"stream": stream}))
     if trainer.is_world_process_zero():
         Path(arguments.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
     # gloo's threads abort a process now and then that ends by way of the interpreter (pytorch/pytorch#179291); where

@@ -56,15 +56,16 @@ def load_image(image: Any, name: str | None = None, timeout: float | None = 30.0
         `PIL.Image.Image`: mode RGB, width and height as stored (after rotation).
 
     Raises:
-        `ImageLoadError`: if the picture is missing, empty, truncated, no image, or larger than
-            `PIL.Image.MAX_IMAGE_PIXELS` allows.
+        `ImageLoadError`: if the picture can't be fetched or read: it is missing, empty, truncated, no image, or larger
+            than `PIL.Image.MAX_IMAGE_PIXELS` allows. No other error comes out, except for a lack of memory.
     """
     try:
         return _to_rgb(_open(image, timeout))
-    except _Problem as problem:
-        source = _describe(image)
-        label = source if name is None else f"{name} ({source})"
-        raise ImageLoadError(f"{label}: {problem}") from problem.__cause__
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders, HTTP clients and file systems raise whatever they like
+        cause = error.__cause__ if isinstance(error, _Problem) else error
+        raise as_load_error(error, image, name) from cause
 
 
 def load_images(images: Iterable[Any], timeout: float | None = 30.0) -> list[Image.Image]:
@@ -88,6 +89,32 @@ def load_images(images: Iterable[Any], timeout: float | None = 30.0) -> list[Ima
 
 class _Problem(Exception):
     """What is wrong with a picture; `load_image` adds which picture it is."""
+
+
+def as_load_error(error: Exception, image: Any, name: str | None = None) -> ImageLoadError:
+    """
+    Return the error of a picture that names it, whatever was raised while it was fetched or read.
+
+    Args:
+        error (`Exception`):
+            What was raised.
+        image:
+            The picture, as it was given.
+        name (`str`, *optional*):
+            What the error calls it, such as `"row 3"`.
+
+    Returns:
+        [`ImageLoadError`]: with a message that can be printed, also if a path in it is not UTF-8.
+    """
+    try:
+        source = _describe(image)
+    except Exception:  # a path-like object may raise too
+        source = type(image).__name__
+    label = source if name is None else f"{name} ({source})"
+    problem = str(error)
+    if not isinstance(error, _Problem):
+        problem = f"cannot be read ({type(error).__name__}: {error}). Check that the path or URL leads to an image"
+    return ImageLoadError(f"{label}: {problem}".encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _describe(image: Any) -> str:
@@ -199,7 +226,8 @@ def _open_record(record: Mapping) -> Image.Image:
     if record.get("bytes") is not None:
         return _decode(record["bytes"])
     if record.get("path") is not None:
-        return _open_path(record["path"])
+        # A number would be a file that is open already
+        return _open_path(os.fspath(record["path"]))
     raise _Problem(
         f"the keys of this dict are {sorted(map(str, record))}, and neither 'bytes' nor 'path' holds an image. Pass "
         "the image itself, or a record such as {'bytes': ..., 'path': ...}"
@@ -221,7 +249,7 @@ def _download(url: str, timeout: float | None) -> bytes:
     except httpx.HTTPStatusError as error:
         status = f"{error.response.status_code} {error.response.reason_phrase}"
         raise _Problem(f"the server answered {status}. Check the URL") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except Exception as error:  # a host name that can't be encoded is a UnicodeError
         raise _Problem(f"the download failed ({error}). Check the URL and the network") from error
     return response.content
 

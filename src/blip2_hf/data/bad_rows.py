@@ -23,7 +23,9 @@ PICTURE_MISSING = "picture missing"
 PICTURE_UNREADABLE = "picture unreadable"
 TEXT_MISSING = "text missing"
 TEXT_EMPTY = "text empty"
+TEXT_UNREADABLE = "text unreadable"
 TEXT_TOO_LONG = "text too long"
+ID_MISSING = "id missing"
 NOTHING_TO_LEARN = "nothing to learn"
 
 _LONGEST_PATH = 256  # characters; a longer string is a picture in base64
@@ -72,8 +74,8 @@ class BadRowError(ValueError):
         name (`str`, *optional*):
             What items have as `row`.
         kind (`str`, *optional*, defaults to `"other"`):
-            `"picture missing"`, `"picture unreadable"`, `"text missing"`, `"text empty"`, `"text too long"` or
-            `"nothing to learn"`.
+            `"picture missing"`, `"picture unreadable"`, `"text missing"`, `"text empty"`, `"text unreadable"`,
+            `"text too long"`, `"id missing"` or `"nothing to learn"`.
 
     Attributes:
         row (`int`, *optional*):
@@ -220,7 +222,7 @@ def shorten(value: Any) -> str:
 def find_file(row: Mapping, picture: Any) -> str | None:
     """Where a row comes from: shard and key of WebDataset, or the path or address of its picture, if it is known."""
     if row.get("__key__") is not None:
-        return "::".join(str(row[name]) for name in ("__url__", "__key__") if row.get(name) is not None)
+        return _printable("::".join(str(row[name]) for name in ("__url__", "__key__") if row.get(name) is not None))
     if isinstance(picture, Image.Image):
         picture = getattr(picture, "filename", None)
     elif isinstance(picture, Mapping):
@@ -228,4 +230,9 @@ def find_file(row: Mapping, picture: Any) -> str | None:
     if not isinstance(picture, (str, os.PathLike)):
         return None
     path = str(picture)
-    return path if 0 < len(path) <= _LONGEST_PATH and not path.startswith("data:") else None
+    return _printable(path) if 0 < len(path) <= _LONGEST_PATH and not path.startswith("data:") else None
+
+
+def _printable(path: str) -> str:
+    """Return a path that can be printed, also if its bytes are not UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")

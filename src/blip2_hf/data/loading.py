@@ -1,14 +1,18 @@
 """Data sets by the name that a user gives, and images held out of them."""
 
+import math
 import os
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from .feature_cache import load_cached_features
+from .rows import ROW_NUMBER, check_id, get_column, select_columns
 
 
 _BUILDERS = {".tar": "webdataset", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -101,29 +105,72 @@ def hold_out(
     rows: datasets.Dataset, share: float, id_column: str | None = None, seed: int = 0
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     r"""
-    Splits rows into those to learn from and those of some images that are held out.
+    Split rows into those to learn from and those of some images that are held out. Both parts have a column `__row__`
+    with the numbers of their rows in `rows`, by which [`ImageTextPairs`] names them.
 
     Args:
         rows (`datasets.Dataset`):
-            The rows.
+            The rows. `datasets` writes them anew if they were selected or shuffled before.
         share (`float`):
             Share of the images, or their number if it is 1 or more.
         id_column (`str`, *optional*):
-            Column that tells which rows show the same image. `None`: each row is an image of its own.
+            Column that tells which rows show the same image: integers or strings. `None`: each row is an image of its
+            own.
         seed (`int`, *optional*, defaults to 0):
             Seed of the choice.
 
     Returns:
         `tuple[datasets.Dataset, datasets.Dataset]`: both parts.
+
+    Raises:
+        ValueError: if `share` is neither a share nor a number of images, or leaves none to learn from, or a row has no
+            id, or one that is neither an integer nor a string.
     """
-    ids: Any = rows[id_column] if id_column else range(len(rows))
+    ids: Sequence[Any] = range(len(rows)) if id_column is None else _read_ids(rows, id_column)
     images = sorted(set(ids))
-    count = int(share if share >= 1 else share * len(images))
+    count = _count_held_out(share, len(images))
     chosen = set(random.Random(seed).sample(images, count))
     parts: list[list[int]] = [[], []]
     for row, image in enumerate(ids):
         parts[image in chosen].append(row)
+    rows = _with_row_numbers(rows)
     return rows.select(parts[0]), rows.select(parts[1])
+
+
+def _read_ids(rows: datasets.Dataset, column: str) -> list[int | str]:
+    selected = select_columns(rows.with_format(None), [column], None)
+    (name,) = selected.column_names
+    values = [get_column({name: value}, column) for value in selected[:][name]]
+    if missing := [number for number, value in enumerate(values) if value is None]:
+        raise ValueError(
+            f"{len(missing):,} rows, the first of which is row {missing[0]}, have no id in column {column!r}. They "
+            "could show images that are held out. Give each of them an id, or leave them out of the data."
+        )
+    return [check_id(value, f"Row {number}", column) for number, value in enumerate(values)]
+
+
+def _count_held_out(share: float, num_images: int) -> int:
+    if not 0 <= share < math.inf or (share >= 1 and share != int(share)):
+        raise ValueError(
+            f"{share} of the images are to be held out; a share below 1, or a whole number, was expected."
+        )
+    count = int(share if share >= 1 else share * num_images)
+    if count and count >= num_images:
+        raise ValueError(
+            f"{count} images are to be held out, but the data have {num_images}, and one at least is to be learned "
+            "from. Hold out fewer, or give other data to validate on."
+        )
+    return count
+
+
+def _with_row_numbers(rows: datasets.Dataset) -> datasets.Dataset:
+    if ROW_NUMBER in rows.column_names:
+        return rows
+    # A column that is added takes the format away
+    form = rows.format
+    columns = [*form["columns"], ROW_NUMBER]
+    rows = rows.add_column(ROW_NUMBER, np.arange(len(rows)))
+    return rows.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
 
 
 __all__ = ["check_held_out", "hold_out", "load_rows"]

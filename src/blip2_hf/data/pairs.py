@@ -1,8 +1,10 @@
 """Pictures and texts for training, one pair a row: data sets with a length, and streams."""
 
 import copy
+import hashlib
 import itertools
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,10 +20,12 @@ from transformers.utils import logging
 from ..image_loading import ImageLoadError
 from ..processing_blip2 import IMAGE_TOKEN
 from .bad_rows import (
+    ID_MISSING,
     PICTURE_MISSING,
     PICTURE_UNREADABLE,
     TEXT_EMPTY,
     TEXT_MISSING,
+    TEXT_UNREADABLE,
     BadPictureError,
     BadRow,
     BadRowError,
@@ -31,11 +35,22 @@ from .bad_rows import (
     shorten,
 )
 from .feature_cache import EMBEDS, FEATURE_COLUMNS, ROW, SHAPE, read_cached_features
-from .rows import column_names, get_column, open_image, seeded_generator, select_columns, stable_hash
+from .rows import (
+    ROW_NUMBER,
+    check_id,
+    column_names,
+    get_column,
+    open_image,
+    seeded_generator,
+    select_columns,
+    stable_hash,
+)
 from .text import clean_caption, clean_question, split_prefix
 
 
 logger = logging.get_logger(__name__)
+
+_SAMPLES = 32  # rows that a fingerprint looks at
 
 
 class _Pairs:
@@ -81,6 +96,7 @@ class _Pairs:
         self.seed = seed
         self.train = train
         self.source = source
+        self._called = source  # by messages
         self.prompt = prompt
         self.prompt_column = prompt_column
         self.prefix_lm = prefix_lm
@@ -112,7 +128,7 @@ class _Pairs:
         generator = seeded_generator(self.seed, epoch, number if self.source is None else f"{self.source}/{number}")
         picture_row, image_id = self._picture_row(row, number)
         picture = None if EMBEDS in picture_row else get_column(picture_row, self.picture_column)
-        name = RowName(number, find_file(row, picture), self.source)
+        name = RowName(number, find_file(row, picture), self._called)
         item: dict[str, Any] = {"row": name}
         if EMBEDS in picture_row:
             item["image_embeds"] = self._features(picture_row, generator)
@@ -121,9 +137,14 @@ class _Pairs:
             item["image"] = image if self.transform is None else self.transform(image, generator)
         item |= self._texts(row, name, generator)
         if self.id_column is not None:
-            image_id = get_column(row, self.id_column)
-        item["image_id"] = _image_id(image_id if self.source is None else f"{self.source}/{image_id}", number)
+            image_id = self._id(get_column(row, self.id_column), name)
+        item["image_id"] = _hash_id(image_id if self.source is None else f"{self.source}/{image_id}", name)
         return item
+
+    def _id(self, value: Any, name: RowName) -> int | str:
+        if value is None:
+            raise BadRowError(f"{name.at_start} has no id in column {self.id_column!r}.", name, ID_MISSING)
+        return check_id(value, name.at_start, self.id_column)
 
     def _picture_row(self, row: Mapping, number: int) -> tuple[Mapping, int]:
         """The row that has the picture, and its number."""
@@ -142,7 +163,7 @@ class _Pairs:
                 f"{name.at_start} has no picture in column {self.picture_column!r}.", name, PICTURE_MISSING
             )
         try:
-            return open_image(picture, RowName(name.number, source=self.source))
+            return open_image(picture, RowName(name.number, source=self._called))
         except ImageLoadError as error:
             message = str(error)
             if name.file is not None and repr(name.file) not in message:
@@ -176,6 +197,13 @@ class _Pairs:
                 name,
                 TEXT_MISSING,
             )
+        if _has_surrogates(text):
+            raise BadRowError(
+                f"{name.at_start} has {shorten(text)} in column {column!r}, with a lone surrogate, which no tokenizer "
+                "reads; a text that UTF-8 can hold was expected.",
+                name,
+                TEXT_UNREADABLE,
+            )
         cleaned = clean(text) if self.clean_text else text
         if not cleaned.strip():
             what = f"{shorten(text)}, of which cleaning leaves nothing," if text.strip() else "an empty text"
@@ -201,7 +229,8 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
 
     Args:
         dataset (`datasets.Dataset` or sequence of `dict`):
-            The rows. With a column `image_embeds`, as [`load_cached_features`] gives, pictures are not read.
+            The rows. With a column `image_embeds`, as [`load_cached_features`] gives, pictures are not read. Errors
+            have the number that a row has here or, if this is a part that [`hold_out`] made, in the whole.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures: anything that [`~image_loading.load_image`] takes.
         text_column (`str`, *optional*, defaults to `"caption"`):
@@ -237,8 +266,8 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             Column of the pictures in `images`.
 
     Raises:
-        BadRowError: if the picture of a row is missing, or a text, any one of several, is missing or empty; the
-            message names row and file.
+        BadRowError: if the picture of a row is missing, or a text, any one of several, is missing or empty, or the row
+            has no id; the message names row and file.
         ImageLoadError: if a picture is missing or can't be read: a `BadRowError` too.
         ValueError: if a column is missing, or arguments do not fit.
 
@@ -294,17 +323,29 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         elif self.has_features:
             self.dataset = self.dataset.with_format("arrow")
         self._kept: np.ndarray | None = None
+        # Of a part of a data set, such as one that was held out: the number of each row in the whole
+        self._numbers: np.ndarray | None = None
+        if isinstance(dataset, datasets.Dataset) and ROW_NUMBER in dataset.column_names:
+            self._numbers = np.asarray(dataset.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER])
 
     def __len__(self) -> int:
         return len(self.dataset) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number = self.row_number(index)
-        return self._item(_read_row(self.dataset, number), number, self.epoch)
+        row = _read_row(self.dataset, self._place(index))
+        return self._item(row, self.row_number(index), self.epoch)
+
+    def _place(self, index: int) -> int:
+        """Return where in the data set the row of an item is."""
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There is no row {index}: the data set has {len(self)}.")
+        return index % len(self) if self._kept is None else int(self._kept[index])
 
     def row_number(self, index: int) -> int:
         """
-        Number of a row in the data set: not its index, once rows before it are left out.
+        Return the number of a row in the data set: not its index, once rows before it are left out. Of a part that
+        [`hold_out`] made, it is the number in the data set that was split.
 
         Args:
             index (`int`):
@@ -316,10 +357,8 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         Raises:
             IndexError: if there is no such item.
         """
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"There is no row {index}: the data set has {len(self)}.")
-        return index % len(self) if self._kept is None else int(self._kept[index])
+        place = self._place(index)
+        return place if self._numbers is None else int(self._numbers[place])
 
     def without(self, bad: Iterable[BadRow | int]) -> "ImageTextPairs":
         """
@@ -337,15 +376,33 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         """
         left_out = {row.row if isinstance(row, BadRow) else operator.index(row) for row in bad}
         size = len(self.dataset)
-        if unknown := sorted(number for number in left_out if not 0 <= number < size):
-            raise ValueError(f"There is no row {unknown[0]}: the data set has {size}. Check this very data set.")
-        numbers = np.arange(size) if self._kept is None else self._kept
-        kept = numbers[~np.isin(numbers, list(left_out))]
+        numbers = np.arange(size) if self._numbers is None else self._numbers
+        if unknown := np.setdiff1d(list(left_out), numbers).tolist():
+            raise ValueError(f"There is no row {unknown[0]:.0f}: the data set has {size}. Check this very data set.")
+        places = np.arange(size) if self._kept is None else self._kept
+        kept = places[~np.isin(numbers[places], list(left_out))]
         if len(kept) == 0 and left_out:
             raise ValueError(f"All {len(self)} rows are bad, none is left. report_bad_rows says why.")
         pairs = copy.copy(self)
         pairs._kept, pairs._epoch = kept, self._epoch.clone().share_memory_()
         return pairs
+
+    def fingerprint(self) -> str:
+        """
+        Return a hash of the number of rows and of some of them, as they are stored, those included that are left out.
+
+        Returns:
+            `str`: 32 hexadecimal digits, the same wherever the files of the data set lie.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for rows in (self.dataset, [] if self.images is None else self.images):
+            for number in sorted({len(rows) * sample // _SAMPLES for sample in range(_SAMPLES)} if len(rows) else ()):
+                row = _read_row(rows, number)
+                values = {n: v.to_pybytes() if isinstance(v, pa.Buffer) else v for n, v in row.items()}
+                # The address of a picture that is in memory differs from run to run
+                content = re.sub(r" at 0x[0-9a-f]+", "", repr((len(rows), number, values)))
+                digest.update(content.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     def _picture_row(self, row: Mapping, number: int) -> tuple[Mapping, int]:
         if self.images is None:
@@ -403,7 +460,8 @@ prefix_lm:
 
     Raises:
         BadRowError: if the picture of a row is missing or can't be read, or its text is missing or empty; the message
-            has the running number of the row, and its file or, of WebDataset, shard and key.
+            has its file or, of WebDataset, shard and key, and its number: a running one (`row 3 of the stream`) in a
+            `datasets.IterableDataset`, which does not tell the number in a file.
         ValueError: if the rows can be read but once, or a column is missing, or arguments do not fit.
     """
 
@@ -450,6 +508,10 @@ prefix_lm:
             prompt_column=prompt_column,
             prefix_lm=prefix_lm,
         )
+        has_numbers = ROW_NUMBER in (column_names(dataset) or ())
+        if isinstance(dataset, datasets.IterableDataset) and not has_numbers and source is None:
+            # Shards and shuffling leave no number of the row in its file
+            self._called = "the stream"
         self.skip_broken = skip_broken
         self.check = check
         self.repeat = repeat
@@ -510,7 +572,7 @@ prefix_lm:
         if isinstance(self.dataset, datasets.IterableDataset):
             # Has been split between processes, and splits itself between workers
             for count, row in enumerate(self.dataset):
-                yield count * num_shares + share, row
+                yield row.get(ROW_NUMBER, count * num_shares + share), row
         else:
             for number, row in enumerate(self.dataset):
                 if number % num_shares == share:
@@ -543,7 +605,7 @@ def _check_prompt(prompt: str | None, prompt_column: str | None):
 def _select(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
     """The columns that are read, and those that say where a row of WebDataset comes from."""
     known = column_names(dataset) or []
-    origin = [name for name in ("__key__", "__url__") if name in known]
+    origin = [name for name in ("__key__", "__url__", ROW_NUMBER) if name in known]
     return select_columns(dataset, [*columns, *origin], image_column)
 
 
@@ -564,13 +626,20 @@ def _stored_bytes(column: pa.ChunkedArray) -> pa.Buffer:
     return data.slice(start, stop - start)
 
 
-def _image_id(value: Any, number: int) -> int:
+def _hash_id(value: int | str, name: RowName) -> int:
+    """Return an id of 64 bits: the integer itself, or the hash of a string."""
     if isinstance(value, str):
         return stable_hash(value)
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise ValueError(f"Row {number} has the id {value!r}; an integer or a string was expected.") from None
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"Row {number} has the id {value}, which does not fit into 64 bits. Give it as a string.")
+        raise ValueError(f"{name.at_start} has the id {value}, which does not fit into 64 bits. Give it as a string.")
     return value
+
+
+def _has_surrogates(text: str) -> bool:
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -1,6 +1,7 @@
 """Rows of data sets of every kind: their columns, their pictures, and the randomness that belongs to each."""
 
 import hashlib
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,10 @@ import fsspec
 import torch
 from PIL import Image
 
-from ..image_loading import ImageLoadError, load_image
+from ..image_loading import as_load_error, load_image
+
+
+ROW_NUMBER = "__row__"  # column of a part of a data set: which row of the whole each row is
 
 
 def stable_hash(text: str) -> int:
@@ -33,6 +37,35 @@ def get_column(row: Mapping, column: str) -> Any:
             raise ValueError(f"The rows have no column {column!r}; theirs are {sorted(map(str, row))}.")
         value = value[name]
     return value
+
+
+def check_id(value: Any, name: str, column: str) -> int | str:
+    """
+    Return the id of an image, by which its rows are told from those of others.
+
+    Args:
+        value:
+            What the row holds.
+        name (`str`):
+            What an error calls the row, such as `"Row 3"`.
+        column (`str`):
+            Name of the column.
+
+    Returns:
+        `int` or `str`: the id.
+
+    Raises:
+        ValueError: if it is neither an integer nor a string.
+    """
+    if isinstance(value, str):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        hint = " Floats round large ids, and are NaN for a missing one: cast the column." * isinstance(value, float)
+        raise ValueError(
+            f"{name} has the id {value!r} in column {column!r}; an integer or a string was expected.{hint}"
+        ) from None
 
 
 def select_columns(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
@@ -77,14 +110,17 @@ def open_image(value: Any, name: str) -> Image.Image:
     Raises:
         ImageLoadError: if it can't be read.
     """
-    if isinstance(value, Mapping) and value.get("bytes") is None and "://" in str(value.get("path")):
-        path = value["path"]
-        if path.startswith(("http://", "https://")):
-            return load_image(path, name)
-        try:
-            # A file on the Hub, or inside an archive
-            with fsspec.open(path, "rb") as file:
-                value = {"bytes": file.read(), "path": path}
-        except (OSError, ValueError, KeyError) as error:
-            raise ImageLoadError(f"{name} ({path!r}): cannot read the file ({error}). Check the path.") from error
-    return load_image(value, name)
+    path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
+    if not isinstance(path, str) or "://" not in path:
+        return load_image(value, name)
+    if path.startswith(("http://", "https://")):
+        return load_image(path, name)
+    try:
+        # A file on the Hub, or inside an archive
+        with fsspec.open(path, "rb") as file:
+            data = file.read()
+    except MemoryError:
+        raise
+    except Exception as error:  # each file system of fsspec has errors of its own, and may lack its package
+        raise as_load_error(error, value, name) from error
+    return load_image({"bytes": data, "path": path}, name)

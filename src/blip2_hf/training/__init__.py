@@ -1,7 +1,7 @@
 """Training with transformers' `Trainer`: the paper's settings, what is trained, what decays, going on after a stop."""
 
 from .arguments import Blip2Arguments, FineTuningArguments, Stage1Arguments, Stage2Arguments
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import checkpoint_to_resume, last_complete_checkpoint
 from .layer_decay import vision_layer_scales
 from .presets import describe_trained_parts, train_only
 from .trainer import Blip2Trainer
@@ -13,6 +13,7 @@ __all__ = [
     "FineTuningArguments",
     "Stage1Arguments",
     "Stage2Arguments",
+    "checkpoint_to_resume",
     "describe_trained_parts",
     "last_complete_checkpoint",
     "train_only",

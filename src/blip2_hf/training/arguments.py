@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.training_args_seq2seq import Seq2SeqTrainingArguments
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 PAPER_SCHEDULE = "cosine_warmup_with_min_lr"
 
@@ -15,6 +18,9 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
     r"""
     [`~transformers.Seq2SeqTrainingArguments`] with what the paper's trainings have in common: AdamW with a weight
     decay of 0.05, linear warm-up and a cosine, no limit on the norm of gradients.
+
+    A number of `warmup_steps` that is more than a tenth of all steps is shortened to a tenth, with a warning: in a
+    short run the paper's 2,000 would be all of it. A share of all steps, such as 0.3, is taken as it is.
 
     Args:
         preset (`str`, *optional*):
@@ -28,12 +34,16 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
             Stage 1: how many pairs of a batch have a graph at a time, where the batch is larger than memory (see
             [`Blip2ForPreTraining.gradient_caching_enable`]). The batches of `gradient_accumulation_steps` are then
             one, contrasted as a whole.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether [`checkpoint_to_resume`] deletes the checkpoints in `output_dir`, to begin anew.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak of the learning rate."})
     min_learning_rate: float = field(default=0.0, metadata={"help": "Where the cosine ends."})
     weight_decay: float = field(default=0.05, metadata={"help": "Of all but queries, temperature, biases and norms."})
-    warmup_steps: float = field(default=2000, metadata={"help": "Steps of linear warm-up, or a share of all steps."})
+    warmup_steps: float = field(
+        default=2000, metadata={"help": "Steps of warm-up (a tenth of all at most), or a share."}
+    )
     lr_scheduler_type: str = field(default=PAPER_SCHEDULE, metadata={"help": "Schedule of the learning rate."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the schedule, in place of the paper's."}
@@ -50,6 +60,7 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
     gradient_caching_chunk_size: int | None = field(
         default=None, metadata={"help": "Stage 1: how many pairs of a batch have a graph at a time."}
     )
+    overwrite: bool = field(default=False, metadata={"help": "Delete the checkpoints in output_dir, and begin anew."})
 
     def __post_init__(self):
         if not 0 < self.vision_layer_decay <= 1:
@@ -68,6 +79,28 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
             self.per_device_train_batch_size *= self.gradient_accumulation_steps
             self.gradient_accumulation_steps = 1
         super().__post_init__()
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """
+        Return the number of steps of warm-up.
+
+        Args:
+            num_training_steps (`int`):
+                Steps of the run.
+
+        Returns:
+            `int`: `warmup_steps`, or that share of all steps if it is below 1; otherwise a tenth of all steps at most.
+        """
+        steps = super().get_warmup_steps(num_training_steps)
+        longest = num_training_steps // 10
+        if self.warmup_steps < 1 or steps <= longest:
+            return steps
+        if self.process_index == 0:
+            logger.warning(
+                f"warmup_steps: {steps:,} is more than a tenth of the {num_training_steps:,} steps of this run, and "
+                f"is shortened to {longest:,}. A longer warm-up can be given as a share of all steps, such as 0.3."
+            )
+        return longest
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles the arguments into training_args.bin and pushes it: no place for a secret
@@ -155,7 +188,9 @@ class FineTuningArguments(Blip2Arguments):
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak of the learning rate."})
     num_train_epochs: float = field(default=5, metadata={"help": "Epochs."})
-    warmup_steps: float = field(default=1000, metadata={"help": "Steps of linear warm-up, or a share of all steps."})
+    warmup_steps: float = field(
+        default=1000, metadata={"help": "Steps of warm-up (a tenth of all at most), or a share."}
+    )
     preset: str | None = field(default="finetune", metadata={"help": "Which parts are trained."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When it validates."})
     save_strategy: str = field(default="epoch", metadata={"help": "When it saves a checkpoint."})

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy, get_last_checkpoint
 from transformers.utils import logging
 
 from ..configuration_blip2 import is_hub_id
@@ -26,6 +26,7 @@ from ..modeling_blip2 import Blip2ForConditionalGeneration
 from ..modeling_pretraining import Blip2ForPreTraining
 from ..processing_blip2 import Blip2Processor
 from .arguments import Blip2Arguments
+from .checkpoints import refuse_weights_alone
 from .layer_decay import split_by_scale, vision_layer_scales
 from .presets import describe_trained_parts, train_only, without_adapters
 
@@ -95,11 +96,13 @@ class Blip2Trainer(Seq2SeqTrainer):
     def _bare_model(self) -> nn.Module:
         return without_adapters(self.accelerator.unwrap_model(self.model))
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        last = resume_from_checkpoint is True
+        refuse_weights_alone((get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint) or None)
         if self.is_world_process_zero():
             print(describe_trained_parts(self._bare_model()))
         self._step_of_weights = None
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _load_best_model(self):
         super()._load_best_model()
