@@ -42,12 +42,13 @@ def _run(options: argparse.Namespace):
         raise SystemExit("blip2-hf: --per-word goes with TEXT.")
 
     from ..attention_maps import overlay
-    from ..image_loading import load_image
+    from ..image_loading import check_reads_8_bit, load_image
 
     try:
         picture = load_image(options.picture)
         model = _load_model(options)
         image_processor = _load_image_processor(options)
+        check_reads_8_bit(image_processor)
         inputs = image_processor(images=[picture], return_tensors="pt").to(model.device, model.dtype)
         titles, heat_maps = _maps(options, model, inputs["pixel_values"])
     except (ValueError, OSError) as error:

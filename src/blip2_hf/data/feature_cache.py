@@ -21,7 +21,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from ..configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
-from ..image_loading import ImageLoadError
+from ..image_loading import ImageLoadError, check_reads_8_bit
 from ..modeling_vision import build_vision_model
 from ..parts import load_tower, measure_width
 from .rows import open_image, seeded_generator, select_columns
@@ -145,6 +145,7 @@ def cache_features(
     """
     _check_arguments(dataset, image_column, views, transform, dtype, part_index, num_parts)
     image_processor = processor.image_processor if isinstance(processor, ProcessorMixin) else processor
+    check_reads_8_bit(image_processor)
     pictures = _Views(dataset, image_column, image_processor, views, transform, seed, skip_broken)
     was_training = model.training
     model.eval()

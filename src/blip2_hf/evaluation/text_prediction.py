@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..generation_presets import GenerationPreset
+from ..image_loading import check_reads_8_bit
 from ..inference import first_batch_size, model_fingerprint, own_image_size, with_image_size
 from .prediction_store import PredictionStore
 from .samples import Sample, open_sample_image, samples_fingerprint
@@ -61,6 +62,7 @@ def predict_texts(
     Returns:
         `tuple[list[str], int]`: the texts, in all processes, and the size that batches had in the end.
     """
+    check_reads_8_bit(processor.image_processor)
     state = store.state
     done = store.read()
     images = _by_image(samples, done)[state.process_index :: state.num_processes]
