@@ -30,6 +30,7 @@ from blip2_hf.data import (
     check_held_out,
     leave_out_bad_rows,
     load_rows,
+    with_image_size,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.frozen import cast_parameters
@@ -73,7 +74,7 @@ def load_model(options: CaptioningArguments) -> tuple[Blip2ForConditionalGenerat
     cast_parameters(model.language_model, getattr(torch, options.language_model_dtype))
     model.generation_config.max_new_tokens = options.max_new_tokens
     processor = Blip2Processor.from_pretrained(options.model)
-    processor.image_processor.size = {"height": options.image_size, "width": options.image_size}
+    processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     return model, processor
 
 

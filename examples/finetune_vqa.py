@@ -29,6 +29,7 @@ from blip2_hf.data import (
     check_held_out,
     leave_out_bad_rows,
     load_rows,
+    with_image_size,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics, exact_match
 from blip2_hf.frozen import cast_parameters
@@ -86,7 +87,7 @@ def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForCondi
             raise SystemExit("Adapters are saved without the networks of --stage1: attach and save these first.")
         model.attach_text_networks(options.stage1)
         processor.qformer_tokenizer = AutoTokenizer.from_pretrained(options.stage1)
-    processor.image_processor.size = {"height": options.image_size, "width": options.image_size}
+    processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     model.generation_config.max_new_tokens = options.max_new_tokens
     return model, processor
 

@@ -34,6 +34,7 @@ from blip2_hf.data import (
     check_held_out,
     hold_out,
     load_rows,
+    with_image_size,
 )
 from blip2_hf.evaluation import contrastive_retrieval_metrics
 from blip2_hf.training import Blip2Trainer, Stage1Arguments, last_complete_checkpoint
@@ -85,12 +86,10 @@ def main():
         num_query_tokens=options.num_query_tokens,
         load_vision_tower=not is_cached,
     )
-    square = {"height": options.image_size, "width": options.image_size}
     tokenizer = AutoTokenizer.from_pretrained(options.text_encoder)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    processor = Blip2Processor(
-        AutoImageProcessor.from_pretrained(options.vision_model, size=square, do_center_crop=False), tokenizer
-    )
+    image_processor = AutoImageProcessor.from_pretrained(options.vision_model)
+    processor = Blip2Processor(with_image_size(image_processor, options.image_size), tokenizer)
     trainer = Blip2Trainer(
         model,
         arguments,

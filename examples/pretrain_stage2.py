@@ -36,6 +36,7 @@ from blip2_hf.data import (
     hold_out,
     leave_out_bad_rows,
     load_rows,
+    with_image_size,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.training import Blip2Trainer, Stage2Arguments, last_complete_checkpoint
@@ -91,9 +92,9 @@ def main():
         language_model_kwargs={"dtype": getattr(torch, options.language_model_dtype)},
     )
     model.generation_config.max_new_tokens = options.max_length
-    square = {"height": options.image_size, "width": options.image_size}
+    image_processor = AutoImageProcessor.from_pretrained(options.vision_model or options.stage1)
     processor = Blip2Processor(
-        AutoImageProcessor.from_pretrained(options.vision_model or options.stage1, size=square, do_center_crop=False),
+        with_image_size(image_processor, options.image_size),
         AutoTokenizer.from_pretrained(options.language_model),
         num_query_tokens=model.config.num_query_tokens,
         is_encoder_decoder=model.config.is_encoder_decoder,

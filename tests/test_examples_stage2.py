@@ -10,7 +10,7 @@ import datasets
 import pytest
 import transformers
 from stage1 import STAGE1_QFORMER, make_stage1
-from tiny import LANGUAGE_MODELS, make_image, make_image_processor, make_tokenizer
+from tiny import LANGUAGE_MODELS, assert_sees_the_whole, make_cropping_image_processor, make_image, make_tokenizer
 from train_stage1 import Processor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
@@ -49,7 +49,9 @@ def parts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     make_stage1(num_query_tokens=4).save_pretrained(folder / "stage1")
     tokenizer = Processor().tokenizer
-    Blip2Processor(make_image_processor(), tokenizer, is_encoder_decoder=False).save_pretrained(folder / "stage1")
+    Blip2Processor(make_cropping_image_processor(), tokenizer, is_encoder_decoder=False).save_pretrained(
+        folder / "stage1"
+    )
     assert len(tokenizer) <= STAGE1_QFORMER["vocab_size"]
     for name, model in {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}.items():
         model(LANGUAGE_MODELS[name]()).save_pretrained(folder / name)
@@ -95,7 +97,9 @@ def test_stage_2_then_captions_then_answers(parts, tmp_path, language_model):
     assert "the Q-Former has" in bad[1]["reason"]
     trained = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "vqa")
     assert trained.config.qformer_config.use_qformer_text_input
-    processor = Blip2Processor.from_pretrained(tmp_path / "vqa")
+    for folder in (stage2, tmp_path / "captioner", tmp_path / "vqa"):
+        processor = Blip2Processor.from_pretrained(folder)
+        assert_sees_the_whole(processor.image_processor, 28)
     inputs = processor(images=make_image(), text="Question: what is it? Answer:", return_tensors="pt")
     assert "qformer_input_ids" in inputs and trained.generate(**inputs, max_new_tokens=2).shape[0] == 1
 
@@ -143,12 +147,14 @@ def test_fine_tuning_validates_by_loss_without_generation(script, parts, tmp_pat
     model = Blip2ForConditionalGeneration.from_pretrained_parts(parts / "stage1", parts / "llama")
     model.save_pretrained(tmp_path / "stage2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "llama")
-    Blip2Processor(make_image_processor(), tokenizer, num_query_tokens=4).save_pretrained(tmp_path / "stage2")
+    Blip2Processor(make_cropping_image_processor(), tokenizer, num_query_tokens=4).save_pretrained(tmp_path / "stage2")
     data = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "other.parquet"))
     by_loss = ("--predict_with_generate", "false", "--metric_for_best_model", "loss", "--greater_is_better", "false")
     once = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
     column = ("--answer_column", "caption") if script == "finetune_vqa.py" else ()
     printed = run(script, tmp_path / "out", "--model", str(tmp_path / "stage2"), *data, *by_loss, *once, *column)
     assert "eval_loss" in printed and "eval_word_f1" not in printed
+    # The model's own processor cuts out the middle: not so what is learned from, nor what comes of it
+    assert_sees_the_whole(Blip2Processor.from_pretrained(tmp_path / "out").image_processor, 28)
     # Answers are tested by generation all the same
     assert (tmp_path / "out" / "results.json").exists() == bool(column) == ("test_exact_match" in printed)

@@ -7,13 +7,21 @@ import torch
 import transformers
 from PIL import Image
 from stage1 import make_stage1
-from tiny import make_image, make_image_processor, make_model, make_processor
+from tiny import (
+    assert_sees_the_whole,
+    columns_seen,
+    make_cropping_image_processor,
+    make_image,
+    make_image_processor,
+    make_model,
+    make_processor,
+)
 from transformers import pipeline
 
 from blip2_hf import Blip2Processor
 from blip2_hf.capfilt import ModelCaptioner
 from blip2_hf.captioning import caption_dataset, caption_images
-from blip2_hf.data import ImageTextCollator, ImageTextPairs, LanguageModelCollator, cache_features
+from blip2_hf.data import ImageTextCollator, ImageTextPairs, LanguageModelCollator, cache_features, with_image_size
 from blip2_hf.evaluation.benchmarks import evaluate_captioning
 from blip2_hf.evaluation.samples import CaptionSample
 
@@ -147,3 +155,56 @@ def test_an_image_processor_that_does_not_rescale_is_refused_for_data(tmp_path):
     assert not (tmp_path / "captions.jsonl").exists()
     of_8_bits = make_unscaled(image_mean=[100.0] * 3, image_std=[50.0] * 3)
     assert LanguageModelCollator(of_8_bits)([pairs[0]])["pixel_values"].abs().max() <= 3.2
+
+
+class TimmImageProcessor:
+    """What `with_image_size` reads of transformers' TimmWrapperImageProcessor, which needs timm and torchvision."""
+
+    def to_dict(self):
+        config = {"input_size": (3, 28, 28), "crop_pct": 0.9, "interpolation": "bicubic"}
+        return {"data_config": {**config, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}}
+
+
+IMAGE_PROCESSORS = {
+    "CLIP": lambda: transformers.CLIPImageProcessorPil(),
+    "DINOv2": lambda: make_cropping_image_processor(),
+    "SigLIP": lambda: transformers.SiglipImageProcessorPil(),
+    "ViT": lambda: transformers.ViTImageProcessorPil(),
+    "BLIP": lambda: transformers.BlipImageProcessorPil(),
+    "longest edge": lambda: transformers.DetrImageProcessorPil(),
+    "no scaling": lambda: transformers.ViTImageProcessorPil(do_resize=False),
+    "padded to a square": lambda: transformers.LlavaImageProcessorPil(do_pad=True),
+    "DeiT": lambda: transformers.DeiTImageProcessorPil(),
+    "ConvNeXt": lambda: transformers.ConvNextImageProcessorPil(size={"shortest_edge": 224}),
+    "timm": TimmImageProcessor,
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_PROCESSORS)
+@pytest.mark.parametrize("size", [28, 400])
+def test_a_square_of_any_size_shows_the_whole_picture(name, size, tmp_path):
+    own = IMAGE_PROCESSORS[name]()
+    before = own.to_dict()
+    sized = with_image_size(own, size)
+    assert own.to_dict() == before and type(sized.to_dict()["size"]) is dict
+    assert_sees_the_whole(sized, size)
+    kept = ("image_mean", "image_std", "resample", "rescale_factor")
+    if name == "timm":
+        assert sized.image_mean == (0.1, 0.2, 0.3) and sized.resample == Image.Resampling.BICUBIC
+    else:
+        assert [getattr(sized, setting) for setting in kept] == [getattr(own, setting) for setting in kept]
+    Blip2Processor(sized, make_processor().tokenizer, num_query_tokens=4).save_pretrained(tmp_path)
+    assert_sees_the_whole(Blip2Processor.from_pretrained(tmp_path).image_processor, size)
+
+
+@pytest.mark.parametrize("name", ["Sam", "Siglip2", "Idefics3", "Qwen2VL"])
+def test_an_image_processor_that_makes_no_squares_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}.* can't be set to scale whole pictures to 28x28"):
+        with_image_size(getattr(transformers, f"{name}ImageProcessorPil")(), 28)
+    with pytest.raises(ValueError, match="image_size=0"):
+        with_image_size(make_image_processor(), 0)
+
+
+def test_a_processor_without_a_size_stays():
+    assert with_image_size(own := make_cropping_image_processor(), None) is own
+    assert columns_seen(own)[0] > 50

@@ -15,9 +15,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
+from ..data.image_size import own_image_size, with_image_size
 from ..generation_presets import GenerationPreset
 from ..image_loading import check_reads_8_bit
-from ..inference import first_batch_size, model_fingerprint, own_image_size, with_image_size
+from ..inference import first_batch_size, model_fingerprint
 from .prediction_store import PredictionStore
 from .samples import Sample, open_sample_image, samples_fingerprint
 
