@@ -31,6 +31,7 @@ from blip2_hf.data import (
     ImageTextPairs,
     ImageTextStream,
     RandomResizedCropAndFlip,
+    check_feature_size,
     check_held_out,
     hold_out,
     load_rows,
@@ -61,6 +62,7 @@ class PretrainingArguments:
 def make_datasets(options: PretrainingArguments, seed: int):
     """What is learned from, and what is held out: all rows of some images, or other data."""
     check_held_out(options.data, options.validation)
+    check_feature_size(options.image_size, options.data, options.validation)
     rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
     held_out = load_rows(options.validation) if options.validation else None

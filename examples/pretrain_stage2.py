@@ -33,12 +33,14 @@ from blip2_hf.data import (
     ImageTextStream,
     LanguageModelCollator,
     RandomResizedCropAndFlip,
+    check_feature_size,
     hold_out,
     leave_out_bad_rows,
     load_rows,
     with_image_size,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics
+from blip2_hf.evaluation.metrics import caption_metrics
 from blip2_hf.training import Blip2Trainer, Stage2Arguments, last_complete_checkpoint
 
 
@@ -66,6 +68,7 @@ class PretrainingArguments:
 
 def make_datasets(options: PretrainingArguments, collator: LanguageModelCollator, seed: int):
     """What is learned from, and what is held out: all rows of some images."""
+    check_feature_size(options.image_size, options.data)
     rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
     columns = {name: getattr(options, name) for name in ("image_column", "text_column", "prompt")}
@@ -106,13 +109,16 @@ def main():
         train = leave_out_bad_rows(train, collator, folder / "bad_rows-train.jsonl")
         if held_out is not None:
             held_out = leave_out_bad_rows(held_out, collator, folder / "bad_rows-held_out.jsonl")
+    metrics = None
+    if held_out is not None and arguments.predict_with_generate:
+        metrics = GeneratedTextMetrics(processor, held_out, caption_metrics)
     trainer = Blip2Trainer(
         model,
         arguments,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collator,
-        compute_metrics=GeneratedTextMetrics(processor) if arguments.predict_with_generate else None,
+        compute_metrics=metrics,
         processing_class=processor,
     )
     if options.early_stopping_patience is not None:

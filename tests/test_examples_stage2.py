@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import transformers
 from stage1 import STAGE1_QFORMER, make_stage1
@@ -14,6 +15,7 @@ from tiny import LANGUAGE_MODELS, assert_sees_the_whole, make_cropping_image_pro
 from train_stage1 import Processor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+from blip2_hf.evaluation.metrics import vqa_accuracy_scores
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -25,8 +27,12 @@ def write_rows(path: Path, broken: bool = False):
     rows = {"image": [make_image(i) for i in range(6)], "caption": captions}
     questions = [f"what is it {i}?" for i in range(5)] + ["what " * 600 if broken else "where?"]
     rows |= {"question": questions, "kind": ["animal", "thing"] * 3}
-    rows |= {"picture": ["a", "a", "a", "b", "b", "b"]}
+    rows |= {
+        "answers": [[caption, *["an answer"] * 9] for caption in captions],
+        "picture": ["a", "a", "a", "b", "b", "b"],
+    }
     features = FEATURES | {name: datasets.Value("string") for name in ("question", "kind", "picture")}
+    features["answers"] = datasets.List(datasets.Value("string"))
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(path)
 
 
@@ -81,8 +87,11 @@ def test_stage_2_then_captions_then_answers(parts, tmp_path, language_model):
     data = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "other.parquet"))
     long = ("--data", str(parts / "broken.parquet"), *data[2:], "--skip_bad_rows")
     once = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
-    printed = run("finetune_captioning.py", tmp_path / "captioner", "--model", str(stage2), *data, *once)
-    assert "eval_word_f1" in printed
+    best = ("--metric_for_best_model", "CIDEr-D")
+    printed = run("finetune_captioning.py", tmp_path / "captioner", "--model", str(stage2), *data, *once, *best)
+    assert "eval_word_f1" in printed and "eval_CIDEr-D" in printed
+    state = json.loads((tmp_path / "captioner" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_metric"] == state["log_history"][-1]["eval_CIDEr-D"]
     printed = run(
         "finetune_vqa.py",
         tmp_path / "vqa",
@@ -91,7 +100,10 @@ def test_stage_2_then_captions_then_answers(parts, tmp_path, language_model):
     )
     results = json.loads((tmp_path / "vqa" / "results.json").read_text())
     assert len(results["answers"]) == 6 and results["accuracy"].keys() == {"animal", "thing"}
-    assert "animal" in printed
+    assert "animal" in printed and "by the protocol 'exact'" in printed
+    assert results["metrics"]["test_vqa_accuracy"] == pytest.approx(sum(results["accuracy"].values()) / 2)
+    state = json.loads((tmp_path / "vqa" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_metric"] == state["log_history"][-1]["eval_vqa_accuracy"]
     bad = [json.loads(line) for line in (tmp_path / "vqa" / "bad_rows-train.jsonl").read_text().splitlines()]
     assert [(row["row"], row["kind"]) for row in bad] == [(4, "text empty"), (5, "text too long")]
     assert "the Q-Former has" in bad[1]["reason"]
@@ -151,10 +163,16 @@ def test_fine_tuning_validates_by_loss_without_generation(script, parts, tmp_pat
     data = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "other.parquet"))
     by_loss = ("--predict_with_generate", "false", "--metric_for_best_model", "loss", "--greater_is_better", "false")
     once = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
-    column = ("--answer_column", "caption") if script == "finetune_vqa.py" else ()
+    column = ("--answer_column", "answers", "--group_by", "kind") if script == "finetune_vqa.py" else ()
     printed = run(script, tmp_path / "out", "--model", str(tmp_path / "stage2"), *data, *by_loss, *once, *column)
     assert "eval_loss" in printed and "eval_word_f1" not in printed
     # The model's own processor cuts out the middle: not so what is learned from, nor what comes of it
     assert_sees_the_whole(Blip2Processor.from_pretrained(tmp_path / "out").image_processor, 28)
     # Answers are tested by generation all the same
-    assert (tmp_path / "out" / "results.json").exists() == bool(column) == ("test_exact_match" in printed)
+    assert (tmp_path / "out" / "results.json").exists() == bool(column) == ("test_vqa_accuracy" in printed)
+    if column:
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        rows = datasets.Dataset.from_parquet(str(parts / "other.parquet"))
+        scores = vqa_accuracy_scores(results["answers"], rows["answers"])
+        assert results["protocol"] == "official" and results["metrics"]["test_vqa_accuracy"] == np.mean(scores)
+        assert results["accuracy"] == {"animal": np.mean(scores[::2]), "thing": np.mean(scores[1::2])}

@@ -152,6 +152,9 @@ def test_example_on_stored_features(monkeypatch, parts, tmp_path):
     )
     stored = json.loads((tmp_path / "features" / "cache.json").read_text())["image_processor"]
     assert_sees_the_whole(transformers.BitImageProcessorPil.from_dict(stored), 28)
+    with pytest.raises(ValueError, match="made of pictures of 28x28 pixels, but image_size is 42"):
+        run_example(monkeypatch, parts, tmp_path / "features", tmp_path / "other", "--image_size", "42")
+    assert not (tmp_path / "other").exists()
     run_example(monkeypatch, parts, tmp_path / "features", tmp_path / "run")
     model = Blip2ForPreTraining.from_pretrained(tmp_path / "run")
     assert not model.config.has_vision_tower

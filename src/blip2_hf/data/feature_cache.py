@@ -185,6 +185,31 @@ def load_cached_features(folder: str | os.PathLike) -> datasets.Dataset:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
 
 
+def check_feature_size(image_size: int, *data: str | os.PathLike | None):
+    r"""
+    Refuse features of pictures of another size than that of the processor which is saved with what learns from them:
+    the model would be given other pictures than those it has learned from.
+
+    Args:
+        image_size (`int`):
+            Side of the squares that the processor makes.
+        data (`str` or `os.PathLike`, *optional*):
+            What is learned from, or validated on. Only folders that [`cache_features`] wrote are looked into.
+
+    Raises:
+        ValueError: if features were made of pictures of another size.
+    """
+    for name in filter(None, data):
+        path = Path(name) / _DESCRIPTION
+        sides = json.loads(path.read_text())["pixel_values"][1:] if path.exists() else []
+        if set(sides) - {image_size}:
+            made_of = "x".join(map(str, sides))
+            raise ValueError(
+                f"The features in {name} were made of pictures of {made_of} pixels, but image_size is {image_size}. "
+                "Give the size of the features, or store features of that size with cache_features."
+            )
+
+
 def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:
     r"""
     The features of one view, without a copy: the tensor lies in the memory of the row, which may be a file that is
