@@ -158,7 +158,8 @@ def _setting(image_processor: Any, image_kwargs: Mapping[str, Any], name: str) -
 
 def _is_for_fractions(image_processor: Any, image_kwargs: Mapping[str, Any]) -> bool:
     """Whether the mean that is subtracted is one of values in [0, 1], not of 0 to 255."""
-    return np.max(_setting(image_processor, image_kwargs, "image_mean")) <= 1
+    mean = _setting(image_processor, image_kwargs, "image_mean")
+    return mean is not None and bool(np.max(mean) <= 1)
 
 
 class _Problem(Exception):
