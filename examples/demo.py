@@ -42,6 +42,7 @@ from blip2_hf.data import (
     VisionTower,
     cache_features,
     load_cached_features,
+    with_image_size,
 )
 from blip2_hf.evaluation import retrieval_recall
 from blip2_hf.losses import image_text_similarity
@@ -280,8 +281,7 @@ def main():
     print("The pretrained parts:")
     assets = real_assets(hub=arguments.hub)
     tokenizer = AutoTokenizer.from_pretrained(assets.language_model)
-    square = {"height": arguments.size, "width": arguments.size}
-    image_processor = AutoImageProcessor.from_pretrained(assets.vision_model, size=square, do_center_crop=False)
+    image_processor = with_image_size(AutoImageProcessor.from_pretrained(assets.vision_model), arguments.size)
     processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=QUERIES)
     pictures, test = load_pictures(arguments, tokenizer)
     print(f"{len(pictures)} pictures of {arguments.concepts} things to learn from, {len(test)} to be tested on")

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
-from blip2_hf.data import VisionTower, cache_features
+from blip2_hf.data import VisionTower, cache_features, with_image_size
 
 
 LAYER, SIZE = 9, 112
@@ -112,8 +112,7 @@ def main():
     folder = cache_folder() / "easy_vqa"
     folder.mkdir(parents=True, exist_ok=True)
     assets = real_assets(hub=arguments.hub)
-    square = {"height": SIZE, "width": SIZE}
-    image_processor = AutoImageProcessor.from_pretrained(assets.vision_model, size=square, do_center_crop=False)
+    image_processor = with_image_size(AutoImageProcessor.from_pretrained(assets.vision_model), SIZE)
     if not all((folder / file).exists() for file in FILES.values()):
         make_data(folder)
     make_features(folder, assets, image_processor)

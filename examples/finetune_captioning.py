@@ -8,12 +8,13 @@ Fine-tunes a BLIP-2 to caption pictures (appendix of the paper).
     python examples/finetune_captioning.py --model Salesforce/blip2-opt-2.7b --preset lora_language_model \\
         --image_size 224 --learning_rate 1e-4 --bf16 ...
 
-The data have columns with a picture and a caption, or a list of captions, of which one is drawn each time. With stored
-features, which need a frozen tower, add --preset stage2.
+The data have columns with a picture and a caption, or a list of captions, of which one is drawn each time. Validation
+counts all of them. With stored features, which need a frozen tower, add --preset stage2.
 
 All options of transformers' `TrainingArguments` are there; their defaults are the paper's. It validates by generation
-after each epoch, and keeps the best checkpoint. The same command, given again after a stop, goes on. Other models,
-data or settings are refused in the same output_dir; --overwrite deletes its checkpoints.
+after each epoch, and keeps the best checkpoint: that of the best word_f1, or of the best CIDEr-D with
+--metric_for_best_model CIDEr-D. The same command, given again after a stop, goes on. Other models, data or settings
+are refused in the same output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
@@ -28,11 +29,14 @@ from blip2_hf.data import (
     ImageTextPairs,
     LanguageModelCollator,
     RandomResizedCropAndFlip,
+    check_feature_size,
     check_held_out,
     leave_out_bad_rows,
     load_rows,
+    with_image_size,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics
+from blip2_hf.evaluation.metrics import caption_metrics
 from blip2_hf.frozen import cast_parameters
 from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
 
@@ -74,13 +78,14 @@ def load_model(options: CaptioningArguments) -> tuple[Blip2ForConditionalGenerat
     cast_parameters(model.language_model, getattr(torch, options.language_model_dtype))
     model.generation_config.max_new_tokens = options.max_new_tokens
     processor = Blip2Processor.from_pretrained(options.model)
-    processor.image_processor.size = {"height": options.image_size, "width": options.image_size}
+    processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     return model, processor
 
 
 def main():
     options, arguments = HfArgumentParser((CaptioningArguments, FineTuningArguments)).parse_args_into_dataclasses()
     check_held_out(options.data, options.validation)
+    check_feature_size(options.image_size, options.data, options.validation)
     model, processor = load_model(options)
     data = {
         "train": make_pairs(options, options.data, train=True, seed=arguments.seed),
@@ -90,13 +95,14 @@ def main():
     if options.skip_bad_rows:
         for name, pairs in data.items():
             data[name] = leave_out_bad_rows(pairs, collator, Path(arguments.output_dir) / f"bad_rows-{name}.jsonl")
+    is_generated = arguments.predict_with_generate
     trainer = Blip2Trainer(
         model,
         arguments,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=collator,
-        compute_metrics=GeneratedTextMetrics(processor) if arguments.predict_with_generate else None,
+        compute_metrics=GeneratedTextMetrics(processor, data["validation"], caption_metrics) if is_generated else None,
         processing_class=processor,
     )
     if options.early_stopping_patience is not None:

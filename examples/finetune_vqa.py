@@ -6,6 +6,8 @@ Fine-tunes a BLIP-2 to answer questions about pictures (appendix of the paper).
         --bf16 --output_dir vqa
 
 The data have columns with a picture, a question and an answer, or a list of answers, of which one is drawn each time.
+Validation and test count all of them, by VQA accuracy: the official protocol if every question has ten answers, else a
+match with one of them. Questions are cleaned as in evaluation (lower case, no full stops); answers stay as they are.
 With --stage1 the Q-Former reads the question too, with the feed-forward networks for text of stage 1. With stored
 features, which need a frozen tower, add --preset stage2. --group_by tells the accuracy for each value of a column.
 
@@ -27,11 +29,14 @@ from blip2_hf.data import (
     ImageTextPairs,
     LanguageModelCollator,
     RandomResizedCropAndFlip,
+    check_feature_size,
     check_held_out,
     leave_out_bad_rows,
     load_rows,
+    with_image_size,
 )
-from blip2_hf.evaluation import GeneratedTextMetrics, exact_match
+from blip2_hf.evaluation import GeneratedTextMetrics, score_answers
+from blip2_hf.evaluation.metrics import choose_vqa_protocol, vqa_accuracy_scores
 from blip2_hf.frozen import cast_parameters
 from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
 
@@ -70,7 +75,6 @@ def make_pairs(options: VQAArguments, data: str, images: str | None, transform=N
         prompt_column=options.question_column,
         images=None if images is None else load_rows(images),
         transform=None if images is not None else transform,
-        clean_text=False,
         seed=seed,
         train=train,
     )
@@ -87,14 +91,18 @@ def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForCondi
             raise SystemExit("Adapters are saved without the networks of --stage1: attach and save these first.")
         model.attach_text_networks(options.stage1)
         processor.qformer_tokenizer = AutoTokenizer.from_pretrained(options.stage1)
-    processor.image_processor.size = {"height": options.image_size, "width": options.image_size}
+    processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     model.generation_config.max_new_tokens = options.max_new_tokens
     return model, processor
 
 
 def main():
-    options, arguments = HfArgumentParser((VQAArguments, FineTuningArguments)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((VQAArguments, FineTuningArguments))
+    parser.set_defaults(metric_for_best_model="vqa_accuracy")
+    options, arguments = parser.parse_args_into_dataclasses()
     check_held_out(options.data, options.validation, options.test)
+    pictures = (options.images, options.validation_images, options.test_images)
+    check_feature_size(options.image_size, options.data, options.validation, options.test, *pictures)
     model, processor = load_model(options, arguments.preset)
     crop = RandomResizedCropAndFlip(options.image_size, flip=0)
     data = {
@@ -109,14 +117,14 @@ def main():
     if options.skip_bad_rows:
         for name, pairs in data.items():
             data[name] = leave_out_bad_rows(pairs, collator, Path(arguments.output_dir) / f"bad_rows-{name}.jsonl")
-    metrics = GeneratedTextMetrics(processor)
+    metrics = {name: GeneratedTextMetrics(processor, data[name], score_answers) for name in data if name != "train"}
     trainer = Blip2Trainer(
         model,
         arguments,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=collator,
-        compute_metrics=metrics if arguments.predict_with_generate else None,
+        compute_metrics=metrics["validation"] if arguments.predict_with_generate else None,
         processing_class=processor,
     )
     if options.early_stopping_patience is not None:
@@ -125,20 +133,24 @@ def main():
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
-    test = data.get("test", data["validation"])
+    name = "test" if "test" in data else "validation"
+    test, test_metrics = data[name], metrics[name]
     # By generation, whatever it was validated by
-    trainer.args.predict_with_generate, trainer.compute_metrics = True, metrics
+    trainer.args.predict_with_generate, trainer.compute_metrics = True, test_metrics
     output = trainer.predict(test, metric_key_prefix="test")
     trainer.log_metrics("test", output.metrics)
-    answers, wanted = metrics.texts(output.predictions), metrics.texts(output.label_ids)
+    answers, references = test_metrics.texts(output.predictions), test_metrics.references_as_written
+    protocol = choose_vqa_protocol(references)
+    scores = vqa_accuracy_scores(answers, references, protocol)
+    print(f"VQA accuracy by the protocol {protocol!r}")
     groups = load_rows(options.test or options.validation)[options.group_by] if options.group_by else []
     groups = [groups[test.row_number(index)] for index in range(len(test))] if groups else []
     accuracy = {}
     for group in sorted(set(groups)):
         rows = [row for row, value in enumerate(groups) if value == group]
-        accuracy[group] = exact_match([answers[row] for row in rows], [wanted[row] for row in rows])
+        accuracy[group] = sum(scores[row] for row in rows) / len(rows)
         print(f"{group:20} {len(rows):7} questions  {accuracy[group]:.2%}")
-    results = {"metrics": output.metrics, "accuracy": accuracy, "answers": answers}
+    results = {"metrics": output.metrics, "protocol": protocol, "accuracy": accuracy, "answers": answers}
     (Path(arguments.output_dir) / "results.json").write_text(json.dumps(results))
     if arguments.push_to_hub:
         trainer.push_to_hub()

@@ -33,10 +33,12 @@ from blip2_hf.data import (
     ImageTextPairs,
     ImageTextStream,
     RandomResizedCropAndFlip,
+    check_feature_size,
     check_held_out,
     hold_out,
     leave_out_bad_rows,
     load_rows,
+    with_image_size,
 )
 from blip2_hf.evaluation import contrastive_retrieval_metrics
 from blip2_hf.training import Blip2Trainer, Stage1Arguments, checkpoint_to_resume
@@ -64,6 +66,7 @@ class PretrainingArguments:
 def make_datasets(options: PretrainingArguments, seed: int):
     """What is learned from, and what is held out: all rows of some images, or other data."""
     check_held_out(options.data, options.validation)
+    check_feature_size(options.image_size, options.data, options.validation)
     rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
     held_out = load_rows(options.validation) if options.validation else None
@@ -96,12 +99,10 @@ def main():
         num_query_tokens=options.num_query_tokens,
         load_vision_tower=not is_cached,
     )
-    square = {"height": options.image_size, "width": options.image_size}
     tokenizer = AutoTokenizer.from_pretrained(options.text_encoder)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    processor = Blip2Processor(
-        AutoImageProcessor.from_pretrained(options.vision_model, size=square, do_center_crop=False), tokenizer
-    )
+    image_processor = AutoImageProcessor.from_pretrained(options.vision_model)
+    processor = Blip2Processor(with_image_size(image_processor, options.image_size), tokenizer)
     trainer = Blip2Trainer(
         model,
         arguments,

@@ -34,11 +34,14 @@ from blip2_hf.data import (
     ImageTextStream,
     LanguageModelCollator,
     RandomResizedCropAndFlip,
+    check_feature_size,
     hold_out,
     leave_out_bad_rows,
     load_rows,
+    with_image_size,
 )
 from blip2_hf.evaluation import GeneratedTextMetrics
+from blip2_hf.evaluation.metrics import caption_metrics
 from blip2_hf.training import Blip2Trainer, Stage2Arguments, checkpoint_to_resume
 
 
@@ -66,6 +69,7 @@ class PretrainingArguments:
 
 def make_datasets(options: PretrainingArguments, collator: LanguageModelCollator, seed: int):
     """What is learned from, and what is held out: all rows of some images."""
+    check_feature_size(options.image_size, options.data)
     rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
     columns = {name: getattr(options, name) for name in ("image_column", "text_column", "prompt")}
@@ -92,9 +96,9 @@ def main():
         language_model_kwargs={"dtype": getattr(torch, options.language_model_dtype)},
     )
     model.generation_config.max_new_tokens = options.max_length
-    square = {"height": options.image_size, "width": options.image_size}
+    image_processor = AutoImageProcessor.from_pretrained(options.vision_model or options.stage1)
     processor = Blip2Processor(
-        AutoImageProcessor.from_pretrained(options.vision_model or options.stage1, size=square, do_center_crop=False),
+        with_image_size(image_processor, options.image_size),
         AutoTokenizer.from_pretrained(options.language_model),
         num_query_tokens=model.config.num_query_tokens,
         is_encoder_decoder=model.config.is_encoder_decoder,
@@ -106,13 +110,16 @@ def main():
         train = leave_out_bad_rows(train, collator, folder / "bad_rows-train.jsonl")
         if held_out is not None:
             held_out = leave_out_bad_rows(held_out, collator, folder / "bad_rows-held_out.jsonl")
+    metrics = None
+    if held_out is not None and arguments.predict_with_generate:
+        metrics = GeneratedTextMetrics(processor, held_out, caption_metrics)
     trainer = Blip2Trainer(
         model,
         arguments,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collator,
-        compute_metrics=GeneratedTextMetrics(processor) if arguments.predict_with_generate else None,
+        compute_metrics=metrics,
         processing_class=processor,
     )
     if options.early_stopping_patience is not None:

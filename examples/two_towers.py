@@ -29,6 +29,8 @@ from transformers.modeling_outputs import BaseModelOutput
 # In transformers 5.17 the name in the package itself asks for torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from blip2_hf.data import with_image_size
+
 
 class TwoTowersConfig(PreTrainedConfig):
     """
@@ -95,12 +97,11 @@ def pretrained_folder() -> str:
         model = TwoTowersModel(TwoTowersConfig(efficientnet_config=configs[0], dinov2_config=configs[1]))
         for own, part in zip((model.efficientnet, model.dinov2), parts, strict=True):
             own.load_state_dict(AutoModel.from_pretrained(part, dtype=torch.float32).state_dict())
-        square = {"height": model.config.image_size, "width": model.config.image_size}
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as work:
             model.save_pretrained(Path(work) / "checkpoint")
             # Both want their pixels normalised in the same way
-            processor = AutoImageProcessor.from_pretrained(parts[0], size=square)
-            processor.save_pretrained(Path(work) / "checkpoint")
+            image_processor = AutoImageProcessor.from_pretrained(parts[0])
+            with_image_size(image_processor, model.config.image_size).save_pretrained(Path(work) / "checkpoint")
             os.replace(Path(work) / "checkpoint", folder)
     return str(folder)
 

@@ -101,7 +101,7 @@ def test_a_question_goes_into_the_prompt(dataset):
 
 
 def test_a_prompt_changes_nothing_that_is_drawn(dataset):
-    options = {"text_column": "answers", "transform": RandomResizedCropAndFlip(16)}
+    options = {"text_column": "answers", "transform": RandomResizedCropAndFlip(16), "clean_text": False}
     plain, asked = ImageTextPairs(dataset, **options), ImageTextPairs(dataset, **(options | VQA))
     for epoch in range(5):
         for pairs in (plain, asked):

@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
 from stage1 import STAGE1_QFORMER, make_stage1
-from tiny import LANGUAGE_MODELS, make_image, make_image_processor, make_tokenizer
+from tiny import LANGUAGE_MODELS, assert_sees_the_whole, make_cropping_image_processor, make_image, make_tokenizer
 from train_stage1 import Processor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+from blip2_hf.evaluation.metrics import vqa_accuracy_scores
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -26,8 +28,12 @@ def write_rows(path: Path, broken: bool = False):
     rows = {"image": [make_image(i) for i in range(6)], "caption": captions}
     questions = [f"what is it {i}?" for i in range(5)] + ["what " * 600 if broken else "where?"]
     rows |= {"question": questions, "kind": ["animal", "thing"] * 3}
-    rows |= {"picture": ["a", "a", "a", "b", "b", "b"]}
+    rows |= {
+        "answers": [[caption, *["an answer"] * 9] for caption in captions],
+        "picture": ["a", "a", "a", "b", "b", "b"],
+    }
     features = FEATURES | {name: datasets.Value("string") for name in ("question", "kind", "picture")}
+    features["answers"] = datasets.List(datasets.Value("string"))
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(path)
 
 
@@ -50,7 +56,9 @@ def parts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     make_stage1(num_query_tokens=4).save_pretrained(folder / "stage1")
     tokenizer = Processor().tokenizer
-    Blip2Processor(make_image_processor(), tokenizer, is_encoder_decoder=False).save_pretrained(folder / "stage1")
+    Blip2Processor(make_cropping_image_processor(), tokenizer, is_encoder_decoder=False).save_pretrained(
+        folder / "stage1"
+    )
     assert len(tokenizer) <= STAGE1_QFORMER["vocab_size"]
     for name, model in {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}.items():
         model(LANGUAGE_MODELS[name]()).save_pretrained(folder / name)
@@ -80,8 +88,11 @@ def test_stage_2_then_captions_then_answers(parts, tmp_path, language_model):
     data = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "other.parquet"))
     long = ("--data", str(parts / "broken.parquet"), *data[2:], "--skip_bad_rows")
     once = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
-    printed = run("finetune_captioning.py", tmp_path / "captioner", "--model", str(stage2), *data, *once)
-    assert "eval_word_f1" in printed
+    best = ("--metric_for_best_model", "CIDEr-D")
+    printed = run("finetune_captioning.py", tmp_path / "captioner", "--model", str(stage2), *data, *once, *best)
+    assert "eval_word_f1" in printed and "eval_CIDEr-D" in printed
+    state = json.loads((tmp_path / "captioner" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_metric"] == state["log_history"][-1]["eval_CIDEr-D"]
     printed = run(
         "finetune_vqa.py",
         tmp_path / "vqa",
@@ -90,13 +101,18 @@ def test_stage_2_then_captions_then_answers(parts, tmp_path, language_model):
     )
     results = json.loads((tmp_path / "vqa" / "results.json").read_text())
     assert len(results["answers"]) == 6 and results["accuracy"].keys() == {"animal", "thing"}
-    assert "animal" in printed
+    assert "animal" in printed and "by the protocol 'exact'" in printed
+    assert results["metrics"]["test_vqa_accuracy"] == pytest.approx(sum(results["accuracy"].values()) / 2)
+    state = json.loads((tmp_path / "vqa" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_metric"] == state["log_history"][-1]["eval_vqa_accuracy"]
     bad = [json.loads(line) for line in (tmp_path / "vqa" / "bad_rows-train.jsonl").read_text().splitlines()]
     assert [(row["row"], row["kind"]) for row in bad] == [(4, "text empty"), (5, "text too long")]
     assert "the Q-Former has" in bad[1]["reason"]
     trained = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "vqa")
     assert trained.config.qformer_config.use_qformer_text_input
-    processor = Blip2Processor.from_pretrained(tmp_path / "vqa")
+    for folder in (stage2, tmp_path / "captioner", tmp_path / "vqa"):
+        processor = Blip2Processor.from_pretrained(folder)
+        assert_sees_the_whole(processor.image_processor, 28)
     inputs = processor(images=make_image(), text="Question: what is it? Answer:", return_tensors="pt")
     assert "qformer_input_ids" in inputs and trained.generate(**inputs, max_new_tokens=2).shape[0] == 1
 
@@ -143,7 +159,7 @@ def test_another_model_is_not_taken_for_the_one_that_was_trained(parts, tmp_path
     """The same output_dir with another model: an error that names it; with --overwrite that model is trained."""
     model = Blip2ForConditionalGeneration.from_pretrained_parts(parts / "stage1", parts / "llama")
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "llama")
-    processor = Blip2Processor(make_image_processor(), tokenizer, num_query_tokens=4)
+    processor = Blip2Processor(make_cropping_image_processor(), tokenizer, num_query_tokens=4)
     for name in ("first", "second"):
         model.save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
@@ -166,12 +182,20 @@ def test_fine_tuning_validates_by_loss_without_generation(script, parts, tmp_pat
     model = Blip2ForConditionalGeneration.from_pretrained_parts(parts / "stage1", parts / "llama")
     model.save_pretrained(tmp_path / "stage2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "llama")
-    Blip2Processor(make_image_processor(), tokenizer, num_query_tokens=4).save_pretrained(tmp_path / "stage2")
+    Blip2Processor(make_cropping_image_processor(), tokenizer, num_query_tokens=4).save_pretrained(tmp_path / "stage2")
     data = ("--data", str(parts / "rows.parquet"), "--validation", str(parts / "other.parquet"))
     by_loss = ("--predict_with_generate", "false", "--metric_for_best_model", "loss", "--greater_is_better", "false")
     once = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
-    column = ("--answer_column", "caption") if script == "finetune_vqa.py" else ()
+    column = ("--answer_column", "answers", "--group_by", "kind") if script == "finetune_vqa.py" else ()
     printed = run(script, tmp_path / "out", "--model", str(tmp_path / "stage2"), *data, *by_loss, *once, *column)
     assert "eval_loss" in printed and "eval_word_f1" not in printed
+    # The model's own processor cuts out the middle: not so what is learned from, nor what comes of it
+    assert_sees_the_whole(Blip2Processor.from_pretrained(tmp_path / "out").image_processor, 28)
     # Answers are tested by generation all the same
-    assert (tmp_path / "out" / "results.json").exists() == bool(column) == ("test_exact_match" in printed)
+    assert (tmp_path / "out" / "results.json").exists() == bool(column) == ("test_vqa_accuracy" in printed)
+    if column:
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        rows = datasets.Dataset.from_parquet(str(parts / "other.parquet"))
+        scores = vqa_accuracy_scores(results["answers"], rows["answers"])
+        assert results["protocol"] == "official" and results["metrics"]["test_vqa_accuracy"] == np.mean(scores)
+        assert results["accuracy"] == {"animal": np.mean(scores[::2]), "thing": np.mean(scores[1::2])}

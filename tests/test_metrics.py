@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from blip2_hf.evaluation.metrics import (
     METRICS,
     bleu,
     caption_metrics,
+    choose_vqa_protocol,
     cider_d,
     cider_d_scores,
     gqa_accuracy,
@@ -230,18 +232,121 @@ def test_answers_are_normalized_as_officially(answer, normalized):
 
 
 @pytest.mark.parametrize("matches, wanted", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
-def test_vqa_accuracy_leaves_one_annotator_out(matches, wanted):
+@pytest.mark.parametrize("protocol", ["official", "lavis"])
+def test_vqa_accuracy_leaves_one_annotator_out(matches, wanted, protocol):
     answers = ["cat"] * matches + [f"other{index}" for index in range(10 - matches)]
-    assert vqa_accuracy(["Cat."], [answers])["vqa_accuracy"] == pytest.approx(wanted)
+    assert vqa_accuracy(["cat"], [answers], protocol=protocol)["vqa_accuracy"] == pytest.approx(wanted)
     subsets = [answers[:index] + answers[index + 1 :] for index in range(10)]
     assert wanted == pytest.approx(sum(min(1, subset.count("cat") / 3) for subset in subsets) / 10)
 
 
-def test_annotators_lose_their_punctuation_only_and_only_where_they_differ():
-    assert vqa_accuracy_scores(["u.s."], [["u.s."] * 10]) == [0]  # they agree: left as they are; the prediction is not
-    assert vqa_accuracy_scores(["u.s."], [["u.s."] * 9 + ["usa"]]) == [1]
-    assert vqa_accuracy_scores(["two"], [["two"] * 9 + ["2"]]) == [pytest.approx(0.3)]  # their numbers stay words
-    assert vqa_accuracy_scores(["the cat"], [["The cat"] * 9 + ["cat"]]) == [pytest.approx(0.3)]
+@pytest.mark.parametrize("answer", ["New York", "T-shirt", "the dog", "two", "u.s."])
+def test_the_answer_of_all_annotators_counts_one(answer):
+    assert vqa_accuracy_scores([answer, f" {answer}\n"], [[answer] * 10, [f"{answer}\t"] * 10]) == [1, 1]
+    assert vqa_accuracy_scores([answer], [[answer] * 10], protocol="exact") == [1]
+
+
+def test_where_annotators_agree_answers_are_compared_as_they_are():
+    assert vqa_accuracy_scores(["yes.", "Yes", "2"], [["yes"] * 10, ["yes"] * 10, ["two"] * 10]) == [0, 0, 0]
+
+
+def test_where_annotators_differ_both_sides_are_normalized():
+    assert vqa_accuracy_scores(["the left"], [["the left"] * 9 + ["left"]]) == [1]
+    assert vqa_accuracy_scores(["2"], [["two"] * 3 + ["Two!"] * 6 + ["three"]]) == [1]
+    # The ends go first: these annotators agree
+    assert vqa_accuracy_scores(["Yes"], [["yes"] * 5 + [" yes\n"] * 5]) == [0]
+
+
+def official_accuracy(prediction, answers):
+    """The steps of GT-Vision-Lab/VQA, one after another, for people with names."""
+    signs = ';/[]"{}()=+\\_-><@`,?!'
+    numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    numbers = {word: str(number) for number, word in enumerate(numbers)} | {"none": "0"}
+
+    def clean(text):
+        found = text
+        for sign in signs:
+            goes = sign + " " in text or " " + sign in text or re.search("[0-9],[0-9]", text)
+            found = found.replace(sign, "" if goes else " ")
+        found = re.sub(r"[.](?![0-9])", "", found)
+        words = [numbers.get(word, word) for word in found.lower().split()]
+        return " ".join({"dont": "don't"}.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+    prediction, answers = (
+        prediction.replace("\n", " ").replace("\t", " ").strip(),
+        {name: text.replace("\n", " ").replace("\t", " ").strip() for name, text in enumerate(answers)},
+    )
+    if len({*answers.values()}) > 1:
+        prediction, answers = clean(prediction), {name: clean(text) for name, text in answers.items()}
+    scores = []
+    for left_out in answers:
+        matches = [name for name in answers if name != left_out and answers[name] == prediction]
+        scores.append(min(1, len(matches) / 3))
+    return sum(scores) / len(scores)
+
+
+def test_official_accuracy_is_its_procedure():
+    generator = random.Random(0)
+    parts = ["two", "2", "the", "a", "left", "Left", "T-shirt", "t", "shirt", "u.s.", "us", "3.5", "1,000", "1000"]
+    parts += ["dont", "don't", "none", "0", "red/blue", "red", ",", "!", "?", "-", "ten"]
+
+    def answer():
+        text = generator.choice([" ", " ", "-", "\n", ""]).join(generator.choices(parts, k=generator.randint(1, 3)))
+        return generator.choice(["", "", " ", "\t"]) + text + generator.choice(["", "", ".", "\n"])
+
+    predictions, references = [], []
+    for _ in range(3000):
+        given = [answer() for _ in range(generator.randint(1, 3))]
+        references.append(generator.choices(given, k=10))
+        predictions.append(generator.choice([*given, answer(), given[0].lower(), given[0].strip()]))
+    scores = vqa_accuracy_scores(predictions, references)
+    wanted = [official_accuracy(*pair) for pair in zip(predictions, references, strict=True)]
+    assert scores == pytest.approx(wanted, abs=1e-12)
+    assert 500 < sum(score == 0 for score in scores) < 2000 and sum(0 < score < 1 for score in scores) > 50
+    # The protocols differ, so the comparison can tell one from another
+    for protocol in ("lavis", "exact"):
+        others = vqa_accuracy_scores(predictions, references, protocol)
+        assert sum(abs(a - b) > 0.01 for a, b in zip(scores, others, strict=True)) > 300
+
+
+def test_lavis_protocol_normalizes_the_prediction_alone():
+    def scores(prediction, answers):
+        return vqa_accuracy_scores([prediction], [answers], protocol="lavis")
+
+    assert scores("u.s.", ["u.s."] * 10) == [0]  # they agree: left as they are; the prediction is not
+    assert scores("u.s.", ["u.s."] * 9 + ["usa"]) == [1]
+    assert scores("Cat.", ["cat"] * 10) == [1]
+    assert scores("two", ["two"] * 9 + ["2"]) == [pytest.approx(0.3)]  # their numbers stay words
+    assert scores("the cat", ["The cat"] * 9 + ["cat"]) == [pytest.approx(0.3)]
+
+
+def test_exact_protocol_takes_any_number_of_accepted_answers():
+    predictions = ["A sofa.", "sofas", "two", "1,000", "T-Shirt", "b"]
+    references = [["couch", "sofa"], ["couch", "sofa", "settee"], ["2"], ["1000"], ["t-shirt"] * 12, ["A", "B"]]
+    scores = vqa_accuracy_scores(predictions, references, protocol="exact")
+    assert scores == [1, 0, 1, 1, 1, 1]
+    assert vqa_accuracy(predictions, references, protocol="exact") == {"vqa_accuracy": pytest.approx(5 / 6)}
+    # An answer of an article or a sign alone is not an empty one
+    assert vqa_accuracy_scores(["", "A.", "the", "-"], [["a"], ["a"], ["a"], ["+"]], protocol="exact") == [0, 1, 0, 0]
+
+
+def test_the_data_choose_the_protocol():
+    assert choose_vqa_protocol([["yes"] * 10, ["yes"] * 9 + ["no"]]) == "official"
+    assert choose_vqa_protocol([["yes"] * 10, ["yes"] * 9]) == "exact"
+    assert choose_vqa_protocol([["yes"]]) == choose_vqa_protocol([]) == "exact"
+    with pytest.raises(ValueError, match="question 0 are a list, not the text 'basketball'"):
+        choose_vqa_protocol(["basketball"])
+
+
+@pytest.mark.parametrize("protocol", ["official", "lavis"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_too_few_annotators_are_refused(protocol, number):
+    # Not even the answer of all would count 1
+    with pytest.raises(ValueError, match=f"question 1 has {number} answers; .*Give protocol='exact'"):
+        vqa_accuracy(["a", "b"], [["a"] * 10, ["b"] * number], protocol=protocol)
+    assert vqa_accuracy(["b"], [["b"] * 4], protocol=protocol) == {"vqa_accuracy": 1}
+    with pytest.raises(ValueError, match="protocol='gqa': one of official, lavis, exact was expected"):
+        vqa_accuracy(["a"], [["a"] * 10], protocol="gqa")
 
 
 def test_vqa_accuracy_by_type():
@@ -255,9 +360,7 @@ def test_vqa_accuracy_by_type():
     assert result["per_answer_type"] == {"yes/no": 0.5, "number": 1.0}
     assert result["per_question_type"] == {"is": 0.5, "how many": 1.0}
     with pytest.raises(ValueError, match="1 types for 2 questions"):
-        vqa_accuracy(["a", "b"], [["a"] * 2, ["b"] * 2], answer_types=["other"])
-    with pytest.raises(ValueError, match="question 0 has one annotator"):
-        vqa_accuracy(["a"], [["a"]])
+        vqa_accuracy(["a", "b"], [["a"] * 10, ["b"] * 10], answer_types=["other"])
 
 
 def test_gqa_accuracy():
@@ -281,9 +384,13 @@ def test_modules_give_what_the_functions_give():
         assert load_metric(name).compute(**captions) == function(*words)
 
     answers = {"predictions": ["two", "no"], "references": [["2"] * 10, ["no"] * 2 + ["yes"] * 8]}
-    assert load_metric("vqa_accuracy").compute(**answers) == vqa_accuracy(**answers)
+    accuracies = {"official": 0.3, "lavis": 0.8, "exact": 1}
+    for protocol, accuracy in accuracies.items():
+        found = load_metric("vqa_accuracy").compute(**answers, protocol=protocol)
+        assert found == vqa_accuracy(**answers, protocol=protocol) == {"vqa_accuracy": pytest.approx(accuracy)}
     types = {"answer_types": ["number", "yes/no"]}
     assert load_metric("vqa_accuracy").compute(**answers, **types) == vqa_accuracy(**answers, **types)
+    assert vqa_accuracy(**answers)["vqa_accuracy"] == pytest.approx(accuracies["official"])
     assert load_metric("gqa_accuracy").compute(predictions=["Yes"], references=["yes"]) == {"gqa_accuracy": 1.0}
 
     similarity = torch.rand(4, 6, generator=torch.manual_seed(0))

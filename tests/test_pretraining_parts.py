@@ -10,7 +10,14 @@ import pytest
 import torch
 import transformers
 from stage1 import make_inputs, make_stage1
-from tiny import LANGUAGE_MODELS, QFORMER, make_image, make_image_processor, make_pixel_values
+from tiny import (
+    LANGUAGE_MODELS,
+    QFORMER,
+    assert_sees_the_whole,
+    make_cropping_image_processor,
+    make_image,
+    make_pixel_values,
+)
 from train_stage1 import Processor, make_pairs
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Model
@@ -27,7 +34,7 @@ def parts(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("parts")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28}
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes, patch_size=14)).save_pretrained(folder / "tower")
-    make_image_processor().save_pretrained(folder / "tower")
+    make_cropping_image_processor().save_pretrained(folder / "tower")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = transformers.BertConfig(vocab_size=30, **{n: QFORMER[n] for n in names}, max_position_embeddings=40)
     tokenizer = Processor().tokenizer
@@ -136,8 +143,9 @@ def test_example_on_pictures(monkeypatch, parts, tmp_path, options):
     run_example(monkeypatch, parts, parts["pictures.parquet"], tmp_path / "run", *options)
     model = Blip2ForPreTraining.from_pretrained(tmp_path / "run")
     assert model.generate(pixel_values=make_pixel_values(2), max_new_tokens=3).shape[0] == 2
-    tokenizer = transformers.AutoProcessor.from_pretrained(tmp_path / "run").tokenizer
-    assert tokenizer.bos_token_id == model.config.qformer_config.bos_token_id
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "run")
+    assert_sees_the_whole(processor.image_processor, 28)
+    assert processor.tokenizer.bos_token_id == model.config.qformer_config.bos_token_id
 
 
 @pytest.mark.parametrize("options", [(), ("--streaming",)], ids=["rows", "stream"])
@@ -174,6 +182,11 @@ def test_example_on_stored_features(monkeypatch, parts, tmp_path):
         ["cache-features", parts["pictures.parquet"], "--vision-model", parts["tower"], "--size", "28", "--views", "2"]
         + ["--output", str(tmp_path / "features")]
     )
+    stored = json.loads((tmp_path / "features" / "cache.json").read_text())["image_processor"]
+    assert_sees_the_whole(transformers.BitImageProcessorPil.from_dict(stored), 28)
+    with pytest.raises(ValueError, match="made of pictures of 28x28 pixels, but image_size is 42"):
+        run_example(monkeypatch, parts, tmp_path / "features", tmp_path / "other", "--image_size", "42")
+    assert not (tmp_path / "other").exists()
     run_example(monkeypatch, parts, tmp_path / "features", tmp_path / "run")
     model = Blip2ForPreTraining.from_pretrained(tmp_path / "run")
     assert not model.config.has_vision_tower

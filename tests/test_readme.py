@@ -7,7 +7,16 @@ from pathlib import Path
 import datasets
 import pytest
 import transformers
-from tiny import LANGUAGE_MODELS, make_image, make_image_processor, make_model, make_processor, make_tokenizer
+from tiny import (
+    LANGUAGE_MODELS,
+    assert_sees_the_whole,
+    make_cropping_image_processor,
+    make_image,
+    make_image_processor,
+    make_model,
+    make_processor,
+    make_tokenizer,
+)
 from train_stage1 import Processor
 
 import blip2_hf
@@ -37,7 +46,7 @@ def fill_hub_cache(cache: Path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     tower = add_to_hub_cache(cache, "facebook/dinov2-small")
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=28)).save_pretrained(tower)
-    make_image_processor().save_pretrained(tower)
+    make_cropping_image_processor().save_pretrained(tower)
 
     bert = add_to_hub_cache(cache, "google-bert/bert-base-uncased")
     transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=64)).save_pretrained(bert)
@@ -68,6 +77,8 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
         exec(compile(snippet, "README.md", "exec"), namespace)
     loaded = blip2_hf.Blip2ForConditionalGeneration.from_pretrained("captioner")
     assert loaded.config.vision_config.model_type == "dinov2"
+    for name in ("processor", "stage1_processor"):
+        assert_sees_the_whole(namespace[name].image_processor, 224)
     assert type(namespace["captioner"]).__name__ == "ImageToTextPipeline"
     assert any("query_tokens" in name for name, p in namespace["adapted"].named_parameters() if p.requires_grad)
 

@@ -172,7 +172,7 @@ def test_only_what_is_new_or_changed_is_computed(build, loaded, pictures):
 
 def test_broken_pictures_are_not_read_again(build, monkeypatch):
     build()
-    monkeypatch.setattr("blip2_hf.search.pictures.load_image", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("blip2_hf.search.pictures.load_image_for", lambda _, path: pytest.fail(f"{path} was read"))
     assert list(build()[0].broken()) == ["broken.JPG"]
 
 

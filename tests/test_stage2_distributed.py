@@ -49,6 +49,15 @@ def test_trainer_weighs_each_label_alike_in_processes_and_accumulated_batches(tm
     assert parts == pytest.approx(whole, abs=2e-4)
 
 
+def test_references_stand_beside_their_predictions_in_processes(tmp_path):
+    """Seven rows do not share out evenly between two processes, nor into batches of two."""
+    options = ("--max_steps", "1", "--per_device_eval_batch_size", "2", "--predict_with_generate")
+    run(tmp_path / "parts", *options, "--generation_max_length", "40", processes=2)
+    log = json.loads((tmp_path / "parts" / "log.json").read_text())
+    scores = next(entry for entry in log if "eval_loss" in entry)
+    assert scores["eval_keeps_the_order"] is True and scores["eval_word_f1"] >= 0
+
+
 def make_batch(rows: slice) -> dict[str, torch.Tensor]:
     """Five captions of very different lengths."""
     lengths = torch.tensor([3, 9, 4, 1, 6])

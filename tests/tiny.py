@@ -135,6 +135,27 @@ def make_image_processor(size: int = 28):
     )
 
 
+def make_cropping_image_processor(size: int = 14):
+    """As those of CLIP and DINOv2: the shortest side is scaled, and the middle cut out."""
+    crop = {"height": size, "width": size}
+    return transformers.BitImageProcessorPil(size={"shortest_edge": size * 8 // 7}, crop_size=crop)
+
+
+def columns_seen(image_processor) -> np.ndarray:
+    """Which column of a wide picture, 0 to 255, each column of the tower's input shows."""
+    ramp = Image.fromarray(np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (64, 256, 3)).copy())
+    ends = [Image.new("RGB", (256, 64), colour) for colour in ("black", "white")]
+    pixels = image_processor(images=[ramp, *ends], return_tensors="np")["pixel_values"][:, 0].mean(axis=1)
+    return (pixels[0] - pixels[1]) / (pixels[2] - pixels[1]) * 255
+
+
+def assert_sees_the_whole(image_processor, size: int):
+    """Squares of a size, whose columns are spread evenly over the picture."""
+    columns = columns_seen(image_processor)
+    assert columns.shape == (size,)
+    np.testing.assert_allclose(columns, (np.arange(size) + 0.5) * 256 / size - 0.5, atol=3)
+
+
 def make_processor(is_encoder_decoder: bool = False, **kwargs) -> Blip2Processor:
     tokenizer = make_tokenizer(bos=not is_encoder_decoder, eos=is_encoder_decoder)
     fields = {"num_query_tokens": NUM_QUERIES, "is_encoder_decoder": is_encoder_decoder}

@@ -19,11 +19,15 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 _BASE64_SPECIMEN = 40  # characters of a base64 string that an error message shows
@@ -59,13 +63,8 @@ def load_image(image: Any, name: str | None = None, timeout: float | None = 30.0
         `ImageLoadError`: if the picture can't be fetched or read: it is missing, empty, truncated, no image, or larger
             than `PIL.Image.MAX_IMAGE_PIXELS` allows. No other error comes out, except for a lack of memory.
     """
-    try:
+    with _errors_that_name(image, name):
         return _to_rgb(_open(image, timeout))
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders, HTTP clients and file systems raise whatever they like
-        cause = error.__cause__ if isinstance(error, _Problem) else error
-        raise as_load_error(error, image, name) from cause
 
 
 def load_images(images: Iterable[Any], timeout: float | None = 30.0) -> list[Image.Image]:
@@ -87,8 +86,95 @@ def load_images(images: Iterable[Any], timeout: float | None = 30.0) -> list[Ima
     return [load_image(image, f"image {i} of {len(images)}", timeout) for i, image in enumerate(images, start=1)]
 
 
+def load_image_for(
+    image_processor: Any, image: Any, name: str | None = None, timeout: float | None = 30.0, **image_kwargs
+) -> "Image.Image | torch.Tensor":
+    """
+    Load one picture as an image processor takes it: as [`load_image`] does, or, if the image processor does not
+    rescale (`do_rescale=False`) and the picture has floats, with its values as they are.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            The image processor that is given the picture.
+        image:
+            Anything that [`load_image`] takes. Floats that are not rescaled may have any range, and 1 or 3 channels.
+        name (`str`, *optional*):
+            What an error calls the picture.
+        timeout (`float`, *optional*, defaults to 30.0):
+            Seconds to wait for a URL. `None` waits for ever.
+        image_kwargs (`dict`):
+            Arguments of the image processor's call. Only `do_rescale`, `do_normalize` and `image_mean` are read.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB; or `torch.Tensor` of shape `(3, height, width)`, float32.
+
+    Raises:
+        `ImageLoadError`: if the picture can't be read.
+        ValueError: if the picture has 8 bits, is not rescaled, and is then normalised with the mean of pictures in
+            [0, 1].
+    """
+    if _setting(image_processor, image_kwargs, "do_rescale") is not False:
+        return load_image(image, name, timeout)
+    with _errors_that_name(image, name):
+        picture = image if _has_floats(image) else _open(image, timeout)
+        if _has_floats(picture):
+            return _from_floats(picture)
+        picture = _to_rgb(picture)
+    if _setting(image_processor, image_kwargs, "do_normalize") and _is_for_fractions(image_processor, image_kwargs):
+        raise ValueError(f"{name or _describe(image)}: {_NOT_RESCALED}")
+    return picture
+
+
+def check_reads_8_bit(image_processor: Any):
+    """
+    Refuse an image processor that takes pictures for floats in [0, 1], or may do so: those of a data set or a folder
+    have 8 bits, whatever they had there.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            The image processor.
+
+    Raises:
+        ValueError: if it does not rescale, unless it normalises with a mean of 8-bit values.
+    """
+    if _setting(image_processor, {}, "do_rescale") is not False:
+        return
+    if not _setting(image_processor, {}, "do_normalize") or _is_for_fractions(image_processor, {}):
+        raise ValueError(f"Pictures of a data set or a folder: {_NOT_RESCALED}")
+
+
+_NOT_RESCALED = (
+    "values of 8 bits, 0 to 255, would reach the model as they are, because the image processor has do_rescale=False. "
+    "It then expects floats in [0, 1]. Leave do_rescale at True (in a saved image processor: set it and save it). If "
+    "the model wants 0 to 255, give rescale_factor=1.0 with it."
+)
+
+
+def _setting(image_processor: Any, image_kwargs: Mapping[str, Any], name: str) -> Any:
+    """What a call says, or else the image processor. timm's and Pix2Struct's, which scale in their way, say `None`."""
+    value = image_kwargs.get(name)
+    return getattr(image_processor, name, None) if value is None else value
+
+
+def _is_for_fractions(image_processor: Any, image_kwargs: Mapping[str, Any]) -> bool:
+    """Whether the mean that is subtracted is one of values in [0, 1], not of 0 to 255."""
+    mean = _setting(image_processor, image_kwargs, "image_mean")
+    return mean is not None and bool(np.max(mean) <= 1)
+
+
 class _Problem(Exception):
     """What is wrong with a picture; `load_image` adds which picture it is."""
+
+
+@contextlib.contextmanager
+def _errors_that_name(image: Any, name: str | None) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders, HTTP clients and file systems raise whatever they like
+        cause = error.__cause__ if isinstance(error, _Problem) else error
+        raise as_load_error(error, image, name) from cause
 
 
 def as_load_error(error: Exception, image: Any, name: str | None = None) -> ImageLoadError:
@@ -141,6 +227,34 @@ def _is_tensor(image: Any) -> bool:
     # whoever passes a tensor has imported torch
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(image, torch.Tensor)
+
+
+def _has_floats(image: Any) -> bool:
+    if isinstance(image, Image.Image):
+        return image.mode == "F"
+    if isinstance(image, np.ndarray):
+        return np.issubdtype(image.dtype, np.floating)
+    return _is_tensor(image) and image.is_floating_point()
+
+
+def _from_floats(image: Any) -> "torch.Tensor":
+    """An array, a tensor or a PIL image of floats to a tensor of shape (3, height, width), with the same values."""
+    import torch
+
+    is_tensor = _is_tensor(image)
+    array = image.detach().cpu().float().numpy() if is_tensor else np.asarray(image, dtype=np.float32)
+    array = _to_channels_last(array, channels_last=not is_tensor)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.shape[-1] not in (1, 3):
+        raise _Problem(
+            f"floats that are not rescaled (do_rescale=False) have 1 or 3 channels, these have {array.shape[-1]}. "
+            "Leave out the transparency"
+        )
+    if not np.isfinite(array).all():
+        raise _Problem("some of the float values are NaN or infinite. Give finite ones")
+    channels_first = np.broadcast_to(array, (*array.shape[:2], 3)).transpose(2, 0, 1)
+    return torch.from_numpy(np.array(channels_first, order="C"))
 
 
 def _open(image: Any, timeout: float | None) -> Image.Image:
@@ -301,6 +415,14 @@ def _too_large(reason: str) -> _Problem:
 
 def _from_array(array: np.ndarray, channels_last: bool) -> Image.Image:
     """Array of shape (height, width), (height, width, channels) or (channels, height, width) to L, LA, RGB or RGBA."""
+    array = _to_uint8(_to_channels_last(array, channels_last))
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_channels_last(array: np.ndarray, channels_last: bool) -> np.ndarray:
+    """The same values in the shape (height, width) or (height, width, channels), of 1 to 4 channels."""
     if array.ndim not in (2, 3):
         hint = ". Give the images of a batch as a list" if array.ndim == 4 else ""
         raise _Problem(
@@ -309,17 +431,14 @@ def _from_array(array: np.ndarray, channels_last: bool) -> Image.Image:
         )
     if array.size == 0:
         raise _Problem("the image has no pixels. Give one of at least 1x1")
-    array = _to_uint8(array)
     if array.ndim == 2:
-        return Image.fromarray(array)
+        return array
     last, first = array.shape[-1] <= 4, array.shape[0] <= 4
     if not last and not first:
         raise _Problem("neither the first nor the last dimension is a channel one. An image has 1 to 4 channels")
     if not last or (first and not channels_last):
         array = array.transpose(1, 2, 0)
-    if array.shape[-1] == 1:
-        array = array[..., 0]
-    return Image.fromarray(np.ascontiguousarray(array))
+    return array
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""What runs over many pictures share: how large a batch and a picture are, and which weights they were."""
+"""What runs over many pictures share: how large a batch is, and which weights they were."""
 
 import hashlib
-from typing import Any
 
 import torch
 
@@ -26,18 +25,3 @@ def model_fingerprint(model: torch.nn.Module) -> str:
             sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].float().cpu()
             digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()
-
-
-def own_image_size(image_processor: Any) -> dict[str, int]:
-    """The size of what an image processor makes of a picture."""
-    is_cropped = getattr(image_processor, "do_center_crop", None)
-    size = image_processor.crop_size if is_cropped else image_processor.size
-    return {name: value for name, value in dict(size).items() if value is not None}
-
-
-def with_image_size(image_processor: Any, image_size: int | None) -> Any:
-    """The same image processor for squares of a size, which hold the whole picture."""
-    if image_size is None:
-        return image_processor
-    size = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
-    return type(image_processor).from_dict(image_processor.to_dict() | size)

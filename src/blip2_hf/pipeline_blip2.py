@@ -30,7 +30,7 @@ from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 
 from .generation_presets import GenerationPreset, generation_preset
-from .image_loading import load_image
+from .image_loading import load_image_for
 from .sharing import SharedOnHub
 
 
@@ -177,6 +177,9 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
         if _is_sequence(inputs):
             return list(super().__call__(_Items(inputs, make), **kwargs))
         return super().__call__(make(inputs, None), **kwargs)
+
+    def _load(self, item: _Item, timeout: float | None) -> Any:
+        return load_image_for(self.image_processor, item.image, item.name, timeout)
 
     def _encode(self, image: Any, text: str | None, **text_kwargs) -> dict[str, torch.Tensor]:
         """One image and its text to the model's inputs, tensors with a batch dimension of 1."""
@@ -406,7 +409,7 @@ class ImageToTextPipeline(_ImageTextPipeline):
     def preprocess(self, item: _Item, prompt: str | None = None, timeout: float = 30.0) -> dict[str, Any]:
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"Received an invalid prompt, got {type(prompt).__name__}, but expected a single string")
-        return {"encodings": self._encode(load_image(item.image, item.name, timeout), prompt)}
+        return {"encodings": self._encode(self._load(item, timeout), prompt)}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
         return [{"generated_text": text} for text in self._decode(model_outputs["sequences"])]
@@ -538,8 +541,7 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         if "{}" not in template:
             raise ValueError(f"`prompt_template` needs {{}} where the question goes, got {template!r}")
         prompt = template.replace("{}", item.question)
-        image = load_image(item.image, item.name, timeout)
-        return {"encodings": self._encode(image, prompt, padding=padding, truncation=truncation)}
+        return {"encodings": self._encode(self._load(item, timeout), prompt, padding=padding, truncation=truncation)}
 
     def _default_template(self) -> str:
         if self.model_type not in _BLIP2:

@@ -7,7 +7,7 @@ import torch
 from transformers import Blip2ForImageTextRetrieval as TransformersBlip2ForImageTextRetrieval
 from transformers import pipelines as transformers_pipelines
 
-from .image_loading import load_image
+from .image_loading import load_image_for
 from .losses import image_text_similarity
 
 
@@ -140,7 +140,8 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
     def preprocess(self, image, candidate_labels=None, timeout=None, **kwargs):
         if not self._is_blip2:
             return super().preprocess(image, candidate_labels=candidate_labels, timeout=timeout, **kwargs)
-        inputs = self.image_processor(images=[load_image(image, timeout=timeout)], return_tensors="pt").to(self.dtype)
+        picture = load_image_for(self.image_processor, image, timeout=timeout)
+        inputs = self.image_processor(images=[picture], return_tensors="pt").to(self.dtype)
         return {"pixel_values": inputs["pixel_values"], "candidate_labels": candidate_labels}
 
     def _forward(self, model_inputs, labels=None, reranked=False):

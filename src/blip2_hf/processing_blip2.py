@@ -15,7 +15,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
 from .chat_messages import messages_to_text
-from .image_loading import load_images
+from .image_loading import load_image_for
 from .sharing import SharedOnHub
 
 
@@ -191,7 +191,8 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         Args:
             images (*optional*):
                 A picture, or a list of them, of any kind that [`~image_loading.load_image`] takes, or, for several
-                pictures a text, a list of lists.
+                pictures a text, a list of lists. Floats lie in [0, 1], unless `do_rescale=False`, which leaves them as
+                they are.
             text (`str` or `list[str]`, *optional*):
                 Prompts. `<image>` marks the place of a picture; without such marks each text has its picture (or the
                 pictures of its list) in front. One text goes with every picture.
@@ -213,7 +214,8 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
             tokenizer is BERT's and which has no `num_query_tokens`, then gives `pixel_values` alone.
 
         Raises:
-            ValueError: if there is nothing to process, or pictures and texts do not match.
+            ValueError: if there is nothing to process, or pictures and texts do not match, or `do_rescale=False` with
+                pictures of 8 bits and the mean of pictures in [0, 1].
             ImageLoadError: if a picture can't be read; the message names it.
         """
         text_target = kwargs.pop("text_target", None)
@@ -240,9 +242,11 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
                 repeats = [count or text.count(self.image_token) for text, count in zip(texts, counts, strict=True)]
                 data |= self._encode_instructions(texts, repeats if groups is not None else None, text_kwargs)
         if groups is not None:
-            pictures = load_images([image for group in groups for image in group])
             image_kwargs = output_kwargs["images_kwargs"] | {"return_tensors": return_tensors}
-            data |= self.image_processor(pictures, **image_kwargs)
+            image_kwargs.pop("input_data_format", None)  # what is loaded has channels first, or is a PIL image
+            data |= self.image_processor(
+                self._load([i for group in groups for i in group], image_kwargs), **image_kwargs
+            )
         if return_tensors is not None:
             data |= {name: np.zeros((len(rows), 0), dtype=np.int64) for name, rows in data.items() if _is_empty(rows)}
         return BatchFeature(data, tensor_type=return_tensors)
@@ -251,6 +255,13 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
     def _writes_text(self) -> bool:
         """Whether it belongs to a language model, which goes on from a text, and not to the Q-Former of stage 1."""
         return self.num_query_tokens is not None or self.tokenizer.cls_token is None
+
+    def _load(self, images: list, image_kwargs: dict[str, Any]) -> list:
+        names = (f"image {number} of {len(images)}" for number in range(1, len(images) + 1))
+        return [
+            load_image_for(self.image_processor, image, name, **image_kwargs)
+            for image, name in zip(images, names, strict=True)
+        ]
 
     def _images_in_front(self, texts: list[str], groups: list[list] | None) -> list[int]:
         """How many pictures stand in front of each text: those that no `<image>` inside it marks."""

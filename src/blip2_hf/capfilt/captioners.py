@@ -10,6 +10,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from ..captioning.captions import MAX_NEW_TOKENS, CaptionWriter
 from ..data.rows import stable_hash
+from ..image_loading import check_reads_8_bit
 from ..modeling_pretraining import Blip2ForPreTraining
 from .settings import WithSettings, model_settings
 
@@ -164,6 +165,7 @@ def picture_inputs(pictures: list[Any], image_processor: Any) -> torch.Tensor:
     """Pixels of shape `(pictures, channels, height, width)`, or features of `(pictures, features, width)`."""
     if isinstance(pictures[0], torch.Tensor):
         return torch.stack(pictures)
+    check_reads_8_bit(image_processor)
     return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
 

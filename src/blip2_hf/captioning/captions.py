@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from ..image_loading import ImageLoadError, load_image
+from ..image_loading import ImageLoadError, load_image_for
 from ..inference import first_batch_size
 
 
@@ -161,7 +161,7 @@ class _Prepared(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
         try:
-            image = load_image(self.images[index], f"image {index + 1} of {len(self)}")
+            image = load_image_for(self.image_processor, self.images[index], f"image {index + 1} of {len(self)}")
         except ImageLoadError as error:
             return index, str(error)
         return index, _to_pixel_values(image, self.image_processor)
@@ -177,14 +177,14 @@ class _PreparedStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor | str]]:
         for index, image in enumerate(self.images):
             try:
-                image = load_image(image, f"image {index + 1}")
+                image = load_image_for(self.image_processor, image, f"image {index + 1}")
             except ImageLoadError as error:
                 yield index, str(error)
             else:
                 yield index, _to_pixel_values(image, self.image_processor)
 
 
-def _to_pixel_values(image: Image.Image, image_processor: Any) -> torch.Tensor:
+def _to_pixel_values(image: Image.Image | torch.Tensor, image_processor: Any) -> torch.Tensor:
     return image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 

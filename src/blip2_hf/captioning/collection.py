@@ -17,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from ..image_loading import check_reads_8_bit
 from ..inference import model_fingerprint
 from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images
 from .outputs import CaptionOutput, open_output
@@ -102,6 +103,7 @@ def caption_dataset(
     ```"""
     state = PartialState(cpu=model.device.type == "cpu")
     pictures = _as_pictures(pictures)
+    check_reads_8_bit(processor.image_processor)
     files = open_output(output, output_format, pictures)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     settings = _settings(model, processor, pictures, prompt, generate_kwargs)

@@ -86,7 +86,7 @@ def tell_image_size(processor: Any, given: int | None, of_paper: int):
     """Says so where pictures have another size than the paper's."""
     from accelerate import PartialState
 
-    from ..inference import own_image_size
+    from ..data.image_size import own_image_size
 
     own = own_image_size(processor.image_processor)
     if given is None and set(own.values()) != {of_paper} and PartialState().is_main_process:

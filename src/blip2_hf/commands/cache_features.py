@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace):
     # In transformers 5.17 the name in the package itself asks for torchvision
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    from ..data import RandomResizedCropAndFlip, VisionTower, cache_features
+    from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size
     from ..modeling_base import Blip2Model
 
     dataset = load_dataset(options.data, options.config, options.split)
@@ -56,16 +56,11 @@ def _run(options: argparse.Namespace):
         model = VisionTower(options.vision_model, options.vision_feature_layer)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, None if options.tower_dtype is None else getattr(torch, options.tower_dtype))
-    # The whole picture, not a centre crop of it
-    image_processor = AutoImageProcessor.from_pretrained(
-        options.model or options.vision_model,
-        size={"height": options.size, "width": options.size},
-        do_center_crop=False,
-    )
+    image_processor = AutoImageProcessor.from_pretrained(options.model or options.vision_model)
     cache_features(
         dataset,
         model,
-        image_processor,
+        with_image_size(image_processor, options.size),
         options.output,
         image_column=options.image_column,
         views=options.views,

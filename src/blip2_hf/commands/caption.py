@@ -45,7 +45,7 @@ def add_parser(commands: Any):
 
 def _run(options: argparse.Namespace):
     from ..captioning import caption_dataset
-    from ..inference import with_image_size
+    from ..data import with_image_size
 
     with processes(options.device, "What is captioned is kept; the same command goes on with the rest.") as state:
         pictures = _open_pictures(options)

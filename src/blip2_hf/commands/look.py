@@ -42,12 +42,13 @@ def _run(options: argparse.Namespace):
         raise SystemExit("blip2-hf: --per-word goes with TEXT.")
 
     from ..attention_maps import overlay
-    from ..image_loading import load_image
+    from ..image_loading import check_reads_8_bit, load_image
 
     try:
         picture = load_image(options.picture)
         model = _load_model(options)
         image_processor = _load_image_processor(options)
+        check_reads_8_bit(image_processor)
         inputs = image_processor(images=[picture], return_tensors="pt").to(model.device, model.dtype)
         titles, heat_maps = _maps(options, model, inputs["pixel_values"])
     except (ValueError, OSError) as error:
@@ -85,13 +86,13 @@ def _load_image_processor(options: argparse.Namespace) -> Any:
     # In transformers 5.17 the name in the package itself asks for torchvision
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    if options.image_size is not None:
-        size = {"height": options.image_size, "width": options.image_size}
-    else:
-        own = AutoImageProcessor.from_pretrained(options.model)
-        own_size = own.crop_size if own.do_center_crop else own.size
-        size = {name: value for name, value in dict(own_size).items() if value is not None}
-    return AutoImageProcessor.from_pretrained(options.model, size=size, do_center_crop=False)
+    from ..data.image_size import own_image_size, with_image_size
+
+    image_processor = AutoImageProcessor.from_pretrained(options.model)
+    own_sides = set(own_image_size(image_processor).values())
+    if options.image_size is None and len(own_sides) > 1:
+        raise ValueError(f"The pictures of {options.model} are no squares: give --image-size.")
+    return with_image_size(image_processor, options.image_size or own_sides.pop())
 
 
 def _maps(options: argparse.Namespace, model: Any, pixel_values: Any) -> tuple[list[str], Any]:

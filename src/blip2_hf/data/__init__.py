@@ -3,7 +3,14 @@
 from .bad_rows import BadRow, BadRowError, check_pairs, leave_out_bad_rows, report_bad_rows
 from .callbacks import SetEpochCallback
 from .collators import ImageTextCollator, LanguageModelCollator
-from .feature_cache import VisionTower, cache_features, load_cached_features, read_cached_features
+from .feature_cache import (
+    VisionTower,
+    cache_features,
+    check_feature_size,
+    load_cached_features,
+    read_cached_features,
+)
+from .image_size import with_image_size
 from .loading import check_held_out, hold_out, load_rows
 from .pairs import ImageTextPairs, ImageTextStream
 from .text import clean_caption, clean_question, split_prefix
@@ -21,6 +28,7 @@ __all__ = [
     "SetEpochCallback",
     "VisionTower",
     "cache_features",
+    "check_feature_size",
     "check_held_out",
     "check_pairs",
     "clean_caption",
@@ -32,4 +40,5 @@ __all__ = [
     "read_cached_features",
     "report_bad_rows",
     "split_prefix",
+    "with_image_size",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..image_loading import check_reads_8_bit
 from .bad_rows import NOTHING_TO_LEARN, TEXT_TOO_LONG, BadRowError, shorten
 
 
@@ -43,7 +44,8 @@ class ImageTextCollator:
             `int64`.
 
         Raises:
-            ValueError: if rows lack something, or mix pictures and features, or features differ in shape or type.
+            ValueError: if rows lack something, or mix pictures and features, or features differ in shape or type, or
+                the image processor takes pictures for floats in [0, 1] (`do_rescale=False`).
         """
         batch = _stack_images(rows, self.processor)
         _check_names(rows, "text", "image_id")
@@ -120,7 +122,8 @@ class LanguageModelCollator:
 
         Raises:
             BadRowError: if a row needs more positions than there are, or is cut until nothing is left to learn.
-            ValueError: if rows lack something, or mix pictures and features, or features differ in shape or type.
+            ValueError: if rows lack something, or mix pictures and features, or features differ in shape or type, or
+                the image processor takes pictures for floats in [0, 1] (`do_rescale=False`).
         """
         return _stack_images(rows, self.processor) | self._encode_texts(rows)
 
@@ -199,6 +202,7 @@ def _stack_images(rows: Sequence[dict[str, Any]], processor: Any) -> dict[str, t
     if with_features == 0:
         if any("image" not in row for row in rows):
             raise ValueError(f"Rows without 'image' and 'image_embeds'. {_EXPECTED}")
+        check_reads_8_bit(processor.image_processor)
         pictures = processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
         return {"pixel_values": pictures["pixel_values"]}
     if with_features < len(rows):

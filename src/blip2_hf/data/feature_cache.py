@@ -21,7 +21,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from ..configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
-from ..image_loading import ImageLoadError
+from ..image_loading import ImageLoadError, check_reads_8_bit
 from ..modeling_vision import build_vision_model
 from ..parts import load_tower, measure_width
 from .rows import open_image, seeded_generator, select_columns
@@ -145,6 +145,7 @@ def cache_features(
     """
     _check_arguments(dataset, image_column, views, transform, dtype, part_index, num_parts)
     image_processor = processor.image_processor if isinstance(processor, ProcessorMixin) else processor
+    check_reads_8_bit(image_processor)
     pictures = _Views(dataset, image_column, image_processor, views, transform, seed, skip_broken)
     was_training = model.training
     model.eval()
@@ -182,6 +183,31 @@ def load_cached_features(folder: str | os.PathLike) -> datasets.Dataset:
             "arguments: it writes those that are missing."
         )
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
+
+
+def check_feature_size(image_size: int, *data: str | os.PathLike | None):
+    r"""
+    Refuse features of pictures of another size than that of the processor which is saved with what learns from them:
+    the model would be given other pictures than those it has learned from.
+
+    Args:
+        image_size (`int`):
+            Side of the squares that the processor makes.
+        data (`str` or `os.PathLike`, *optional*):
+            What is learned from, or validated on. Only folders that [`cache_features`] wrote are looked into.
+
+    Raises:
+        ValueError: if features were made of pictures of another size.
+    """
+    for name in filter(None, data):
+        path = Path(name) / _DESCRIPTION
+        sides = json.loads(path.read_text())["pixel_values"][1:] if path.exists() else []
+        if set(sides) - {image_size}:
+            made_of = "x".join(map(str, sides))
+            raise ValueError(
+                f"The features in {name} were made of pictures of {made_of} pixels, but image_size is {image_size}. "
+                "Give the size of the features, or store features of that size with cache_features."
+            )
 
 
 def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:

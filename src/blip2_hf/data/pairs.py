@@ -172,24 +172,32 @@ class _Pairs:
 
     def _texts(self, row: Mapping, name: RowName, generator: torch.Generator) -> dict[str, str]:
         """`text` and, if there is one, `prompt`."""
-        value = get_column(row, self.text_column)
-        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            texts = [self._clean(text, self.text_column, name, clean_caption) for text in value or [value]]
-            text = texts[int(torch.randint(len(texts), (), generator=generator)) if self.train else 0]
-        else:
-            text = self._clean(value, self.text_column, name, clean_caption)
+        texts = self._own_texts(row, name, self.clean_text)
+        is_drawn = self.train and _is_list(self._value(row))
+        text = texts[int(torch.randint(len(texts), (), generator=generator)) if is_drawn else 0]
         if self.prompt is None and not self.prefix_lm:
             return {"text": text}
         prompt = self.prompt or ""
         if self.prompt_column is not None:
             value = get_column(row, self.prompt_column)
-            prompt = prompt.replace("{}", self._clean(value, self.prompt_column, name, clean_question))
+            clean = clean_question if self.clean_text else None
+            prompt = prompt.replace("{}", self._check(value, self.prompt_column, name, clean))
         if self.prefix_lm and self.train:
             prefix, text = split_prefix(text, generator)
             prompt = f"{prompt.rstrip()} {prefix}".lstrip() if prefix else prompt
         return {"text": text, "prompt": prompt}
 
-    def _clean(self, text: Any, column: str, name: RowName, clean: Callable[[str], str]) -> str:
+    def _value(self, row: Mapping) -> Any:
+        return get_column(row, self.text_column)
+
+    def _own_texts(self, row: Mapping, name: RowName, cleaned: bool) -> list[str]:
+        """The text of a row, or all of its texts. What stands behind a question is an answer, which is not cleaned."""
+        value = self._value(row)
+        clean = clean_caption if cleaned and self.prompt_column is None else None
+        texts = value or [value] if _is_list(value) else [value]
+        return [self._check(text, self.text_column, name, clean) for text in texts]
+
+    def _check(self, text: Any, column: str, name: RowName, clean: Callable[[str], str] | None) -> str:
         if not isinstance(text, str):
             expected = "a text, or a list of texts," if column == self.text_column else "a text"
             raise BadRowError(
@@ -204,7 +212,7 @@ class _Pairs:
                 name,
                 TEXT_UNREADABLE,
             )
-        cleaned = clean(text) if self.clean_text else text
+        cleaned = text if clean is None else clean(text)
         if not cleaned.strip():
             what = f"{shorten(text)}, of which cleaning leaves nothing," if text.strip() else "an empty text"
             raise BadRowError(
@@ -242,7 +250,8 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             Column that tells which rows show the same picture: integers, or strings, of which a hash is taken. `None`:
             the number of the row, which rows of another data set have too (see `source`).
         clean_text (`bool`, *optional*, defaults to `True`):
-            Whether texts go through [`clean_caption`].
+            Whether captions go through [`clean_caption`], and questions through [`clean_question`]: what LAVIS, and
+            so evaluation, makes of them. Answers (texts with a `prompt_column`) stay as they are.
         seed (`int`, *optional*, defaults to 0):
             Seed of all that is drawn.
         train (`bool`, *optional*, defaults to `True`):
@@ -254,7 +263,8 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             What stands in front of the text: `"a photo of"` or, with `{}` for the value of `prompt_column`,
             `"Question: {} Answer:"`.
         prompt_column (`str`, *optional*):
-            Column of the questions: a string each, which goes through [`clean_question`] if `clean_text`.
+            Column of the questions: a string each, which goes through [`clean_question`] if `clean_text`. The texts
+            are then answers.
         prefix_lm (`bool`, *optional*, defaults to `False`):
             Whether to move the beginning of the text, up to a random word, behind the prompt ([`split_prefix`]): for
             encoder-decoders. With `train=False` nothing is moved.
@@ -359,6 +369,27 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         """
         place = self._place(index)
         return place if self._numbers is None else int(self._numbers[place])
+
+    def references(self, cleaned: bool = True) -> list[list[str]]:
+        """
+        Read all texts of each item, in the order of the items, without the pictures.
+
+        Args:
+            cleaned (`bool`, *optional*, defaults to `True`):
+                Whether captions are as they are learned, or as they stand in the data.
+
+        Returns:
+            `list[list[str]]`: of each item the texts that one is drawn from.
+
+        Raises:
+            BadRowError: if a text is missing or empty.
+        """
+        rows = _select(self.dataset, [self.text_column], None)
+        names = (RowName(self.row_number(index), source=self._called) for index in range(len(self)))
+        return [
+            self._own_texts(_read_row(rows, self._place(index)), name, cleaned and self.clean_text)
+            for index, name in enumerate(names)
+        ]
 
     def without(self, bad: Iterable[BadRow | int]) -> "ImageTextPairs":
         """
@@ -583,6 +614,10 @@ _TRANSFORM_OF_FEATURES = (
     "The rows have features in place of pictures, which a transform can't change. Give none; cache_features stores "
     "several views of each picture."
 )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _check_prompt(prompt: str | None, prompt_column: str | None):

@@ -1,7 +1,7 @@
 """Evaluation."""
 
 from .benchmarks import evaluate_captioning, evaluate_vqa
-from .generated_text import GeneratedTextMetrics, exact_match, word_f1
+from .generated_text import GeneratedTextMetrics, exact_match, score_answers, word_f1
 from .readers import read_caption_rows, read_gqa, read_karpathy, read_nocaps, read_question_rows, read_vqa
 from .retrieval import contrastive_retrieval_metrics, retrieval_recall
 from .retrieval_benchmark import evaluate_retrieval
@@ -29,5 +29,6 @@ __all__ = [
     "read_question_rows",
     "read_vqa",
     "retrieval_recall",
+    "score_answers",
     "word_f1",
 ]

@@ -16,8 +16,9 @@ from accelerate.utils import find_executable_batch_size
 from transformers.utils import logging
 
 from ..data.feature_cache import cache_features, load_cached_features
+from ..data.image_size import own_image_size, with_image_size
 from ..data.text import clean_caption
-from ..inference import first_batch_size, model_fingerprint, own_image_size, with_image_size
+from ..inference import first_batch_size, model_fingerprint
 from .prediction_store import PredictionStore
 from .report import write_report
 from .samples import (

@@ -15,8 +15,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
+from ..data.image_size import own_image_size, with_image_size
 from ..generation_presets import GenerationPreset
-from ..inference import first_batch_size, model_fingerprint, own_image_size, with_image_size
+from ..image_loading import check_reads_8_bit
+from ..inference import first_batch_size, model_fingerprint
 from .prediction_store import PredictionStore
 from .samples import QuestionSample, Sample, open_sample_image, picture_key, samples_fingerprint
 
@@ -61,6 +63,7 @@ def predict_texts(
     Returns:
         `tuple[list[str], int]`: the texts, in all processes, and the size that batches had in the end.
     """
+    check_reads_8_bit(processor.image_processor)
     state = store.state
     done = store.read()
     images = _by_image(samples, done)[state.process_index :: state.num_processes]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..image_loading import load_image
+from ..image_loading import load_image_for
 from ..losses import image_text_similarity
 from ..modeling_retrieval import Blip2ImageTextPreTrainedModel
 from .approximate import ApproximateIndex, import_faiss
@@ -292,7 +292,8 @@ class SearchIndex:
         return tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device)
 
     def _image_queries(self, image: Any) -> torch.Tensor:
-        pixel_values = self.image_processor(images=[load_image(image)], return_tensors="pt")["pixel_values"]
+        picture = load_image_for(self.image_processor, image)
+        pixel_values = self.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
         return self.model.get_image_features(pixel_values.to(self.model.device)).pooler_output[0]
 
     def _compare(self, queries: torch.Tensor, count: int, exact: bool) -> tuple[np.ndarray, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..image_loading import ImageLoadError, load_image
+from ..image_loading import ImageLoadError, load_image_for
 
 
 logger = logging.get_logger(__name__)
@@ -69,7 +69,7 @@ class PictureInputs(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> tuple[int, torch.Tensor | None, str]:
         try:
-            image = load_image(self.folder / self.paths[number])
+            image = load_image_for(self.image_processor, self.folder / self.paths[number])
         except ImageLoadError as error:
             return number, None, str(error)
         return number, self.image_processor(images=[image], return_tensors="pt")["pixel_values"], ""

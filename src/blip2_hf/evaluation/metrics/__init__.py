@@ -13,7 +13,7 @@ from .cider_d import cider_d, cider_d_scores
 from .gqa import gqa_accuracy
 from .ptb import ptb_tokenize
 from .rouge_l import rouge_l, rouge_l_scores
-from .vqa import normalize_vqa_answer, vqa_accuracy, vqa_accuracy_scores
+from .vqa import choose_vqa_protocol, normalize_vqa_answer, vqa_accuracy, vqa_accuracy_scores
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
 
 def load_metric(name: str, **kwargs: Any) -> "EvaluationModule":
     r"""
-    A metric as a module of `evaluate`, from this package's own files.
+    Load a metric as a module of `evaluate`, from this package's own files.
 
     Args:
         name (`str`):
@@ -73,7 +73,7 @@ def load_metric(name: str, **kwargs: Any) -> "EvaluationModule":
 
     ```python
     >>> metric = load_metric("vqa_accuracy")
-    >>> metric.compute(predictions=["two"], references=[["2"] * 10])
+    >>> metric.compute(predictions=["two"], references=[["2"]], protocol="exact")
     {'vqa_accuracy': 1.0}
     ```"""
     if name not in METRICS:
@@ -87,6 +87,7 @@ __all__ = [
     "METRICS",
     "bleu",
     "caption_metrics",
+    "choose_vqa_protocol",
     "cider_d",
     "cider_d_scores",
     "gqa_accuracy",

@@ -13,6 +13,8 @@ Args:
     references (`list[list[str]]`): the annotators' answers to each question, ten in VQAv2 and OK-VQA.
     answer_types (`list[str]`, *optional*): the type of each answer, to have the accuracy of each type.
     question_types (`list[str]`, *optional*): likewise.
+    protocol (`str`, *optional*, defaults to `"official"`): `"official"`, `"lavis"`, or `"exact"` for any number of
+        accepted answers.
 
 Returns:
     `dict`: `vqa_accuracy`, between 0 and 1; with types, also `per_answer_type` and `per_question_type`.
@@ -40,5 +42,5 @@ class VqaAccuracy(evaluate.Metric):
             features=datasets.Features(features),
         )
 
-    def _compute(self, predictions, references, answer_types=None, question_types=None):
-        return vqa_accuracy(predictions, references, answer_types, question_types)
+    def _compute(self, predictions, references, answer_types=None, question_types=None, protocol="official"):
+        return vqa_accuracy(predictions, references, answer_types, question_types, protocol)

@@ -1,0 +1,93 @@
+"""The size of the pictures that a tower sees: all of each picture, as a square."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+
+_TOLERANCE = 0.1  # of the range of values: what is cut off or padded differs by far more, resampling by less
+
+
+def with_image_size(image_processor: Any, image_size: int | None) -> Any:
+    r"""
+    Make an image processor that scales the whole picture to a square, whatever its shape, and cuts nothing off. Image
+    processors of CLIP and DINOv2 crop the middle otherwise; if only `size` is set, they go on to do so.
+
+    Mean, standard deviation and resampling stay. An image processor that can't do without a crop (ConvNeXt's, timm's)
+    gives way to [`~transformers.BlipImageProcessor`] with the same ones.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            The image processor. It is not changed.
+        image_size (`int`, *optional*):
+            Side of the square, in pixels. `None` returns `image_processor` itself.
+
+    Returns:
+        `BaseImageProcessor`: the new image processor.
+
+    Raises:
+        ValueError: if this kind of image processor does not make squares of whole pictures.
+
+    Example:
+
+    ```python
+    >>> processor.image_processor = with_image_size(processor.image_processor, 364)
+    >>> processor.save_pretrained(folder)  # what loads it sees the same
+    ```"""
+    if image_size is None:
+        return image_processor
+    if image_size < 1:
+        raise ValueError(f"image_size={image_size}: the side of a picture, in pixels, was expected.")
+    settings = image_processor.to_dict()
+    square: dict[str, Any] = {"size": {"height": image_size, "width": image_size}}
+    try:
+        if "data_config" in settings:
+            sized = BlipImageProcessorPil(**square, **_timm_settings(settings["data_config"]))
+        elif "crop_pct" in settings:
+            names = ("resample", "image_mean", "image_std", "do_rescale", "rescale_factor", "do_normalize")
+            sized = BlipImageProcessorPil(**square, **{name: settings[name] for name in names if name in settings})
+        else:
+            square |= {"do_resize": True, "do_center_crop": False}
+            if settings.get("do_pad"):
+                square["do_pad"] = False
+            sized = type(image_processor).from_dict(settings | square)
+        is_whole = _sees_the_whole(sized, image_size)
+    except Exception as error:  # image processors raise whatever they like
+        raise ValueError(_refusal(image_processor, image_size)) from error
+    if not is_whole:
+        raise ValueError(_refusal(image_processor, image_size))
+    return sized
+
+
+def own_image_size(image_processor: Any) -> dict[str, int]:
+    """Return the size of what an image processor makes of a picture."""
+    is_cropped = getattr(image_processor, "do_center_crop", None)
+    size = image_processor.crop_size if is_cropped else image_processor.size
+    return {name: value for name, value in dict(size).items() if value is not None}
+
+
+def _timm_settings(data_config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "resample": Image.Resampling[data_config["interpolation"].upper()],
+        "image_mean": list(data_config["mean"]),
+        "image_std": list(data_config["std"]),
+    }
+
+
+def _sees_the_whole(image_processor: Any, image_size: int) -> bool:
+    """Whether a wide picture, dark on its left, bright on its right, comes out as if it had been a square before."""
+    ramp = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).convert("RGB")
+    pictures = [ramp.resize((4 * image_size, image_size)), ramp.resize((image_size, image_size))]
+    wide, square = (np.asarray(image_processor(images=[p], return_tensors="np")["pixel_values"]) for p in pictures)
+    shape = (1, 3, image_size, image_size)
+    return wide.shape == square.shape == shape and bool(np.abs(wide - square).max() < _TOLERANCE * np.ptp(square))
+
+
+def _refusal(image_processor: Any, image_size: int) -> str:
+    return (
+        f"{type(image_processor).__name__} can't be set to scale whole pictures to {image_size}x{image_size} pixels. "
+        f"Give one that can, such as ViTImageProcessor(size={{'height': {image_size}, 'width': {image_size}}}, "
+        "image_mean=..., image_std=...), with the mean and standard deviation of the tower."
+    )
