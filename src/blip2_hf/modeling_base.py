@@ -22,7 +22,7 @@ from .modeling_qformer import (
     qformer_config_from_bert,
 )
 from .modeling_vision import build_vision_model
-from .parts import load_tower, load_tower_config, measure_width
+from .parts import blank_picture, load_tower, load_tower_config, measure_width
 from .sharing import SharedOnHub
 
 
@@ -196,10 +196,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         trained = [p for part in self._tower_parts() for p in part.parameters() if p.requires_grad]
         if not trained:
             return
-        config = self.config.vision_config
-        size, training = getattr(config, "image_size", None) or 224, self.vision_model.training
-        height, width = (size, size) if isinstance(size, int) else size
-        picture = trained[0].new_zeros(1, getattr(config, "num_channels", 3), height, width)
+        picture, training = blank_picture(self.config.vision_config, trained[0]), self.vision_model.training
         self.vision_model.eval()
         with torch.enable_grad():
             features = self.get_image_embeds(picture)

@@ -23,10 +23,12 @@ from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labe
 from .loss_by_rows import can_run_by_rows, loss_by_rows
 from .losses import language_modeling_loss, mean_over_labels
 from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
-from .parts import image_token_id, language_model_class, load_language_model
+from .parts import image_token_id, language_model_class, load_language_model, load_whole
 
 
 logger = logging.get_logger(__name__)
+
+_STAGE1 = "A BLIP-2, with its tower, its queries and its Q-Former,"
 
 
 @dataclass
@@ -492,7 +494,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         Raises:
             ValueError: if `stage1` has no such networks, or is of another shape.
         """
-        source: Any = stage1 if isinstance(stage1, PreTrainedModel) else Blip2Model.from_pretrained(stage1)
+        source: Any = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)
         given, own = source.config.qformer_config, self.config.qformer_config
         if not given.use_qformer_text_input:
             raise ValueError(f"{stage1} has no feed-forward networks for text: the checkpoint of stage 1 has.")
@@ -635,7 +637,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 vision_model, text_encoder, vision_feature_layer, num_query_tokens or 32, **qformer_kwargs
             )
         else:
-            image_side = stage1 if isinstance(stage1, PreTrainedModel) else Blip2Model.from_pretrained(stage1)
+            image_side = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)
             _attach_tower_if_missing(image_side, vision_model)
         # Copies: a configuration sets the attention implementation of the parts that it is made of
         source = copy.deepcopy(image_side.config)

@@ -106,14 +106,11 @@ def _open_captioner(options: argparse.Namespace, device: Any) -> Any:
 
 
 def _load_stage1(name: str, dtype: str | None, device: Any) -> tuple[Any, Any]:
-    """The model of stage 1, which writes with its Q-Former, and its processor."""
+    """Load the model of stage 1, which writes with its Q-Former, and its processor."""
+    from ..inference import load_model
     from ..modeling_pretraining import Blip2ForPreTraining
     from ..processing_blip2 import Blip2Processor
 
-    model, info = Blip2ForPreTraining.from_pretrained(name, output_loading_info=True, dtype=dtype or "auto")
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{name} writes no text: it lacks {len(missing)} weights ({missing[0]}, ...). A checkpoint of "
-            "Blip2ForConditionalGeneration or Blip2ForPreTraining was expected."
-        )
+    expected = "A model that writes text, of Blip2ForConditionalGeneration or Blip2ForPreTraining,"
+    model = load_model(Blip2ForPreTraining, name, expected, dtype=dtype or "auto")
     return model.to(device), Blip2Processor.from_pretrained(name)
