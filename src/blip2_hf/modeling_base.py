@@ -101,7 +101,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         self, save_directory: str | os.PathLike, *args, transformers_compatible: bool = False, **kwargs
     ):
         r"""
-        Saves the model, as [`~transformers.PreTrainedModel.save_pretrained`] does.
+        Save the model, as [`~transformers.PreTrainedModel.save_pretrained`] does.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -116,8 +116,10 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
 
         Raises:
             ValueError: if `transformers_compatible` and the tower is not a [`Blip2VisionModel`] of EVA-CLIP's shape,
-                or with `with_code` or `push_to_hub`.
+                or with `with_code` or `push_to_hub`; if the model would not load as it is (see
+                [`~Blip2PreTrainedModel.check_that_it_can_be_saved`]).
         """
+        self.check_that_it_can_be_saved()
         kwargs.setdefault("save_original_format", False)
         if not transformers_compatible:
             return super().save_pretrained(save_directory, *args, **kwargs)
@@ -143,6 +145,21 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             self.config.save_pretrained(save_directory)
         finally:
             self.config = config
+
+    def check_that_it_can_be_saved(self):
+        """
+        Refuse what would not load as it is.
+
+        Raises:
+            ValueError: if a model in 4 bits has run on a CPU.
+        """
+        for name, weight in self.named_parameters():
+            # bitsandbytes packs a weight for the CPU, rounds its scales to bfloat16, and cannot undo that
+            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", None) is not None:
+                raise ValueError(
+                    f"This model in 4 bits has run on a CPU, where bitsandbytes has rounded the scales of {name}: "
+                    "other weights would be saved. Load it again, and save it before it runs."
+                )
 
     def attach_vision_tower(self, vision_model: str | os.PathLike | PreTrainedModel) -> "Blip2PreTrainedModel":
         r"""

@@ -119,6 +119,10 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         width: int = tuple(language_model.get_input_embeddings().weight.shape)[1]
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.language_model = language_model
+        # PEFT asks the whole model how its layers are quantised
+        for name in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+            if getattr(language_model, name, False):
+                setattr(self, name, True)
         self.generation_config = copy.deepcopy(language_model.generation_config)
         # Known once it has been tried: whether nothing is done to the scores that leave its head
         self._head_is_last: bool | None = None
@@ -126,15 +130,14 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         self.post_init()
         self.freeze()
 
-    def save_pretrained(self, *args, **kwargs):
-        self.check_that_it_can_be_saved()
-        return super().save_pretrained(*args, **kwargs)
-
     def check_that_it_can_be_saved(self):
         """
+        Refuse what would not load as it is.
+
         Raises:
-            ValueError: if the language model was quantised on its own.
+            ValueError: if the language model was quantised on its own, or a model in 4 bits has run on a CPU.
         """
+        super().check_that_it_can_be_saved()
         # Set by transformers on what it has quantised
         quantizers = [getattr(part, "hf_quantizer", None) for part in (self, self.language_model)]
         if quantizers[0] is None and quantizers[1] is not None:
