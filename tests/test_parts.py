@@ -1,6 +1,9 @@
 """The parts of a BLIP-2 are the trained ones: out of any checkpoint that holds them, and never made up."""
 
 import re
+import runpy
+import types
+from pathlib import Path
 
 import datasets
 import pytest
@@ -34,6 +37,7 @@ from blip2_hf.data import load_cached_features, read_cached_features
 from blip2_hf.parts import load_language_model, load_tower, load_tower_config
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 BERT = {"vocab_size": 64, "max_position_embeddings": 40, **SMALL}
 OF_BLIP = {"vision_config": {**VISION, "patch_size": 14}, "qformer_config": QFORMER, "num_query_tokens": 4}
 
@@ -272,3 +276,13 @@ def test_a_model_of_another_kind_is_no_blip2(tmp_path):
     save(HOLDERS["clip"][0](), tmp_path)
     with pytest.raises(ValueError, match="is of type 'clip': a BLIP-2 was expected"):
         Blip2Model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["finetune_captioning", "finetune_vqa"])
+def test_fine_tuning_starts_from_a_whole_model(name, tmp_path):
+    save(make_model(), tmp_path)
+    drop(tmp_path, "^language_projection")
+    script = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    options = types.SimpleNamespace(model=str(tmp_path), attn_implementation=None)
+    with pytest.raises(ValueError, match="lacks 2 weights .language_projection.bias"):
+        script["load_model"](options, *([None] if name == "finetune_vqa" else []))

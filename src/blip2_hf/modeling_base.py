@@ -174,7 +174,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             The model.
 
         Raises:
-            ValueError: if the tower has another shape than that which the model was made for.
+            ValueError: if the tower has another shape than that which the model was made for, or lacks weights.
         """
         tower = load_tower(vision_model)
         expected, given = self.config.vision_config, tower.config

@@ -495,7 +495,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             The model.
 
         Raises:
-            ValueError: if `stage1` has no such networks, or is of another shape.
+            ValueError: if `stage1` has no such networks, is of another shape, or lacks weights.
         """
         source: Any = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)
         given, own = source.config.qformer_config, self.config.qformer_config
@@ -587,8 +587,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
                 Any causal or sequence-to-sequence language model.
             vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
-                Without `stage1`, or for one that has no tower: any tower of `AutoModel`. Of CLIP and SigLIP the vision
-                part is taken.
+                Without `stage1`, or for one that has no tower: any tower of `AutoModel`, or a model that has one in it
+                (CLIP, SigLIP, LLaVA, BLIP-2).
             text_encoder (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
                 Without `stage1`: any BERT, from which the Q-Former starts.
             image_token_index (`int`, *optional*):
@@ -611,7 +611,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             [`Blip2ForConditionalGeneration`]: the tower and the language model frozen, all in eval mode.
 
         Raises:
-            ValueError: if the parts do not make a whole.
+            ValueError: if the parts do not make a whole, or one lacks weights.
 
         Example:
 

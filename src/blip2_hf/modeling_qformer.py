@@ -480,7 +480,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
             [`Blip2QFormerModel`]: in the dtype of the BERT.
 
         Raises:
-            ValueError: if the checkpoint is not a BERT.
+            ValueError: if the checkpoint is not a BERT, or lacks weights.
         """
         bert = load_bert(text_encoder)
         config = qformer_config_from_bert(bert.config, encoder_hidden_size=encoder_hidden_size, **config_kwargs)

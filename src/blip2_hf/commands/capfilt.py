@@ -89,6 +89,7 @@ def _open_captioner(options: argparse.Namespace, device: Any) -> Any:
     from transformers import AutoConfig, pipeline
 
     from ..capfilt import ModelCaptioner, PipelineCaptioner
+    from ..inference import check_finite
 
     kwargs = {"max_new_tokens": options.max_new_tokens, **dict(options.generate)}
     if kwargs.get("do_sample", True):
@@ -101,6 +102,7 @@ def _open_captioner(options: argparse.Namespace, device: Any) -> Any:
         return ModelCaptioner(model, processor, options.num_captions, options.prompt, **kwargs)
     make_pipeline: Any = pipeline  # the types of transformers 5 do not know the task
     pipe = make_pipeline("image-to-text", model=options.captioner, device=device, dtype=options.dtype or "auto")
+    check_finite(pipe.model, options.captioner)
     prompt = {} if options.prompt is None else {"prompt": options.prompt}
     return PipelineCaptioner(pipe, options.num_captions, **prompt, **kwargs)
 
