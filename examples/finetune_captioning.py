@@ -38,6 +38,7 @@ from blip2_hf.data import (
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.evaluation.metrics import caption_metrics
 from blip2_hf.frozen import cast_parameters
+from blip2_hf.parts import load_whole
 from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
 
 
@@ -74,7 +75,8 @@ def make_pairs(options: CaptioningArguments, data: str, train: bool = False, see
 
 
 def load_model(options: CaptioningArguments) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
-    model = Blip2ForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
+    expected = "A Blip2ForConditionalGeneration"
+    model = load_whole(Blip2ForConditionalGeneration, options.model, expected, dtype=torch.float32)
     cast_parameters(model.language_model, getattr(torch, options.language_model_dtype))
     model.generation_config.max_new_tokens = options.max_new_tokens
     processor = Blip2Processor.from_pretrained(options.model)

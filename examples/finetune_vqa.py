@@ -38,6 +38,7 @@ from blip2_hf.data import (
 from blip2_hf.evaluation import GeneratedTextMetrics, score_answers
 from blip2_hf.evaluation.metrics import choose_vqa_protocol, vqa_accuracy_scores
 from blip2_hf.frozen import cast_parameters
+from blip2_hf.parts import load_whole
 from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
 
 
@@ -81,8 +82,12 @@ def make_pairs(options: VQAArguments, data: str, images: str | None, transform=N
 
 
 def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
-    model = Blip2ForConditionalGeneration.from_pretrained(
-        options.model, dtype=torch.float32, attn_implementation=options.attn_implementation
+    model = load_whole(
+        Blip2ForConditionalGeneration,
+        options.model,
+        "A Blip2ForConditionalGeneration",
+        dtype=torch.float32,
+        attn_implementation=options.attn_implementation,
     )
     cast_parameters(model.language_model, getattr(torch, options.language_model_dtype))
     processor = Blip2Processor.from_pretrained(options.model)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
+from stage1 import make_stage1
 from tiny import ROTARY, make_model, make_pixel_values, make_tokenizer, randomize
 
-from blip2_hf import Blip2ForConditionalGeneration
+from blip2_hf import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2ForPreTraining
 from blip2_hf.training import train_only
 
 
@@ -95,3 +96,62 @@ def test_adapters_learn_on_four_bits(language_model):
 def test_it_is_not_saved_as_a_whole(language_model, tmp_path):
     with pytest.raises(ValueError, match="quantised on its own"):
         make_quantized(language_model, **FOUR_BITS).save_pretrained(tmp_path)
+
+
+# The widest gap between the numbers that four bits stand for is a third; in eight bits, 1 / 127
+@pytest.mark.parametrize(("options", "step"), [(FOUR_BITS, 1 / 3), ({"load_in_8bit": True}, 1 / 127)])
+def test_adapters_are_merged(language_model, options, step):
+    peft = pytest.importorskip("peft")
+    model = make_quantized(language_model, **options).eval()
+    inputs = {name: x for name, x in make_batch().items() if name != "labels"}
+    with torch.no_grad():
+        model(**inputs)
+    base = written_out(model.language_model.model.layers[0].self_attn.q_proj)
+    torch.manual_seed(3)
+    settings = peft.LoraConfig(target_modules=r"language_model.*(q|v)_proj|qformer.*\.query", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).eval()
+    adapter = adapted.base_model.model.language_model.model.layers[0].self_attn.q_proj
+    delta = adapter.get_delta_weight("default").detach()
+    merged = adapted.merge_and_unload()
+    with torch.no_grad():
+        assert merged(**inputs).logits.isfinite().all()
+    layer = merged.language_model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
+    found, expected = written_out(layer), base + delta
+    assert delta.abs().max() > 0.1 * base.abs().max()
+    assert (found - expected).abs().max() <= step / 2 * expected.abs().max() * 1.01
+    # What was learned has gone in, and not a part of it
+    assert ((found - base) * delta).sum() / (delta * delta).sum() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2ForImageTextRetrieval],
+    ids=["captioner", "stage1", "retriever"],
+)
+def test_in_four_bits_it_is_saved_before_it_runs_on_a_cpu(model_class, tmp_path):
+    plain = make_model("opt") if model_class is Blip2ForConditionalGeneration else make_stage1()
+    plain.save_pretrained(tmp_path / "plain")
+    config = transformers.BitsAndBytesConfig(**FOUR_BITS)
+    model = model_class.from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "quantized")
+    again = model_class.from_pretrained(tmp_path / "quantized").eval()
+    pixel_values = make_pixel_values(2)
+    expected = model.get_image_embeds(pixel_values)
+    assert torch.equal(again.get_image_embeds(pixel_values), expected)
+    pack_for_cpu(model)
+    with pytest.raises(ValueError, match="has run on a CPU, .* vision_model.encoder.layers.0"):
+        model.save_pretrained(tmp_path / "later")
+    # Unpacked, and not the same
+    model.state_dict()
+    with pytest.raises(ValueError, match="has run on a CPU"):
+        model.save_pretrained(tmp_path / "later")
+    assert not (tmp_path / "later").exists()
+
+
+def pack_for_cpu(model: torch.nn.Module):
+    """What a forward pass does on a CPU that multiplies in bfloat16, to weights as wide as a block or wider."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.in_features % 64 == 0:
+            weight = module.weight
+            weight.data, _ = bitsandbytes.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)

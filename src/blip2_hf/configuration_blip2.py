@@ -278,7 +278,13 @@ class Blip2HfConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == TRANSFORMERS_MODEL_TYPE:
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in (cls.model_type, TRANSFORMERS_MODEL_TYPE):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is of type {model_type!r}: a BLIP-2 was expected. `blip2-hf "
+                "convert` makes one of an InstructBLIP."
+            )
+        if model_type == TRANSFORMERS_MODEL_TYPE:
             config_dict = cls.from_transformers(TransformersBlip2Config.from_dict(config_dict)).to_dict()
         return config_dict, kwargs
 
@@ -303,10 +309,8 @@ class Blip2HfConfig(PreTrainedConfig):
             [`Blip2Config`]: the same model. `post_layernorm_eps` is transformers' `layer_norm_eps`, so that the
             numbers are the same, not the authors' 1e-5.
         """
-        vision = _own_fields(config.vision_config, Blip2VisionConfig)
-        vision["post_layernorm_eps"] = config.vision_config.layer_norm_eps
         return cls(
-            vision_config=Blip2VisionConfig(**vision),
+            vision_config=vision_config_from_blip(config.vision_config),
             qformer_config=Blip2QFormerConfig(**_own_fields(config.qformer_config, Blip2QFormerConfig)),
             text_config=copy.deepcopy(config.text_config),
             num_query_tokens=config.num_query_tokens,
@@ -363,6 +367,27 @@ class Blip2HfConfig(PreTrainedConfig):
 
 
 Blip2Config = Blip2HfConfig
+
+
+def is_tower_of_blip(config: PreTrainedConfig) -> bool:
+    """Return whether a configuration is that of the tower of transformers' BLIP, BLIP-2 or InstructBLIP."""
+    return config.model_type in ("blip_vision_model", "blip_2_vision_model", "instructblip_vision_model")
+
+
+def vision_config_from_blip(config: PreTrainedConfig) -> Blip2VisionConfig:
+    """
+    Return the configuration that [`Blip2VisionModel`] has for the weights of a tower of transformers.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of the tower of a BLIP, BLIP-2 or InstructBLIP: the same network, which applies
+            `post_layernorm` itself.
+
+    Returns:
+        [`Blip2VisionConfig`].
+    """
+    fields = _own_fields(config, Blip2VisionConfig) | {"post_layernorm_eps": config.layer_norm_eps}
+    return Blip2VisionConfig(**fields, dtype=config.dtype)
 
 
 def tower_hidden_size(vision_config: PreTrainedConfig, vision_feature_layer: int | None = None) -> int | None:

@@ -1,8 +1,12 @@
-"""What runs over many pictures share: how large a batch is, and which weights they were."""
+"""What runs over many pictures share: a whole model, how large a batch is, and which weights they were."""
 
 import hashlib
+import os
+from typing import Any
 
 import torch
+
+from .parts import load_whole
 
 
 _FIRST_BATCH_SIZE = {"cpu": 16}  # for it has no error to tell that memory runs out
@@ -13,6 +17,55 @@ _SAMPLED_VALUES = 32  # of each weight, for a fingerprint
 def first_batch_size(device: torch.device) -> int:
     """How many texts are written at a time, before memory runs out."""
     return _FIRST_BATCH_SIZE.get(device.type, _FIRST_BATCH_SIZE_OF_ACCELERATORS)
+
+
+def load_model(model_class: Any, name: str | os.PathLike, expected: str, **kwargs) -> Any:
+    r"""
+    Load a model with all its weights, all of which are numbers.
+
+    Args:
+        model_class (`type`):
+            Class of the model.
+        name (`str` or `os.PathLike`):
+            Folder or id on the Hub.
+        expected (`str`):
+            What should have been given, for the message.
+        kwargs:
+            Those of `from_pretrained`, such as `dtype`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`].
+
+    Raises:
+        ValueError: if weights are missing, NaN or infinite.
+    """
+    model = load_whole(model_class, name, expected, **kwargs)
+    check_finite(model, name)
+    return model
+
+
+def check_finite(model: torch.nn.Module, name: str | os.PathLike):
+    """
+    Refuse a model out of which nothing can come.
+
+    Args:
+        model (`nn.Module`):
+            The model. Weights that are quantised, or that accelerate has put on the disk, are not looked at.
+        name (`str` or `os.PathLike`):
+            Where it comes from, for the message.
+
+    Raises:
+        ValueError: if weights are NaN or infinite.
+    """
+    weights = [(key, x) for key, x in model.state_dict().items() if isinstance(x, torch.Tensor) and not x.is_meta]
+    broken = [key for key, x in weights if x.is_floating_point() and x.itemsize > 1 and not x.isfinite().all()]
+    if broken:
+        dtypes = {str(x.dtype).removeprefix("torch.") for key, x in weights if key in broken}
+        raise ValueError(
+            f"{name} has weights that are NaN or infinite in {' and '.join(sorted(dtypes))}: {len(broken)} of "
+            f"{len(weights)} ({broken[0]}{', ...' if len(broken) > 1 else ''}). Its training diverged, or its values "
+            "are too large for that type: give an earlier checkpoint, or another dtype."
+        )
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

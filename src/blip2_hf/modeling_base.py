@@ -22,7 +22,7 @@ from .modeling_qformer import (
     qformer_config_from_bert,
 )
 from .modeling_vision import build_vision_model
-from .parts import load_tower, load_tower_config, measure_width
+from .parts import blank_picture, load_tower, load_tower_config, measure_width
 from .sharing import SharedOnHub
 
 
@@ -101,7 +101,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         self, save_directory: str | os.PathLike, *args, transformers_compatible: bool = False, **kwargs
     ):
         r"""
-        Saves the model, as [`~transformers.PreTrainedModel.save_pretrained`] does.
+        Save the model, as [`~transformers.PreTrainedModel.save_pretrained`] does.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -116,8 +116,10 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
 
         Raises:
             ValueError: if `transformers_compatible` and the tower is not a [`Blip2VisionModel`] of EVA-CLIP's shape,
-                or with `with_code` or `push_to_hub`.
+                or with `with_code` or `push_to_hub`; if the model would not load as it is (see
+                [`~Blip2PreTrainedModel.check_that_it_can_be_saved`]).
         """
+        self.check_that_it_can_be_saved()
         kwargs.setdefault("save_original_format", False)
         if not transformers_compatible:
             return super().save_pretrained(save_directory, *args, **kwargs)
@@ -144,6 +146,21 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         finally:
             self.config = config
 
+    def check_that_it_can_be_saved(self):
+        """
+        Refuse what would not load as it is.
+
+        Raises:
+            ValueError: if a model in 4 bits has run on a CPU.
+        """
+        for name, weight in self.named_parameters():
+            # bitsandbytes packs a weight for the CPU, rounds its scales to bfloat16, and cannot undo that
+            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", None) is not None:
+                raise ValueError(
+                    f"This model in 4 bits has run on a CPU, where bitsandbytes has rounded the scales of {name}: "
+                    "other weights would be saved. Load it again, and save it before it runs."
+                )
+
     def attach_vision_tower(self, vision_model: str | os.PathLike | PreTrainedModel) -> "Blip2PreTrainedModel":
         r"""
         Puts a tower into a model that was made without (`has_vision_tower=False`): one that learned from the tower's
@@ -157,7 +174,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             The model.
 
         Raises:
-            ValueError: if the tower has another shape than that which the model was made for.
+            ValueError: if the tower has another shape than that which the model was made for, or lacks weights.
         """
         tower = load_tower(vision_model)
         expected, given = self.config.vision_config, tower.config
@@ -196,10 +213,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         trained = [p for part in self._tower_parts() for p in part.parameters() if p.requires_grad]
         if not trained:
             return
-        config = self.config.vision_config
-        size, training = getattr(config, "image_size", None) or 224, self.vision_model.training
-        height, width = (size, size) if isinstance(size, int) else size
-        picture = trained[0].new_zeros(1, getattr(config, "num_channels", 3), height, width)
+        picture, training = blank_picture(self.config.vision_config, trained[0]), self.vision_model.training
         self.vision_model.eval()
         with torch.enable_grad():
             features = self.get_image_embeds(picture)

@@ -23,10 +23,12 @@ from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labe
 from .loss_by_rows import can_run_by_rows, loss_by_rows
 from .losses import language_modeling_loss, mean_over_labels
 from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
-from .parts import image_token_id, language_model_class, load_language_model
+from .parts import image_token_id, language_model_class, load_language_model, load_whole
 
 
 logger = logging.get_logger(__name__)
+
+_STAGE1 = "A BLIP-2, with its tower, its queries and its Q-Former,"
 
 
 @dataclass
@@ -117,6 +119,10 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         width: int = tuple(language_model.get_input_embeddings().weight.shape)[1]
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.language_model = language_model
+        # PEFT asks the whole model how its layers are quantised
+        for name in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+            if getattr(language_model, name, False):
+                setattr(self, name, True)
         self.generation_config = copy.deepcopy(language_model.generation_config)
         # Known once it has been tried: whether nothing is done to the scores that leave its head
         self._head_is_last: bool | None = None
@@ -124,15 +130,14 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         self.post_init()
         self.freeze()
 
-    def save_pretrained(self, *args, **kwargs):
-        self.check_that_it_can_be_saved()
-        return super().save_pretrained(*args, **kwargs)
-
     def check_that_it_can_be_saved(self):
         """
+        Refuse what would not load as it is.
+
         Raises:
-            ValueError: if the language model was quantised on its own.
+            ValueError: if the language model was quantised on its own, or a model in 4 bits has run on a CPU.
         """
+        super().check_that_it_can_be_saved()
         # Set by transformers on what it has quantised
         quantizers = [getattr(part, "hf_quantizer", None) for part in (self, self.language_model)]
         if quantizers[0] is None and quantizers[1] is not None:
@@ -532,9 +537,9 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             The model.
 
         Raises:
-            ValueError: if `stage1` has no such networks, or is of another shape.
+            ValueError: if `stage1` has no such networks, is of another shape, or lacks weights.
         """
-        source: Any = stage1 if isinstance(stage1, PreTrainedModel) else Blip2Model.from_pretrained(stage1)
+        source: Any = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)
         given, own = source.config.qformer_config, self.config.qformer_config
         if not given.use_qformer_text_input:
             raise ValueError(f"{stage1} has no feed-forward networks for text: the checkpoint of stage 1 has.")
@@ -624,8 +629,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
                 Any causal or sequence-to-sequence language model.
             vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
-                Without `stage1`, or for one that has no tower: any tower of `AutoModel`. Of CLIP and SigLIP the vision
-                part is taken.
+                Without `stage1`, or for one that has no tower: any tower of `AutoModel`, or a model that has one in it
+                (CLIP, SigLIP, LLaVA, BLIP-2).
             text_encoder (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
                 Without `stage1`: any BERT, from which the Q-Former starts.
             image_token_index (`int`, *optional*):
@@ -648,7 +653,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             [`Blip2ForConditionalGeneration`]: the tower and the language model frozen, all in eval mode.
 
         Raises:
-            ValueError: if the parts do not make a whole.
+            ValueError: if the parts do not make a whole, or one lacks weights.
 
         Example:
 
@@ -677,7 +682,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 vision_model, text_encoder, vision_feature_layer, num_query_tokens or 32, **qformer_kwargs
             )
         else:
-            image_side = stage1 if isinstance(stage1, PreTrainedModel) else Blip2Model.from_pretrained(stage1)
+            image_side = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)
             _attach_tower_if_missing(image_side, vision_model)
         # Copies: a configuration sets the attention implementation of the parts that it is made of
         source = copy.deepcopy(image_side.config)

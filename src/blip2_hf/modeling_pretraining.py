@@ -477,7 +477,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
 
         Args:
             vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
-                Any tower of `AutoModel`. Of CLIP and SigLIP the vision part is taken.
+                Any tower of `AutoModel`, or a model that has one in it (CLIP, SigLIP, LLaVA, BLIP-2).
             text_encoder (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
                 Any BERT. Its masked-language-modelling head, where it has one, starts the head for ITG. [DEC] is the
                 token after those of its tokenizer: `tokenizer.add_special_tokens({"bos_token": "[DEC]"})`.
@@ -497,7 +497,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             [`Blip2ForPreTraining`].
 
         Raises:
-            ValueError: if `text_encoder` is not a BERT.
+            ValueError: if `text_encoder` is not a BERT, no tower is in `vision_model`, or one of them lacks weights.
         """
         bert, head = load_bert_with_head(text_encoder)
         model: Any

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_blip2 import Blip2QFormerConfig
 from .image_states import Blip2ImageKeys, Blip2ImageProjection, Blip2ImageStates, is_faster_without_keys
+from .parts import load_whole
 
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
@@ -479,7 +480,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
             [`Blip2QFormerModel`]: in the dtype of the BERT.
 
         Raises:
-            ValueError: if the checkpoint is not a BERT.
+            ValueError: if the checkpoint is not a BERT, or lacks weights.
         """
         bert = load_bert(text_encoder)
         config = qformer_config_from_bert(bert.config, encoder_hidden_size=encoder_hidden_size, **config_kwargs)
@@ -543,11 +544,12 @@ def block_attention_mask(query_length: int, attention_mask: torch.Tensor) -> tor
 
 
 def load_bert(text_encoder: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
-    """The [`~transformers.BertModel`] inside any BERT checkpoint or model."""
+    """Load the [`~transformers.BertModel`] inside any BERT; its pooler, which is not read, may be missing."""
     if isinstance(text_encoder, PreTrainedModel):
         model, given = text_encoder, type(text_encoder).__name__
     else:
-        model, given = AutoModel.from_pretrained(text_encoder), str(text_encoder)
+        model = load_whole(AutoModel, text_encoder, "A checkpoint of a BERT", not_needed=("pooler.",))
+        given = str(text_encoder)
     bert = getattr(model, "bert", model)
     if bert.config.model_type != "bert":
         raise ValueError(f"A Q-Former starts from a BERT, but {given} is a {bert.config.model_type!r} model.")
@@ -555,7 +557,7 @@ def load_bert(text_encoder: str | os.PathLike | PreTrainedModel) -> PreTrainedMo
 
 
 def load_bert_with_head(text_encoder: str | os.PathLike | PreTrainedModel) -> tuple[PreTrainedModel, nn.Module | None]:
-    """The [`~transformers.BertModel`] inside any BERT, and its masked-language-modelling head where it has one."""
+    """Load the [`~transformers.BertModel`] inside any BERT, and its masked-language-modelling head if it has one."""
     if isinstance(text_encoder, PreTrainedModel):
         head = getattr(getattr(text_encoder, "cls", None), "predictions", None)
         return load_bert(text_encoder), head

@@ -98,15 +98,11 @@ def tell_image_size(processor: Any, given: int | None, of_paper: int):
 
 
 def load_captioner(name: str, dtype: str | None, device: Any) -> tuple[Any, Any]:
-    """The model of stage 2 and its processor; one without a language model of its own is refused."""
+    """Load the model of stage 2 and its processor."""
+    from ..inference import load_model
     from ..modeling_blip2 import Blip2ForConditionalGeneration
     from ..processing_blip2 import Blip2Processor
 
-    kwargs = {} if dtype is None else {"dtype": dtype}
-    model, info = Blip2ForConditionalGeneration.from_pretrained(name, output_loading_info=True, **kwargs)
-    if missing := sorted(key for key in info["missing_keys"] if key.startswith("language_")):
-        raise ValueError(
-            f"{name} writes no text: it lacks {len(missing)} weights of the language model ({missing[0]}, ...). A "
-            "checkpoint of Blip2ForConditionalGeneration was expected."
-        )
+    expected = "A model that writes text, of Blip2ForConditionalGeneration,"
+    model = load_model(Blip2ForConditionalGeneration, name, expected, dtype=dtype or "auto")
     return model.to(device), Blip2Processor.from_pretrained(name)

@@ -40,22 +40,31 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     if options.model is not None and options.vision_feature_layer is not None:
         raise SystemExit("blip2-hf: --vision-feature-layer goes with --vision-model; a BLIP-2 has its own.")
+    try:
+        _cache(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"blip2-hf: {error}") from error
 
+
+def _cache(options: argparse.Namespace):
     import torch
 
     # In transformers 5.17 the name in the package itself asks for torchvision
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size
+    from ..inference import check_finite
     from ..modeling_base import Blip2Model
+    from ..parts import load_whole
 
     dataset = load_dataset(options.data, options.config, options.split)
     if options.model is not None:
-        model = Blip2Model.from_pretrained(options.model)
+        model = load_whole(Blip2Model, options.model, "A BLIP-2")
     else:
         model = VisionTower(options.vision_model, options.vision_feature_layer)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, None if options.tower_dtype is None else getattr(torch, options.tower_dtype))
+    check_finite(model.vision_model, options.model or options.vision_model)
     image_processor = AutoImageProcessor.from_pretrained(options.model or options.vision_model)
     cache_features(
         dataset,

@@ -89,6 +89,7 @@ def _open_captioner(options: argparse.Namespace, device: Any) -> Any:
     from transformers import AutoConfig, pipeline
 
     from ..capfilt import ModelCaptioner, PipelineCaptioner
+    from ..inference import check_finite
 
     kwargs = {"max_new_tokens": options.max_new_tokens, **dict(options.generate)}
     if kwargs.get("do_sample", True):
@@ -101,19 +102,17 @@ def _open_captioner(options: argparse.Namespace, device: Any) -> Any:
         return ModelCaptioner(model, processor, options.num_captions, options.prompt, **kwargs)
     make_pipeline: Any = pipeline  # the types of transformers 5 do not know the task
     pipe = make_pipeline("image-to-text", model=options.captioner, device=device, dtype=options.dtype or "auto")
+    check_finite(pipe.model, options.captioner)
     prompt = {} if options.prompt is None else {"prompt": options.prompt}
     return PipelineCaptioner(pipe, options.num_captions, **prompt, **kwargs)
 
 
 def _load_stage1(name: str, dtype: str | None, device: Any) -> tuple[Any, Any]:
-    """The model of stage 1, which writes with its Q-Former, and its processor."""
+    """Load the model of stage 1, which writes with its Q-Former, and its processor."""
+    from ..inference import load_model
     from ..modeling_pretraining import Blip2ForPreTraining
     from ..processing_blip2 import Blip2Processor
 
-    model, info = Blip2ForPreTraining.from_pretrained(name, output_loading_info=True, dtype=dtype or "auto")
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{name} writes no text: it lacks {len(missing)} weights ({missing[0]}, ...). A checkpoint of "
-            "Blip2ForConditionalGeneration or Blip2ForPreTraining was expected."
-        )
+    expected = "A model that writes text, of Blip2ForConditionalGeneration or Blip2ForPreTraining,"
+    model = load_model(Blip2ForPreTraining, name, expected, dtype=dtype or "auto")
     return model.to(device), Blip2Processor.from_pretrained(name)

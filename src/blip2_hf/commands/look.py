@@ -58,27 +58,25 @@ def _run(options: argparse.Namespace):
 
 
 def _load_model(options: argparse.Namespace) -> Any:
-    """One with heads for matching, where there is a text."""
+    """Load one with heads for matching, if there is a text."""
     import torch
 
     from ..configuration_blip2 import Blip2Config
+    from ..inference import load_model
     from ..modeling_base import Blip2Model
     from ..modeling_retrieval import Blip2ForImageTextRetrieval
 
     device = options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    dtype = {} if options.dtype is None else {"dtype": options.dtype}
+    dtype = options.dtype or "auto"
     if options.text is None:
-        return Blip2Model.from_pretrained(options.model, **dtype).to(device)
-    matches = Blip2Config.from_pretrained(options.model).qformer_config.use_qformer_text_input
-    if matches:
-        model, info = Blip2ForImageTextRetrieval.from_pretrained(options.model, output_loading_info=True, **dtype)
-        matches = not any(name.startswith("itm_head") for name in info["missing_keys"])
-    if not matches:
+        return load_model(Blip2Model, options.model, "A BLIP-2", dtype=dtype).to(device)
+    expected = "A model of stage 1 or for retrieval, which matches images with texts,"
+    if not Blip2Config.from_pretrained(options.model).qformer_config.use_qformer_text_input:
         raise ValueError(
-            f"{options.model} has not learned to match images with texts: give a model of stage 1 or for retrieval. "
-            "What its queries attend to is drawn without TEXT."
+            f"{options.model} has not learned to match images with texts. {expected} was expected. What its queries "
+            "attend to is drawn without TEXT."
         )
-    return model.to(device)
+    return load_model(Blip2ForImageTextRetrieval, options.model, expected, dtype=dtype).to(device)
 
 
 def _load_image_processor(options: argparse.Namespace) -> Any:

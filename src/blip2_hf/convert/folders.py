@@ -14,6 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from ..configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
+from ..inference import check_finite
 from ..modeling_base import Blip2Model, Blip2PreTrainedModel
 from ..modeling_blip2 import Blip2ForConditionalGeneration
 from ..modeling_pretraining import Blip2ForPreTraining
@@ -37,7 +38,7 @@ QUERY_TOKENS = {r"^query_tokens$": "query_tokens.weight"}
 
 def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedModel, list[str]]:
     r"""
-    Loads a checkpoint of this library, of transformers' BLIP-2 or of its InstructBLIP, in the class and the precision
+    Load a checkpoint of this library, of transformers' BLIP-2 or of its InstructBLIP, in the class and the precision
     that it was saved in.
 
     Args:
@@ -48,8 +49,14 @@ def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedMod
         `tuple` of the model and the names of the tensors that it has no place for.
 
     Raises:
-        ValueError: if it is something else, such as an adapter of PEFT, or lacks weights.
+        ValueError: if it is something else, such as an adapter of PEFT, or weights are missing, NaN or infinite.
     """
+    model, left = _load_checkpoint(name_or_path)
+    check_finite(model, name_or_path)
+    return model, left
+
+
+def _load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedModel, list[str]]:
     content = _read_config(name_or_path)
     model_type, architecture = content.get("model_type"), (content.get("architectures") or ["no class"])[0]
     if model_type == InstructBlipConfig.model_type:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 
-from ..configuration_blip2 import Blip2Config, Blip2VisionConfig, TransformersBlip2VisionConfig
+from ..configuration_blip2 import Blip2Config, Blip2VisionConfig
 from ..modeling_vision import Blip2VisionModel
 from ..parts import load_tower
 from .lavis_names import ConversionReport, convert_lavis_state_dict
@@ -78,11 +78,6 @@ def load_tower_for_lavis(
     if isinstance(vision_model, (str, os.PathLike)) and os.path.isfile(vision_model):
         return _load(vision_model, vision_config)
     tower = load_tower(vision_model)
-    if isinstance(tower.config, TransformersBlip2VisionConfig):
-        raise ValueError(
-            "vision_model is transformers' Blip2VisionModel, which applies the LayerNorm that the file has too. Give "
-            "the same checkpoint as blip2_hf loads it: vision_model=blip2_hf.Blip2Model.from_pretrained(...)."
-        )
     if tower.config.model_type == "clip_vision_model" and _is_whole(tower, vision_config):
         tower = tower_from_clip(tower)
         if vision_config is not None:

@@ -44,7 +44,7 @@ class VisionTower(nn.Module):
 
     Args:
         vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
-            Any tower of `AutoModel`. Of CLIP and SigLIP the vision part is taken.
+            Any tower of `AutoModel`, or a model that has one in it (CLIP, SigLIP, LLaVA, BLIP-2).
         vision_feature_layer (`int`, *optional*):
             Index into the tower's `hidden_states`; `None` takes its `last_hidden_state`.
     """

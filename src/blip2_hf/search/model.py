@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..inference import load_model
 from ..modeling_retrieval import Blip2ForImageTextRetrieval, Blip2ImageTextPreTrainedModel
 from ..processing_blip2 import Blip2Processor
 
@@ -24,7 +25,7 @@ def load_retrieval_model(
     name: str | os.PathLike, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> tuple[Blip2ForImageTextRetrieval, Any]:
     r"""
-    Loads a model for retrieval, and its processor.
+    Load a model for retrieval, and its processor.
 
     Args:
         name (`str` or `os.PathLike`):
@@ -39,16 +40,13 @@ def load_retrieval_model(
         `tuple[Blip2ForImageTextRetrieval, Blip2Processor]`.
 
     Raises:
-        ValueError: if it has not learned to compare images with texts.
+        ValueError: if it has not learned to compare images with texts, or weights are NaN or infinite.
     """
-    model, loading = Blip2ForImageTextRetrieval.from_pretrained(name, dtype="auto", output_loading_info=True)
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"{name} is no model for retrieval: it lacks {len(missing)} weights ({missing[0]}, ...). A checkpoint of "
-            "Blip2ForImageTextRetrieval or Blip2ForPreTraining was expected."
-        )
+    expected = "A model for retrieval, of Blip2ForImageTextRetrieval or Blip2ForPreTraining,"
+    model = load_model(Blip2ForImageTextRetrieval, name, expected, dtype=dtype or "auto")
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    # Parts that from_pretrained keeps in float32 too
     model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model.eval(), Blip2Processor.from_pretrained(name)
 
