@@ -332,7 +332,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         else:
             # A tokenizer may have given `<image>` an id beyond the embeddings
             embeddings = self.get_input_embeddings()
-            has_embedding = index is not None and index < embeddings.weight.shape[0]
+            has_embedding = index is not None and index < tuple(embeddings.weight.shape)[0]
             is_image = None
             if has_embedding:
                 placeholder = embeddings(torch.tensor(index, device=inputs_embeds.device)).to(inputs_embeds)
