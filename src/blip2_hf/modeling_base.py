@@ -8,7 +8,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_name import CACHE_NAMES
@@ -17,6 +16,7 @@ from .frozen import is_frozen
 from .image_states import Blip2ImageStates
 from .modeling_qformer import (
     Blip2QFormerModel,
+    Blip2TextEmbeddings,
     copy_bert_weights,
     load_bert,
     qformer_config_from_bert,
@@ -66,6 +66,16 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         if qformer_config.use_qformer_text_input:
             self.embeddings = Blip2TextEmbeddings(qformer_config)
         self.qformer = Blip2QFormerModel._from_config(qformer_config)
+
+    @property
+    def device(self) -> torch.device:
+        """`torch.device`: where inputs go: that of the weights or, if accelerate offloads them, of the computation."""
+        device = super().device
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(found) for found in devices if found is not None), device)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -423,8 +433,8 @@ def check_texts(
     row = int((is_short | is_foreign | is_image).int().argmax())
     if bool(is_short[row]):
         raise ValueError(
-            f"Row {row} of {name} has {int(lengths[row])} tokens, and at least {min_length} were expected. A tokenizer "
-            "makes two of an empty text, [CLS] and [SEP]; the attention mask is 1 at tokens and 0 at padding."
+            f"Row {row} of {name} has {int(lengths[row])} tokens, and at least {min_length} were expected. Tokenizers "
+            "make two of an empty text, [CLS] and [SEP]; the attention mask is 1 at tokens and 0 at padding."
         )
     found = f"the token id {int(input_ids[row].max())}, beyond its vocabulary of {config.qformer_config.vocab_size}"
     if bool(is_image[row]):

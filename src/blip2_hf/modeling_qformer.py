@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.bert.modeling_bert import BertForMaskedLM, BertIntermediate, BertOutput, BertSelfOutput
-from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings, eager_attention_forward
+from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings as TransformersBlip2TextEmbeddings
+from transformers.models.blip_2.modeling_blip_2 import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
@@ -48,6 +49,23 @@ class Blip2QFormerText:
         key, value = self.cache.update(key, value, layer_idx)
         query_key, query_value = self.query_key_values[:, layer_idx].unbind(1)
         return torch.cat([query_key, key], dim=2), torch.cat([query_value, value], dim=2)
+
+
+class Blip2TextEmbeddings(TransformersBlip2TextEmbeddings):
+    """Embeddings of words and positions."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        query_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return embedded text, behind the queries if they are given."""
+        # transformers' own brings the tokens to the device of the weights, which is none if they are offloaded
+        if position_ids is None:
+            position_ids = self.position_ids[:, : input_ids.shape[1]]
+        embeds = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        return embeds if query_embeds is None else torch.cat([query_embeds.to(embeds.dtype), embeds], dim=1)
 
 
 class Blip2QFormerMultiHeadAttention(nn.Module):
