@@ -167,7 +167,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         if attention_mask is not None:
             # Flex attention looks the mask up by query; there may be fewer of these than the mask was made for
             attention_mask = attention_mask[:, :, : query.shape[2]].expand(-1, -1, query.shape[2], -1)
-        name = self._attn_implementation(query, attention_mask)
+        name = self._attn_implementation(query, attention_mask, kwargs.get("output_attentions"))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         if name == "sdpa" and dropout > 0 and query.device.type == "cpu" and torch.is_grad_enabled():
@@ -177,7 +177,12 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         kwargs |= {"dropout": dropout, "scaling": self.scaling}
         return attention_interface(self, query, key, value, attention_mask, **kwargs)
 
-    def _attn_implementation(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> str:
+    def _attn_implementation(
+        self, query: torch.Tensor, attention_mask: torch.Tensor | None, output_attentions: bool | None
+    ) -> str:
+        if output_attentions:
+            # No other implementation returns probabilities. Of this call alone: other threads may use the model too
+            return "eager"
         name = self.config._attn_implementation
         # Flash kernels take neither float32 nor a mask between queries and text: SDPA computes the same
         if "flash" in name and (attention_mask is not None or query.dtype == torch.float32):
@@ -358,6 +363,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
         query_length: int,
         encoder_hidden_states: torch.Tensor | Blip2ImageStates,
         encoder_attention_mask: torch.Tensor | None,
+        output_attentions: bool | None,
     ) -> tuple[tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor], ...]:
         """The same for these queries alone: without keys, where that is faster."""
         states = self._image_states(encoder_hidden_states)
@@ -365,6 +371,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
         # activation checkpointing may look for gradients in tensors alone
         is_one_pass = (
             self.training
+            and not output_attentions
             and self.config._attn_implementation == "sdpa"
             and not self.encoder.gradient_checkpointing
             and encoder_attention_mask is None
@@ -428,6 +435,8 @@ class Blip2HfQFormerModel(PreTrainedModel):
                 Takes the keys and values of the self-attention, and gives those before them.
             output_length (`int`, *optional*):
                 How many of the first positions the last layer computes. All, if it is not given.
+            kwargs:
+                `output_hidden_states` and `output_attentions`, for which this call computes attention eagerly.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions`]: `last_hidden_state` of
@@ -440,7 +449,11 @@ class Blip2HfQFormerModel(PreTrainedModel):
         self._check_inputs(query_embeds, query_length, encoder_hidden_states, encoder_key_values)
         if query_length > 0 and encoder_key_values is None:
             encoder_key_values = self._project_image_for(
-                query_embeds, query_length, encoder_hidden_states, encoder_attention_mask
+                query_embeds,
+                query_length,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                kwargs.get("output_attentions"),
             )
         hidden_states = self.dropout(self.layernorm(query_embeds.to(self.layernorm.weight.dtype)))
         attention_mask = additive_mask(attention_mask, hidden_states.dtype)
