@@ -1,15 +1,22 @@
 """Weights that accelerate keeps on the CPU or the disk, and brings for each call of their module."""
 
+import json
+
 import accelerate
+import datasets
 import pytest
 import torch
 from stage1 import STAGE1_QFORMER, make_inputs, make_stage1
 from test_retrieval import make_retrieval
-from tiny import QFORMER, make_model, make_pixel_values, randomize
+from tiny import QFORMER, make_image, make_image_processor, make_model, make_pixel_values, randomize
 
 from blip2_hf import Blip2Model
 from blip2_hf.attention_maps import query_attention_map, text_heat_map
+from blip2_hf.data import cache_features, load_cached_features
+from blip2_hf.data.feature_cache import read_cached_features
 from blip2_hf.evaluation import TwoStageRetrieval
+from blip2_hf.inference import model_fingerprint
+from blip2_hf.search.model import check_same_model, describe_model
 
 
 PARTS = {
@@ -121,6 +128,33 @@ def test_the_image_side_alone(tmp_path):
         return randomize(Blip2Model(make_retrieval(qformer_config=STAGE1_QFORMER).config)).eval()
 
     assert_the_same(make, {"queries": lambda m: m(pixel_values).last_hidden_state}, "all to the disk", tmp_path)
+
+
+@pytest.mark.parametrize("what", ["all to the CPU", "tower"])
+def test_weights_that_are_elsewhere_tell_models_apart(what, tmp_path):
+    plain, other, offloaded = make_retrieval(), make_retrieval(), make_retrieval()
+    with torch.no_grad():
+        other.vision_model.encoder.layers[0].mlp.fc1.weight[0, 0] += 1
+    offloaded = offload(offloaded, what, tmp_path / "plain")
+    assert model_fingerprint(offloaded) == model_fingerprint(plain)
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    there, now = (describe_model(model, make_image_processor()) | {"model": ""} for model in (plain, offloaded))
+    check_same_model(tmp_path, there, now)
+    other = offload(other, what, tmp_path / "other")
+    assert model_fingerprint(other) != model_fingerprint(plain)
+    with pytest.raises(ValueError, match="its weights differ"):
+        check_same_model(tmp_path, there, describe_model(other, make_image_processor()))
+
+
+def test_features_are_stored_of_a_tower_that_is_elsewhere(tmp_path):
+    pictures = datasets.Dataset.from_list([{"image": make_image(seed)} for seed in range(3)])
+    for name, model in {"plain": make_retrieval(), "off": offload(make_retrieval(), "tower", tmp_path)}.items():
+        cache_features(pictures, model, make_image_processor(), tmp_path / name, dtype="float32")
+    stored = [load_cached_features(tmp_path / name) for name in ("plain", "off")]
+    for expected, actual in zip(*stored, strict=True):
+        assert torch.equal(read_cached_features(actual), read_cached_features(expected))
+    descriptions = [json.loads((tmp_path / name / "cache.json").read_text()) for name in ("plain", "off")]
+    assert descriptions[0] == descriptions[1]
 
 
 def test_a_model_without_weights_is_nowhere():
