@@ -1,5 +1,8 @@
 """Where the model looks: maps against the obvious computation, and a trained model's on pictures of known objects."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
@@ -221,6 +224,87 @@ def test_the_model_is_left_as_it_was():
     assert [module.training for module in model.modules()] == training
     assert [parameter.requires_grad for parameter in model.parameters()] == trained
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+MAPS = {
+    "gradcam": lambda model, inputs: text_heat_map(model, **inputs),
+    "attention": lambda model, inputs: text_heat_map(model, **inputs, method="attention"),
+    "queries": lambda model, inputs: query_attention_map(model, image_embeds=inputs["image_embeds"]),
+}
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_maps_in_two_threads_at_the_same_time(kind, monkeypatch):
+    model, inputs = make_random_model(), make_inputs()
+    expected, scores = MAPS[kind](model, inputs), model.get_matching_logits(**inputs)
+    both_are_inside, implementations = Barrier(2, timeout=60), []
+    query_tokens = model.query_tokens.forward
+
+    def wait(batch_size):
+        both_are_inside.wait()
+        implementations.append(model.qformer.config._attn_implementation)
+        return query_tokens(batch_size)
+
+    monkeypatch.setattr(model.query_tokens, "forward", wait)
+    with ThreadPoolExecutor(2) as threads:
+        maps = [threads.submit(MAPS[kind], model, inputs) for _ in range(2)]
+    for found in maps:
+        torch.testing.assert_close(found.result(), expected)
+    assert {*implementations, model.qformer.config._attn_implementation} == {"sdpa"}
+    with ThreadPoolExecutor(2) as threads:
+        # Each waits for the other inside, and goes on as if it were alone
+        found, own = threads.submit(MAPS[kind], model, inputs), threads.submit(model.get_matching_logits, **inputs)
+    torch.testing.assert_close(found.result(), expected)
+    torch.testing.assert_close(own.result(), scores)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_maps_in_threads_leave_training_mode_as_it_was(kind):
+    model, inputs = make_stage1(qformer_dropout=0.5).eval(), make_inputs()
+    expected = MAPS[kind](model, inputs)
+    model.train()
+    training = [module.training for module in model.modules()]
+    with ThreadPoolExecutor(4) as threads:
+        maps = [threads.submit(MAPS[kind], model, inputs) for _ in range(8)]
+    for found in maps:
+        torch.testing.assert_close(found.result(), expected)
+    assert [module.training for module in model.modules()] == training
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attentions_that_are_asked_for_are_there(dropout):
+    model, inputs = make_stage1(qformer_dropout=dropout).train(), make_inputs()
+    model.qformer.set_attn_implementation("eager")
+    torch.manual_seed(0)
+    expected = model(**inputs, output_attentions=True)
+    model.qformer.set_attn_implementation("sdpa")
+    torch.manual_seed(0)
+    actual = model(**inputs, output_attentions=True)
+    assert len(actual.attentions) == 3 and len(actual.cross_attentions) == 2
+    torch.testing.assert_close(
+        actual.attentions + actual.cross_attentions, expected.attentions + expected.cross_attentions
+    )
+
+
+def test_texts_and_instructions_with_padding_on_either_side():
+    model, inputs = make_random_model(), make_inputs()
+    expected = text_heat_map(model, **inputs)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    left = {
+        name: torch.stack([row.roll(-n) for row, n in zip(inputs[name], lengths, strict=True)])
+        for name in ("input_ids", "attention_mask")
+    }
+    torch.testing.assert_close(text_heat_map(model, **inputs | left), expected)
+    of_queries = [
+        query_attention_map(
+            model,
+            image_embeds=inputs["image_embeds"],
+            qformer_input_ids=texts["input_ids"],
+            qformer_attention_mask=texts["attention_mask"],
+        )
+        for texts in (inputs, left)
+    ]
+    torch.testing.assert_close(*of_queries)
 
 
 def test_a_frozen_model_and_inference_mode():

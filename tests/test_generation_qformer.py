@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import load_file
 from stage1 import make_stage1
 from test_lavis_stage1 import CASE, FIXTURES, make_config
-from tiny import make_pixel_values
+from tiny import NUM_QUERIES, make_pixel_values
 
 from blip2_hf import load_lavis_checkpoint
 
@@ -57,6 +57,41 @@ def test_prompts_of_different_lengths(num_beams):
     input_ids, mask = torch.tensor([[2, 10, 11, 12, 3], [2, 20, 3, 0, 0]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
     together = caption(model, pixel_values, input_ids=input_ids, attention_mask=mask, num_beams=num_beams)
     assert [row[-8:] for row in together.tolist()] == [row[-8:] for row in alone]
+
+
+def test_prompts_padded_on_either_side_and_with_placeholders():
+    model, pixel_values = make_stage1().eval(), make_pixel_values(2)
+    ids, mask = torch.tensor([[2, 10, 11, 12, 3], [2, 20, 3, 0, 0]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    expected = caption(model, pixel_values, input_ids=ids, attention_mask=mask)
+    left_ids, left_mask = (torch.stack([x[0], x[1].roll(2)]) for x in (ids, mask))
+    assert torch.equal(caption(model, pixel_values, input_ids=left_ids, attention_mask=left_mask), expected)
+    placeholders = torch.full((2, NUM_QUERIES), 61)
+    with_image = {
+        "input_ids": torch.cat([placeholders, ids], 1),
+        "attention_mask": torch.cat([torch.ones_like(placeholders), mask], 1),
+    }
+    with pytest.raises(ValueError, match="4 tokens of id 61 in front"):
+        caption(model, pixel_values, **with_image)
+    model.config.image_token_index = 61
+    assert torch.equal(caption(model, pixel_values, **with_image), expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[2, 10, 3], [2, 10, 3]], [[1, 1, 1], [0, 0, 0]], "Row 1 of input_ids has 0 tokens"),
+        ([[2, 10, 3], [3, 3, 3]], [[1, 1, 1], [1, 1, 0]], "Prompt 1 has no token but the one that ends a text"),
+        ([[2, 10, 3], [2, 10, 3]], [[1, 1], [1, 1]], r"attention mask of shape \(2, 2\)"),
+    ],
+)
+def test_prompts_without_tokens_are_refused(ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        caption(
+            make_stage1().eval(),
+            make_pixel_values(2),
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+        )
 
 
 def test_stored_features_and_training_mode():

@@ -349,6 +349,45 @@ def test_qformer_that_reads_an_instruction():
         make_model().get_image_features(pixel_values, qformer_input_ids=instruction)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_an_instruction_is_the_same_with_padding_on_either_side(name):
+    model = make_model(name, qformer_config={**QFORMER, "use_qformer_text_input": True})
+    pixel_values = make_pixel_values(2)
+    alone = [
+        model.get_image_features(pixel_values[row : row + 1], qformer_input_ids=torch.tensor([ids])).pooler_output
+        for row, ids in enumerate([[3, 4, 5, 8], [6, 7]])
+    ]
+    right = {"qformer_input_ids": torch.tensor([[3, 4, 5, 8], [6, 7, 0, 0]])}
+    right["qformer_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    left = {name: torch.stack([row[0], row[1].roll(2)]) for name, row in right.items()}
+    ids = IDS.repeat(2, 1)[:2]
+    logits = [model(pixel_values, ids, labels=ids, **padded).logits for padded in (right, left)]
+    torch.testing.assert_close(logits[1], logits[0])
+    for padded in (right, left, {name: value.bool() if "mask" in name else value for name, value in left.items()}):
+        features = model.get_image_features(pixel_values, **padded).pooler_output
+        torch.testing.assert_close(features, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[2, 5, 3], [2, 5, 3]], [[1, 1, 1], [0, 0, 0]], "Row 1 of qformer_input_ids has 0 tokens"),
+        ([[2, 5, 3], [2, 64, 3]], None, "Row 1 of qformer_input_ids .* token id 64, beyond its vocabulary of 64"),
+        ([[2, 5, 3], [2, 5, 3]], [[1, 1], [1, 1]], r"qformer_input_ids of shape \(2, 3\) .* mask of shape \(2, 2\)"),
+        ([[5] * 41] * 2, None, "qformer_input_ids has 41 tokens, and the Q-Former 40 positions"),
+        ([[5] * 4 + [2, 6, 3]] * 2, None, "4 tokens of id 5 in front, which look like those of an image"),
+    ],
+)
+def test_what_is_no_instruction(ids, mask, message):
+    model = make_model("opt", qformer_config={**QFORMER, "use_qformer_text_input": True})
+    mask = None if mask is None else torch.tensor(mask)
+    with pytest.raises(ValueError, match=message):
+        model.get_image_features(
+            make_pixel_values(2), qformer_input_ids=torch.tensor(ids), qformer_attention_mask=mask
+        )
+
+
 def test_names_of_the_contract():
     for name in ("Blip2Config", "Blip2VisionConfig", "Blip2QFormerConfig", "Blip2VisionModel", "Blip2QFormerModel"):
         assert getattr(blip2_hf, name).__module__.startswith("blip2_hf.")

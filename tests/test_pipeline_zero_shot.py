@@ -133,6 +133,19 @@ def test_a_model_given_as_an_object(caplog):
     assert len(classifier(make_image(), candidate_labels=["cat"])) == 1
 
 
+@pytest.mark.parametrize("reranked", [False, True])
+def test_padding_on_the_left_and_labels_that_spell_special_tokens(folder, reranked):
+    options = {"candidate_labels": [*LABELS, "[SEP] cat"], "reranked": reranked, "hypothesis_template": TEMPLATE}
+    classifier = pipeline(TASK, model=str(folder), device="cpu")
+    expected = classifier(make_image(), **options)
+    classifier.tokenizer.padding_side = "left"
+    found = classifier(make_image(), **options)
+    assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
+    assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], rel=1e-4)
+    labels = classifier._read(**options)
+    assert labels.input_ids[-1].eq(classifier.tokenizer.sep_token_id).sum() == 1
+
+
 def test_half_precision(folder):
     classifier = pipeline(TASK, model=str(folder), device="cpu", dtype=torch.bfloat16)
     exact = pipeline(TASK, model=str(folder), device="cpu", dtype=torch.float32)

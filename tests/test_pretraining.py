@@ -2,7 +2,7 @@ import pytest
 import torch
 from naive_stage1 import naive_stage1
 from stage1 import assert_same, gradients, make_inputs, make_stage1
-from tiny import assert_same_model, make_pixel_values
+from tiny import NUM_QUERIES, assert_same_model, make_pixel_values
 
 from blip2_hf import Blip2ForPreTraining
 
@@ -90,6 +90,46 @@ def test_pairs_of_one_image_are_no_negatives():
 def test_one_pair_has_nothing_to_contrast_with():
     with pytest.raises(ValueError, match="at least two"):
         make_stage1()(**make_inputs(1))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(
+    ("row", "length", "message"),
+    [(3, 0, "Row 3 of input_ids has 0 tokens"), (1, 1, "Row 1 of input_ids has 1 tokens, and at least 2")],
+)
+def test_a_text_with_nothing_to_learn_is_refused(row, length, message, chunk_size):
+    model, inputs = make_stage1().train(), make_inputs()
+    if chunk_size:
+        model.gradient_caching_enable(chunk_size)
+    inputs["attention_mask"][row, length:] = 0
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+def test_without_losses_one_token_is_a_text():
+    model, inputs = make_stage1(), make_inputs()
+    inputs["attention_mask"][1, 1:] = 0
+    assert model(return_loss=False, **inputs).logits_per_image.isfinite().all()
+    inputs["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match="Row 1 of input_ids has 0 tokens"):
+        model(return_loss=False, **inputs)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_placeholders_are_left_out_or_refused(chunk_size):
+    model, inputs = make_stage1().train(), make_inputs()
+    if chunk_size:
+        model.gradient_caching_enable(chunk_size)
+    expected = model(**inputs)
+    placeholders = torch.full((5, NUM_QUERIES), 61)
+    inputs["input_ids"] = torch.cat([placeholders, inputs["input_ids"]], 1)
+    inputs["attention_mask"] = torch.cat([torch.ones_like(placeholders), inputs["attention_mask"]], 1)
+    for return_loss in (False, True):
+        with pytest.raises(ValueError, match="4 tokens of id 61 in front, .*model.config.image_token_index"):
+            model(return_loss=return_loss, **inputs)
+    model.config.image_token_index = 61
+    actual = model(**inputs)
+    assert_same(actual, {name: value for name, value in expected.items() if value is not None}, 1e-6)
 
 
 def test_pairs_without_a_negative_count_as_they_are():

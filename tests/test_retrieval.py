@@ -19,11 +19,13 @@ from tiny import (
 )
 
 from blip2_hf import Blip2ForImageTextRetrieval, Blip2ForPreTraining
+from blip2_hf.attention_maps import text_heat_map
 from blip2_hf.data import cache_features, load_cached_features
 from blip2_hf.evaluation import TwoStageRetrieval, retrieval_recall
 
 
 IMAGE = 60
+TEXT_NAMES = ("input_ids", "attention_mask")
 RETRIEVAL_QFORMER = {**STAGE1_QFORMER, "vocab_size": VOCAB_SIZE}
 
 
@@ -104,6 +106,68 @@ def test_padding_and_placeholders_have_no_say(matching):
     for variant in (behind, left):
         outputs = model(image_embeds=inputs["image_embeds"], **variant, use_image_text_matching_head=matching)
         close(outputs.logits_per_image, expected)
+
+
+def to_the_left(inputs):
+    """The same texts, padding in front."""
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    rolled = {name: [row.roll(-n) for row, n in zip(inputs[name], lengths, strict=True)] for name in TEXT_NAMES}
+    return inputs | {name: torch.stack(rows) for name, rows in rolled.items()}
+
+
+@torch.no_grad()
+def test_features_of_text_with_padding_on_either_side(model):
+    inputs = make_inputs(4)
+    texts, left = ({name: x[name] for name in TEXT_NAMES} for x in (inputs, to_the_left(inputs)))
+    expected = model.get_text_features(**texts).pooler_output
+    close(model.get_text_features(**left).pooler_output, expected)
+    alone = [ids[mask.bool()][None] for ids, mask in zip(*texts.values(), strict=True)]
+    close(torch.cat([model.get_text_features(ids).pooler_output for ids in alone]), expected)
+
+
+WAYS_IN = {
+    "contrast": lambda model, images, **texts: model(image_embeds=images, **texts),
+    "matching": lambda model, images, **texts: model(image_embeds=images, use_image_text_matching_head=True, **texts),
+    "features": lambda model, images, **texts: model.get_text_features(**texts),
+    "logits": lambda model, images, **texts: model.get_matching_logits(image_embeds=images, **texts),
+    "heat map": lambda model, images, **texts: text_heat_map(model, image_embeds=images, grid=(2, 2), **texts),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize("index", [None, IMAGE])
+def test_placeholders_that_are_not_known_are_refused(way, index):
+    model, inputs = make_retrieval(image_token_index=index), make_inputs(3)
+    unknown = torch.full((3, NUM_QUERIES), IMAGE + 1)
+    ids = torch.cat([unknown, inputs["input_ids"]], 1)
+    mask = torch.cat([torch.ones_like(unknown), inputs["attention_mask"]], 1)
+    with pytest.raises(ValueError, match=f"Row 0 .* {NUM_QUERIES} tokens of id {IMAGE + 1} in front.*image_token_id"):
+        WAYS_IN[way](model, inputs["image_embeds"], input_ids=ids, attention_mask=mask)
+    left = to_the_left({"input_ids": ids, "attention_mask": mask})
+    with pytest.raises(ValueError, match="look like those of an image"):
+        WAYS_IN[way](model, inputs["image_embeds"], **left)
+    # Beyond the vocabulary, as after a tokenizer that fills it; one is enough
+    inputs["input_ids"][1, 1] = VOCAB_SIZE
+    with pytest.raises(ValueError, match=f"Row 1 .* token id {VOCAB_SIZE}, beyond its vocabulary of {VOCAB_SIZE}"):
+        WAYS_IN[way](model, **{"images" if name == "image_embeds" else name: x for name, x in inputs.items()})
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_a_text_without_tokens_is_refused(way):
+    inputs = make_inputs(3)
+    images = inputs.pop("image_embeds")
+    inputs["attention_mask"][2] = 0
+    with pytest.raises(ValueError, match="Row 2 of input_ids has 0 tokens"):
+        WAYS_IN[way](make_retrieval(), images, **inputs)
+    # Placeholders alone are no text
+    inputs = make_inputs(3)
+    inputs.pop("image_embeds")
+    inputs["input_ids"][1] = IMAGE
+    with pytest.raises(ValueError, match="Row 1 of input_ids has 0 tokens"):
+        WAYS_IN[way](make_retrieval(image_token_index=IMAGE), images, **inputs)
+    inputs["attention_mask"] = inputs["attention_mask"][:, 1:]
+    with pytest.raises(ValueError, match=r"shape \(3, 9\) were given with an attention mask of shape \(3, 8\)"):
+        WAYS_IN[way](make_retrieval(), images, **inputs)
 
 
 @torch.no_grad()
@@ -291,6 +355,14 @@ def test_two_stages_are_pair_by_pair(model, collection, k, batch_size):
         close(ranking.scores, scores.gather(1, order))
         full = ranking.matrix(cosines.shape[1])
         assert torch.equal(full.isfinite().sum(1), torch.full((len(full),), count))
+
+
+def test_a_text_that_spells_a_special_token_is_text(model, collection):
+    tokenizer = make_bert_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    encoded = TwoStageRetrieval(model, tokenizer, show_progress=False).encode_texts(["a <image> </s>", *TEXTS])
+    assert collection[1].decode(encoded.input_ids[0]) == "<s>a <image> </s></s>"
+    assert encoded.input_ids[0].count(tokenizer.eos_token_id) == 1
 
 
 def test_contrast_alone_ranks_all(model, collection):

@@ -9,6 +9,7 @@ own as a text of its own.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from .modeling_retrieval import Blip2ImageTextPreTrainedModel
 
 METHODS = ("gradcam", "attention")
 _MOST_PREFIX_TOKENS = 16  # class and register tokens of a tower
+_MODE_LOCK = Lock()  # a map that turns dropout off waits until the one before has turned it on again
 _COLOURS = np.array([[20, 10, 80], [130, 20, 130], [215, 55, 75], [250, 145, 25], [255, 245, 120]], dtype=np.float32)
 
 
@@ -42,7 +44,7 @@ def text_heat_map(
 
     Texts and images go together as in [`~Blip2ForImageTextRetrieval.get_matching_logits`]: each image has as many
     texts as the others, next to one another. A word's map is that of the word as a text of its own. The model is left
-    as it was: attention implementation, training mode, gradients.
+    as it was: attention implementation, training mode, gradients. Several threads may ask for maps at the same time.
 
     Args:
         model ([`Blip2ForImageTextRetrieval`] or [`Blip2ForPreTraining`]):
@@ -85,7 +87,7 @@ def text_heat_map(
         )
     layers = _layer_indices(model, layer)
     # Tensors made in inference mode can't be in a graph, their copies can
-    with _probabilities_kept(model), torch.inference_mode(False):
+    with _without_dropout(model), torch.inference_mode(False):
         image_embeds, image_size = _image_embeds(model, pixel_values, image_embeds, image_size)
         maps = _gradcam if method == "gradcam" else _attention
         attentions = maps(model, image_embeds, input_ids.clone(), _copy(attention_mask), layers)
@@ -132,7 +134,7 @@ def query_attention_map(
         ValueError: if images are not given in one form, the layer is none, or patches can't be told.
     """
     layers = _layer_indices(model, layer)
-    with _probabilities_kept(model), torch.no_grad():
+    with _without_dropout(model), torch.no_grad():
         image_embeds, image_size = _image_embeds(model, pixel_values, image_embeds, image_size)
         outputs = model._query_image(
             None, image_embeds, qformer_input_ids, qformer_attention_mask, output_attentions=True
@@ -291,18 +293,20 @@ def _image_embeds(model, pixel_values, image_embeds, image_size):
 
 
 @contextmanager
-def _probabilities_kept(model: Blip2PreTrainedModel) -> Iterator[None]:
-    """Only eager attention returns its probabilities, and only without dropout do they say what was attended to."""
-    config, modules = model.qformer.config, list(model.modules())
-    implementation, training = config._attn_implementation, [module.training for module in modules]
-    config._attn_implementation = "eager"
-    model.eval()
-    try:
-        yield
-    finally:
-        config._attn_implementation = implementation
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
+def _without_dropout(model: Blip2PreTrainedModel) -> Iterator[None]:
+    """Turn dropout off: with it, probabilities do not say what was attended to."""
+    with _MODE_LOCK:
+        in_training = [module for module in model.modules() if module.training]
+        if in_training:
+            model.eval()
+            try:
+                yield
+            finally:
+                for module in in_training:
+                    module.training = True
+            return
+    # Nothing of a model in eval mode is changed: its maps need not wait for one another
+    yield
 
 
 def _on_grid(heat_map: torch.Tensor, model, image_size, grid: tuple[int, int] | None) -> torch.Tensor:

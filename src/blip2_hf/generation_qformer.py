@@ -173,10 +173,12 @@ class Blip2QFormerGenerationMixin:
         return torch.stack([torch.stack(pair, dim=1) for pair in key_values], dim=1)
 
     def _prompt(self, input_ids, attention_mask, eos_token_id: int | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[DEC] and the prompt, padding in front of those that are shorter than others."""
-        is_token = ~torch.isin(input_ids, torch.tensor(eos_token_id, device=input_ids.device))
-        if attention_mask is not None:
-            is_token = is_token & attention_mask.bool()
+        """Return [DEC] and the prompt, padding in front of those that are shorter than others."""
+        input_ids, attention_mask = self._texts(input_ids, attention_mask)
+        is_token = ~torch.isin(input_ids, torch.tensor(eos_token_id, device=input_ids.device)) & attention_mask.bool()
+        if not bool(is_token.any(dim=1).all()):
+            row = int(is_token.any(dim=1).int().argmin())
+            raise ValueError(f"Prompt {row} has no token but the one that ends a text: [CLS] first was expected.")
         order = is_token.int().argsort(dim=1, stable=True)
         order = order[:, -int(is_token.sum(dim=1).max()) :]
         input_ids, is_token = input_ids.gather(1, order), is_token.gather(1, order)

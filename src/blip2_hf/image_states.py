@@ -77,7 +77,9 @@ class Blip2ImageStates:
     def after_layernorm(cls, image_embeds: torch.Tensor, layernorm: nn.LayerNorm) -> "Blip2ImageStates":
         """Of the tower's output, and the LayerNorm that follows it."""
         image_embeds = image_embeds.to(layernorm.weight.dtype)
-        if torch.is_grad_enabled() and layernorm.weight.requires_grad and not image_embeds.requires_grad:
+        # accelerate keeps offloaded weights elsewhere, and brings them for a call of their module alone
+        can_fold = layernorm.weight.requires_grad and not layernorm.weight.is_meta
+        if torch.is_grad_enabled() and can_fold and not image_embeds.requires_grad:
             normalized = layer_norm(image_embeds, layernorm.normalized_shape, eps=layernorm.eps)
             return cls(normalized, layernorm.weight, layernorm.bias)
         return cls(layernorm(image_embeds))

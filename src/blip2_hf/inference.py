@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from .parts import load_whole
 
 _FIRST_BATCH_SIZE = {"cpu": 16}  # for it has no error to tell that memory runs out
 _FIRST_BATCH_SIZE_OF_ACCELERATORS = 128
-_SAMPLED_VALUES = 32  # of each weight, for a fingerprint
+_SAMPLED_VALUES = 32  # of each weight, at least: they tell a model from another
 
 
 def first_batch_size(device: torch.device) -> int:
@@ -71,10 +72,27 @@ def check_finite(model: torch.nn.Module, name: str | os.PathLike):
 def model_fingerprint(model: torch.nn.Module) -> str:
     """A hash of some values of each weight."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in model.state_dict().items():
-        # Weights that accelerate has put on the disk are not here
-        if isinstance(weight, torch.Tensor) and not weight.is_meta:
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].float().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
+    for name, sample in sampled_weights(model):
+        digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+def sampled_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name of each weight and some of its values, in float32 on the CPU, wherever accelerate keeps it."""
+    for name, weight in model.state_dict().items():
+        if not isinstance(weight, torch.Tensor):
+            continue
+        if not weight.is_meta:
+            yield name, _sample(weight)
+            continue
+        from accelerate.utils import align_module_device
+
+        path, _, own_name = name.rpartition(".")
+        module = model.get_submodule(path)
+        with align_module_device(module):
+            yield name, _sample(getattr(module, own_name))
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.detach().flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].float().cpu()

@@ -8,7 +8,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_name import CACHE_NAMES
@@ -17,6 +16,7 @@ from .frozen import is_frozen
 from .image_states import Blip2ImageStates
 from .modeling_qformer import (
     Blip2QFormerModel,
+    Blip2TextEmbeddings,
     copy_bert_weights,
     load_bert,
     qformer_config_from_bert,
@@ -66,6 +66,16 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         if qformer_config.use_qformer_text_input:
             self.embeddings = Blip2TextEmbeddings(qformer_config)
         self.qformer = Blip2QFormerModel._from_config(qformer_config)
+
+    @property
+    def device(self) -> torch.device:
+        """`torch.device`: where inputs go: that of the weights or, if accelerate offloads them, of the computation."""
+        device = super().device
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(found) for found in devices if found is not None), device)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -308,8 +318,8 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
     def _add_instruction(self, query_embeds, input_ids, attention_mask):
         if not self.config.qformer_config.use_qformer_text_input:
             raise ValueError("qformer_input_ids were given, but this Q-Former reads no text (use_qformer_text_input).")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask = pad_right(input_ids, attention_mask, "qformer_input_ids")
+        check_texts(input_ids, attention_mask, self.config, "qformer_input_ids")
         query_mask = attention_mask.new_ones(query_embeds.shape[:2])
         embeds = self.embeddings(input_ids=input_ids, query_embeds=query_embeds)
         return embeds, torch.cat([query_mask, attention_mask], dim=1)
@@ -379,6 +389,78 @@ class Blip2HfModel(Blip2PreTrainedModel):
 
 
 Blip2Model = Blip2HfModel
+
+
+def pad_right(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, name: str = "input_ids"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same texts with all their padding behind them, because the Q-Former's positions count tokens."""
+    if attention_mask is None:
+        return input_ids, torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"{name} of shape {tuple(input_ids.shape)} were given with an attention mask of shape "
+            f"{tuple(attention_mask.shape)}: the same shape was expected, with 1 at tokens and 0 at padding."
+        )
+    order = attention_mask.eq(0).int().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def check_texts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Blip2Config, name: str, min_length: int = 1
+):
+    """
+    Refuse what the Q-Former can't read as text.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`):
+            Texts, all padding behind them.
+        attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`):
+            0 at padding.
+        config ([`Blip2Config`]):
+            Configuration of the model.
+        name (`str`):
+            What the caller knows `input_ids` as.
+        min_length (`int`, *optional*, defaults to 1):
+            Fewest tokens of a text.
+
+    Raises:
+        ValueError: if a text is longer than the Q-Former's positions, has fewer tokens than `min_length` or a token
+            beyond the vocabulary, or begins with what looks like placeholders of an image. The message names the row.
+    """
+    limit, num_queries = config.qformer_config.max_position_embeddings, config.num_query_tokens
+    if input_ids.shape[1] > limit:
+        raise ValueError(
+            f"A text of {name} has {input_ids.shape[1]} tokens, and the Q-Former {limit} positions: cut it, with "
+            f"tokenizer(..., truncation=True, max_length={limit})."
+        )
+    if torch.compiler.is_compiling():
+        # A compiled graph can't branch on values
+        return
+    lengths = attention_mask.ne(0).sum(dim=1)
+    is_short = lengths < min_length
+    is_foreign = input_ids.ge(config.qformer_config.vocab_size).any(dim=1)
+    is_image = torch.zeros_like(is_short)
+    if 2 <= num_queries <= input_ids.shape[1]:
+        # A text begins with [CLS], which does not come twice
+        is_image = input_ids[:, :num_queries].eq(input_ids[:, :1]).all(dim=1) & (lengths >= num_queries)
+    # One look at the values, because each waits for the device
+    if not bool((is_short | is_foreign | is_image).any()):
+        return
+    row = int((is_short | is_foreign | is_image).int().argmax())
+    if bool(is_short[row]):
+        raise ValueError(
+            f"Row {row} of {name} has {int(lengths[row])} tokens, and at least {min_length} were expected. Tokenizers "
+            "make two of an empty text, [CLS] and [SEP]; the attention mask is 1 at tokens and 0 at padding."
+        )
+    found = f"the token id {int(input_ids[row].max())}, beyond its vocabulary of {config.qformer_config.vocab_size}"
+    if bool(is_image[row]):
+        found = f"{num_queries} tokens of id {int(input_ids[row, 0])} in front, which look like those of an image"
+    raise ValueError(
+        f"Row {row} of {name} is no text of the Q-Former: it has {found}. Give what the Q-Former's own tokenizer "
+        "makes of the text. If Blip2Processor put placeholders of images into input_ids, set "
+        "model.config.image_token_index = processor.image_token_id: they are then left out."
+    )
 
 
 def image_side_from_parts(

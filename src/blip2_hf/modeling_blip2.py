@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs, Blip2TextEmbeddings
+from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
@@ -23,6 +23,7 @@ from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labe
 from .loss_by_rows import can_run_by_rows, loss_by_rows
 from .losses import language_modeling_loss, mean_over_labels
 from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
+from .modeling_qformer import Blip2TextEmbeddings
 from .parts import image_token_id, language_model_class, load_language_model, load_whole
 
 

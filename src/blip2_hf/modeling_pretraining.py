@@ -27,7 +27,7 @@ from .losses import (
 )
 from .modeling_base import Blip2PreTrainedModel, image_side_from_parts
 from .modeling_qformer import ImageKeyValues, block_attention_mask, load_bert_with_head
-from .modeling_retrieval import Blip2ImageTextPreTrainedModel, at_least_float32, pad_right, unit_length
+from .modeling_retrieval import Blip2ImageTextPreTrainedModel, at_least_float32, unit_length
 
 
 @dataclass
@@ -223,9 +223,9 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
                 In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
             input_ids (`torch.LongTensor` of shape `(batch_size, text_length)`):
                 The text of each image, in the Q-Former's tokens, [CLS] first. The copy that starts with [DEC] is made
-                here.
+                here. Placeholders of images are left out.
             attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
-                0 at padding, which may stand on either side.
+                0 at padding, which may stand on either side. Each text has two tokens at least.
             image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 Which image it is: pairs of the same image share the target of ITC and are no negatives of each other,
                 in all processes. All images differ, if it is not given. A pair without a negative in the batch counts
@@ -241,7 +241,8 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             [`Blip2ForPreTrainingOutput`].
 
         Raises:
-            ValueError: if there is nothing to contrast with: a batch, over all processes, of one pair.
+            ValueError: if there is nothing to contrast with: a batch, over all processes, of one pair; if a text has
+                fewer than two tokens, or tokens that the Q-Former does not know.
         """
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
@@ -250,13 +251,14 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         if input_ids is None or len(input_ids) != len(image_embeds):
             given = "none" if input_ids is None else str(len(input_ids))
             raise ValueError(f"There are {len(image_embeds)} images and {given} texts: give input_ids, one text each.")
-        input_ids, attention_mask = pad_right(input_ids, attention_mask)
         if not return_loss:
             # Of this process alone: others may be doing something else
             image_features = self.get_image_features(image_embeds=image_embeds, return_dict=True).pooler_output
             text_features = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
             own = GlobalBatch([len(input_ids)], rank=0, length=input_ids.shape[1])
             return Blip2ForPreTrainingOutput(**self._compare(own, image_features, text_features))
+        # ITG writes what follows the first token
+        input_ids, attention_mask = self._texts(input_ids, attention_mask, min_length=2)
         batch = GlobalBatch.of(len(input_ids), input_ids.shape[1], input_ids.device)
         is_match = self._matches(batch, image_ids, input_ids.device)
         if batch.size == 1:

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.bert.modeling_bert import BertForMaskedLM, BertIntermediate, BertOutput, BertSelfOutput
-from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings, eager_attention_forward
+from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings as TransformersBlip2TextEmbeddings
+from transformers.models.blip_2.modeling_blip_2 import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
@@ -49,6 +50,23 @@ class Blip2QFormerText:
         key, value = self.cache.update(key, value, layer_idx)
         query_key, query_value = self.query_key_values[:, layer_idx].unbind(1)
         return torch.cat([query_key, key], dim=2), torch.cat([query_value, value], dim=2)
+
+
+class Blip2TextEmbeddings(TransformersBlip2TextEmbeddings):
+    """Embeddings of words and positions."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        query_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return embedded text, behind the queries if they are given."""
+        # transformers' own brings the tokens to the device of the weights, which is none if they are offloaded
+        if position_ids is None:
+            position_ids = self.position_ids[:, : input_ids.shape[1]]
+        embeds = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        return embeds if query_embeds is None else torch.cat([query_embeds.to(embeds.dtype), embeds], dim=1)
 
 
 class Blip2QFormerMultiHeadAttention(nn.Module):
@@ -150,7 +168,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         if attention_mask is not None:
             # Flex attention looks the mask up by query; there may be fewer of these than the mask was made for
             attention_mask = attention_mask[:, :, : query.shape[2]].expand(-1, -1, query.shape[2], -1)
-        name = self._attn_implementation(query, attention_mask)
+        name = self._attn_implementation(query, attention_mask, kwargs.get("output_attentions"))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         if name == "sdpa" and dropout > 0 and query.device.type == "cpu" and torch.is_grad_enabled():
@@ -160,7 +178,12 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         kwargs |= {"dropout": dropout, "scaling": self.scaling}
         return attention_interface(self, query, key, value, attention_mask, **kwargs)
 
-    def _attn_implementation(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> str:
+    def _attn_implementation(
+        self, query: torch.Tensor, attention_mask: torch.Tensor | None, output_attentions: bool | None
+    ) -> str:
+        if output_attentions:
+            # No other implementation returns probabilities. Of this call alone: other threads may use the model too
+            return "eager"
         name = self.config._attn_implementation
         # Flash kernels take neither float32 nor a mask between queries and text: SDPA computes the same
         if "flash" in name and (attention_mask is not None or query.dtype == torch.float32):
@@ -341,6 +364,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
         query_length: int,
         encoder_hidden_states: torch.Tensor | Blip2ImageStates,
         encoder_attention_mask: torch.Tensor | None,
+        output_attentions: bool | None,
     ) -> tuple[tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor], ...]:
         """The same for these queries alone: without keys, where that is faster."""
         states = self._image_states(encoder_hidden_states)
@@ -348,6 +372,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
         # activation checkpointing may look for gradients in tensors alone
         is_one_pass = (
             self.training
+            and not output_attentions
             and self.config._attn_implementation == "sdpa"
             and not self.encoder.gradient_checkpointing
             and encoder_attention_mask is None
@@ -411,6 +436,8 @@ class Blip2HfQFormerModel(PreTrainedModel):
                 Takes the keys and values of the self-attention, and gives those before them.
             output_length (`int`, *optional*):
                 How many of the first positions the last layer computes. All, if it is not given.
+            kwargs:
+                `output_hidden_states` and `output_attentions`, for which this call computes attention eagerly.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions`]: `last_hidden_state` of
@@ -423,7 +450,11 @@ class Blip2HfQFormerModel(PreTrainedModel):
         self._check_inputs(query_embeds, query_length, encoder_hidden_states, encoder_key_values)
         if query_length > 0 and encoder_key_values is None:
             encoder_key_values = self._project_image_for(
-                query_embeds, query_length, encoder_hidden_states, encoder_attention_mask
+                query_embeds,
+                query_length,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                kwargs.get("output_attentions"),
             )
         hidden_states = self.dropout(self.layernorm(query_embeds.to(self.layernorm.weight.dtype)))
         attention_mask = additive_mask(attention_mask, hidden_states.dtype)

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_blip2 import Blip2Config
 from .image_states import Blip2ImageStates
 from .losses import image_text_similarity
-from .modeling_base import Blip2PreTrainedModel
+from .modeling_base import Blip2PreTrainedModel, check_texts, pad_right
 from .modeling_qformer import ImageKeyValues
 
 
@@ -213,10 +213,10 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         return at_least_float32(self.itm_head(queries.to(self.itm_head.weight.dtype)).mean(dim=1))
 
     def _texts(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, min_length: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same texts without placeholders of images, all their padding behind them."""
-        image_token, limit = self.config.image_token_index, self.config.qformer_config.max_position_embeddings
+        """Return the same texts without placeholders of images, all their padding behind them."""
+        image_token = self.config.image_token_index
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if image_token is not None:
@@ -226,11 +226,7 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
             length = max(int(attention_mask.sum(dim=1).max()), 1)
             input_ids, attention_mask = input_ids[:, :length], attention_mask[:, :length]
             input_ids = input_ids.masked_fill(attention_mask.eq(0), self.config.qformer_config.pad_token_id or 0)
-        if input_ids.shape[1] > limit:
-            raise ValueError(
-                f"A text has {input_ids.shape[1]} tokens, and the Q-Former {limit} positions: cut it, with "
-                f"tokenizer(..., truncation=True, max_length={limit})."
-            )
+        check_texts(input_ids, attention_mask, self.config, "input_ids", min_length)
         return input_ids, attention_mask
 
 
@@ -417,14 +413,6 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
 
 
 Blip2ForImageTextRetrieval = Blip2HfForImageTextRetrieval
-
-
-def pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same texts with all their padding behind them."""
-    if attention_mask is None:
-        return input_ids, torch.ones_like(input_ids)
-    order = attention_mask.eq(0).int().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
 def unit_length(features: torch.Tensor) -> torch.Tensor:

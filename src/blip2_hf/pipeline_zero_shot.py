@@ -130,7 +130,9 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
             raise ValueError(f"hypothesis_template needs {{}} where the label goes, but got {hypothesis_template!r}.")
         texts = [hypothesis_template.replace("{}", label) for label in candidate_labels]
         limit = self.model.config.qformer_config.max_position_embeddings
-        options = {"padding": True, "truncation": True, "max_length": limit} | (tokenizer_kwargs or {})
+        # A label that spells a special token, such as <image>, is text, as in training
+        options = {"padding": True, "truncation": True, "max_length": limit, "split_special_tokens": True}
+        options |= tokenizer_kwargs or {}
         tokens = self.tokenizer(texts, return_tensors="pt", **options)
         input_ids, attention_mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
         with torch.no_grad():

@@ -105,7 +105,7 @@ def _maps(options: argparse.Namespace, model: Any, pixel_values: Any) -> tuple[l
     texts = [options.text, *(options.text.split() if options.per_word else [])]
     processor = Blip2Processor.from_pretrained(options.model)
     tokenizer = processor.qformer_tokenizer or processor.tokenizer
-    tokens = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+    tokens = tokenizer(texts, padding=True, split_special_tokens=True, return_tensors="pt").to(model.device)
     given = tokens["input_ids"], tokens["attention_mask"]
     heat_maps = text_heat_map(model, *given, pixel_values, method=options.method, layer=options.layer)
     with torch.inference_mode():

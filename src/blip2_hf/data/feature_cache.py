@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
 from ..image_loading import ImageLoadError, check_reads_8_bit
+from ..inference import sampled_weights
 from ..modeling_vision import build_vision_model
 from ..parts import load_tower, measure_width
 from .rows import open_image, seeded_generator, select_columns
@@ -34,7 +35,7 @@ ROW = "image_embeds_row"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _DESCRIPTION = "cache.json"
-_SAMPLES = 32  # rows, and values of each weight, that a fingerprint looks at
+_SAMPLES = 32  # rows that a fingerprint looks at
 _LARGEST_ARRAY = 2**31 - 1  # bytes of one binary array of Arrow
 
 
@@ -495,9 +496,7 @@ def _tower_fingerprint(model: nn.Module) -> str:
     ignored = {"architectures", "dtype", "transformers_version"}
     config = {name: value for name, value in config.items() if name[0] != "_" and name not in ignored}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, weight in model.vision_model.state_dict().items():
+    for name, sample in sampled_weights(model.vision_model):
         if not name.startswith("post_layernorm."):
-            flat = weight.flatten()
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
             digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()

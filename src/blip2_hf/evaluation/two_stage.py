@@ -218,7 +218,12 @@ sequence of `torch.Tensor`):
         if isinstance(texts, str) or len(texts) == 0:
             raise ValueError(f"A list of texts was expected, at least one; got {texts!r}.")
         input_ids = self.tokenizer(
-            list(texts), truncation=True, max_length=self.max_length, return_attention_mask=False
+            list(texts),
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=False,
+            # A text that spells a special token, such as <image>, is text, as in training
+            split_special_tokens=True,
         )["input_ids"]
         self._check_vocabulary(input_ids)
         order = sorted(range(len(input_ids)), key=lambda i: len(input_ids[i]))

@@ -282,7 +282,9 @@ class SearchIndex:
     def _tokens(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         if not text.strip():
             raise ValueError("The text to search for is empty.")
-        tokens = self.tokenizer(text, truncation=True, max_length=_MAX_TEXT_LENGTH, return_tensors="pt")
+        tokens = self.tokenizer(
+            text, truncation=True, max_length=_MAX_TEXT_LENGTH, split_special_tokens=True, return_tensors="pt"
+        )
         vocab_size = self.model.config.qformer_config.vocab_size
         if int(tokens["input_ids"].max()) >= vocab_size:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..inference import load_model
+from ..inference import load_model, sampled_weights
 from ..modeling_retrieval import Blip2ForImageTextRetrieval, Blip2ImageTextPreTrainedModel
 from ..processing_blip2 import Blip2Processor
 
@@ -70,12 +70,8 @@ def model_and_processor(
 
 def describe_model(model: Blip2ImageTextPreTrainedModel, image_processor: Any) -> dict[str, Any]:
     """What tells a model from another: settings, and some values of each weight."""
-    samples = []
-    for name, weight in sorted(model.state_dict().items()):
-        if _NOT_COMPARED.match(name):
-            continue
-        flat = weight.flatten()
-        samples.append(flat[:: max(1, flat.numel() // _WEIGHT_SAMPLES)][:_WEIGHT_SAMPLES].float().cpu())
+    compared = {name: sample for name, sample in sampled_weights(model) if not _NOT_COMPARED.match(name)}
+    samples = [compared[name][:_WEIGHT_SAMPLES] for name in sorted(compared)]
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     settings = json.loads(image_processor.to_json_string())
     return {
