@@ -53,6 +53,32 @@ _SIZES = (
     (0, "bos_token_id num_nextn_predict_layers"),
     (1, "pad_token_id decoder_start_token_id"),
 )
+# What the names of fields do not tell
+_OF_FAMILY = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "mamba2": {"num_heads": 8},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention"],
+        "mamba_num_heads": 4,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "hybrid_layer_ids": [1],
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "adapter_rank": 8,
+    },
+    "reformer": {"axial_pos_embds_dim": [8, 24]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+}
 _TOKENS = {"eos_token_id": None, "forced_bos_token_id": None, "forced_eos_token_id": None}
 _SMALL = {name: size for size, names in _SIZES for name in names.split()} | _TOKENS
 
@@ -72,7 +98,9 @@ def _shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     for name, sub_class in (config_class.sub_configs or {}).items():
         if isinstance(default.get(name), dict) and sub_class is not None and hasattr(sub_class, "to_dict"):
             fields[name] = _shrink(sub_class).to_dict()
-    return config_class(**fields)
+    if default.get("is_encoder_decoder"):
+        fields["decoder_start_token_id"] = 1
+    return config_class(**fields | _OF_FAMILY.get(config_class.model_type, {}))
 
 
 def _is_for_each_layer(name: str, value) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ from .cache_name import CACHE_NAME, CACHE_NAMES
 
 # What has transformers draft tokens and verify them, in arguments of `generate` or in a generation config
 _DRAFTERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
+
+
+# Families whose positions or states count padding in front of a text
+_READ_PADDING = ("git", "roformer", "rwkv")
 
 
 class Blip2GenerationMixin(GenerationMixin):
@@ -149,6 +154,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
             _check_prompt_with_cache(mask, cache)
             prompt = text | {"attention_mask": mask, "is_image": input_ids == index, "num_added": 0}
             return self._generate_after_prompt(input_ids, prompt, generate_kwargs)
+        self._check_padding(attention_mask)
         given = {name: value for name, value in text.items() if value is not None}
         return self.language_model.generate(**given, **generate_kwargs)
 
@@ -156,6 +162,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         self, input_ids: torch.Tensor | None, prompt: dict[str, Any], generate_kwargs: dict[str, Any]
     ) -> torch.Tensor | ModelOutput:
         """Generation with a decoder-only model: the new tokens follow `input_ids`, as the caller gave them."""
+        self._check_padding(prompt["attention_mask"])
         text = {name: prompt[name] for name in ("inputs_embeds", "attention_mask")}
         if input_ids is None:
             # As GenerationMixin does it: the new tokens alone, and penalties that see no prompt
@@ -169,7 +176,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
                 generate_kwargs = _with_text_alone(generate_kwargs, prompt["is_image"])
         if generate_kwargs.get("streamer") is not None and length:
             generate_kwargs["streamer"] = _PromptStreamer(generate_kwargs["streamer"], input_ids)
-        language_model = self.language_model
+        language_model = _with_embedded_text(self.language_model)
         if self._drafts(generate_kwargs):
             language_model = _with_drafts(language_model, prompt["is_image"][0, :length])
         outputs = language_model.generate(**text, **generate_kwargs)
@@ -181,6 +188,17 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
             return sequences
         outputs.sequences = sequences
         return outputs
+
+    def _check_padding(self, attention_mask: torch.Tensor | None):
+        """Refuse padding in front of texts if the language model reads it."""
+        model_type = self.config.text_config.model_type
+        if attention_mask is None or attention_mask.dim() != 2 or model_type not in _READ_PADDING:
+            return
+        if bool((attention_mask[:, 0] == 0).any()):
+            raise ValueError(
+                f"Texts of different lengths were given, and language models of type {model_type!r} read the padding "
+                "in front of the shorter ones. Give texts of one length, or one at a time."
+            )
 
     def _with_longer_limits(self, generate_kwargs: dict[str, Any], added: int) -> dict[str, Any]:
         """Limits of length count what the caller gave and gets; the images that were put in front come on top."""
@@ -246,6 +264,31 @@ class _PromptStreamer(BaseStreamer):
 
     def end(self):
         self.streamer.end()
+
+
+def _with_embedded_text(language_model: PreTrainedModel) -> PreTrainedModel:
+    """
+    The language model, or, for one call, a view of it that shares all weights: GenerationMixin gives embedded text to
+    those alone that name it in `prepare_inputs_for_generation`, and some pass it along without naming it.
+    """
+    prepare_inputs = language_model.prepare_inputs_for_generation
+    if "inputs_embeds" in inspect.signature(prepare_inputs).parameters:
+        return language_model
+
+    def prepare_inputs_for_generation(input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        inputs = prepare_inputs(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration and inputs.get("inputs_embeds") is None:
+            raise ValueError(
+                f"{type(language_model).__name__} does not generate from embedded text, in which the image stands: "
+                "another language model was expected (docs/guide.md lists those that do not work)."
+            )
+        return inputs
+
+    view = copy.copy(language_model)
+    view.prepare_inputs_for_generation = prepare_inputs_for_generation
+    return view
 
 
 def _with_drafts(language_model: PreTrainedModel, is_image: torch.Tensor) -> PreTrainedModel:

@@ -489,6 +489,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             )
             inputs_embeds, attention_mask, labels = (merged[k] for k in ("inputs_embeds", "attention_mask", "labels"))
             input_ids = None
+        self._check_padding(attention_mask)
         if self.config.is_encoder_decoder:
             if labels is not None and decoder_input_ids is None:
                 decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
