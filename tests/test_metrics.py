@@ -342,7 +342,7 @@ def test_the_data_choose_the_protocol():
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_too_few_annotators_are_refused(protocol, number):
     # Not even the answer of all would count 1
-    with pytest.raises(ValueError, match=f"question 1 has {number} answers; .*Give protocol='exact'"):
+    with pytest.raises(ValueError, match=rf"question 1 has too few answers \({number}\): .*Give protocol='exact'"):
         vqa_accuracy(["a", "b"], [["a"] * 10, ["b"] * number], protocol=protocol)
     assert vqa_accuracy(["b"], [["b"] * 4], protocol=protocol) == {"vqa_accuracy": 1}
     with pytest.raises(ValueError, match="protocol='gqa': one of official, lavis, exact was expected"):
@@ -364,7 +364,13 @@ def test_vqa_accuracy_by_type():
 
 
 def test_gqa_accuracy():
-    assert gqa_accuracy(["Yes", " table ", "a table"], ["yes", "table", "table"]) == {"gqa_accuracy": 2 / 3}
+    pairs = {"a table": "table", "yes.": "yes", "two": "2", "Yes": "yes", " table ": "table", "t-shirt": "t-shirt"}
+    wrong = {"tables": "table", "": "a", "no": "yes"}
+    answers = [*pairs, *wrong], [*pairs.values(), *wrong.values()]
+    assert gqa_accuracy(*answers) == gqa_accuracy(*answers, protocol="normalized") == {"gqa_accuracy": 6 / 9}
+    assert gqa_accuracy(*answers, protocol="strict") == {"gqa_accuracy": 1 / 9}
+    with pytest.raises(ValueError, match="protocol='lavis': one of normalized, strict was expected"):
+        gqa_accuracy(*answers, protocol="lavis")
     with pytest.raises(ValueError, match="2 predictions but 1 references"):
         gqa_accuracy(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="lists of texts"):
@@ -391,7 +397,9 @@ def test_modules_give_what_the_functions_give():
     types = {"answer_types": ["number", "yes/no"]}
     assert load_metric("vqa_accuracy").compute(**answers, **types) == vqa_accuracy(**answers, **types)
     assert vqa_accuracy(**answers)["vqa_accuracy"] == pytest.approx(accuracies["official"])
-    assert load_metric("gqa_accuracy").compute(predictions=["Yes"], references=["yes"]) == {"gqa_accuracy": 1.0}
+    answers = {"predictions": ["Yes"], "references": ["yes"]}
+    assert load_metric("gqa_accuracy").compute(**answers) == {"gqa_accuracy": 1.0}
+    assert load_metric("gqa_accuracy").compute(**answers, protocol="strict") == {"gqa_accuracy": 0.0}
 
     similarity = torch.rand(4, 6, generator=torch.manual_seed(0))
     is_match = torch.arange(6) % 4 == torch.arange(4)[:, None]

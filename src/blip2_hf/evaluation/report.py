@@ -34,7 +34,7 @@ def write_report(
         model ([`PreTrainedModel`]):
             The model.
         settings (`dict`):
-            What the predictions depend on.
+            What the predictions depend on, and how answers are scored.
         predictions (`list[dict]` or `dict`):
             The predictions, as the benchmark's authors want them where they say.
         scores (`dict[str, dict[str, float]]`):
@@ -57,17 +57,24 @@ def write_report(
         "run": {"device": str(model.device), **run, "versions": versions()},
     }
     write_json(folder / "predictions.json", predictions)
-    write_text(folder / "table.md", make_table(task, scores, num_samples))
+    write_text(folder / "table.md", make_table(_title(task, settings), scores, num_samples))
     write_json(folder / "results.json", results)
     return results
 
 
-def make_table(task: str, scores: dict[str, dict[str, float]], num_samples: dict[str, int]) -> str:
-    """Scores as a table in Markdown, times 100 as papers have them, a line for each group."""
+def _title(task: str, settings: dict[str, Any]) -> str:
+    """Return the task, and how its answers were scored."""
+    if "protocol" not in settings:
+        return task
+    return f"{task} (protocol {settings['protocol']}{', lemmatized' if settings['lemmatize'] else ''})"
+
+
+def make_table(title: str, scores: dict[str, dict[str, float]], num_samples: dict[str, int]) -> str:
+    """Return scores as a table in Markdown, times 100 as papers have them, a line for each group."""
     if not scores:
-        return f"{task}: there are no references, and so no scores.\n"
+        return f"{title}: there are no references, and so no scores.\n"
     names = list(scores["overall"])
-    lines = [f"| {task} | samples | {' | '.join(names)} |", f"|---|{'---:|' * (len(names) + 1)}"]
+    lines = [f"| {title} | samples | {' | '.join(names)} |", f"|---|{'---:|' * (len(names) + 1)}"]
     for group, values in scores.items():
         cells = [f"{100 * values[name]:.2f}" for name in names]
         lines.append(f"| {group} | {num_samples[group]} | {' | '.join(cells)} |")
