@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_fixture_is_awkward_enough():
     assert len(CAPTIONS) >= 200
     assert {len(own) for own in REFERENCES} == {1, 2, 3, 4, 5}
     assert "" in PREDICTIONS
-    for sign in ("n't", "’s", "1,000", "“", "``", "-in-", "é", "東", "😀", "1/2", "\n"):
+    for sign in ("n't", "’s", "1,000", "“", "``", "-in-", "é", "東", "😀", "1/2", "\n", "a`b", "\x07"):
         assert sign in texts
 
 
@@ -97,6 +98,12 @@ def test_scores_of_each_caption_are_those_of_pycocoevalcap():
         ("wait... what?! no…", "wait what ?! no"),
         ("crème brûlée 😀 👍🏽 in 東京", "crème brûlée in 東京"),
         ("two\nlines", "two lines"),
+        ("a dog\x07house \x00 and\x1bcats\x7f", "a dog house and cats"),
+        ("1\x011/2 plan B.\x01The man", "1 1/2 plan b. the man"),  # skipped, but no space
+        ("see www.foo\x01😀.com", "see www.foo\x01😀.com"),
+        ("o`clock d`Angelo don`t rock`n`roll", "o`clock d`angelo do n`t rock n`roll"),
+        ("a`b ma`am Ta'u HE'S HE`S o’reilly", "a b ma`am ta'u he 's he`s o’reilly"),
+        ("a-b.c x-U.S. EU-U.S", "a-b c x-u.s. eu-u.s"),
         ("", ""),
         ("\t.!", ""),
     ],
@@ -110,6 +117,19 @@ def test_tokenizer_keeps_what_repeats_without_end(unit):
     tokens = "".join(ptb_tokenize(unit * 500)).replace("\xa0", "").replace("-lrb-", "(")
     for character in set(unit) - set(" '-.,!"):
         assert tokens.count(character) == 500
+
+
+@pytest.mark.parametrize(
+    "unit", ["_\u0301", "-\u0301", "½.", "-1", "~\\", ",z", "*.", "a,", "5.", "a!", "a@.", "<!a", "1a.", '<a b="']
+)
+def test_the_time_of_the_tokenizer_grows_as_the_text(unit):
+    times = []
+    for length in (2_000, 8_000):
+        start = time.process_time()
+        ptb_tokenize((unit * length)[:length])
+        times.append(time.process_time() - start)
+    # 4 times the length; a rule that reads on to the end from each token takes 16 times as long
+    assert times[1] < 10 * times[0]
 
 
 def test_bleu_is_its_definition():

@@ -53,7 +53,9 @@ _SKIPPED = re.compile(
 )
 _SKIP = "\0"  # stands for what is skipped: a token of its own, but for inside an address
 # Spaces that do not join a number and its fraction, line breaks among them; signs of Windows-1252
-_SPACES = dict.fromkeys("\r\v\f\x85\u1680\u202f\u205f\u3000\u2028\u2029" + "".join(map(chr, range(0x2000, 0x200B))), "\n")
+_SPACES = dict.fromkeys(
+    "\r\v\f\x85\u1680\u202f\u205f\u3000\u2028\u2029" + "".join(map(chr, range(0x2000, 0x200B))), "\n"
+)
 _READ_AS = str.maketrans(
     {**_SPACES, "\xa0": " ", "\x80": "\u20ac", "\x91": "\u2018", "\x92": "\u2019", "\x93": "\u201c", "\x94": "\u201d"}
 )
@@ -100,17 +102,18 @@ _APOSTROPHE = "['\u2019]"
 _ANY_APOSTROPHE = "['\u2019`\u2018\u201b]"
 _NOT = f"[Nn]{_ANY_APOSTROPHE}[Tt]"
 _CLITIC = r"(?:\u2019(?i:[sdm]|ll|re|ve)|'(?i:[sdm]|ll|re|ve)(?![A-Za-z]))"
-_PREFIX = f"(?:[dDoOlL]{_ANY_APOSTROPHE}(?=[A-Za-z]{{2}}))?"
+_PREFIX = f"(?:[dDoOlL]{_ANY_APOSTROPHE}(?={_ALNUM}{{2}}))?"
 _INITIALS = r"[A-Za-z](?:\.[A-Za-z])+\.?"
 _SLASHED = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 _TAG_NAME = "[A-Za-z][A-Za-z0-9:._-]*"
-_TAG = rf"""<(?:[!?][A-Za-z-][^>]*|/?{_TAG_NAME}(?: +{_TAG_NAME}(?: *= *(?:"[^"]*"|'[^']*'))?)* */? *)>"""
+_TAG = rf"""<(?:[!?][A-Za-z-][^>]{{0,999}}|/?{_TAG_NAME}(?: +{_TAG_NAME}(?: *= *(?:"[^"]*"|'[^']*'))?)* *(?:/ *)?)>"""
 _PATH = r"[^\s\"<>|()]+[^\s\"<>|.!?(){},-]"
-_HOST = r"(?:[^\s\"<>|.!?(){},/_@$=;:'`\[\]-]+\.)+"
-_HOST_WITH_HYPHENS = r"(?:[^\s\"<>|.!?(){},/@]+\.)+"
+_HOST = r"(?:[^\s\"<>|.!?(){},/_@$=;:'`\[\]-]{1,63}\.){1,9}"
+_HOST_WITH_HYPHENS = r"(?:[^\s\"<>|.!?(){},/@]{1,63}\.){1,9}"
 _EMAIL_HOST = r"[^\s\"<>|(){}.]+"
 
-# The longest match is the token; of equal ones, the first. A group is the token where more has to follow it.
+# The longest match is the token; of equal ones, the first. A group is the token where more has to follow it. What is
+# read beyond the token has an end, so that a run of tokens is not read to its own end at each of them.
 _RULES = [
     # words, also those with full stops in them; what stands before n't
     rf"{_WORD}(?:[.!?]{_WORD})*",
@@ -119,8 +122,9 @@ _RULES = [
     rf"([A-Za-z]*[A-MO-Za-mo-z]){_NOT}",
     # words with hyphens, underscores, slashes
     rf"{_PREFIX}{_ALNUM}+(?:[-_{_HYPHENS}]{_PREFIX}{_ALNUM}+)+",
-    rf"{_PREFIX}[A-Za-z0-9][A-Za-z0-9.,]*(?:-{_PREFIX}[A-Za-z0-9]+)*"
-    rf"-(?:{_INITIALS}(?![A-Za-z0-9])|{_PREFIX}[A-Za-z0-9]+)",
+    rf"{_PREFIX}[A-Za-z0-9][A-Za-z0-9.,]{{0,99}}(?:-{_PREFIX}[A-Za-z0-9]+)*"
+    rf"-(?:[A-Za-z](?:\.[A-Za-z])+\.|{_PREFIX}[A-Za-z0-9]+)",
+    r"(?i:canada|sino|korean|eu|japan|non)-U\.S|U\.S\.-U\.(?:K|S\.S\.R)",
     rf"{_SLASHED}(?:\\?/{_SLASHED}){{1,2}}",
     # contractions and other apostrophes
     _NOT,
@@ -137,7 +141,7 @@ _RULES = [
     rf"(?:{_capitalised(_ABBREVIATIONS_IN_CAPITALS)})\.",
     rf"(?i:(?:{_ABBREVIATIONS_BEFORE_DIGITS})\.)(?=\s?\d)",
     rf"[A-Za-z]\.(?!\s+(?:(?:{_capitalised(_SENTENCE_STARTS)})(?:\s|$)|{_TAG}))",
-    rf"(?:{_ALNUM_OR_MARK}|[-_])*{_ALNUM_OR_MARK}\.(?=[,;:])",
+    rf"{_ALNUM_OR_MARK}(?:(?:{_ALNUM_OR_MARK}|[-_]){{0,99}}{_ALNUM_OR_MARK})?\.(?=[,;:])",
     r"[A-Z]+(?:&[A-Z]+)+|[A-Z]+\$|[CcFf]\#|[Cc]\+\+",
     # numbers, fractions, telephone numbers
     r"[-+]?(?:\d*(?:[.:,\u2044]\d+)+|\d+)",
@@ -148,8 +152,8 @@ _RULES = [
     _TAG,
     rf"(?i:https?://){_PATH}",
     rf"(?:(?i:www\.){_HOST_WITH_HYPHENS}[A-Za-z]{{2,4}}|(?!\d){_HOST}(?i:com|net|org|edu))(?:/{_PATH})?",
-    rf"<?[A-Za-z0-9][^\s\"<>|(){{}}]*@(?:{_EMAIL_HOST}\.)*{_EMAIL_HOST}>?",
-    rf"{_ALNUM}+(?:\.{_ALNUM}+)*\.(?i:{_FILE_NAMES})(?![A-Za-z0-9])",
+    rf"<?[A-Za-z0-9][^\s\"<>|(){{}}]{{0,99}}@(?:{_EMAIL_HOST}\.)*{_EMAIL_HOST}>?",
+    rf"{_ALNUM}{{1,99}}(?:\.{_ALNUM}{{1,99}}){{0,9}}\.(?i:{_FILE_NAMES})(?![A-Za-z0-9])",
     rf"@[A-Za-z_][A-Za-z0-9_]*|\#{_LETTER}+|&\#\d+;",
     # faces
     r"[<>]?[:;=](?:[o*'-]?[()DPdp\\{@|\[\]]|-O)(?![A-Za-z0-9])",
