@@ -26,6 +26,7 @@ AWKWARD = """
     gotta lemme gimme
     'tis 'twas ain't shouldn't've who's let's DON'T Isn't isn’t don’t it’s he’s they’re I’m can’t y’all
     dog's dogs' James' James's children's boss’s girls’ men's cat's-eye t-shirt's
+    don`t o`clock d`angelo rock`n`roll ma`am it`s a`b `a` Ta'u xi’an l`eau \0 dog\x07 two\x1bcats \x01a 5\x7f5
     "quoted" 'quoted' ``quoted'' “curly” ‘curly’ "half “mixed” «guillemets» „low“ "a" 'n' rock'n'roll
     rock-n-roll
     1 2 10 1,000 10,000.50 3.5 .5 50% 1/2 3/4 1st 2nd 21st 3:45 10:30am 7pm 5'10" 6ft 5ft. $5 $5.00 €20 £3

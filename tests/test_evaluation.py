@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import datasets
 import numpy as np
@@ -28,10 +29,13 @@ from tiny import (
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
 from blip2_hf.cli import main
+from blip2_hf.commands.evaluate import _GQA_PROTOCOLS, _VQA_PROTOCOLS
 from blip2_hf.data import clean_question
 from blip2_hf.evaluation import TwoStageRetrieval
+from blip2_hf.evaluation.answer_protocols import ANSWER_PROTOCOLS
 from blip2_hf.evaluation.benchmarks import evaluate_captioning, evaluate_vqa
-from blip2_hf.evaluation.metrics import caption_metrics, vqa_accuracy
+from blip2_hf.evaluation.metrics import caption_metrics, lemmatize_answers, vqa_accuracy
+from blip2_hf.evaluation.metrics.lemmas import load_lemmatizer
 from blip2_hf.evaluation.readers import read_caption_rows
 from blip2_hf.evaluation.retrieval_benchmark import evaluate_retrieval
 from blip2_hf.evaluation.samples import CaptionSample, QuestionSample
@@ -144,12 +148,14 @@ def test_questions_that_the_qformer_reads(tmp_path):
 def test_gqas_submission_and_secret_answers(opt, tmp_path):
     model, processor = opt
     preset = fast_preset("vqa", model)
-    results = evaluate_vqa(model, processor, question_samples()[:2], tmp_path / "gqa", preset, "gqa", "gqa")
+    samples = [replace(sample, answers=["bus"]) for sample in question_samples()[:2]]
+    results = evaluate_vqa(model, processor, samples, tmp_path / "gqa", preset, "gqa", "normalized")
     assert [sorted(prediction) for prediction in predictions(tmp_path / "gqa")] == [["prediction", "questionId"]] * 2
-    assert set(results["scores"]) == {"gqa_accuracy"}
+    assert set(results["scores"]) == {"gqa_accuracy"} and results["settings"]["protocol"] == "normalized"
     secret = [replace(sample, answers=[], group=None) for sample in question_samples()[:2]]
     results = evaluate_vqa(model, processor, secret, tmp_path / "secret", preset)
     assert results["scores"] == {} and len(predictions(tmp_path / "secret")) == 2
+    assert "protocol" not in results["settings"]
     assert "no references" in (tmp_path / "secret" / "table.md").read_text()
 
 
@@ -261,8 +267,125 @@ def test_arguments_that_do_not_fit(opt, tmp_path):
         evaluate_captioning(model, processor, caption_samples(1), tmp_path, "vqa")
     with pytest.raises(ValueError, match="'caption' has no {} for the question"):
         evaluate_vqa(model, processor, question_samples(), tmp_path, "caption")
-    with pytest.raises(ValueError, match="protocol='coco': one of vqa, gqa"):
+    with pytest.raises(ValueError, match="protocol='coco': one of official, lavis, exact, normalized, strict"):
         evaluate_vqa(model, processor, question_samples(), tmp_path, protocol="coco")
+
+
+def answer_with(monkeypatch, *answers):
+    """Let the model answer so; without answers, let a prediction fail."""
+
+    def predict(*args, **kwargs):
+        assert answers, "something was predicted"
+        return list(answers), 1
+
+    monkeypatch.setattr("blip2_hf.evaluation.benchmarks.predict_texts", predict)
+
+
+def questions_with(*references):
+    return [
+        QuestionSample(make_image(0), 0, 70 + number, "What is this?", answers, ("other", "number")[number % 2])
+        for number, answers in enumerate(references)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("last", "protocol", "scores"),
+    [
+        # "bus": nine of ten; "Two": all of ten, of whom none wrote a capital
+        (["two"] * 10, "official", (1, 0)),
+        # One choice for the run: the group whose questions all have ten answers is scored like the other
+        (["two", "2"], "exact", (1, 1)),
+    ],
+)
+def test_the_data_choose_the_protocol_for_all_groups(opt, tmp_path, monkeypatch, last, protocol, scores):
+    answer_with(monkeypatch, "the bus", "Two")
+    samples = questions_with(["the bus"] * 9 + ["bus"], last)
+    results = evaluate_vqa(*opt, samples, tmp_path)
+    assert results["settings"]["protocol"] == protocol
+    found = [results["scores_by_group"][group]["vqa_accuracy"] for group in ("other", "number")]
+    assert found == pytest.approx(scores)
+    assert f"| vqa (protocol {protocol}) | samples | vqa_accuracy |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "score"), [("official", 0), ("lavis", 0.5), ("exact", 1), ("normalized", 1), ("strict", 0)]
+)
+def test_the_protocol_that_is_given(opt, tmp_path, monkeypatch, protocol, score):
+    answer_with(monkeypatch, "the bus", "Two")
+    number, name = (1, "gqa_accuracy") if protocol in ("normalized", "strict") else (10, "vqa_accuracy")
+    samples = questions_with(["bus"] * number, ["two"] * number)
+    results = evaluate_vqa(*opt, samples, tmp_path, protocol=protocol)
+    assert results["scores"] == {name: score} and results["settings"]["protocol"] == protocol
+
+
+def test_references_that_the_protocol_cannot_take(opt, tmp_path, monkeypatch):
+    answer_with(monkeypatch)
+    samples = questions_with(["bus"] * 10, ["two", "2", "three"])
+    for protocol in ("official", "lavis"):
+        with pytest.raises(ValueError, match=r"question 71 has too few answers \(3\).*protocol='exact'"):
+            evaluate_vqa(*opt, samples, tmp_path, protocol=protocol)
+    for protocol in ("normalized", "strict"):
+        with pytest.raises(ValueError, match="question 70 has 10 answers.*protocol='exact'"):
+            evaluate_vqa(*opt, samples, tmp_path, protocol=protocol)
+
+
+@pytest.fixture
+def spacy(monkeypatch):
+    """A pipeline of spaCy's that knows a few words."""
+    words = {"dogs": ("NOUN", "dog"), "riding": ("VERB", "ride"), "bigger": ("ADJ", "big")}
+    loaded = []
+
+    class Pipeline:
+        def pipe(self, texts):
+            for text in texts:
+                found = [(word, *words.get(word, ("X", word))) for word in text.split()]
+                yield [SimpleNamespace(text=word, pos_=pos, lemma_=lemma) for word, pos, lemma in found]
+
+    module = ModuleType("spacy")
+    module.load = lambda name: loaded.append(name) or Pipeline()
+    monkeypatch.setitem(sys.modules, "spacy", module)
+    load_lemmatizer.cache_clear()
+    yield loaded
+    load_lemmatizer.cache_clear()
+
+
+def test_lemmas_are_those_of_nouns_and_verbs(spacy):
+    answers = ["two dogs", "", "riding  bigger dogs", "two dogs"]
+    assert lemmatize_answers(answers) == ["two dog", "", "ride bigger dog", "two dog"]
+    assert spacy == ["en_core_web_sm"]
+
+
+def test_lemmatizing_is_a_part_of_scores_alone(opt, tmp_path, monkeypatch, spacy):
+    model, processor = opt
+    samples, preset = questions_with(["dog"] * 10, ["ride"] * 10), fast_preset("vqa", model)
+    write = "blip2_hf.evaluation.text_prediction._Writer.write"
+    with monkeypatch.context() as patch:
+        patch.setattr(write, lambda self, prompts, pictures: ["dogs", "riding"])
+        results = evaluate_vqa(model, processor, samples, tmp_path, preset, lemmatize=True)
+    assert results["scores"] == {"vqa_accuracy": 1} and results["settings"]["lemmatize"] is True
+    assert "| vqa (protocol official, lemmatized) |" in (tmp_path / "table.md").read_text()
+    assert [prediction["answer"] for prediction in predictions(tmp_path)] == ["dogs", "riding"]
+    # Without lemmas and by another protocol, nothing is predicted anew
+    monkeypatch.setattr(write, None)
+    results = evaluate_vqa(model, processor, samples, tmp_path, preset, protocol="lavis")
+    assert results["scores"] == {"vqa_accuracy": 0} and results["settings"]["lemmatize"] is False
+
+
+def test_a_lemmatizer_that_is_not_installed(opt, tmp_path, monkeypatch, spacy):
+    answer_with(monkeypatch)
+
+    def load(name):
+        raise OSError(f"[E050] Can't find model '{name}'.")
+
+    monkeypatch.setattr(sys.modules["spacy"], "load", load)
+    samples = questions_with(["dog"] * 10)
+    with pytest.raises(
+        ImportError, match="^spaCy is installed, but not en_core_web_sm.*spacy download en_core_web_sm"
+    ):
+        evaluate_vqa(*opt, samples, tmp_path, lemmatize=True)
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ImportError, match=r"^spaCy is not installed.*blip2-hf\[okvqa\].*lemmatize=False"):
+        evaluate_vqa(*opt, samples, tmp_path, lemmatize=True)
 
 
 def make_retrieval():
@@ -472,11 +595,61 @@ def test_the_command(folder, tmp_path, capsys, task, files, keys):
     assert len(predictions(tmp_path)) == (1 if task == "gqa" else 2)
     output = capsys.readouterr()
     assert output.out == (tmp_path / "table.md").read_text() and task in output.out
+    protocol = {"vqav2": "official", "gqa": "normalized", "vqa": "exact"}.get(task)
+    assert results["settings"].get("protocol") == protocol
+    assert (f"{task} (protocol {protocol})" in output.out) == (protocol is not None)
     assert "The paper's have" in output.err
     assert set(results["scores_by_group"]) == {
         "nocaps": {"in-domain", "out-domain"},
         "vqav2": {"yes/no", "other"},
     }.get(task, set())
+
+
+def test_the_commands_protocols(folder, tmp_path, capsys, monkeypatch):
+    assert {*ANSWER_PROTOCOLS} == {*_VQA_PROTOCOLS, *_GQA_PROTOCOLS}
+    files = ["--images", folder / "images", "--limit", 1]
+    gqa = ["--questions", folder / "gqa.json", *files]
+    vqa = ["--questions", folder / "questions.json", "--annotations", folder / "annotations.json", *files]
+    scores = {}
+    for task, options in (("gqa", gqa), ("vqav2", vqa), ("vqa", ["--data", folder / "rows.parquet", "--limit", 1])):
+        answer_with(monkeypatch, "No." if task == "gqa" else "A bus.")
+        for protocol in _GQA_PROTOCOLS if task == "gqa" else _VQA_PROTOCOLS:
+            if task != "vqa" or protocol == "exact":
+                main(command(folder, task, tmp_path / task, *options, "--protocol", protocol))
+                results = json.loads((tmp_path / task / "results.json").read_text())
+                assert results["settings"]["protocol"] == protocol
+                assert f"{task} (protocol {protocol})" in capsys.readouterr().out
+                ((scores[task, protocol]),) = results["scores"].values()
+    assert scores == {
+        ("gqa", "normalized"): 1,
+        ("gqa", "strict"): 0,
+        ("vqav2", "official"): 0,
+        ("vqav2", "lavis"): 1,
+        ("vqav2", "exact"): 1,
+        ("vqa", "exact"): 1,
+    }
+
+
+def test_the_commands_lemmas(folder, tmp_path, capsys, monkeypatch, spacy):
+    answer_with(monkeypatch, "dogs", "bus")
+    annotations = json.loads((folder / "annotations.json").read_text())
+    for annotation in annotations["annotations"]:
+        annotation["answers"] = [{"answer": "dog"}] * 10
+    files = ["--questions", folder / "questions.json", "--annotations", write(tmp_path / "a.json", annotations)]
+    files += ["--images", folder / "images"]
+    for task, options, score in (
+        ("okvqa", [], 0.5),
+        ("okvqa", ["--no-lemmatize"], 0),
+        ("vqav2", ["--lemmatize"], 0.5),
+    ):
+        main(command(folder, task, tmp_path / task, *files, *options))
+        assert json.loads((tmp_path / task / "results.json").read_text())["scores"] == {"vqa_accuracy": score}
+        assert ("lemmatized" in capsys.readouterr().out) == (score > 0)
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    load_lemmatizer.cache_clear()
+    # The folder has no weights: they are not asked for
+    with pytest.raises(SystemExit, match="^blip2-hf: spaCy is not installed.*blip2-hf.okvqa.*--no-lemmatize"):
+        main(command(folder, "okvqa", tmp_path / "x", *files, "--model", folder / "config"))
 
 
 def test_the_commands_presets(folder, tmp_path):
@@ -510,6 +683,9 @@ def test_the_commands_presets(folder, tmp_path):
         ("gqa", ["--questions", "nothing.json", "--images", "."], "There is no file nothing.json"),
         ("retrieval", ["--data", "x", "--k", "-1"], "--k -1: at least 0 was expected"),
         ("vqa", ["--data", "x", "--batch-size", "0"], "--batch-size 0: at least 1 was expected"),
+        ("caption", ["--data", "x", "--protocol", "exact"], "caption has no use for --protocol"),
+        ("retrieval", ["--data", "x", "--no-lemmatize"], "retrieval has no use for --lemmatize"),
+        ("vqa", ["--data", "x", "--protocol", "strict"], "strict: vqa is scored by one of official, lavis, exact"),
     ],
 )
 def test_options_that_do_not_fit(folder, tmp_path, task, options, message):
@@ -528,6 +704,7 @@ def test_options_that_do_not_fit(folder, tmp_path, task, options, message):
         # The folder has no weights: they are not asked for
         ("vqa", "config", ["--preset", "caption"], "'caption' has no {} for the question"),
         ("caption", "config", ["--prompt", "{}?"], "'caption' asks a question"),
+        ("vqa", "config", ["--protocol", "official"], r"question 0 has too few answers \(1\): .*protocol='exact'"),
     ],
 )
 def test_models_that_do_not_fit(folder, tmp_path, task, model, options, message):
@@ -548,6 +725,7 @@ import json, sys
 import torch
 from accelerate import PartialState
 from blip2_hf.cli import main
+from blip2_hf.commands.evaluate import _GQA_PROTOCOLS, _VQA_PROTOCOLS
 torch.set_num_threads(1)
 PartialState.destroy_process_group = lambda self: None
 for arguments in json.loads(sys.argv[1]):

@@ -13,25 +13,30 @@ from ._common import add_option, generate_argument, load_captioner, load_dataset
 
 @dataclass(frozen=True)
 class _Task:
-    """What is done, the options that name its data, and the settings of generation."""
+    """What is done, the options that name its data, the settings of generation, and how answers are scored."""
 
     kind: str
     needs: tuple[str, ...]
     preset: str | None = None
+    protocols: tuple[str, ...] = ()
+    protocol: str | None = None  # without one, the data choose
+    lemmatize: bool = False
 
 
+_VQA_PROTOCOLS = ("official", "lavis", "exact")
+_GQA_PROTOCOLS = ("normalized", "strict")
 _RETRIEVAL_IMAGE_SIZE = 364
 _DTYPES = ("bfloat16", "float16", "float32")
 _TASKS = {
     "coco-caption": _Task("caption", ("annotations", "images"), "caption"),
     "nocaps": _Task("caption", ("annotations", "images"), "nocaps"),
-    "vqav2": _Task("vqa", ("questions", "images"), "vqa"),
-    "okvqa": _Task("vqa", ("questions", "images"), "vqa"),
-    "gqa": _Task("vqa", ("questions", "images"), "vqa"),
+    "vqav2": _Task("vqa", ("questions", "images"), "vqa", _VQA_PROTOCOLS),
+    "okvqa": _Task("vqa", ("questions", "images"), "vqa", _VQA_PROTOCOLS, lemmatize=True),
+    "gqa": _Task("vqa", ("questions", "images"), "vqa", _GQA_PROTOCOLS, "normalized"),
     "coco-retrieval": _Task("retrieval", ("annotations", "images")),
     "flickr30k-retrieval": _Task("retrieval", ("annotations", "images")),
     "caption": _Task("caption", ("data",), "caption"),
-    "vqa": _Task("vqa", ("data",), "vqa"),
+    "vqa": _Task("vqa", ("data",), "vqa", _VQA_PROTOCOLS),
     "retrieval": _Task("retrieval", ("data",)),
 }
 
@@ -63,6 +68,13 @@ def add_parser(commands: Any):
     add("--prompt", "prompt in place of the preset's; the question stands at {}")
     generate = "arguments of generate on top of the preset's, such as length_penalty=0 repetition_penalty=1.15"
     add("--generate", generate, nargs="+", type=generate_argument, metavar="NAME=VALUE")
+    protocol = (
+        f"how answers are scored: {', '.join(_VQA_PROTOCOLS)}; GQA: {', '.join(_GQA_PROTOCOLS)}; without it official "
+        "if each question has ten answers, else exact, and for GQA normalized"
+    )
+    add("--protocol", protocol, choices=(*_VQA_PROTOCOLS, *_GQA_PROTOCOLS))
+    lemmatize = "whether answers are lemmatised before they are scored, with spaCy; without it for okvqa alone"
+    add("--lemmatize", lemmatize, action=argparse.BooleanOptionalAction)
     add("--k", "retrieval: candidates of contrast that are matched; 0 for contrast alone", type=int, default=128)
     add("--image-size", "side in pixels of the square that pictures are scaled to, not the checkpoint's", type=int)
     add("--batch-size", "texts at a time; without it 128, or 16 on a CPU, less where memory runs out", type=int)
@@ -76,13 +88,11 @@ def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
     _check(options, task)
 
-    from ..evaluation.report import make_table
-
     run = _evaluate_retrieval if task.kind == "retrieval" else _evaluate_texts
     with processes(options.device, "What is predicted is kept; the same command goes on with the rest.") as state:
-        results = run(options, task, _read(options, task), options.device or state.device)
+        run(options, task, _read(options, task), options.device or state.device)
         if state.is_main_process:
-            print(make_table(results), end="")
+            print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")
 
 
 def _check(options: argparse.Namespace, task: _Task):
@@ -93,11 +103,16 @@ def _check(options: argparse.Namespace, task: _Task):
     names = [name for name in names if not (name == "annotations" and takes_answers)]
     if task.kind == "retrieval":
         names += ["preset", "prompt", "generate"]
+    if task.kind != "vqa":
+        names += ["protocol", "lemmatize"]
     for name, least in (("k", 0), ("limit", 1), ("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
         if (value := getattr(options, name)) is not None and value < least:
             raise SystemExit(f"blip2-hf: --{name.replace('_', '-')} {value}: at least {least} was expected.")
     if unused := [f"--{name}" for name in names if getattr(options, name) is not None]:
         raise SystemExit(f"blip2-hf: {options.task} has no use for {' and '.join(unused)}.")
+    if options.protocol not in (None, *task.protocols):
+        expected = ", ".join(task.protocols)
+        raise SystemExit(f"blip2-hf: --protocol {options.protocol}: {options.task} is scored by one of {expected}.")
 
 
 def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
@@ -135,19 +150,27 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     )
 
 
-def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any) -> dict[str, Any]:
+def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any):
     from ..evaluation.benchmarks import evaluate_captioning, evaluate_vqa
 
     preset = _preset(options, task)
+    scoring = _scoring(options, task, samples) if task.kind == "vqa" else {}
     model, processor = load_captioner(options.model, options.dtype, device)
     tell_image_size(processor, options.image_size, preset.image_size)
-    shared = _shared(options)
-    if task.kind == "caption":
-        return evaluate_captioning(model, processor, samples, options.output, preset, options.task, **shared)
-    protocol = "gqa" if options.task == "gqa" else "vqa"
-    if options.task == "vqa" and all(len(sample.answers) <= 1 for sample in samples):
-        protocol = "exact_match"
-    return evaluate_vqa(model, processor, samples, options.output, preset, options.task, protocol, **shared)
+    evaluate = evaluate_vqa if task.kind == "vqa" else evaluate_captioning
+    evaluate(model, processor, samples, options.output, preset, options.task, **scoring, **_shared(options))
+
+
+def _scoring(options: argparse.Namespace, task: _Task, samples: Sequence[Any]) -> dict[str, Any]:
+    """Return how answers are scored; what can be wrong with it is told before the model is loaded."""
+    from ..evaluation.answer_protocols import check_protocol
+
+    lemmatize = task.lemmatize if options.lemmatize is None else options.lemmatize
+    try:
+        protocol = check_protocol(samples, options.protocol or task.protocol, lemmatize)
+    except ImportError as error:
+        raise SystemExit(f"blip2-hf: {error}") from error
+    return {"protocol": protocol, "lemmatize": lemmatize}
 
 
 def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
@@ -166,15 +189,13 @@ def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
     return replace(preset, generate_kwargs=generate_kwargs)
 
 
-def _evaluate_retrieval(
-    options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any
-) -> dict[str, Any]:
+def _evaluate_retrieval(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any):
     from ..evaluation.retrieval_benchmark import evaluate_retrieval
     from ..search.model import load_retrieval_model
 
     model, processor = load_retrieval_model(options.model, device, options.dtype)
     tell_image_size(processor, options.image_size, _RETRIEVAL_IMAGE_SIZE)
-    return evaluate_retrieval(model, processor, samples, options.output, options.k, options.task, **_shared(options))
+    evaluate_retrieval(model, processor, samples, options.output, options.k, options.task, **_shared(options))
 
 
 def _shared(options: argparse.Namespace) -> dict[str, Any]:

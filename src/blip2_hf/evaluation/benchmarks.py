@@ -10,8 +10,8 @@ from accelerate import PartialState
 
 from ..data.text import clean_question
 from ..generation_presets import GenerationPreset, generation_preset
-from .generated_text import exact_match
-from .metrics import caption_metrics, gqa_accuracy, vqa_accuracy
+from .answer_protocols import ANSWER_PROTOCOLS, answer_scorer, check_protocol
+from .metrics import caption_metrics
 from .prediction_store import PredictionStore
 from .report import write_report
 from .samples import (
@@ -25,19 +25,6 @@ from .samples import (
     sample_name,
 )
 from .text_prediction import predict_texts, prediction_settings
-
-
-def _first_of_each(score: Callable) -> Callable:
-    """A metric of one reference each, for lists of references."""
-    return lambda predictions, references: score(predictions, [answers[0] for answers in references])
-
-
-# How answers are scored, and what the benchmark's authors call the question and the answer
-_PROTOCOLS: dict[str, tuple[Callable, str, str]] = {
-    "vqa": (vqa_accuracy, "question_id", "answer"),
-    "gqa": (_first_of_each(gqa_accuracy), "questionId", "prediction"),
-    "exact_match": (_first_of_each(lambda *texts: {"exact_match": exact_match(*texts)}), "question_id", "answer"),
-}
 
 
 def evaluate_captioning(
@@ -102,11 +89,12 @@ def evaluate_vqa(
     output: str | os.PathLike,
     preset: str | GenerationPreset = "vqa",
     task: str = "vqa",
-    protocol: str = "vqa",
+    protocol: str | None = None,
+    lemmatize: bool = False,
     **kwargs,
 ) -> dict[str, Any]:
     r"""
-    Answers questions, and scores the answers, for all questions and for each group of them. Questions are written as
+    Answer questions, and score the answers, for all questions and for each group of them. Questions are written as
     LAVIS writes them ([`~data.clean_question`]). All processes of accelerate call it together, and share the pictures.
 
     Args:
@@ -123,9 +111,13 @@ def evaluate_vqa(
             Prompt and arguments of `generate`, or the name of the paper's.
         task (`str`, *optional*, defaults to `"vqa"`):
             What results call it.
-        protocol (`str`, *optional*, defaults to `"vqa"`):
-            `"vqa"`: the accuracy of VQAv2 and OK-VQA, over what several people answered. `"gqa"`: GQA's, of the one
-            right answer. `"exact_match"`: [`exact_match`] of the one right answer.
+        protocol (`str`, *optional*):
+            `"official"`, `"lavis"` and `"exact"` are those of [`~metrics.vqa_accuracy`], `"normalized"` and `"strict"`
+            those of [`~metrics.gqa_accuracy`]. Without it, `"official"` if all questions that have answers have ten,
+            as in VQAv2 and OK-VQA; else `"exact"`. results.json and table.md say which one it was.
+        lemmatize (`bool`, *optional*, defaults to `False`):
+            Whether predictions are scored as [`~metrics.lemmatize_answers`] writes them, as LAVIS does for OK-VQA.
+            Those in `output` are as the model wrote them.
         kwargs:
             `image_size`, `batch_size`, `num_workers` and `show_progress` of [`predict_texts`].
 
@@ -134,12 +126,12 @@ def evaluate_vqa(
 
     Raises:
         ValueError: if `output` holds predictions that other settings made, if two samples have the same id, or if
-            arguments do not fit.
+            arguments do not fit, such as a protocol for ten annotators with fewer than four.
         ImageLoadError: if a picture can't be read.
+        ImportError: if `lemmatize=True`, and spaCy or its model is not installed.
     """
-    if protocol not in _PROTOCOLS:
-        raise ValueError(f"protocol={protocol!r}: one of {', '.join(_PROTOCOLS)} was expected.")
-    score, question_name, answer_name = _PROTOCOLS[protocol]
+    protocol = check_protocol(samples, protocol, lemmatize)
+    _, question_name, answer_name = ANSWER_PROTOCOLS[protocol]
     preset = _preset(preset, model, samples)
     check_preset(preset, asks=True)
     return _evaluate(
@@ -151,8 +143,9 @@ def evaluate_vqa(
         preset,
         task,
         references=[sample.answers for sample in samples],
-        score=score,
+        score=answer_scorer(protocol, lemmatize),
         submit=lambda sample, text: {question_name: sample.question_id, answer_name: text},
+        scoring={"protocol": protocol, "lemmatize": lemmatize},
         **kwargs,
     )
 
@@ -183,6 +176,7 @@ def _evaluate(
     references: list[list[str]],
     score: Callable,
     submit: Callable,
+    scoring: dict[str, Any] | None = None,
     image_size: int | None = None,
     **kwargs,
 ) -> dict[str, Any]:
@@ -201,7 +195,7 @@ def _evaluate(
             output,
             task,
             model,
-            {"preset": preset.name, **settings},
+            {"preset": preset.name, **settings, **((scoring or {}) if any(scored.values()) else {})},
             [submit(sample, text) for sample, text in zip(samples, texts, strict=True)],
             {
                 group: score([texts[n] for n in numbers], [references[n] for n in numbers])

@@ -40,7 +40,7 @@ def write_report(
         model ([`PreTrainedModel`]):
             The model.
         settings (`dict`):
-            What the predictions depend on.
+            What the predictions depend on, and how answers are scored.
         predictions (`list[dict]` or `dict`):
             The predictions, as the benchmark's authors want them where they say.
         scores (`dict[str, dict[str, float]]`):
@@ -74,15 +74,23 @@ def write_report(
     return results
 
 
+def _title(task: str, settings: dict[str, Any]) -> str:
+    """Return the task, and how its answers were scored."""
+    if "protocol" not in settings:
+        return task
+    return f"{task} (protocol {settings['protocol']}{', lemmatized' if settings['lemmatize'] else ''})"
+
+
 def make_table(results: dict[str, Any]) -> str:
     """
     Return the scores of results.json as a table in Markdown, times 100 as papers have them, with a line for each
     group, and what is not scored.
     """
-    task, scores, num_scored = results["task"], results["scores"], results["num_scored"]
+    title = _title(results["task"], results["settings"])
+    scores, num_scored = results["scores"], results["num_scored"]
     if not scores:
-        return f"{task}: there are no references, and so no scores.\n"
-    lines = [f"| {task} | samples | {' | '.join(scores)} |", f"|---|{'---:|' * (len(scores) + 1)}"]
+        return f"{title}: there are no references, and so no scores.\n"
+    lines = [f"| {title} | samples | {' | '.join(scores)} |", f"|---|{'---:|' * (len(scores) + 1)}"]
     for group, values in {**results["scores_by_group"], OVERALL: scores}.items():
         cells = [f"{100 * values[name]:.2f}" for name in scores]
         lines.append(f"| {group} | {num_scored[group]} | {' | '.join(cells)} |")

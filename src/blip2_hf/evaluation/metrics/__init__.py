@@ -11,6 +11,7 @@ from .bleu import bleu
 from .captions import tokenize_captions
 from .cider_d import cider_d, cider_d_scores
 from .gqa import gqa_accuracy
+from .lemmas import lemmatize_answers
 from .ptb import ptb_tokenize
 from .rouge_l import rouge_l, rouge_l_scores
 from .vqa import choose_vqa_protocol, normalize_vqa_answer, vqa_accuracy, vqa_accuracy_scores
@@ -91,6 +92,7 @@ __all__ = [
     "cider_d",
     "cider_d_scores",
     "gqa_accuracy",
+    "lemmatize_answers",
     "load_metric",
     "normalize_vqa_answer",
     "ptb_tokenize",

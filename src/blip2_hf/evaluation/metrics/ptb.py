@@ -48,8 +48,16 @@ _REWRITTEN = {
 _HYPHENS = r"\u058a\u2010\u2011"  # between letters only
 _CURLY_QUOTES, _DASHES = "".join(_CURLY), r"\u2013-\u2015"
 _SKIPPED = re.compile(
-    rf"[^\w\x21-\x7e{_MARKS}{_SYMBOLS}{_HYPHENS}{_CURLY_QUOTES}{_DASHES}\u2026\xa2-\xa4\u20a0\u20ac]"
+    rf"[^\w\t\n\x20-\x7e{_MARKS}{_SYMBOLS}{_HYPHENS}{_CURLY_QUOTES}{_DASHES}\u2026\xa2-\xa4\u20a0\u20ac]"
     rf"|(?<!\w)[{_HYPHENS}]|[{_HYPHENS}](?!\w)|[\U00010000-\U0010ffff]"
+)
+_SKIP = "\0"  # stands for what is skipped: a token of its own, but for inside an address
+# Spaces that do not join a number and its fraction, line breaks among them; signs of Windows-1252
+_SPACES = dict.fromkeys(
+    "\r\v\f\x85\u1680\u202f\u205f\u3000\u2028\u2029" + "".join(map(chr, range(0x2000, 0x200B))), "\n"
+)
+_READ_AS = str.maketrans(
+    {**_SPACES, "\xa0": " ", "\x80": "\u20ac", "\x91": "\u2018", "\x92": "\u2019", "\x93": "\u201c", "\x94": "\u201d"}
 )
 _ENTITIES = {"amp": "&", "lt": " < ", "gt": " > ", "quot": '"', "apos": "'", "nbsp": " ", "mdash": "--"}
 _ENTITY = re.compile("&(amp|lt|gt|quot|apos|nbsp|mdash);", re.IGNORECASE)
@@ -72,10 +80,8 @@ _SENTENCE_STARTS = (
     r"now|once|one|other|our|she|since|so|some|such|that|the|their|then|there|these|they|this|"
     r"we|what|when|while|yet|you|mr\.|ms\."
 )
-_APOSTROPHE_WORDS = (
-    r"c'est|c'mon|cap'n|d'y[ae]|d'you|d'yer|dunkin'|e'er|ev'ry|hallowe'en|hawai'i|li'l|ma'am|nat'l|"
-    r"ne'er|ol'|qu'il|xi'an"
-)
+_APOSTROPHE_WORDS = r"c'est|cap'n|d'y[ae]|d'you|d'yer|dunkin'|ol'|somethin'"
+_ASCII_APOSTROPHE_WORDS = "c'mon|e'er|ev'ry|li'l|nat'l|nor'easter|s'mores"
 _FILE_NAMES = (
     r"bat|bmp|c|class|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|"
     r"ppt|ps|py|rtf|sql|tar|txt|wav|xml|zip"
@@ -93,19 +99,21 @@ _ALNUM = rf"[^\W_{_NUMERALS}]"
 _ALNUM_OR_MARK = rf"(?:{_ALNUM}|[{_MARKS}])"
 _WORD = rf"(?:{_LETTER}|[{_MARKS}]){_ALNUM_OR_MARK}*"
 _APOSTROPHE = "['\u2019]"
-_NOT = "[Nn]['\u2019`\u2018][Tt]"
+_ANY_APOSTROPHE = "['\u2019`\u2018\u201b]"
+_NOT = f"[Nn]{_ANY_APOSTROPHE}[Tt]"
 _CLITIC = r"(?:\u2019(?i:[sdm]|ll|re|ve)|'(?i:[sdm]|ll|re|ve)(?![A-Za-z]))"
-_PREFIX = "(?:[dDoOlL]'(?=[A-Za-z]{2}))?"
+_PREFIX = f"(?:[dDoOlL]{_ANY_APOSTROPHE}(?={_ALNUM}{{2}}))?"
 _INITIALS = r"[A-Za-z](?:\.[A-Za-z])+\.?"
 _SLASHED = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 _TAG_NAME = "[A-Za-z][A-Za-z0-9:._-]*"
-_TAG = rf"""<(?:[!?][A-Za-z-][^>]*|/?{_TAG_NAME}(?: +{_TAG_NAME}(?: *= *(?:"[^"]*"|'[^']*'))?)* */? *)>"""
+_TAG = rf"""<(?:[!?][A-Za-z-][^>]{{0,999}}|/?{_TAG_NAME}(?: +{_TAG_NAME}(?: *= *(?:"[^"]*"|'[^']*'))?)* *(?:/ *)?)>"""
 _PATH = r"[^\s\"<>|()]+[^\s\"<>|.!?(){},-]"
-_HOST = r"(?:[^\s\"<>|.!?(){},/_@$=;:'`\[\]-]+\.)+"
-_HOST_WITH_HYPHENS = r"(?:[^\s\"<>|.!?(){},/@]+\.)+"
+_HOST = r"(?:[^\s\"<>|.!?(){},/_@$=;:'`\[\]-]{1,63}\.){1,9}"
+_HOST_WITH_HYPHENS = r"(?:[^\s\"<>|.!?(){},/@]{1,63}\.){1,9}"
 _EMAIL_HOST = r"[^\s\"<>|(){}.]+"
 
-# The longest match is the token; of equal ones, the first. A group is the token where more has to follow it.
+# The longest match is the token; of equal ones, the first. A group is the token where more has to follow it. What is
+# read beyond the token has an end, so that a run of tokens is not read to its own end at each of them.
 _RULES = [
     # words, also those with full stops in them; what stands before n't
     rf"{_WORD}(?:[.!?]{_WORD})*",
@@ -114,15 +122,18 @@ _RULES = [
     rf"([A-Za-z]*[A-MO-Za-mo-z]){_NOT}",
     # words with hyphens, underscores, slashes
     rf"{_PREFIX}{_ALNUM}+(?:[-_{_HYPHENS}]{_PREFIX}{_ALNUM}+)+",
-    rf"{_PREFIX}[A-Za-z0-9][A-Za-z0-9.,]*(?:-{_PREFIX}[A-Za-z0-9]+)*"
-    rf"-(?:{_INITIALS}(?![A-Za-z0-9])|{_PREFIX}[A-Za-z0-9]+)",
+    rf"{_PREFIX}[A-Za-z0-9][A-Za-z0-9.,]{{0,99}}(?:-{_PREFIX}[A-Za-z0-9]+)*"
+    rf"-(?:[A-Za-z](?:\.[A-Za-z])+\.|{_PREFIX}[A-Za-z0-9]+)",
+    r"(?i:canada|sino|korean|eu|japan|non)-U\.S|U\.S\.-U\.(?:K|S\.S\.R)",
     rf"{_SLASHED}(?:\\?/{_SLASHED}){{1,2}}",
     # contractions and other apostrophes
     _NOT,
     _CLITIC,
-    rf"(?i:'t(?=is|was)|s'mores|{_APOSTROPHE}(?:em|till?|cause)|{_APOSTROPHE}n{_APOSTROPHE}|\u2019n|'n(?=\s|$))",
-    rf"(?:n|[A-HJ-XZ]){_APOSTROPHE}{_LETTER}{{2}}{_ALNUM_OR_MARK}*",
-    rf"(?!.{_CLITIC})(?:[dDoOlL]{_APOSTROPHE}{_ALNUM}{_ALNUM_OR_MARK}+|[dDlLjJ]{_APOSTROPHE}|[yY]{_APOSTROPHE}(?={_LETTER}))",
+    rf"(?i:'t(?=is|was)|{_ASCII_APOSTROPHE_WORDS}|{_APOSTROPHE}(?:em|till?|cause)|{_APOSTROPHE}n{_APOSTROPHE}|\u2019n|'n(?=\s|$))",
+    rf"(?:n|[A-HJ-XZ])(?!{_CLITIC}(?!{_LETTER})){_ANY_APOSTROPHE}{_LETTER}{{2,}}",
+    rf"{_LETTER}+[aeiouyAEIOUY](?!{_CLITIC}(?!{_LETTER})){_ANY_APOSTROPHE}[aeiouA-Z]{_LETTER}*",
+    rf"[dDoOlL](?!{_CLITIC}(?!{_ALNUM})){_ANY_APOSTROPHE}{_ALNUM}{{2,}}|[oO]{_ANY_APOSTROPHE}[oO]",
+    rf"(?!.{_CLITIC})(?:[dDlLjJ]{_APOSTROPHE}|[yY]{_APOSTROPHE}(?={_LETTER}))",
     "(?i:" + _APOSTROPHE_WORDS.replace("'", _APOSTROPHE) + ")",
     rf"{_APOSTROPHE}(?:\d\d(?=\s|$)|[2-9]0s)",
     # abbreviations
@@ -130,7 +141,7 @@ _RULES = [
     rf"(?:{_capitalised(_ABBREVIATIONS_IN_CAPITALS)})\.",
     rf"(?i:(?:{_ABBREVIATIONS_BEFORE_DIGITS})\.)(?=\s?\d)",
     rf"[A-Za-z]\.(?!\s+(?:(?:{_capitalised(_SENTENCE_STARTS)})(?:\s|$)|{_TAG}))",
-    rf"(?:{_ALNUM_OR_MARK}|[-_])*{_ALNUM_OR_MARK}\.(?=[,;:])",
+    rf"{_ALNUM_OR_MARK}(?:(?:{_ALNUM_OR_MARK}|[-_]){{0,99}}{_ALNUM_OR_MARK})?\.(?=[,;:])",
     r"[A-Z]+(?:&[A-Z]+)+|[A-Z]+\$|[CcFf]\#|[Cc]\+\+",
     # numbers, fractions, telephone numbers
     r"[-+]?(?:\d*(?:[.:,\u2044]\d+)+|\d+)",
@@ -141,19 +152,19 @@ _RULES = [
     _TAG,
     rf"(?i:https?://){_PATH}",
     rf"(?:(?i:www\.){_HOST_WITH_HYPHENS}[A-Za-z]{{2,4}}|(?!\d){_HOST}(?i:com|net|org|edu))(?:/{_PATH})?",
-    rf"<?[A-Za-z0-9][^\s\"<>|(){{}}]*@(?:{_EMAIL_HOST}\.)*{_EMAIL_HOST}>?",
-    rf"{_ALNUM}+(?:\.{_ALNUM}+)*\.(?i:{_FILE_NAMES})(?![A-Za-z0-9])",
+    rf"<?[A-Za-z0-9][^\s\"<>|(){{}}]{{0,99}}@(?:{_EMAIL_HOST}\.)*{_EMAIL_HOST}>?",
+    rf"{_ALNUM}{{1,99}}(?:\.{_ALNUM}{{1,99}}){{0,9}}\.(?i:{_FILE_NAMES})(?![A-Za-z0-9])",
     rf"@[A-Za-z_][A-Za-z0-9_]*|\#{_LETTER}+|&\#\d+;",
     # faces
     r"[<>]?[:;=](?:[o*'-]?[()DPdp\\{@|\[\]]|-O)(?![A-Za-z0-9])",
     r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\(\^-\^\)",
     # punctuation, and whatever else there is
-    rf"\*+|\#+|@+|_+|[!?]+|-{{2,}}|\.{{3,}}|\. \. \.|[{_CURLY_QUOTES}]{{2}}|''|``|<<|>>|\S",
+    rf"\*+|\#+|@+|_+|[!?]+|-{{2,}}|\.{{3,}}|\. \. \.|[`{_CURLY_QUOTES}]{{2}}|''|<<|>>|\S",
 ]
 _PATTERNS = [re.compile(rule) for rule in _RULES]
 _PLAIN_WORD = re.compile(r"[A-Za-z]+(?=\s|$|,\s)")  # which no rule would make longer
 _DROPPED = re.compile(rf"[\"'`.?!,:;\-\u2026{_CURLY_QUOTES}{_DASHES}]|''|``|-{{2,4}}|\.{{3,}}|\.\s\.\s\.")
-_FOLLOWED_BY_CLITIC = re.compile(_CLITIC)
+_FOLLOWED_BY_CLITIC = re.compile(rf"{_APOSTROPHE}(?i:[sdm]|ll|re|ve)")
 
 
 def ptb_tokenize(caption: str) -> list[str]:
@@ -174,15 +185,16 @@ def ptb_tokenize(caption: str) -> list[str]:
     >>> ptb_tokenize("The dog's owner doesn't wear a T-shirt, it's $5.")
     ['the', 'dog', "'s", 'owner', 'does', "n't", 'wear', 'a', 't-shirt', 'it', "'s", '$', '5']
     ```"""
-    text = _prepared(caption)
+    written = _prepared(caption)
+    text = _SKIPPED.sub(_SKIP, written)
     tokens: list[str] = []
     position = 0
     while position < len(text):
-        if text[position].isspace():
+        if text[position].isspace() or text[position] == _SKIP:
             position += 1
             continue
         start, position = position, _token_end(text, position)
-        token = text[start:position]
+        token = written[start:position]
         middle = _IN_TWO.get(token.lower(), 0)
         if middle and not _FOLLOWED_BY_CLITIC.match(text, position):
             tokens += [token[:middle].lower(), token[middle:].lower()]
@@ -195,9 +207,7 @@ def _prepared(caption: str) -> str:
     text = caption.replace("\xad", "")
     if "&" in text:
         text = _ENTITY.sub(lambda entity: _ENTITIES[entity[1].lower()], text)
-    if not text.isascii():
-        text = _SKIPPED.sub(" ", text)
-    return text
+    return text.translate(_READ_AS)
 
 
 def _token_end(text: str, start: int) -> int:
@@ -212,8 +222,8 @@ def _token_end(text: str, start: int) -> int:
 def _written(token: str) -> str:
     if len(token) == 1:
         return _REWRITTEN.get(token, token.lower())
-    if token[0] in _CURLY and token[1] in _CURLY:
-        return _CURLY[token[0]] + _CURLY[token[1]]
+    if _CURLY.keys() | {"`"} >= {*token}:
+        return "".join(_CURLY.get(quote, quote) for quote in token)
     if re.fullmatch(f"{_NOT}|{_CLITIC}", token):
-        token = token.replace("\u2019", "'").replace("\u2018", "`")
+        token = token.replace("\u2019", "'").replace("\u2018", "`").replace("\u201b", "`")
     return token.replace(" ", "\xa0").replace("(", "-LRB-").replace(")", "-RRB-").lower()

@@ -149,9 +149,9 @@ def check_annotators(
     for question_id, answers in zip(question_ids or range(len(references)), references, strict=True):
         if len(answers) < _LEAST_ANNOTATORS:
             raise ValueError(
-                f"question {question_id} has {len(answers)} answers; protocol={protocol!r} is for ten annotators, and "
-                f"with fewer than {_LEAST_ANNOTATORS} no answer counts 1. Give protocol='exact': it takes any number "
-                "of accepted answers, and a match with one of them counts 1"
+                f"question {question_id} has too few answers ({len(answers)}): protocol={protocol!r} is for ten "
+                f"annotators, and with fewer than {_LEAST_ANNOTATORS} no answer counts 1. Give protocol='exact': it "
+                "takes any number of accepted answers, and a match with one of them counts 1"
             )
 
 

@@ -11,6 +11,7 @@ _INPUTS = """
 Args:
     predictions (`list[str]`): one answer for each question.
     references (`list[str]`): the right answer to each question.
+    protocol (`str`, *optional*, defaults to `"normalized"`): `"normalized"`, or `"strict"` for GQA's own comparison.
 
 Returns:
     `dict`: `gqa_accuracy`, between 0 and 1.
@@ -18,8 +19,8 @@ Returns:
 Example:
 
 >>> metric = load_metric("gqa_accuracy")
->>> metric.compute(predictions=["Yes", "a table"], references=["yes", "table"])
-{'gqa_accuracy': 0.5}
+>>> metric.compute(predictions=["Yes.", "a table"], references=["yes", "table"])
+{'gqa_accuracy': 1.0}
 """
 
 
@@ -38,5 +39,5 @@ class GqaAccuracy(evaluate.Metric):
             features=datasets.Features(features),
         )
 
-    def _compute(self, predictions, references):
-        return gqa_accuracy(predictions, references)
+    def _compute(self, predictions, references, protocol="normalized"):
+        return gqa_accuracy(predictions, references, protocol)

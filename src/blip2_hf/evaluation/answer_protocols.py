@@ -1,0 +1,83 @@
+"""How answers are scored: by which protocol, and lemmatised or not."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from .metrics import choose_vqa_protocol, gqa_accuracy, lemmatize_answers, vqa_accuracy
+from .metrics.lemmas import load_lemmatizer
+from .metrics.vqa import check_annotators
+from .samples import QuestionSample
+
+
+class AnswerProtocol(NamedTuple):
+    """A metric of answers and lists of references, and the benchmark's names of question and answer."""
+
+    score: Callable[[list[str], list[list[str]]], dict[str, float]]
+    question_name: str = "question_id"
+    answer_name: str = "answer"
+
+
+def _gqa_accuracy(predictions: list[str], references: list[list[str]], protocol: str) -> dict[str, float]:
+    return gqa_accuracy(predictions, [answer for (answer,) in references], protocol)
+
+
+_GQA_NAMES = ("questionId", "prediction")
+ANSWER_PROTOCOLS = {
+    "official": AnswerProtocol(partial(vqa_accuracy, protocol="official")),
+    "lavis": AnswerProtocol(partial(vqa_accuracy, protocol="lavis")),
+    "exact": AnswerProtocol(partial(vqa_accuracy, protocol="exact")),
+    "normalized": AnswerProtocol(partial(_gqa_accuracy, protocol="normalized"), *_GQA_NAMES),
+    "strict": AnswerProtocol(partial(_gqa_accuracy, protocol="strict"), *_GQA_NAMES),
+}
+
+
+def check_protocol(samples: Sequence[QuestionSample], protocol: str | None, lemmatize: bool) -> str:
+    r"""
+    Check that the answers can be scored as asked, which takes no predictions.
+
+    Args:
+        samples (`list[QuestionSample]`):
+            The questions. Those without answers are not scored.
+        protocol (`str`, *optional*):
+            One of `ANSWER_PROTOCOLS`. Without it, the data choose ([`choose_vqa_protocol`]).
+        lemmatize (`bool`):
+            Whether predictions are lemmatised.
+
+    Returns:
+        `str`: the protocol.
+
+    Raises:
+        ValueError: if there is no such protocol, or a question has another number of answers than it takes.
+        ImportError: if predictions are lemmatised, and spaCy or its model is not installed.
+    """
+    scored = [sample for sample in samples if sample.answers]
+    references = [sample.answers for sample in scored]
+    if protocol is None:
+        protocol = choose_vqa_protocol(references)
+    if protocol not in ANSWER_PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r}: one of {', '.join(ANSWER_PROTOCOLS)} was expected.")
+    if protocol in ("normalized", "strict"):
+        _check_single_answers(scored, protocol)
+    else:
+        check_annotators(references, protocol, [sample.question_id for sample in scored])
+    if lemmatize and scored:
+        load_lemmatizer()
+    return protocol
+
+
+def _check_single_answers(samples: Sequence[QuestionSample], protocol: str):
+    for sample in samples:
+        if len(sample.answers) > 1:
+            raise ValueError(
+                f"question {sample.question_id} has {len(sample.answers)} answers; protocol={protocol!r} is GQA's and "
+                "takes one. Give protocol='exact': a match with one of several counts 1."
+            )
+
+
+def answer_scorer(protocol: str, lemmatize: bool) -> Callable[[list[str], list[list[str]]], dict[str, float]]:
+    """Return the metric of a protocol, for predictions that it lemmatises first if asked."""
+    score = ANSWER_PROTOCOLS[protocol].score
+    if not lemmatize:
+        return score
+    return lambda predictions, references: score(lemmatize_answers(predictions), references)
