@@ -183,8 +183,6 @@ class _Writer:
     def write(self, prompts: list[str], pictures: Sequence[torch.Tensor]) -> list[str]:
         """A text for each prompt and picture."""
         inputs = self.processor(text=prompts, return_tensors="pt").to(self.model.device)
-        # Prompts without a token are an empty tensor of floats
-        inputs["input_ids"] = inputs["input_ids"].long()
         if self.processor.qformer_tokenizer is not None:
             # The Q-Former reads the question: each has features of its own
             inputs["pixel_values"] = self._stack(pictures)
