@@ -267,7 +267,8 @@ class Blip2HfConfig(PreTrainedConfig):
         if self.text_config is not None:
             text = self.text_config.get_text_config(decoder=True)
             self.is_encoder_decoder = self.text_config.is_encoder_decoder
-            self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+            # A field that some configurations leave out
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
             for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
                 if getattr(self, name) is None:
                     setattr(self, name, getattr(text, name, None))
