@@ -270,6 +270,9 @@ def test_limits_in_a_generation_config_count_the_same():
     assert config.max_length == 9
     model.generation_config.max_length = 7
     assert model.generate(**inputs).shape == (1, 7)
+    # What a config leaves open is the model's own
+    config = transformers.GenerationConfig(num_beams=2, pad_token_id=1)
+    assert model.generate(**inputs, generation_config=config).shape == (1, 7)
 
 
 def test_labels_are_not_shown_to_generate():
@@ -530,9 +533,15 @@ def test_assisted_decoding_in_threads():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_virtual_tokens_are_refused():
-    adapted = peft.get_peft_model(make_model("llama"), peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="virtual tokens of PEFT"):
+@pytest.mark.parametrize("on_the_whole", [True, False])
+def test_virtual_tokens_are_refused(on_the_whole):
+    model = adapted = make_model("llama")
+    config = peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3)
+    if on_the_whole:
+        adapted = peft.get_peft_model(model, config)
+    else:
+        model.language_model = peft.get_peft_model(model.language_model, config)
+    with pytest.raises(ValueError, match="virtual tokens do not reach"):
         adapted.generate(pixel_values=make_pixel_values(1), input_ids=torch.tensor([[0, 5]]), max_new_tokens=2)
 
 

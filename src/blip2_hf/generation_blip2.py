@@ -18,8 +18,6 @@ from .cache_name import CACHE_NAME, CACHE_NAMES
 
 # What has transformers draft tokens and verify them, in arguments of `generate` or in a generation config
 _DRAFTERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
-
-
 # Families whose positions or states count padding in front of a text
 _READ_PADDING = ("git", "roformer", "rwkv")
 
@@ -105,12 +103,12 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         """The cache, and the arguments of `generate` for the language model; what would go wrong there is refused."""
         # PEFT replaces this method, by which alone its virtual tokens come into generation
         adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
-        adapter = getattr(adapted, "active_peft_config", None)
-        if adapter is not None and adapter.is_prompt_learning:
-            raise ValueError(
-                f"{type(adapter).__name__}: PEFT's virtual tokens do not reach the language model in generate. Train "
-                "adapters that change weights, such as LoraConfig."
-            )
+        for adapter in (getattr(part, "active_peft_config", None) for part in (adapted, self.language_model)):
+            if adapter is not None and adapter.is_prompt_learning:
+                raise ValueError(
+                    f"{type(adapter).__name__}: PEFT's virtual tokens do not reach the language model in generate. "
+                    "Train adapters that change weights, such as LoraConfig."
+                )
         caches = [generate_kwargs[name] for name in CACHE_NAMES if generate_kwargs.get(name) is not None]
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if name not in CACHE_NAMES}
         cache = caches[0] if caches else None
@@ -202,16 +200,13 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
 
     def _with_longer_limits(self, generate_kwargs: dict[str, Any], added: int) -> dict[str, Any]:
         """Limits of length count what the caller gave and gets; the images that were put in front come on top."""
-        given = generate_kwargs.get("generation_config")
-        config = self.generation_config if given is None else given
         limits: dict[str, Any] = {}
         for name, by_new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            in_config = None if getattr(config, by_new_tokens) else getattr(config, name)
-            if generate_kwargs.get(name) is not None:
-                limits[name] = generate_kwargs[name] + added
-            elif generate_kwargs.get(by_new_tokens) is None and in_config:
-                limits[name] = in_config + added
-        if given is not None and limits:
+            limit = self._setting(name, generate_kwargs)
+            if limit and self._setting(by_new_tokens, generate_kwargs) is None:
+                limits[name] = limit + added
+        config = generate_kwargs.get("generation_config")
+        if config is not None and limits:
             # generate() deprecates a config together with single parameters
             config = copy.deepcopy(config)
             config.update(**{name: limits.pop(name) for name in list(limits) if generate_kwargs.get(name) is None})
