@@ -101,6 +101,13 @@ def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForCondi
     return model, processor
 
 
+def read_groups(options: VQAArguments) -> list[str]:
+    """Return what each question of the test (or the validation) has in the column --group_by."""
+    if options.group_by is None:
+        return []
+    return list(map(str, load_rows(options.test or options.validation)[options.group_by]))
+
+
 def main():
     parser = HfArgumentParser((VQAArguments, FineTuningArguments))
     parser.set_defaults(metric_for_best_model="vqa_accuracy")
@@ -116,6 +123,7 @@ def main():
     }
     if options.test is not None:
         data["test"] = make_pairs(options, options.test, options.test_images)
+    groups = read_groups(options)  # a column that is not there is told before the training
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
     limit = model.config.qformer_config.max_position_embeddings
     collator = LanguageModelCollator(processor, max_positions=positions, max_qformer_positions=limit)
@@ -148,11 +156,11 @@ def main():
     protocol = choose_vqa_protocol(references)
     scores = vqa_accuracy_scores(answers, references, protocol)
     print(f"VQA accuracy by the protocol {protocol!r}")
-    groups = load_rows(options.test or options.validation)[options.group_by] if options.group_by else []
-    groups = [groups[test.row_number(index)] for index in range(len(test))] if groups else []
     accuracy = {}
     for group in sorted(set(groups)):
-        rows = [row for row, value in enumerate(groups) if value == group]
+        rows = [index for index in range(len(test)) if groups[test.place(index)] == group]
+        if not rows:
+            continue
         accuracy[group] = sum(scores[row] for row in rows) / len(rows)
         print(f"{group:20} {len(rows):7} questions  {accuracy[group]:.2%}")
     results = {"metrics": output.metrics, "protocol": protocol, "accuracy": accuracy, "answers": answers}

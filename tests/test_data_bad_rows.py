@@ -204,6 +204,28 @@ def test_parts_of_parts_and_their_order(rows):
     assert {item["row"] for item in stream} == {f"row {i} of the stream" for i in range(12)}
 
 
+def test_parts_of_several_data_sets_are_numbered_anew():
+    """Their own numbers stand twice, and would take two pictures for one."""
+    wholes = [
+        datasets.Dataset.from_list([{"caption": f"{name} {i}", "image": encode(make_image(i))} for i in range(6)])
+        for name in "ab"
+    ]
+    both = datasets.concatenate_datasets([hold_out(whole, 2)[0] for whole in wholes])
+    for rows in (both, hold_out(both, 2)[0]):
+        pairs = ImageTextPairs(rows)
+        assert len({item["image_id"] for item in (pairs[i] for i in range(len(pairs)))}) == len(pairs)
+        assert len(pairs.without([pairs.row_number(1)])) == len(pairs) - 1
+
+
+def test_the_place_of_a_row_and_its_number():
+    whole = datasets.Dataset.from_list([{"caption": str(i), "image": encode(make_image(i))} for i in range(8)])
+    part = hold_out(whole, 3)[0]
+    pairs = ImageTextPairs(part)
+    pairs = pairs.without([pairs.row_number(1)])
+    assert [part[pairs.place(i)]["caption"] for i in range(4)] == [str(pairs.row_number(i)) for i in range(4)]
+    assert [item["row"] for item in ImageTextStream(part)] == [f"row {text}" for text in part["caption"]]
+
+
 def test_a_part_keeps_what_it_makes_of_its_rows():
     whole = datasets.Dataset.from_list([{"caption": str(i), "image": encode(make_image(i))} for i in range(6)])
     whole = whole.with_transform(lambda batch: batch | {"caption": [f"made {text}" for text in batch["caption"]]})

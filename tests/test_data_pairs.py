@@ -219,6 +219,11 @@ def test_hold_out_leaves_something_to_learn_from():
         hold_out(rows, 1, "id")
 
 
+def test_ids_tell_nothing_if_nothing_is_held_out():
+    train, held_out = hold_out(numbered(key=["a", None, "b"]), 0, "key")
+    assert len(train) == 3 and len(held_out) == 0
+
+
 def test_a_fingerprint_is_that_of_the_rows(dataset, rows, tmp_path):
     first = ImageTextPairs(dataset).fingerprint()
     dataset.to_parquet(tmp_path / "elsewhere.parquet")

@@ -79,7 +79,7 @@ def test_captions_without_references_are_not_scored(opt, tmp_path):
     assert lines[6] == "Not scored, because they have no references: 2 of 5 samples (100, 103)."
 
 
-@pytest.mark.parametrize("protocol", ["vqa", "gqa", "exact_match"])
+@pytest.mark.parametrize("protocol", ["official", "lavis", "exact"])
 def test_answers_without_references_are_not_scored(opt, tmp_path, protocol):
     """And a group without any has no score."""
     model, processor = opt
@@ -342,7 +342,7 @@ def test_questions_with_the_mark_of_a_picture(opt, tmp_path, question, generated
     model, processor = opt
     samples = question_samples()[:2]
     samples[1] = replace(samples[1], question=question, source="questions.json, questions[1]")
-    message = r"^questions.json, questions\[1\]: the prompt is 'Question: what is <image>\?.*stands for a picture"
+    message = r"^questions.json, questions\[1\]: the prompt is 'Question: what is <image>\?.*is a special token"
     with pytest.raises(ValueError, match=message):
         evaluate_vqa(model, processor, samples, tmp_path)
     assert generated == []
@@ -354,6 +354,22 @@ def test_questions_with_the_mark_of_a_picture(opt, tmp_path, question, generated
         evaluate_vqa(model, processor, question_samples(), tmp_path / "marked", marked)["scores"] == expected["scores"]
     )
     assert predictions(tmp_path / "marked") == predictions(tmp_path / "plain")
+
+
+def test_questions_with_another_special_token(opt, tmp_path, generated):
+    """Training reads it as text, which a prompt with a question in it can not say."""
+    model, processor = opt
+    samples = [replace(question_samples()[0], question="What does </s> mean?")]
+    with pytest.raises(ValueError, match="the prompt is .*, and '</s>' is a special token"):
+        evaluate_vqa(model, processor, samples, tmp_path)
+    assert generated == []
+
+
+def test_a_broken_file_is_named_in_a_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a?", "answer": "b"}\n{"question"')
+    options = ["evaluate", "vqa", "--model", "none", "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match="^blip2-hf: .*rows.jsonl can't be read: "):
+        main(options)
 
 
 def test_captions_with_the_mark_of_a_picture_in_retrieval(retrieval, tmp_path):
@@ -380,7 +396,7 @@ def test_the_command_names_file_and_entry(tmp_path):
     for part in (make_model(), make_processor()):
         part.save_pretrained(tmp_path / "model")
     options[1] = write(tmp_path / "gqa.json", {"7": entry})
-    with pytest.raises(SystemExit, match="^blip2-hf: .*gqa.json, '7': the prompt is .*'<image>' stands for a picture"):
+    with pytest.raises(SystemExit, match="^blip2-hf: .*gqa.json, '7': the prompt is .*'<image>' is a special token"):
         main(command(tmp_path, "gqa", tmp_path / "out", *options))
 
 

@@ -533,6 +533,96 @@ def test_assisted_decoding_in_threads():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ["opt", "t5"])
+@pytest.mark.parametrize("index", [IMAGE, None])
+def test_a_mask_of_any_type(name, index):
+    model = make_model(name, image_token_index=index)
+    front = [] if index is None else [IMAGE] * NUM_QUERIES
+    batch, pixel_values = pad([front + PROMPTS[0], front + PROMPTS[1]], "right"), make_pixel_values(2)
+    labels = (
+        batch["input_ids"]
+        .masked_fill(batch["attention_mask"] == 0, -100)
+        .masked_fill(batch["input_ids"] == IMAGE, -100)
+    )
+    expected = model(pixel_values, **batch, labels=labels).loss
+    tokens = model.generate(pixel_values, **batch, max_new_tokens=4)
+    for dtype in (torch.bool, torch.float32, torch.uint8):
+        batch["attention_mask"] = batch["attention_mask"].to(dtype)
+        assert torch.equal(model(pixel_values, **batch, labels=labels).loss, expected), dtype
+        assert torch.equal(model.generate(pixel_values, **batch, max_new_tokens=4), tokens), dtype
+
+
+@pytest.mark.parametrize("wrap", ["peft", "compile"])
+def test_drafts_for_a_wrapped_language_model(wrap):
+    model = make_model("llama")
+    if wrap == "peft":
+        config = peft.LoraConfig("CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model.language_model = peft.get_peft_model(model.language_model, config)
+    else:
+        model.language_model = torch.compile(model.language_model, backend="eager")
+    before = set(vars(next(part for part in model.language_model.modules() if hasattr(part, "lm_head"))))
+    inputs = {"pixel_values": make_pixel_values(1), "input_ids": torch.tensor([[0, 30, 31, 30, 31, 30]])}
+    expected = model.generate(**inputs, max_new_tokens=8)
+    drafting = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 8}
+    assert torch.equal(model.generate(**inputs, **drafting), expected)
+    inputs["input_ids"] = inputs["input_ids"][:, :3]
+    assert torch.equal(model.generate(**inputs, **drafting), model.generate(**inputs, max_new_tokens=8))
+    assert set(vars(next(part for part in model.language_model.modules() if hasattr(part, "lm_head")))) == before
+
+
+def test_transformers_own_functions_beside_those_of_generate():
+    """With images in front, they replace what `generate` makes of their type, as without."""
+    model = make_model("llama", image_token_index=None)
+    model.generation_config.eos_token_id = None
+    inputs = {"pixel_values": make_pixel_values(1), "input_ids": torch.tensor([[0, 5, 6, 5, 6]])}
+    penalty = transformers.RepetitionPenaltyLogitsProcessor(4.0)
+    expected = model.generate(**inputs, max_new_tokens=8, repetition_penalty=4.0)
+    given = {"repetition_penalty": 2.0, "logits_processor": transformers.LogitsProcessorList([penalty])}
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, **given), expected)
+    longest = transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(5 + 30)])
+    assert model.generate(**inputs, stopping_criteria=longest).shape == (1, 35)
+
+
+def test_texts_that_can_not_be_read_without_a_mask_or_an_image():
+    model = make_model("llama")
+    pixel_values, first, cache, both = two_turns(model, placeholders=True)
+    with pytest.raises(ValueError, match="no attention_mask was given"):
+        model.generate(input_ids=both["input_ids"], cache=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="neither an image nor a token"):
+        model.generate(input_ids=torch.zeros(1, 0, dtype=torch.long))
+    model = make_model("llama", image_token_index=None)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="look like placeholders"):
+            call(input_ids=torch.tensor([[IMAGE] * NUM_QUERIES + [0, 5]]))
+
+
+def test_labels_of_embedded_text():
+    model = make_model("llama")
+    ids = torch.tensor([[IMAGE] * NUM_QUERIES + [0, 5, 6]])
+    inputs = {"pixel_values": make_pixel_values(1), "inputs_embeds": model.get_input_embeddings()(ids)}
+    labels = torch.tensor([[-100] * NUM_QUERIES + [-100, 5, 6]])
+    expected = model(inputs["pixel_values"], input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
+    with pytest.raises(ValueError, match="one label for each embedding"):
+        model(**inputs, labels=labels[:, NUM_QUERIES:])
+
+
+def test_an_image_behind_a_cache():
+    """Of a model without placeholders: it stands between what the cache holds and the new text."""
+    model = make_model("llama", image_token_index=None)
+    batch, pixel_values = pad([PROMPTS[0], PROMPTS[1]]), make_pixel_values(2)
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True)[CACHE_NAME]
+        more, mask = torch.tensor([[7, 8], [9, 10]]), batch["attention_mask"]
+        mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.long)], dim=1)
+        actual = model(pixel_values, input_ids=more, attention_mask=mask, **{CACHE_NAME: cache}).logits
+        embed, features = model.get_input_embeddings(), model.get_image_features(pixel_values).pooler_output
+        embeds = torch.cat([embed(batch["input_ids"]), features, embed(more)], dim=1)
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, NUM_QUERIES + 2, dtype=torch.long)], dim=1)
+        expected = model(inputs_embeds=embeds, attention_mask=mask).logits
+    torch.testing.assert_close(actual[:, -2:], expected[:, -2:], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("on_the_whole", [True, False])
 def test_virtual_tokens_are_refused(on_the_whole):
     model = adapted = make_model("llama")

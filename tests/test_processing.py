@@ -135,8 +135,11 @@ def test_images_alone_and_text_alone(processor):
     assert empty["input_ids"] == processor(images=make_image(), text="")["input_ids"]
     bert = make_tokenizer(eos=True)
     bert.cls_token, bert.sep_token = "<s>", "</s>"
-    stage1 = Blip2Processor(make_image_processor(), bert)
+    stage1 = Blip2Processor(make_image_processor(), bert, is_encoder_decoder=False)
     assert set(stage1(images=make_image())) == {"pixel_values"}
+    # As that of transformers' checkpoints for retrieval
+    retrieval = Blip2Processor(make_image_processor(), bert, num_query_tokens=4, is_encoder_decoder=False)
+    assert set(retrieval(images=make_image())) == {"pixel_values"}
     inputs = processor(text=["a", "a dog"])
     assert processor.image_token_id not in sum(inputs["input_ids"], [])
     with pytest.raises(ValueError, match="either images or text"):

@@ -300,6 +300,21 @@ def test_a_run_does_not_go_on_from_another(change, words, tmp_path, model_folder
     assert find(run, model_folder) == str(run / "checkpoint-5")
 
 
+def test_checkpoints_of_another_run_are_not_left_in_its_folder(tmp_path, model_folder):
+    """Going on from elsewhere, the folder would tell of this run, and hold what another one made."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    find(run, model_folder)
+    write_checkpoint(run)
+    write_checkpoint(other)
+    given = {"resume_from_checkpoint": str(other / "checkpoint-5")}
+    before = (run / "_settings.json").read_text()
+    with pytest.raises(ValueError, match="checkpoints that other settings made .checkpoint-5."):
+        find(run, model_folder, learning_rate=1e-3, **given)
+    assert (run / "_settings.json").read_text() == before
+    assert find(run, model_folder, **given) == given["resume_from_checkpoint"]
+    assert find(tmp_path / "new", model_folder, learning_rate=1e-3, **given) == given["resume_from_checkpoint"]
+
+
 def test_the_same_folder_with_other_weights_is_another_model(tmp_path, model_folder):
     run = tmp_path / "run"
     find(run, model_folder)

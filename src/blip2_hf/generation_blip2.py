@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMixin, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -82,7 +83,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         )
         cache, generate_kwargs = self._checked(generate_kwargs, image_features is not None)
         # The language model was made before the generation config of a checkpoint was read
-        self.language_model.generation_config = self.generation_config
+        _generating_part(self.language_model).generation_config = self.generation_config
         if image_features is None:
             return self._generate_without_image(input_ids, inputs_embeds, attention_mask, cache, generate_kwargs)
         if input_ids is None and inputs_embeds is None:
@@ -115,7 +116,13 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         if cache is not None:
             # By the name that this version of transformers has for it
             generate_kwargs[CACHE_NAME] = cache
-            if cache.get_seq_length() and self._drafts(generate_kwargs):
+            length = cached_length(cache)
+            if length is None:
+                raise ValueError(
+                    "A cache of recurrent states alone does not tell what it has read. Give all of the text without a "
+                    "cache."
+                )
+            if length and self._drafts(generate_kwargs):
                 raise ValueError("Assisted decoding does not go on from a cache: leave one of the two out.")
         assistant_model = generate_kwargs.get("assistant_model")
         if isinstance(assistant_model, Blip2GenerationMixin):
@@ -133,13 +140,15 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
     ) -> torch.Tensor | ModelOutput:
         """Generation if there is no image, or if it is in the cache already."""
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        past_length = 0 if cache is None or self.config.is_encoder_decoder else cache.get_seq_length()
+        past_length = 0 if cache is None or self.config.is_encoder_decoder else cached_length(cache)
         if input_ids is not None:
             check_attention_mask(attention_mask, input_ids, past_length)
             if attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]:
                 # GenerationMixin reads the mask so: only what follows the cache was given
                 past_length = 0
             self._check_text_without_image(input_ids[:, past_length:])
+            if input_ids.shape[1] == 0:
+                raise ValueError("There is neither an image nor a token to go on from: give one of them.")
         if past_length and input_ids is not None:
             index = self.config.image_token_index
             if index is None:
@@ -148,6 +157,8 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
                     "image_token_index is None) that tell where the cache has one. Give the image again, best as "
                     "image_features, or set model.config.image_token_index = processor.image_token_id."
                 )
+            if attention_mask is None:
+                self._check_no_padding(input_ids)
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             _check_prompt_with_cache(mask, cache)
             prompt = text | {"attention_mask": mask, "is_image": input_ids == index, "num_added": 0}
@@ -186,6 +197,14 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
             return sequences
         outputs.sequences = sequences
         return outputs
+
+    def _check_no_padding(self, input_ids: torch.Tensor):
+        pad, eos = self.config.pad_token_id, self.config.eos_token_id
+        if pad not in (eos if isinstance(eos, list) else [eos]) and bool((input_ids[:, 0] == pad).any()):
+            raise ValueError(
+                "Texts begin with padding, and no attention_mask was given. With a cache it is expected, over all of "
+                "the text: that of the turns before, and ones for what is new."
+            )
 
     def _check_padding(self, attention_mask: torch.Tensor | None):
         """Refuse padding in front of texts if the language model reads it."""
@@ -261,12 +280,18 @@ class _PromptStreamer(BaseStreamer):
         self.streamer.end()
 
 
+def _generating_part(language_model: nn.Module) -> Any:
+    """The model inside wrappers of PEFT and torch.compile, whose methods GenerationMixin calls."""
+    return next(part for part in language_model.modules() if isinstance(part, GenerationMixin))
+
+
 def _with_embedded_text(language_model: PreTrainedModel) -> PreTrainedModel:
     """
     The language model, or, for one call, a view of it that shares all weights: GenerationMixin gives embedded text to
     those alone that name it in `prepare_inputs_for_generation`, and some pass it along without naming it.
     """
-    prepare_inputs = language_model.prepare_inputs_for_generation
+    part = _generating_part(language_model)
+    prepare_inputs = part.prepare_inputs_for_generation
     if "inputs_embeds" in inspect.signature(prepare_inputs).parameters:
         return language_model
 
@@ -276,12 +301,12 @@ def _with_embedded_text(language_model: PreTrainedModel) -> PreTrainedModel:
         )
         if is_first_iteration and inputs.get("inputs_embeds") is None:
             raise ValueError(
-                f"{type(language_model).__name__} does not generate from embedded text, in which the image stands: "
+                f"{type(part).__name__} does not generate from embedded text, in which the image stands: "
                 "another language model was expected (docs/guide.md lists those that do not work)."
             )
         return inputs
 
-    view = copy.copy(language_model)
+    view = copy.copy(part)
     view.prepare_inputs_for_generation = prepare_inputs_for_generation
     return view
 
@@ -291,17 +316,18 @@ def _with_drafts(language_model: PreTrainedModel, is_image: torch.Tensor) -> Pre
     The language model for one call of assisted decoding, sharing all weights: drafts are made from the text alone, and
     the first of them is embedded behind the prompt. `is_image` of shape `(length,)` tells the prompt's image features.
     """
-    view = copy.copy(language_model)
-    prepare_inputs, get_generator = (
-        language_model.prepare_inputs_for_generation,
-        language_model._get_candidate_generator,
+    part = _generating_part(language_model)
+    view, prepare_inputs, get_generator = (
+        copy.copy(part),
+        part.prepare_inputs_for_generation,
+        part._get_candidate_generator,
     )
 
     @functools.wraps(prepare_inputs)
     def prepare_inputs_for_generation(input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         if inputs_embeds is not None and is_first_iteration:
             draft = input_ids[:, inputs_embeds.shape[1] :]
-            inputs_embeds = torch.cat([inputs_embeds, language_model.get_input_embeddings()(draft)], dim=1)
+            inputs_embeds = torch.cat([inputs_embeds, part.get_input_embeddings()(draft)], dim=1)
         return prepare_inputs(input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs)
 
     def get_candidate_generator(input_ids, model_kwargs, **kwargs):
@@ -338,10 +364,16 @@ def _with_text_alone(generate_kwargs: dict[str, Any], is_image: torch.Tensor) ->
     def on_text(function: Callable) -> Callable:
         return lambda input_ids, *args, **kwargs: function(text_of(input_ids), *args, **kwargs)
 
-    own: dict[str, Any] = {}
+    def wrap(function: Callable) -> Callable:
+        if isinstance(function, MaxLengthCriteria):
+            return MaxLengthCriteria(function.max_length + added, function.max_position_embeddings)
+        # transformers' own find tokens of the text alone in the prompt, and replace what generate makes of their type
+        return function if type(function).__module__.startswith("transformers.") else on_text(function)
+
+    added, own = int(is_image[0].sum()), {}
     for name, kind in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
         if generate_kwargs.get(name):
-            own[name] = kind([on_text(function) for function in generate_kwargs[name]])
+            own[name] = kind([wrap(function) for function in generate_kwargs[name]])
     if (allowed := generate_kwargs.get("prefix_allowed_tokens_fn")) is not None:
         # Called with one row at a time
         length = is_image.shape[1]
@@ -389,8 +421,18 @@ def check_attention_mask(attention_mask: torch.Tensor | None, text: torch.Tensor
         )
 
 
+def cached_length(cache: Cache | None) -> int | None:
+    """Return how many positions a cache holds; `None` for the states of a recurrent model, which have none."""
+    if cache is None:
+        return 0
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return None
+
+
 def _check_prompt_with_cache(attention_mask: torch.Tensor, cache: Cache, num_added: int = 0):
-    length, past_length = attention_mask.shape[1], cache.get_seq_length()
+    length, past_length = attention_mask.shape[1], cached_length(cache)
     if length <= past_length:
         raise ValueError(
             f"A cache of {past_length} positions and a prompt of {length} (images and text) were given: with a cache, "

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .cache_name import CACHE_NAME, CACHE_NAMES
 from .configuration_blip2 import Blip2Config
 from .frozen import checkpoint_in_eval_mode, is_frozen
-from .generation_blip2 import Blip2GenerationMixin, check_attention_mask
+from .generation_blip2 import Blip2GenerationMixin, cached_length, check_attention_mask
 from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labels
 from .loss_by_rows import can_run_by_rows, loss_by_rows
 from .losses import language_modeling_loss, mean_over_labels
@@ -300,14 +300,17 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             num_added = num_images // batch_size * image_features.shape[1]
             index = self.config.image_token_index
             front = attention_mask.new_ones(batch_size, num_added)
-            is_image = torch.cat([front, front.new_zeros(text.shape[:2])], dim=1).bool()
+            is_image = torch.cat([front.bool(), torch.zeros_like(text[..., 0] if text.dim() == 3 else text).bool()], 1)
             if input_ids is not None:
-                input_ids = torch.cat([torch.full_like(front, -1 if index is None else index), input_ids], dim=1)
-            attention_mask = torch.cat([front, attention_mask], dim=1)
+                placeholders = input_ids.new_full(front.shape, -1 if index is None else index)
+                input_ids = torch.cat([placeholders, input_ids], dim=1)
+            # A mask may also cover a cache, which comes first
+            past = attention_mask.shape[1] - text.shape[1]
+            attention_mask = torch.cat([attention_mask[:, :past], front, attention_mask[:, past:]], dim=1)
             empty = inputs_embeds.new_zeros(batch_size, num_added, inputs_embeds.shape[2])
             inputs_embeds = torch.cat([empty, inputs_embeds], dim=1)
             if labels is not None and not self.config.is_encoder_decoder:
-                labels = torch.cat([torch.full_like(front, -100), labels], dim=1)
+                labels = torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
         self._check_placeholders(is_image, image_features, inputs_embeds.shape[2])
         inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
@@ -347,6 +350,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
 
     def _check_text_without_image(self, input_ids: torch.Tensor):
         index = self.config.image_token_index
+        if index is None:
+            self._check_unknown_placeholders(input_ids)
         if index is None or torch.compiler.is_compiling() or not bool((input_ids == index).any()):
             return
         raise ValueError(
@@ -367,6 +372,13 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 "Blip2Processor call, whose is_encoder_decoder must be False."
             )
         return torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
+
+    def _check_labels_of_embeddings(self, labels: torch.Tensor, inputs_embeds: torch.Tensor):
+        if not self.config.is_encoder_decoder and labels.shape[1] != inputs_embeds.shape[1]:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} for inputs_embeds of shape {tuple(inputs_embeds.shape)}: one "
+                "label for each embedding was expected, -100 at images and at what is not learned."
+            )
 
     def _check_unknown_placeholders(self, input_ids: torch.Tensor):
         front = input_ids[:, : self.config.num_query_tokens]
@@ -392,7 +404,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         found = int(is_image.sum())
         if found != expected:
             raise ValueError(
-                f"input_ids have {found} `<image>` placeholders (token id {self.config.image_token_index}), but "
+                f"The text has {found} `<image>` placeholders (token id {self.config.image_token_index}), but "
                 f"{image_features.shape[0]} images give {image_features.shape[1]} features each, {expected} in all. "
                 "Each image needs one `<image>` in the text given to Blip2Processor, whose num_query_tokens must be "
                 f"{image_features.shape[1]}."
@@ -471,6 +483,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         labels = self._match_labels(labels, input_ids)
+        if labels is not None and input_ids is None and inputs_embeds is not None:
+            self._check_labels_of_embeddings(labels, inputs_embeds)
         if image_features is None:
             if input_ids is not None:
                 self._check_text_without_image(input_ids)
@@ -483,7 +497,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                     )
                 input_ids = self._start_tokens(image_features)
             cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-            past_length = 0 if cache is None else cache.get_seq_length()
+            past_length = cached_length(cache) or 0
             merged = self._insert_image_features(
                 image_features, input_ids, attention_mask, labels, inputs_embeds, past_length
             )

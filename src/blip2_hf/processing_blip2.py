@@ -210,8 +210,8 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
             [`BatchFeature`]: `pixel_values` of shape `(num_images, channels, height, width)`; `input_ids` and
             `attention_mask` of shape `(batch_size, length)`; `labels`; `qformer_input_ids` and
             `qformer_attention_mask`, of a Q-Former that reads text. Pictures without text have an empty one: what the
-            language model's tokenizer begins each text with, which may be no token. The processor of stage 1, whose
-            tokenizer is BERT's and which has no `num_query_tokens`, then gives `pixel_values` alone.
+            language model's tokenizer begins each text with, which may be no token. Processors of
+            stage 1 and of retrieval, whose tokenizer is BERT's, then give `pixel_values` alone.
 
         Raises:
             ValueError: if there is nothing to process, or pictures and texts do not match, or `do_rescale=False` with
@@ -253,8 +253,8 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
 
     @property
     def _writes_text(self) -> bool:
-        """Whether it belongs to a language model, which goes on from a text, and not to the Q-Former of stage 1."""
-        return self.num_query_tokens is not None or self.tokenizer.cls_token is None
+        """Whether it belongs to a language model, which goes on from a text, and not to a Q-Former, which reads it."""
+        return self.tokenizer.cls_token is None or self.is_encoder_decoder
 
     def _load(self, images: list, image_kwargs: dict[str, Any]) -> list:
         names = (f"image {number} of {len(images)}" for number in range(1, len(images) + 1))

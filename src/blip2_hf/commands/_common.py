@@ -60,6 +60,15 @@ def load_dataset(data: str, config: str | None = None, split: str = "train") -> 
     import datasets
 
     path = Path(data)
+    try:
+        return _load_dataset(data, path, config, split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise SystemExit(f"blip2-hf: {data} can't be read: {error.__cause__ or error}") from error
+
+
+def _load_dataset(data: str, path: Path, config: str | None, split: str) -> Any:
+    import datasets
+
     if path.is_file():
         if path.suffix not in _BUILDERS:
             raise SystemExit(f"blip2-hf: {data}: a file with one of the endings {', '.join(_BUILDERS)} was expected.")

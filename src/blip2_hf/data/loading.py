@@ -126,7 +126,8 @@ def hold_out(
         ValueError: if `share` is neither a share nor a number of images, or leaves none to learn from, or a row has no
             id, or one that is neither an integer nor a string.
     """
-    ids: Sequence[Any] = range(len(rows)) if id_column is None else _read_ids(rows, id_column)
+    # Ids tell nothing if no image is held out
+    ids: Sequence[Any] = range(len(rows)) if id_column is None or share == 0 else _read_ids(rows, id_column)
     images = sorted(set(ids))
     count = _count_held_out(share, len(images))
     chosen = set(random.Random(seed).sample(images, count))
@@ -165,7 +166,11 @@ def _count_held_out(share: float, num_images: int) -> int:
 
 def _with_row_numbers(rows: datasets.Dataset) -> datasets.Dataset:
     if ROW_NUMBER in rows.column_names:
-        return rows
+        numbers = rows.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER]
+        if len(set(numbers)) == len(numbers):
+            return rows
+        # Parts of several data sets that were put together
+        rows = rows.remove_columns(ROW_NUMBER)
     # A column that is added takes the format away
     form = rows.format
     columns = [*form["columns"], ROW_NUMBER]

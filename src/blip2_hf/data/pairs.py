@@ -336,17 +336,31 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         # Of a part of a data set, such as one that was held out: the number of each row in the whole
         self._numbers: np.ndarray | None = None
         if isinstance(dataset, datasets.Dataset) and ROW_NUMBER in dataset.column_names:
-            self._numbers = np.asarray(dataset.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER])
+            numbers = np.asarray(dataset.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER])
+            # Parts of several data sets that were put together have some numbers twice, which tell nothing then
+            self._numbers = numbers if len(np.unique(numbers)) == len(numbers) else None
 
     def __len__(self) -> int:
         return len(self.dataset) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = _read_row(self.dataset, self._place(index))
+        row = _read_row(self.dataset, self.place(index))
         return self._item(row, self.row_number(index), self.epoch)
 
-    def _place(self, index: int) -> int:
-        """Return where in the data set the row of an item is."""
+    def place(self, index: int) -> int:
+        """
+        Return where in the data set that was given the row of an item is: `dataset[pairs.place(index)]`.
+
+        Args:
+            index (`int`):
+                Which of the items.
+
+        Returns:
+            `int`.
+
+        Raises:
+            IndexError: if there is no such item.
+        """
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"There is no row {index}: the data set has {len(self)}.")
@@ -367,7 +381,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         Raises:
             IndexError: if there is no such item.
         """
-        place = self._place(index)
+        place = self.place(index)
         return place if self._numbers is None else int(self._numbers[place])
 
     def references(self, cleaned: bool = True) -> list[list[str]]:
@@ -387,7 +401,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         rows = _select(self.dataset, [self.text_column], None)
         names = (RowName(self.row_number(index), source=self._called) for index in range(len(self)))
         return [
-            self._own_texts(_read_row(rows, self._place(index)), name, cleaned and self.clean_text)
+            self._own_texts(_read_row(rows, self.place(index)), name, cleaned and self.clean_text)
             for index, name in enumerate(names)
         ]
 
@@ -607,7 +621,7 @@ prefix_lm:
         else:
             for number, row in enumerate(self.dataset):
                 if number % num_shares == share:
-                    yield number, row
+                    yield row.get(ROW_NUMBER, number), row
 
 
 _TRANSFORM_OF_FEATURES = (

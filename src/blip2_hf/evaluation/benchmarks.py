@@ -181,7 +181,7 @@ def _evaluate(
     **kwargs,
 ) -> dict[str, Any]:
     check_distinct(samples, sample_id, "have the same id, and each needs its own")
-    _check_prompts(samples, prompts, preset.prompt, processor.image_token)
+    _check_prompts(samples, prompts, preset.prompt, processor.tokenizer)
     state = PartialState(cpu=model.device.type == "cpu")
     settings = prediction_settings(model, processor, preset, samples, image_size)
     store = PredictionStore(Path(output) / "parts", settings, state)
@@ -211,13 +211,14 @@ def _evaluate(
     return json.loads((Path(output) / "results.json").read_text(encoding="utf-8"))
 
 
-def _check_prompts(samples: Sequence[Sample], prompts: Sequence[str], template: str, image_token: str):
-    """Refuse questions that hold the mark of a picture; the rest of the prompt may."""
+def _check_prompts(samples: Sequence[Sample], prompts: Sequence[str], template: str, tokenizer: Any):
+    """Refuse questions that spell a special token, such as the mark of a picture; the rest of the prompt may."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for number, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
-        if prompt.count(image_token) > template.count(image_token):
+        if found := [token for token in tokens if prompt.count(token) > template.count(token)]:
             raise ValueError(
-                f"{sample_name(sample, number)}: the prompt is {prompt!r}, and {image_token!r} stands for a picture. "
-                "Write the question without it."
+                f"{sample_name(sample, number)}: the prompt is {prompt!r}, and {found[0]!r} is a special token of "
+                "the tokenizer. Write the question without it."
             )
 
 

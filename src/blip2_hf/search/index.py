@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..image_loading import load_image_for
+from ..image_loading import check_reads_8_bit, load_image_for
 from ..losses import image_text_similarity
 from ..modeling_retrieval import Blip2ImageTextPreTrainedModel
 from .approximate import ApproximateIndex, import_faiss
@@ -202,6 +202,7 @@ class SearchIndex:
         if model is None:
             model = read_description(directory)["model"]
         model, processor = model_and_processor(model, processor, device, dtype)
+        check_reads_8_bit(processor.image_processor)
         if rebuild or not (directory / DESCRIPTION).exists():
             description = _describe_index(directory, folder, model, processor.image_processor, store_embeds)
             create_store(directory, description)

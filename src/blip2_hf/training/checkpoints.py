@@ -166,12 +166,29 @@ def _find_checkpoint(trainer: "Blip2Trainer", settings: dict[str, Any]) -> str |
                     f"{checkpoint} is there already, without {path.name}, which would tell what made it. {anyway}"
                 )
             _compare(checkpoint, json.loads(path.read_text(encoding="utf-8")), settings, anyway)
+        else:
+            _check_neighbours(checkpoint, folder, settings)
         _check_length(checkpoint, args)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return checkpoint
+
+
+def _check_neighbours(checkpoint: str, folder: Path, settings: dict[str, Any]):
+    """Refuse a folder in which later checkpoints, that other settings made, would be taken for those of this run."""
+    path, given = folder / _SETTINGS, Path(checkpoint).resolve()
+    steps = {step: old for step, old in _checkpoints(folder).items() if old.resolve() != given}
+    if given.parent == folder.resolve():
+        step = next((step for step, old in _checkpoints(folder).items() if old.resolve() == given), -1)
+        steps = {other: old for other, old in steps.items() if other > step}
+    if steps and not (path.exists() and json.loads(path.read_text(encoding="utf-8")) == settings):
+        names = ", ".join(old.name for old in steps.values())
+        raise ValueError(
+            f"{folder} has checkpoints that other settings made ({names}), and the next run would take them for those "
+            f"of this one. To go on from {checkpoint}, give another --output_dir, or move them away."
+        )
 
 
 def refuse_weights_alone(checkpoint: str | os.PathLike | None):

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_seq2seq import Seq2SeqTrainer
-from transformers.trainer_utils import HubStrategy, SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from ..configuration_blip2 import is_hub_id
@@ -97,12 +99,28 @@ class Blip2Trainer(Seq2SeqTrainer):
         return without_adapters(self.accelerator.unwrap_model(self.model))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        last = resume_from_checkpoint is True
-        refuse_weights_alone((get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint) or None)
+        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        refuse_weights_alone(last or None)
         if self.is_world_process_zero():
             print(describe_trained_parts(self._bare_model()))
         self._step_of_weights = None
+        if last and self._is_finished(last):
+            return self._load_finished(last)
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def _is_finished(self, checkpoint: str) -> bool:
+        """Whether a run of so many steps ended there. Trainer would make one step more, within an epoch."""
+        path = os.path.join(checkpoint, TRAINER_STATE_NAME)
+        if self.args.max_steps <= 0 or self.is_fsdp_enabled or self.is_deepspeed_enabled or not os.path.exists(path):
+            return False
+        return TrainerState.load_from_json(path).global_step >= self.args.max_steps
+
+    def _load_finished(self, checkpoint: str) -> TrainOutput:
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _load_best_model(self):
         super()._load_best_model()
