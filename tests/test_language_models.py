@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from language_models import CAUSAL, MOST_PARAMETERS, SEQ2SEQ, randomize_lightly, tiny_text_config
+from packaging import version
 from tiny import NUM_QUERIES, VOCAB_SIZE, make_config
 
 from blip2_hf import Blip2ForConditionalGeneration
@@ -102,7 +104,13 @@ def test_greedy_is_the_argmax_of_forward_alone_and_in_a_batch(model_type):
     assert together == alone
 
 
-@pytest.mark.parametrize("model_type", ["rwkv", "roformer", "t5gemma", "mamba"])
+# Before, these alone write something else than the argmax of their own forward
+FIXED = pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.24"), reason="transformers' own")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["rwkv", "mamba", pytest.param("t5gemma", marks=FIXED), pytest.param("roformer", marks=FIXED)]
+)
 def test_hooks_of_language_models_are_asked(model_type):
     """Of the slow test, those whose states or windows are kept in ways of their own."""
     alone, together = alone_and_together(make_tiny(model_type))

@@ -383,6 +383,20 @@ def test_a_run_is_not_made_shorter_than_it_is(tmp_path):
         find(tmp_path, resume_from_checkpoint=str(tmp_path / "nothing"))
 
 
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    """In the middle of an epoch Trainer makes one step more than there are to be, each time that it goes on."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    first = make_trainer(tmp_path, **settings)
+    first.train()
+    expected = {name: weight.clone() for name, weight in first.model.state_dict().items()}
+    again = make_trainer(tmp_path, **settings)
+    checkpoint = last_complete_checkpoint(tmp_path)
+    assert again.train(resume_from_checkpoint=checkpoint).global_step == 4
+    assert all(torch.equal(weight, expected[name]) for name, weight in again.model.state_dict().items())
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert again.state.global_step == 4 and again.evaluate()["eval_loss"] > 0
+
+
 def test_weights_alone_are_told_by_what_trainer_saves(tmp_path):
     for name, alone in (("all", False), ("alone", True)):
         options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": alone}

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from typing import Any
 
 import torch
@@ -168,11 +169,18 @@ def _tower_inside(model: PreTrainedModel) -> PreTrainedModel:
             f"The tower of transformers' {type(model).__name__} applies the LayerNorm that BLIP-2 has behind its "
             "tower. Give the name of the checkpoint, or blip2_hf.Blip2Model.from_pretrained(...) of a BLIP-2."
         )
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    parts = [part for part in parts if type(part.config) is type(config)] or [model]
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+    parts = {name: part for name, part in parts.items() if type(part.config) is type(config)}
+    if not parts:
+        raise ValueError(
+            f"No vision tower is taken out of a {type(model).__name__}. Give a tower of AutoModel (ViT, DINOv2, ...), "
+            "or a model that has one (CLIP, SigLIP, LLaVA, BLIP-2, ...)."
+        )
+    # That of pictures, if there is one of videos too
+    named = [part for name, part in parts.items() if re.match(_IN_A_MODEL, f"{name}.")] or list(parts.values())
     # As AutoModel makes it: without the head of a classifier, for example
     tower_class = MODEL_MAPPING.get(type(config), None)
-    tower: Any = next((part for part in parts if type(part) is tower_class), parts[0])
+    tower: Any = next((part for part in named if type(part) is tower_class), named[0])
     if isinstance(tower, Blip2AbsentVisionModel):
         raise ValueError(f"This {type(model).__name__} has no vision tower (has_vision_tower=False).")
     return tower.tower if isinstance(tower, Blip2AutoVisionModel) else tower
