@@ -365,6 +365,13 @@ def test_questions_with_another_special_token(opt, tmp_path, generated):
     assert generated == []
 
 
+def test_questions_of_which_nothing_is_left(opt, tmp_path, generated):
+    samples = [replace(question_samples()[0], question="...", source="row 3")]
+    with pytest.raises(ValueError, match="^row 3: the question is '...', of which cleaning leaves nothing"):
+        evaluate_vqa(*opt, samples, tmp_path)
+    assert generated == []
+
+
 def test_a_broken_file_is_named_in_a_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "a?", "answer": "b"}\n{"question"')
     options = ["evaluate", "vqa", "--model", "none", "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path)]

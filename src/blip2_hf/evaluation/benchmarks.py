@@ -134,11 +134,16 @@ def evaluate_vqa(
     _, question_name, answer_name = ANSWER_PROTOCOLS[protocol]
     preset = _preset(preset, model, samples)
     check_preset(preset, asks=True)
+    questions = [clean_question(sample.question) for sample in samples]
+    for number, question in enumerate(questions):
+        if not question.strip():
+            name, given = sample_name(samples[number], number), samples[number].question
+            raise ValueError(f"{name}: the question is {given!r}, of which cleaning leaves nothing.")
     return _evaluate(
         model,
         processor,
         samples,
-        [preset.prompt.replace("{}", clean_question(sample.question)) for sample in samples],
+        [preset.prompt.replace("{}", question) for question in questions],
         output,
         preset,
         task,

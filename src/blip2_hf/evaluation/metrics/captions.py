@@ -18,8 +18,8 @@ def check_pairs(predictions: Sequence, references: Sequence, wanted: str) -> Non
     if len(predictions) == 0:
         raise ValueError("there are no predictions to score")
     for index, own in enumerate(references):
-        if isinstance(own, str):
-            raise ValueError(f"the references of prediction {index} are a list, not the text {own!r}; {wanted}")
+        if isinstance(own, str) or own is None:
+            raise ValueError(f"the references of prediction {index} are a list, not {own!r}; {wanted}")
         if len(own) == 0:
             raise ValueError(f"prediction {index} has no references: each needs at least one")
 
