@@ -16,6 +16,8 @@ from tiny import LANGUAGE_MODELS, assert_sees_the_whole, make_cropping_image_pro
 from train_stage1 import Processor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+from blip2_hf.cli import main
+from blip2_hf.data import clean_question
 from blip2_hf.evaluation.metrics import vqa_accuracy_scores
 
 
@@ -96,7 +98,16 @@ def test_stage_2_then_captions_then_answers(parts, tmp_path, language_model):
     printed = run(
         "finetune_vqa.py",
         tmp_path / "vqa",
-        *("--model", str(stage2), "--stage1", str(parts / "stage1"), *long, *once),
+        *(
+            "--model",
+            str(stage2),
+            "--stage1",
+            str(parts / "stage1"),
+            *long,
+            *once,
+            "--language_model_dtype",
+            "float32",
+        ),
         *("--answer_column", "caption", "--group_by", "kind", "--vision_layer_decay", "0.9"),
     )
     results = json.loads((tmp_path / "vqa" / "results.json").read_text())
@@ -113,8 +124,37 @@ def test_stage_2_then_captions_then_answers(parts, tmp_path, language_model):
     for folder in (stage2, tmp_path / "captioner", tmp_path / "vqa"):
         processor = Blip2Processor.from_pretrained(folder)
         assert_sees_the_whole(processor.image_processor, 28)
+    assert evaluated_answers(tmp_path / "vqa", parts / "other.parquet") == results["answers"]
     inputs = processor(images=make_image(), text="Question: what is it? Answer:", return_tensors="pt")
     assert "qformer_input_ids" in inputs and trained.generate(**inputs, max_new_tokens=2).shape[0] == 1
+
+
+def evaluated_answers(model: Path, data: Path) -> list[str]:
+    """What `blip2-hf evaluate vqa` and the pipeline say of the test, which must be what the script said of it."""
+    output, prompt = model.parent / "evaluated", "Question: {} Answer:"
+    greedy = ("num_beams=1", "length_penalty=1.0", "max_new_tokens=10", "min_new_tokens=0")
+    options = ("--answer-column", "caption", "--prompt", prompt, "--generate", *greedy, "--dtype", "float32")
+    command = (
+        "evaluate",
+        "vqa",
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+    )
+    main([*command, *options])
+    answers = [entry["answer"] for entry in json.loads((output / "predictions.json").read_text())]
+    pipe = transformers.pipeline("visual-question-answering", model=str(model), device="cpu", dtype="float32")
+    for row, answer in zip(
+        datasets.load_dataset("parquet", data_files=str(data), split="train"), answers, strict=True
+    ):
+        asked = {"image": row["image"], "question": clean_question(row["question"])}
+        assert pipe(asked, prompt_template=prompt, max_new_tokens=10)[0]["answer"] == answer
+    return [answer.partition("\n")[0].strip() for answer in answers]
 
 
 def stage2_options(parts: Path, *options: str) -> tuple[str, ...]:

@@ -450,9 +450,9 @@ def test_a_mask_of_another_length_is_refused(name):
     for mask in (torch.ones(1, 3), torch.ones(1, 8), torch.ones(2, 6)):
         inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
         for images in ({"pixel_values": pixel_values}, {}):
-            with pytest.raises(ValueError, match=r"attention_mask of shape \(., .\) for a text of shape \(1, 6\)"):
+            with pytest.raises(ValueError, match=r"attention_mask of shape \(., .\) for the text of shape \(1, 6\)"):
                 model.generate(**images, **inputs, max_new_tokens=2)
-        with pytest.raises(ValueError, match=r"for a text of shape \(1, 6\)"):
+        with pytest.raises(ValueError, match=r"for the text of shape \(1, 6\)"):
             model(pixel_values=pixel_values, **inputs, labels=input_ids)
 
 

@@ -166,7 +166,7 @@ def test_a_text_without_tokens_is_refused(way):
     with pytest.raises(ValueError, match="Row 1 of input_ids has 0 tokens"):
         WAYS_IN[way](make_retrieval(image_token_index=IMAGE), images, **inputs)
     inputs["attention_mask"] = inputs["attention_mask"][:, 1:]
-    with pytest.raises(ValueError, match=r"shape \(3, 9\) were given with an attention mask of shape \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 8\) for input_ids of shape \(3, 9\)"):
         WAYS_IN[way](make_retrieval(), images, **inputs)
 
 

@@ -1,9 +1,20 @@
-"""What transformers calls keys and values in arguments and outputs: `cache` from 5.24 on, `past_key_values` before."""
+"""Keys and values, which transformers calls `cache` from 5.24 on, and `past_key_values` before."""
 
 from dataclasses import fields
 
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+
+
+def cached_length(cache: Cache | None) -> int | None:
+    """Return how many positions a cache holds; `None` for the states of a recurrent model, which have none."""
+    if cache is None:
+        return 0
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return None

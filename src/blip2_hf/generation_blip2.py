@@ -14,7 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .cache_name import CACHE_NAME, CACHE_NAMES
+from .cache_name import CACHE_NAME, CACHE_NAMES, cached_length
+from .modeling_base import check_attention_mask
 
 
 # What has transformers draft tokens and verify them, in arguments of `generate` or in a generation config
@@ -233,7 +234,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         return generate_kwargs | limits
 
     def _setting(self, name: str, generate_kwargs: dict[str, Any]) -> Any:
-        """What `generate` takes for a setting: that of the call, of the config given to it, or of the model's own."""
+        """Return a setting of the call, otherwise of the config given to it, otherwise of the model's own config."""
         configs = [generate_kwargs.get("generation_config"), self.generation_config]
         values = [generate_kwargs.get(name), *(getattr(config, name, None) for config in configs)]
         return next((value for value in values if value is not None), None)
@@ -394,41 +395,6 @@ def _text_ids(input_ids: torch.Tensor | None, inputs: torch.Tensor | None) -> to
             "Give images as pixel_values, image_embeds or image_features, and embedded text as inputs_embeds."
         )
     return inputs
-
-
-def check_attention_mask(attention_mask: torch.Tensor | None, text: torch.Tensor, past_length: int = 0):
-    """
-    Refuses a mask that is not of the text's length, which would cut the text off.
-
-    Args:
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            The mask.
-        text (`torch.Tensor` of shape `(batch_size, sequence_length, ...)`):
-            Token ids, or embedded text.
-        past_length (`int`, *optional*, defaults to 0):
-            Length of a cache, which the mask may cover too.
-
-    Raises:
-        ValueError: if the mask is of another shape.
-    """
-    if attention_mask is None or attention_mask.dim() != 2:
-        return
-    expected, given = tuple(text.shape[:2]), tuple(attention_mask.shape)
-    if given not in (expected, (expected[0], past_length + expected[1])):
-        raise ValueError(
-            f"attention_mask of shape {given} for a text of shape {expected}: the same was expected, 1 at each token "
-            "that is read and 0 at padding. Give the mask that was made with input_ids, or none."
-        )
-
-
-def cached_length(cache: Cache | None) -> int | None:
-    """Return how many positions a cache holds; `None` for the states of a recurrent model, which have none."""
-    if cache is None:
-        return 0
-    try:
-        return cache.get_seq_length()
-    except ValueError:
-        return None
 
 
 def _check_prompt_with_cache(attention_mask: torch.Tensor, cache: Cache, num_added: int = 0):

@@ -151,13 +151,13 @@ _NOT_RESCALED = (
 
 
 def _setting(image_processor: Any, image_kwargs: Mapping[str, Any], name: str) -> Any:
-    """What a call says, or else the image processor. timm's and Pix2Struct's, which scale in their way, say `None`."""
+    """Return a setting of a call, otherwise of the image processor; `None` if there is none (timm, Pix2Struct)."""
     value = image_kwargs.get(name)
     return getattr(image_processor, name, None) if value is None else value
 
 
 def _is_for_fractions(image_processor: Any, image_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the mean that is subtracted is one of values in [0, 1], not of 0 to 255."""
+    """Return whether the mean belongs to values in [0, 1], not to 0 to 255."""
     mean = _setting(image_processor, image_kwargs, "image_mean")
     return mean is not None and bool(np.max(mean) <= 1)
 

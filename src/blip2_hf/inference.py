@@ -1,4 +1,4 @@
-"""What runs over many pictures share: a whole model, how large a batch is, and which weights they were."""
+"""Loading, batch sizes and fingerprints of models, for the jobs on many pictures."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ def load_model(model_class: Any, name: str | os.PathLike, expected: str, **kwarg
         name (`str` or `os.PathLike`):
             Folder or id on the Hub.
         expected (`str`):
-            What should have been given, for the message.
+            The kind of checkpoint that the error asks for.
         kwargs:
             Those of `from_pretrained`, such as `dtype`.
 

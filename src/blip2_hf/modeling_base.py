@@ -391,17 +391,42 @@ class Blip2HfModel(Blip2PreTrainedModel):
 Blip2Model = Blip2HfModel
 
 
+def check_attention_mask(
+    attention_mask: torch.Tensor | None, text: torch.Tensor, past_length: int = 0, name: str = "the text"
+):
+    """
+    Refuse a mask that is not of the text's length, which would cut the text off.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The mask.
+        text (`torch.Tensor` of shape `(batch_size, sequence_length, ...)`):
+            Token ids, or embedded text.
+        past_length (`int`, *optional*, defaults to 0):
+            Length of a cache, which the mask may cover too.
+        name (`str`, *optional*, defaults to `"the text"`):
+            How the error calls the text.
+
+    Raises:
+        ValueError: if the mask is of another shape.
+    """
+    if attention_mask is None or attention_mask.dim() == 4:
+        return
+    expected, given = tuple(text.shape[:2]), tuple(attention_mask.shape)
+    if given not in (expected, (expected[0], past_length + expected[1])):
+        raise ValueError(
+            f"attention_mask of shape {given} for {name} of shape {expected}: the same was expected, 1 at each token "
+            "that is read and 0 at padding. Give the mask that was made with the text, or none."
+        )
+
+
 def pad_right(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, name: str = "input_ids"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the same texts with all their padding behind them, because the Q-Former's positions count tokens."""
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"{name} of shape {tuple(input_ids.shape)} were given with an attention mask of shape "
-            f"{tuple(attention_mask.shape)}: the same shape was expected, with 1 at tokens and 0 at padding."
-        )
+    check_attention_mask(attention_mask, input_ids, name=name)
     order = attention_mask.eq(0).int().argsort(dim=1, stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 

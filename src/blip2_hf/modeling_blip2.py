@@ -15,14 +15,14 @@ from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVision
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .cache_name import CACHE_NAME, CACHE_NAMES
+from .cache_name import CACHE_NAME, CACHE_NAMES, cached_length
 from .configuration_blip2 import Blip2Config
 from .frozen import checkpoint_in_eval_mode, is_frozen
-from .generation_blip2 import Blip2GenerationMixin, cached_length, check_attention_mask
+from .generation_blip2 import Blip2GenerationMixin
 from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labels
 from .loss_by_rows import can_run_by_rows, loss_by_rows
 from .losses import language_modeling_loss, mean_over_labels
-from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
+from .modeling_base import Blip2Model, Blip2PreTrainedModel, check_attention_mask, image_side_from_parts
 from .modeling_qformer import Blip2TextEmbeddings
 from .parts import image_token_id, language_model_class, load_language_model, load_whole
 
@@ -291,26 +291,17 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             ids = input_ids if is_image is None else input_ids.masked_fill(is_image, 0)
             inputs_embeds = self.get_input_embeddings()(ids)
         if is_image is None:
-            batch_size, num_images = text.shape[0], image_features.shape[0]
-            if num_images % batch_size:
-                raise ValueError(
-                    f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for "
-                    "each text were expected. Let Blip2Processor make input_ids, or give one image a text."
-                )
-            num_added = num_images // batch_size * image_features.shape[1]
+            num_added = self._num_in_front(image_features, len(text))
             index = self.config.image_token_index
-            front = attention_mask.new_ones(batch_size, num_added)
-            is_image = torch.cat([front.bool(), torch.zeros_like(text[..., 0] if text.dim() == 3 else text).bool()], 1)
-            if input_ids is not None:
-                placeholders = input_ids.new_full(front.shape, -1 if index is None else index)
-                input_ids = torch.cat([placeholders, input_ids], dim=1)
             # A mask may also cover a cache, which comes first
             past = attention_mask.shape[1] - text.shape[1]
-            attention_mask = torch.cat([attention_mask[:, :past], front, attention_mask[:, past:]], dim=1)
-            empty = inputs_embeds.new_zeros(batch_size, num_added, inputs_embeds.shape[2])
-            inputs_embeds = torch.cat([empty, inputs_embeds], dim=1)
+            is_image = _put_in_front(torch.zeros_like(attention_mask[:, past:]).bool(), num_added, True)
+            attention_mask = _put_in_front(attention_mask, num_added, 1, past)
+            inputs_embeds = _put_in_front(inputs_embeds, num_added, 0.0)
+            if input_ids is not None:
+                input_ids = _put_in_front(input_ids, num_added, -1 if index is None else index)
             if labels is not None and not self.config.is_encoder_decoder:
-                labels = torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
+                labels = _put_in_front(labels, num_added, -100)
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
         self._check_placeholders(is_image, image_features, inputs_embeds.shape[2])
         inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
@@ -327,6 +318,16 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             "is_image": is_image,
             "num_added": num_added,
         }
+
+    def _num_in_front(self, image_features: torch.Tensor, batch_size: int) -> int:
+        """Return how many positions the images of each text take in front of it."""
+        num_images = image_features.shape[0]
+        if num_images % batch_size:
+            raise ValueError(
+                f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for each "
+                "text were expected. Let Blip2Processor make input_ids, or give one image a text."
+            )
+        return num_images // batch_size * image_features.shape[1]
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
         """Where `<image>` stands in the text, boolean, of shape `(batch_size, length)`; `None` if it has none."""
@@ -744,6 +745,12 @@ def _position_ids(attention_mask: torch.Tensor | None, length: int) -> torch.Ten
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return None
     return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)[:, -length:]
+
+
+def _put_in_front(values: torch.Tensor, count: int, value: float, past: int = 0) -> torch.Tensor:
+    """Return `values` of shape `(batch_size, length, ...)` with `count` more positions behind the first `past`."""
+    front = values.new_full((len(values), count, *values.shape[2:]), value)
+    return torch.cat([values[:, :past], front, values[:, past:]], dim=1)
 
 
 def _shift(labels: torch.Tensor) -> torch.Tensor:

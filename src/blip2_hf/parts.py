@@ -43,7 +43,7 @@ def load_whole(
         name (`str` or `os.PathLike`):
             Folder or id on the Hub.
         expected (`str`):
-            What should have been given, for the message.
+            The kind of checkpoint that the error asks for.
         not_needed (`tuple[str, ...]`, *optional*):
             What the names of weights begin with that may be missing.
         kwargs:

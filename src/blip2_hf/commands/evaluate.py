@@ -13,7 +13,7 @@ from ._common import add_option, generate_argument, load_captioner, load_dataset
 
 @dataclass(frozen=True)
 class _Task:
-    """What is done, the options that name its data, the settings of generation, and how answers are scored."""
+    """One task: its kind, the options that name its data, its settings of generation, the protocols of its answers."""
 
     kind: str
     needs: tuple[str, ...]

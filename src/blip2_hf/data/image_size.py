@@ -77,7 +77,7 @@ def _timm_settings(data_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sees_the_whole(image_processor: Any, image_size: int) -> bool:
-    """Whether a wide picture, dark on its left, bright on its right, comes out as if it had been a square before."""
+    """Return whether a wide ramp from dark to bright gives the same values as a square one."""
     ramp = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).convert("RGB")
     pictures = [ramp.resize((4 * image_size, image_size)), ramp.resize((image_size, image_size))]
     wide, square = (np.asarray(image_processor(images=[p], return_tensors="np")["pixel_values"]) for p in pictures)

@@ -1,4 +1,4 @@
-"""How answers are scored: by which protocol, and lemmatised or not."""
+"""Protocols that score answers, and the lemmatiser in front of them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

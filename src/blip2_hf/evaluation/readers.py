@@ -309,7 +309,7 @@ def _read_rows(rows: Any, image_column: str, columns: list[str | None]) -> Itera
 
 
 def _value(values: Mapping, column: str, row: int, check: Callable[[Any, str], None] | None = None) -> Any:
-    """What a row has in a column."""
+    """Return the value of a row in a column."""
     try:
         value = get_column(values, column)
     except ValueError as error:

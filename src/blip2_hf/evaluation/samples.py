@@ -169,17 +169,17 @@ def check_distinct(samples: Sequence[Sample], key: Callable[[Sample], Hashable],
 
 
 def sample_name(sample: Sample, number: int) -> str:
-    """What errors call a sample."""
+    """Return the name of a sample in errors."""
     return sample.source or f"sample {number}"
 
 
 def sample_id(sample: Sample) -> int | str:
-    """What the output calls a sample."""
+    """Return the id of a sample in the output."""
     return sample.question_id if isinstance(sample, QuestionSample) else sample.image_id
 
 
 def picture_key(sample: Sample) -> Hashable:
-    """What samples about one picture share: its path, its row in a data set, or the object that it is."""
+    """Return a key that is equal for samples about one picture: its path, its row in a data set, or its object."""
     image = sample.image
     if isinstance(image, RowImage):
         return id(image.rows), image.row, image.column
