@@ -6,9 +6,9 @@ One step of stage 1, AdamW included: two passes of the Q-Former against the four
 
 The two are timed in turn, on the same model and data: stored tower features [batch, 257, 1408], a Q-Former of
 BERT-base's size with 32 queries, captions of about 12 tokens, dropout 0.1. The four-pass computation, that of
-tests/naive_stage1.py, pads texts to 32 tokens, projects the image anew in each pass that reads it, and has AdamW as
-torch makes it by default. Prints one line of JSON; a speed_ratio above 1 and a memory_ratio below 1 are in favour of
-two passes.
+tests/helpers/naive_stage1.py, pads texts to 32 tokens, projects the image anew in each pass that reads it, and has
+AdamW as torch makes it by default. Prints one line of JSON; a speed_ratio above 1 and a memory_ratio below 1 are in
+favour of two passes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from measure import flops, matmul_peak, peak_memory, peak_memory_of_fresh_proces
 from blip2_hf import Blip2Config, Blip2ForPreTraining, Blip2QFormerConfig
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from naive_stage1 import naive_stage1  # noqa: E402
 
 

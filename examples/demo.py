@@ -45,7 +45,7 @@ from blip2_hf.data import (
     with_image_size,
 )
 from blip2_hf.evaluation import retrieval_recall
-from blip2_hf.losses import image_text_similarity
+from blip2_hf.models.losses import image_text_similarity
 
 
 DATA = Path(__file__).parent / "data" / "emoji"

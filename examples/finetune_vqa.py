@@ -37,8 +37,8 @@ from blip2_hf.data import (
 )
 from blip2_hf.evaluation import GeneratedTextMetrics, score_answers
 from blip2_hf.evaluation.metrics import choose_vqa_protocol, vqa_accuracy_scores
-from blip2_hf.frozen import cast_parameters
-from blip2_hf.parts import load_whole
+from blip2_hf.models.backbones import load_whole
+from blip2_hf.models.frozen import cast_parameters
 from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
 
 

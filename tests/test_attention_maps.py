@@ -14,7 +14,7 @@ from tiny import make_config, make_image, make_image_processor, make_model, rand
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Model, Blip2Processor
 from blip2_hf.attention_maps import feature_grid, normalize_heat_map, overlay, query_attention_map, text_heat_map
 from blip2_hf.cli import main
-from blip2_hf.modeling_base import Blip2PreTrainedModel
+from blip2_hf.models.modeling_base import Blip2PreTrainedModel
 
 
 SIDE, PATCH = 40, 5

@@ -11,8 +11,8 @@ from tiny import make_config, make_model, make_pixel_values, randomize
 
 import blip2_hf.export
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Model, Blip2VisionConfig
+from blip2_hf.cli import export as command
 from blip2_hf.cli import main
-from blip2_hf.commands import export as command
 from blip2_hf.export import export_image_encoder
 
 

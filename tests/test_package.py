@@ -39,7 +39,7 @@ ORDERS = {
     "their configuration": "import blip2_hf; from transformers import Blip2Config",
     "generation": "import blip2_hf; from transformers.generation import GenerationMixin",
     "pipelines": "import blip2_hf; from transformers import pipeline",
-    "our model": "from blip2_hf.modeling_qformer import Blip2QFormerModel; import blip2_hf",
+    "our model": "from blip2_hf.models.modeling_qformer import Blip2QFormerModel; import blip2_hf",
     "our processor": "from blip2_hf import Blip2Processor; import blip2_hf",
     "all of theirs": "from transformers import Trainer, pipeline, AutoModel, AutoProcessor; import blip2_hf",
 }

@@ -23,7 +23,7 @@ from real_assets import real_assets  # noqa: E402
 
 from blip2_hf.data import read_cached_features  # noqa: E402
 from blip2_hf.evaluation.metrics import caption_metrics  # noqa: E402
-from blip2_hf.losses import image_text_contrastive_loss  # noqa: E402
+from blip2_hf.models.losses import image_text_contrastive_loss  # noqa: E402
 
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH = 1500, 512, 1e-3, 256

@@ -25,7 +25,7 @@ from precision import device_type  # noqa: E402
 from blip2_hf import Blip2ForPreTraining  # noqa: E402
 from blip2_hf.attention_maps import overlay, text_heat_map  # noqa: E402
 from blip2_hf.data import read_cached_features  # noqa: E402
-from blip2_hf.losses import image_text_similarity  # noqa: E402
+from blip2_hf.models.losses import image_text_similarity  # noqa: E402
 
 
 GROUPS = ("animal-mammal", "food-fruit", "musical-instrument", "transport-ground")

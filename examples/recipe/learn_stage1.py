@@ -36,7 +36,7 @@ from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextCollator, ImageTextPairs  # noqa: E402
-from blip2_hf.losses import image_text_contrastive_loss, image_text_similarity  # noqa: E402
+from blip2_hf.models.losses import image_text_contrastive_loss, image_text_similarity  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
 
 

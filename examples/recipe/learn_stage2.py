@@ -30,9 +30,9 @@ from precision import computed_in, fast_autocast, fast_dtype  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
-from blip2_hf.cache_name import CACHE_NAME  # noqa: E402
 from blip2_hf.data import ImageTextPairs, read_cached_features  # noqa: E402
-from blip2_hf.frozen import cast_parameters  # noqa: E402
+from blip2_hf.models._compat import CACHE_NAME  # noqa: E402
+from blip2_hf.models.frozen import cast_parameters  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage2Arguments  # noqa: E402
 
 

@@ -2,42 +2,50 @@
 
 from typing import TYPE_CHECKING
 
-from ._lazy import lazy_attributes, when_imported
+from ._import_hook import alias_modules, lazy_attributes, when_imported
 from ._registration import REGISTRATIONS
 
 
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
-    "configuration_blip2": ["Blip2Config", "Blip2QFormerConfig", "Blip2VisionConfig"],
-    "image_loading": ["ImageLoadError", "load_image", "load_images"],
+    "models.configuration_blip2": ["Blip2Config", "Blip2QFormerConfig", "Blip2VisionConfig"],
+    "models.image_loading": ["ImageLoadError", "load_image", "load_images"],
     "convert.lavis": ["load_lavis_checkpoint"],
-    "modeling_base": ["Blip2Model", "Blip2PreTrainedModel"],
-    "modeling_blip2": ["Blip2ForConditionalGeneration"],
-    "modeling_pretraining": ["Blip2ForPreTraining"],
-    "modeling_qformer": ["Blip2QFormerModel", "block_attention_mask"],
-    "modeling_retrieval": ["Blip2ForImageTextRetrieval"],
-    "modeling_vision": ["Blip2VisionModel"],
-    "pipeline_blip2": ["ImageToTextPipeline", "VisualQuestionAnsweringPipeline"],
-    "pipeline_zero_shot": ["ZeroShotImageClassificationPipeline"],
-    "processing_blip2": ["Blip2Processor"],
+    "models.modeling_base": ["Blip2Model", "Blip2PreTrainedModel"],
+    "models.modeling_blip2": ["Blip2ForConditionalGeneration"],
+    "models.modeling_pretraining": ["Blip2ForPreTraining"],
+    "models.modeling_qformer": ["Blip2QFormerModel", "block_attention_mask"],
+    "models.modeling_retrieval": ["Blip2ForImageTextRetrieval"],
+    "models.modeling_vision": ["Blip2VisionModel"],
+    "models.pipeline_blip2": ["ImageToTextPipeline", "VisualQuestionAnsweringPipeline"],
+    "models.pipeline_zero_shot": ["ZeroShotImageClassificationPipeline"],
+    "models.processing_blip2": ["Blip2Processor"],
 }
 __getattr__, __dir__, __all__ = lazy_attributes(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
-    from .configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
     from .convert.lavis import load_lavis_checkpoint
-    from .image_loading import ImageLoadError, load_image, load_images
-    from .modeling_base import Blip2Model, Blip2PreTrainedModel
-    from .modeling_blip2 import Blip2ForConditionalGeneration
-    from .modeling_pretraining import Blip2ForPreTraining
-    from .modeling_qformer import Blip2QFormerModel, block_attention_mask
-    from .modeling_retrieval import Blip2ForImageTextRetrieval
-    from .modeling_vision import Blip2VisionModel
-    from .pipeline_blip2 import ImageToTextPipeline, VisualQuestionAnsweringPipeline
-    from .pipeline_zero_shot import ZeroShotImageClassificationPipeline
-    from .processing_blip2 import Blip2Processor
+    from .models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+    from .models.image_loading import ImageLoadError, load_image, load_images
+    from .models.modeling_base import Blip2Model, Blip2PreTrainedModel
+    from .models.modeling_blip2 import Blip2ForConditionalGeneration
+    from .models.modeling_pretraining import Blip2ForPreTraining
+    from .models.modeling_qformer import Blip2QFormerModel, block_attention_mask
+    from .models.modeling_retrieval import Blip2ForImageTextRetrieval
+    from .models.modeling_vision import Blip2VisionModel
+    from .models.pipeline_blip2 import ImageToTextPipeline, VisualQuestionAnsweringPipeline
+    from .models.pipeline_zero_shot import ZeroShotImageClassificationPipeline
+    from .models.processing_blip2 import Blip2Processor
 
+
+# Names that modules had before models/ was made: documented ones, and those that hand-written code may know
+alias_modules(
+    __name__,
+    {name.removeprefix("models."): name for name in _EXPORTS if name.startswith("models.")}
+    | {name: f"models.{name}" for name in ("distributed", "frozen", "generation_presets", "losses")}
+    | {"model_card": "hub.model_card", "parts": "models.backbones"},
+)
 
 # Nothing of torch is imported before it is used: the Auto classes and pipelines learn of this library when they are
 for _module, _register in REGISTRATIONS.items():

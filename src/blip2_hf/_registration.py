@@ -4,7 +4,7 @@
 def register_configs():
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from .configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+    from .models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 
     for config in (Blip2Config, Blip2QFormerConfig, Blip2VisionConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -20,12 +20,12 @@ def register_models():
         AutoModelForZeroShotImageClassification,
     )
 
-    from .modeling_base import Blip2Model
-    from .modeling_blip2 import Blip2ForConditionalGeneration
-    from .modeling_pretraining import Blip2ForPreTraining
-    from .modeling_qformer import Blip2QFormerModel
-    from .modeling_retrieval import Blip2ForImageTextRetrieval
-    from .modeling_vision import Blip2VisionModel
+    from .models.modeling_base import Blip2Model
+    from .models.modeling_blip2 import Blip2ForConditionalGeneration
+    from .models.modeling_pretraining import Blip2ForPreTraining
+    from .models.modeling_qformer import Blip2QFormerModel
+    from .models.modeling_retrieval import Blip2ForImageTextRetrieval
+    from .models.modeling_vision import Blip2VisionModel
 
     for model in (Blip2Model, Blip2QFormerModel, Blip2VisionModel):
         AutoModel.register(model.config_class, model, exist_ok=True)
@@ -39,15 +39,15 @@ def register_models():
 def register_processor():
     from transformers.models.auto.processing_auto import AutoProcessor
 
-    from .configuration_blip2 import Blip2Config
-    from .processing_blip2 import Blip2Processor
+    from .models.configuration_blip2 import Blip2Config
+    from .models.processing_blip2 import Blip2Processor
 
     AutoProcessor.register(Blip2Config, Blip2Processor, exist_ok=True)
 
 
 def register_pipelines():
-    from .pipeline_blip2 import register_pipelines as register
-    from .pipeline_zero_shot import register_zero_shot_pipeline
+    from .models.pipeline_blip2 import register_pipelines as register
+    from .models.pipeline_zero_shot import register_zero_shot_pipeline
 
     register()
     register_zero_shot_pipeline()

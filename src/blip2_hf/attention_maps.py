@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from transformers.configuration_utils import PreTrainedConfig
 
-from .modeling_base import Blip2PreTrainedModel
-from .modeling_qformer import ImageKeyValues
-from .modeling_retrieval import Blip2ImageTextPreTrainedModel
+from .models.modeling_base import Blip2PreTrainedModel
+from .models.modeling_qformer import ImageKeyValues
+from .models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 
 
 METHODS = ("gradcam", "attention")

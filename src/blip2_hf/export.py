@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from .configuration_blip2 import Blip2Config
-from .modeling_base import Blip2PreTrainedModel
-from .modeling_blip2 import Blip2ForConditionalGeneration
-from .modeling_retrieval import Blip2ImageTextPreTrainedModel
+from .models.configuration_blip2 import Blip2Config
+from .models.modeling_base import Blip2PreTrainedModel
+from .models.modeling_blip2 import Blip2ForConditionalGeneration
+from .models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 
 
 FORMATS = {"torch": ".pt2", "onnx": ".onnx"}

@@ -10,8 +10,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from ..captioning.captions import MAX_NEW_TOKENS, CaptionWriter
 from ..data.rows import stable_hash
-from ..image_loading import check_reads_8_bit
-from ..modeling_pretraining import Blip2ForPreTraining
+from ..models.image_loading import check_reads_8_bit
+from ..models.modeling_pretraining import Blip2ForPreTraining
 from .settings import WithSettings, model_settings
 
 

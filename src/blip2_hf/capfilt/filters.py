@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers.processing_utils import ProcessorMixin
 
-from ..evaluation.two_stage import TwoStageRetrieval
-from ..losses import image_text_similarity
-from ..modeling_retrieval import Blip2ImageTextPreTrainedModel
+from ..models.losses import image_text_similarity
+from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
+from ..retrieval.two_stage import TwoStageRetrieval
 from .captioners import picture_inputs
 from .settings import WithSettings, model_settings
 

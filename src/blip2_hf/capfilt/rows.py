@@ -22,7 +22,7 @@ from ..data.bad_rows import (
 from ..data.feature_cache import EMBEDS, FEATURE_COLUMNS, read_cached_features
 from ..data.rows import get_column, open_image, select_columns
 from ..data.text import clean_caption
-from ..image_loading import ImageLoadError
+from ..models.image_loading import ImageLoadError
 
 
 _SAMPLES = 32  # rows that a fingerprint looks at

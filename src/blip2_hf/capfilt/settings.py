@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..inference import model_fingerprint
+from ..jobs.inference import model_fingerprint
 
 
 class WithSettings(ABC):

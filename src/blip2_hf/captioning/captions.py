@@ -16,8 +16,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from ..image_loading import ImageLoadError, load_image_for
-from ..inference import first_batch_size
+from ..jobs.inference import first_batch_size
+from ..models.image_loading import ImageLoadError, load_image_for
 
 
 logger = logging.get_logger(__name__)

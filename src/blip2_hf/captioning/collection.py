@@ -17,8 +17,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from ..image_loading import check_reads_8_bit
-from ..inference import model_fingerprint
+from ..jobs.inference import model_fingerprint
+from ..models.image_loading import check_reads_8_bit
 from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images
 from .outputs import CaptionOutput, open_output
 from .pictures import CollectionError, FolderPictures, Pictures, RowPictures

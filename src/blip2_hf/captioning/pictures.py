@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..data.rows import get_column, open_image, select_columns
-from ..image_loading import load_image
+from ..models.image_loading import load_image
 
 
 logger = logging.get_logger(__name__)

@@ -13,12 +13,12 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from ..configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
-from ..inference import check_finite
-from ..modeling_base import Blip2Model, Blip2PreTrainedModel
-from ..modeling_blip2 import Blip2ForConditionalGeneration
-from ..modeling_pretraining import Blip2ForPreTraining
-from ..modeling_retrieval import Blip2ForImageTextRetrieval
+from ..jobs.inference import check_finite
+from ..models.configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
+from ..models.modeling_base import Blip2Model, Blip2PreTrainedModel
+from ..models.modeling_blip2 import Blip2ForConditionalGeneration
+from ..models.modeling_pretraining import Blip2ForPreTraining
+from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
 from .instructblip import RENAMINGS, InstructBlipConfig, load_instructblip_checkpoint
 from .reading import enumerate_names, read_dtypes
 

@@ -7,8 +7,8 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.instructblip.configuration_instructblip import InstructBlipConfig
 
-from ..configuration_blip2 import Blip2Config, TransformersBlip2Config
-from ..modeling_blip2 import Blip2ForConditionalGeneration
+from ..models.configuration_blip2 import Blip2Config, TransformersBlip2Config
+from ..models.modeling_blip2 import Blip2ForConditionalGeneration
 from .reading import enumerate_names, rename
 
 

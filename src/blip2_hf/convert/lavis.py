@@ -15,12 +15,12 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActD
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..configuration_blip2 import Blip2Config
-from ..modeling_base import Blip2PreTrainedModel
-from ..modeling_blip2 import Blip2ForConditionalGeneration
-from ..modeling_pretraining import Blip2ForPreTraining
-from ..modeling_retrieval import Blip2ForImageTextRetrieval
-from ..parts import image_token_id, load_language_model
+from ..models.backbones import image_token_id, load_language_model
+from ..models.configuration_blip2 import Blip2Config
+from ..models.modeling_base import Blip2PreTrainedModel
+from ..models.modeling_blip2 import Blip2ForConditionalGeneration
+from ..models.modeling_pretraining import Blip2ForPreTraining
+from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
 from .lavis_names import ConversionReport, check_tied, convert_lavis_state_dict
 from .lavis_sizes import config_from_shapes, config_with_parts
 from .reading import StateDict, enumerate_names, read_state_dict

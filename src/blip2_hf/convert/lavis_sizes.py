@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
-from ..configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from .reading import StateDict
 
 

@@ -9,8 +9,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.instructblip.processing_instructblip import InstructBlipProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..configuration_blip2 import Blip2Config
-from ..processing_blip2 import QFORMER_TOKENIZER, Blip2Processor
+from ..models.configuration_blip2 import Blip2Config
+from ..models.processing_blip2 import QFORMER_TOKENIZER, Blip2Processor
 
 
 def lavis_processor(config: Blip2Config, tokenizer: PreTrainedTokenizerBase) -> Blip2Processor:

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 
-from ..configuration_blip2 import Blip2Config, Blip2VisionConfig
-from ..modeling_vision import Blip2VisionModel
-from ..parts import load_tower
+from ..models.backbones import load_tower
+from ..models.configuration_blip2 import Blip2Config, Blip2VisionConfig
+from ..models.modeling_vision import Blip2VisionModel
 from .lavis_names import ConversionReport, convert_lavis_state_dict
 from .lavis_sizes import Shapes, vision_config_from_shapes
 from .reading import StateDict, enumerate_names, read_state_dict

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 from transformers.utils import logging
 
-from ..image_loading import ImageLoadError
+from ..models.image_loading import ImageLoadError
 
 
 if TYPE_CHECKING:

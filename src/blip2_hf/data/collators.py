@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..image_loading import check_reads_8_bit
+from ..models.image_loading import check_reads_8_bit
 from .bad_rows import NOTHING_TO_LEARN, TEXT_TOO_LONG, BadRowError, shorten
 
 

@@ -20,11 +20,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from ..configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
-from ..image_loading import ImageLoadError, check_reads_8_bit
-from ..inference import sampled_weights
-from ..modeling_vision import build_vision_model
-from ..parts import load_tower, measure_width
+from ..jobs.inference import sampled_weights
+from ..models.backbones import load_tower, measure_width
+from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
+from ..models.image_loading import ImageLoadError, check_reads_8_bit
+from ..models.modeling_vision import build_vision_model
 from .rows import open_image, seeded_generator, select_columns
 
 

@@ -17,8 +17,8 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from transformers.utils import logging
 
-from ..image_loading import ImageLoadError
-from ..processing_blip2 import IMAGE_TOKEN
+from ..models.image_loading import ImageLoadError
+from ..models.processing_blip2 import IMAGE_TOKEN
 from .bad_rows import (
     ID_MISSING,
     PICTURE_MISSING,

@@ -10,7 +10,7 @@ import fsspec
 import torch
 from PIL import Image
 
-from ..image_loading import as_load_error, load_image
+from ..models.image_loading import as_load_error, load_image
 
 
 ROW_NUMBER = "__row__"  # column of a part of a data set: which row of the whole each row is

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..data.text import clean_question
-from ..generation_presets import GenerationPreset, generation_preset
+from ..models.generation_presets import GenerationPreset, generation_preset
 from .answer_protocols import ANSWER_PROTOCOLS, answer_scorer, check_protocol
 from .metrics import caption_metrics
 from .prediction_store import PredictionStore

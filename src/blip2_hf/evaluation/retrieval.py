@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import EvalPrediction
 
-from ..losses import image_text_similarity
+from ..models.losses import image_text_similarity
 
 
 def retrieval_recall(similarity: torch.Tensor, is_match: torch.Tensor, k: tuple[int, ...] = (1, 5, 10)) -> dict:

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data.image_size import own_image_size, with_image_size
-from ..generation_presets import GenerationPreset
-from ..image_loading import check_reads_8_bit
-from ..inference import first_batch_size, model_fingerprint
+from ..jobs.inference import first_batch_size, model_fingerprint
+from ..models.generation_presets import GenerationPreset
+from ..models.image_loading import check_reads_8_bit
 from .prediction_store import PredictionStore
 from .samples import QuestionSample, Sample, open_sample_image, picture_key, samples_fingerprint
 

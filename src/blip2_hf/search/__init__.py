@@ -3,8 +3,8 @@ Search in a folder of pictures: their features for contrast (ITC) are computed o
 them, and matching (ITM) ranks the best anew (section 4.4).
 """
 
+from ..retrieval.loading import load_retrieval_model
 from .index import SearchIndex, SearchResult
-from .model import load_retrieval_model
 from .pictures import find_pictures
 
 

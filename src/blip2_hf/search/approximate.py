@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .files import write_file
+from ..jobs.files import write_file
 from .store import Store
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..image_loading import check_reads_8_bit, load_image_for
-from ..losses import image_text_similarity
-from ..modeling_retrieval import Blip2ImageTextPreTrainedModel
+from ..models.image_loading import check_reads_8_bit, load_image_for
+from ..models.losses import image_text_similarity
+from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
+from ..retrieval.loading import check_same_model, describe_model, model_and_processor
 from .approximate import ApproximateIndex, import_faiss
-from .model import check_same_model, describe_model, model_and_processor
 from .pictures import PictureInputs, collate, find_pictures
 from .store import DESCRIPTION, Store, create_store, read_description
 from .update import Updater

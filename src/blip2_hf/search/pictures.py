@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..image_loading import ImageLoadError, load_image_for
+from ..models.image_loading import ImageLoadError, load_image_for
 
 
 logger = logging.get_logger(__name__)

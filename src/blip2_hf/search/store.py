@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import write_file, write_json
+from ..jobs.files import write_file, write_json
 
 
 DESCRIPTION = "index.json"

@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..modeling_retrieval import Blip2ImageTextPreTrainedModel
-from .files import printable
+from ..jobs.files import printable
+from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 from .pictures import PictureInputs, collate
 from .store import Store
 

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import nn
 
-from ..modeling_base import Blip2PreTrainedModel
+from ..models.modeling_base import Blip2PreTrainedModel
 
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks?|stages)\.(\d+)\.")

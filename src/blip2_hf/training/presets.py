@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling_base import Blip2PreTrainedModel
-from ..modeling_pretraining import Blip2ForPreTraining
+from ..models.modeling_base import Blip2PreTrainedModel
+from ..models.modeling_pretraining import Blip2ForPreTraining
 
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from transformers.trainer_seq2seq import Seq2SeqTrainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
-from ..configuration_blip2 import is_hub_id
 from ..data.callbacks import SetEpochCallback
 from ..data.pairs import ImageTextStream
 from ..hub import fetch_card, is_of_this_package
-from ..model_card import CARD_NAME, PIPELINE_TAGS, class_name, write_model_card
-from ..modeling_blip2 import Blip2ForConditionalGeneration
-from ..modeling_pretraining import Blip2ForPreTraining
-from ..processing_blip2 import Blip2Processor
+from ..hub.model_card import CARD_NAME, PIPELINE_TAGS, class_name, write_model_card
+from ..models.configuration_blip2 import is_hub_id
+from ..models.modeling_blip2 import Blip2ForConditionalGeneration
+from ..models.modeling_pretraining import Blip2ForPreTraining
+from ..models.processing_blip2 import Blip2Processor
 from .arguments import Blip2Arguments
 from .checkpoints import refuse_weights_alone
 from .layer_decay import split_by_scale, vision_layer_scales

@@ -1,0 +1,134 @@
+"""`blip2-hf look`: where in a picture is what a text says?"""
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ._common import add_option
+
+
+_METHODS = ("gradcam", "attention")
+
+
+def add_parser(commands: Any):
+    text = "Draw over a picture where a BLIP-2 looks for a text, or, without a text, what its queries attend to."
+    parser = commands.add_parser("look", help=text, description=text)
+    parser.set_defaults(run=_run)
+
+    add = partial(add_option, parser)
+    add("picture", "file or URL", metavar="PICTURE")
+    add("text", 'word or sentence, such as "a red circle"', metavar="TEXT", nargs="?")
+    add("--model", "BLIP-2, for a text one that matches images with texts: folder or id on the Hub", required=True)
+    add("--output", "the drawing", required=True, metavar="FILE.png")
+    add("--method", "with TEXT: Grad-CAM of matching, or attention alone", default="gradcam", choices=_METHODS)
+    add("--layer", "layer of the Q-Former, one that has cross-attention; without it, the mean of all", type=int)
+    add("--per-word", "also draw each word of TEXT, as a text of its own", action="store_true")
+    size = "side in pixels of the square that the picture is scaled to; without it the size of the checkpoint's own"
+    add("--image-size", size, type=int)
+    add(
+        "--dtype",
+        "what the model computes in, not the dtype of its checkpoint",
+        choices=["bfloat16", "float16", "float32"],
+    )
+    add("--device", "such as cuda:1 or cpu; without it, an accelerator if there is one")
+
+
+def _run(options: argparse.Namespace):
+    if Path(options.output).suffix.lower() != ".png":
+        raise SystemExit(f"blip2-hf: --output is {options.output}: a name that ends in .png was expected.")
+    if options.per_word and options.text is None:
+        raise SystemExit("blip2-hf: --per-word goes with TEXT.")
+
+    from ..attention_maps import overlay
+    from ..models.image_loading import check_reads_8_bit, load_image
+
+    try:
+        picture = load_image(options.picture)
+        model = _load_model(options)
+        image_processor = _load_image_processor(options)
+        check_reads_8_bit(image_processor)
+        inputs = image_processor(images=[picture], return_tensors="pt").to(model.device, model.dtype)
+        titles, heat_maps = _maps(options, model, inputs["pixel_values"])
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"blip2-hf: {error}") from error
+    _save(_side_by_side([overlay(picture, heat_map) for heat_map in heat_maps], titles), Path(options.output))
+    print("\n".join([*titles, f"drawn in {options.output}"]))
+
+
+def _load_model(options: argparse.Namespace) -> Any:
+    """Load one with heads for matching, if there is a text."""
+    import torch
+
+    from ..jobs.inference import load_model
+    from ..models.configuration_blip2 import Blip2Config
+    from ..models.modeling_base import Blip2Model
+    from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
+
+    device = options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    dtype = options.dtype or "auto"
+    if options.text is None:
+        return load_model(Blip2Model, options.model, "A BLIP-2", dtype=dtype).to(device)
+    expected = "A model of stage 1 or for retrieval, which matches images with texts,"
+    if not Blip2Config.from_pretrained(options.model).qformer_config.use_qformer_text_input:
+        raise ValueError(
+            f"{options.model} has not learned to match images with texts. {expected} was expected. What its queries "
+            "attend to is drawn without TEXT."
+        )
+    return load_model(Blip2ForImageTextRetrieval, options.model, expected, dtype=dtype).to(device)
+
+
+def _load_image_processor(options: argparse.Namespace) -> Any:
+    """One that scales the whole picture to the size that the model reads, and cuts nothing off."""
+    # In transformers 5.17 the name in the package itself asks for torchvision
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    from ..data.image_size import own_image_size, with_image_size
+
+    image_processor = AutoImageProcessor.from_pretrained(options.model)
+    own_sides = set(own_image_size(image_processor).values())
+    if options.image_size is None and len(own_sides) > 1:
+        raise ValueError(f"The pictures of {options.model} are no squares: give --image-size.")
+    return with_image_size(image_processor, options.image_size or own_sides.pop())
+
+
+def _maps(options: argparse.Namespace, model: Any, pixel_values: Any) -> tuple[list[str], Any]:
+    """Titles and heat maps of the text, and of its words."""
+    import torch
+
+    from ..attention_maps import query_attention_map, text_heat_map
+    from ..models.processing_blip2 import Blip2Processor
+
+    if options.text is None:
+        return ["queries"], query_attention_map(model, pixel_values, layer=options.layer)
+    texts = [options.text, *(options.text.split() if options.per_word else [])]
+    processor = Blip2Processor.from_pretrained(options.model)
+    tokenizer = processor.qformer_tokenizer or processor.tokenizer
+    tokens = tokenizer(texts, padding=True, split_special_tokens=True, return_tensors="pt").to(model.device)
+    given = tokens["input_ids"], tokens["attention_mask"]
+    heat_maps = text_heat_map(model, *given, pixel_values, method=options.method, layer=options.layer)
+    with torch.inference_mode():
+        probabilities = model.get_matching_logits(*given, pixel_values=pixel_values).softmax(-1)[:, 1]
+    return [f"{text}: match {p:.2f}" for text, p in zip(texts, probabilities.tolist(), strict=True)], heat_maps
+
+
+def _side_by_side(pictures: list[Any], titles: list[str]) -> Any:
+    from PIL import Image, ImageDraw
+
+    gap, margin = 8, 24
+    draw = ImageDraw.Draw(pictures[0])
+    width, height = pictures[0].size
+    step = max(width, *(int(draw.textlength(title)) for title in titles)) + gap
+    sheet = Image.new("RGB", (step * len(pictures) - gap, height + margin), "white")
+    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        sheet.paste(picture, (number * step, margin))
+        ImageDraw.Draw(sheet).text((number * step + 2, 6), title, fill="black")
+    return sheet
+
+
+def _save(drawing: Any, path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    drawing.save(temporary, format="PNG")
+    os.replace(temporary, path)

@@ -1,0 +1,17 @@
+"""Sharing on the Hub: the code that a model needs where this package is not installed, the card, one commit."""
+
+from .model_card import write_model_card
+from .remote_code import is_of_this_package, write_code, write_code_and_card
+from .upload import fetch_card, file_states, push, push_saved
+
+
+__all__ = [
+    "fetch_card",
+    "file_states",
+    "is_of_this_package",
+    "push",
+    "push_saved",
+    "write_code",
+    "write_code_and_card",
+    "write_model_card",
+]

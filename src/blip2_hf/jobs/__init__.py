@@ -1,0 +1,1 @@
+"""What jobs on many pictures share: they resume, they share the work among processes, they write files whole."""

@@ -1,0 +1,518 @@
+"""What all BLIP-2 models share, and the image side alone: a vision tower, learned queries, a Q-Former."""
+
+import copy
+import os
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+
+from ._compat import CACHE_NAMES
+from ._hub_mixin import SharedOnHub
+from .backbones import blank_picture, load_tower, load_tower_config, measure_width
+from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hidden_size
+from .frozen import is_frozen
+from .image_states import Blip2ImageStates
+from .modeling_qformer import (
+    Blip2QFormerModel,
+    Blip2TextEmbeddings,
+    copy_bert_weights,
+    load_bert,
+    qformer_config_from_bert,
+)
+from .modeling_vision import build_vision_model
+
+
+class Blip2QueryTokens(nn.Module):
+    """The learned queries: a module of their own, so that PEFT and FSDP can hold them."""
+
+    def __init__(self, config: Blip2Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, config.num_query_tokens, config.qformer_config.hidden_size))
+
+    def forward(self, batch_size: int) -> torch.Tensor:
+        return self.weight.expand(batch_size, -1, -1)
+
+
+class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
+    """What all BLIP-2 models share: initialisation, frozen parts, transformers' own format, and sharing on the Hub."""
+
+    config: Blip2Config
+    config_class = Blip2Config
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    # Kept in float32 when the model is loaded in float16, and out of quantisation: it is what is trained
+    _keep_in_fp32_modules = ["query_tokens", "qformer"]
+    # What transformers' own BLIP-2 has no place for, and the class of its that takes the rest, if the names differ
+    _parts_not_in_transformers: tuple[str, ...] = ()
+    _class_in_transformers: str | None = None
+
+    def _build_image_side(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
+        """The tower, the queries and the Q-Former, under the names that transformers' BLIP-2 gives them."""
+        qformer_config = config.qformer_config
+        if vision_model is not None:
+            config.vision_config = vision_model.config
+        self.vision_model = build_vision_model(config, vision_model)
+        self.query_tokens = Blip2QueryTokens(config)
+        if qformer_config.use_qformer_text_input:
+            self.embeddings = Blip2TextEmbeddings(qformer_config)
+        self.qformer = Blip2QFormerModel._from_config(qformer_config)
+
+    @property
+    def device(self) -> torch.device:
+        """`torch.device`: where inputs go: that of the weights or, if accelerate offloads them, of the computation."""
+        device = super().device
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(found) for found in devices if found is not None), device)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # For code that does not initialise through transformers' functions; it would leave out part of T5's
+        return cls.is_remote_code()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Blip2QueryTokens):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, Blip2TextEmbeddings):
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand(1, -1))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        r"""
+        Loads a checkpoint of this library or of transformers' own BLIP-2 (model_type `blip-2`), and freezes what
+        [`~Blip2PreTrainedModel.freeze`] names. Arguments are those of
+        [`~transformers.PreTrainedModel.from_pretrained`].
+        """
+        if isinstance(config, TransformersBlip2Config):
+            config = Blip2Config.from_transformers(config)
+        # transformers' BLIP-2 holds the queries as a bare parameter
+        key_mapping = {r"^query_tokens$": "query_tokens.weight"} | (kwargs.pop("key_mapping", None) or {})
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, key_mapping=key_mapping, **kwargs
+        )
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args, transformers_compatible: bool = False, **kwargs
+    ):
+        r"""
+        Save the model, as [`~transformers.PreTrainedModel.save_pretrained`] does.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                The folder.
+            transformers_compatible (`bool`, *optional*, defaults to `False`):
+                Whether to write a checkpoint that plain transformers loads as its own BLIP-2.
+            args, kwargs:
+                Those of [`~transformers.PreTrainedModel.save_pretrained`], and `with_code` (`bool`, defaults to
+                `False`): whether to put the code next to the weights, so that `AutoModel...` and `pipeline` load the
+                folder with `trust_remote_code=True` where this package is not installed, and a model card if there
+                is none.
+
+        Raises:
+            ValueError: if `transformers_compatible` and the tower is not a [`Blip2VisionModel`] of EVA-CLIP's shape,
+                or with `with_code` or `push_to_hub`; if the model would not load as it is (see
+                [`~Blip2PreTrainedModel.check_that_it_can_be_saved`]).
+        """
+        self.check_that_it_can_be_saved()
+        kwargs.setdefault("save_original_format", False)
+        if not transformers_compatible:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.pop("with_code", None):
+            raise ValueError("with_code: what plain transformers loads (transformers_compatible) needs no code.")
+        if kwargs.pop("push_to_hub", None):
+            raise ValueError(
+                "push_to_hub does not go with transformers_compatible. Save without it, then upload the folder: "
+                "huggingface_hub.upload_folder(repo_id=..., folder_path=...)."
+            )
+        kwargs["with_code"] = False
+        config = self.config
+        state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
+        state_dict["query_tokens"] = state_dict.pop("query_tokens.weight")
+        for name in [name for name in state_dict if name.partition(".")[0] in self._parts_not_in_transformers]:
+            del state_dict[name]
+        try:
+            self.config = config.to_transformers()
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+            # The name of this class, which super() wrote, says nothing there
+            name = self._class_in_transformers or type(self).__name__.replace("Blip2Hf", "Blip2")
+            self.config.architectures = [name]
+            self.config.save_pretrained(save_directory)
+        finally:
+            self.config = config
+
+    def check_that_it_can_be_saved(self):
+        """
+        Refuse what would not load as it is.
+
+        Raises:
+            ValueError: if a model in 4 bits has run on a CPU.
+        """
+        for name, weight in self.named_parameters():
+            # bitsandbytes packs a weight for the CPU, rounds its scales to bfloat16, and cannot undo that
+            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", None) is not None:
+                raise ValueError(
+                    f"This model in 4 bits has run on a CPU, where bitsandbytes has rounded the scales of {name}: "
+                    "other weights would be saved. Load it again, and save it before it runs."
+                )
+
+    def attach_vision_tower(self, vision_model: str | os.PathLike | PreTrainedModel) -> "Blip2PreTrainedModel":
+        r"""
+        Puts a tower into a model that was made without (`has_vision_tower=False`): one that learned from the tower's
+        stored output. The LayerNorm after the tower stays.
+
+        Args:
+            vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
+                The tower that the output came from.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: if the tower has another shape than that which the model was made for, or lacks weights.
+        """
+        tower = load_tower(vision_model)
+        expected, given = self.config.vision_config, tower.config
+        names = ("model_type", "hidden_size", "hidden_sizes", "num_hidden_layers", "patch_size")
+        differing = [name for name in names if getattr(expected, name, None) != getattr(given, name, None)]
+        if differing:
+            wanted, found = ({name: getattr(c, name, None) for name in differing} for c in (expected, given))
+            raise ValueError(f"This model was made for a tower of {wanted}, but the one given has {found}.")
+        layernorm = self.vision_model.post_layernorm
+        self.config.has_vision_tower = True
+        self.vision_model = build_vision_model(self.config, tower.to(layernorm.weight.device))
+        self.vision_model.post_layernorm = layernorm
+        return self.freeze()
+
+    def freeze(self) -> "Blip2PreTrainedModel":
+        """
+        Freezes the vision tower, except the LayerNorm after it, and the language model, as in both of the paper's
+        stages. Undone by `requires_grad_(True)` on the part that is to be trained.
+
+        Returns:
+            The model.
+        """
+        self.vision_model.requires_grad_(False)
+        self.vision_model.post_layernorm.requires_grad_(True)
+        self.freeze_what_is_not_read()
+        for part in self.frozen_parts():
+            part.eval()
+        return self
+
+    def freeze_what_is_not_read(self):
+        """
+        Freezes what has no say in the loss, and for whose gradient `DistributedDataParallel` would wait: parts of a
+        tower that its features do not come from (blocks behind `vision_feature_layer`, poolers, mask tokens), and what
+        the Q-Former's last layer makes of an instruction.
+        """
+        trained = [p for part in self._tower_parts() for p in part.parameters() if p.requires_grad]
+        if not trained:
+            return
+        picture, training = blank_picture(self.config.vision_config, trained[0]), self.vision_model.training
+        self.vision_model.eval()
+        with torch.enable_grad():
+            features = self.get_image_embeds(picture)
+            gradients = torch.autograd.grad(features.float().sum(), trained, allow_unused=True)
+        self.vision_model.train(training)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """The parts without a parameter that is trained: they stay in eval mode."""
+        return [part for part in self._freezable_parts() if is_frozen(part)]
+
+    def _freezable_parts(self) -> list[nn.Module]:
+        return [*self._tower_parts(), self.qformer]
+
+    def _tower_parts(self) -> list[nn.Module]:
+        return [child for name, child in self.vision_model.named_children() if name != "post_layernorm"]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode:
+            for part in self.frozen_parts():
+                part.eval()
+        return self
+
+    def get_image_embeds(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs
+    ) -> torch.Tensor:
+        r"""
+        The vision tower's output, before the LayerNorm that follows it: what can be computed once and stored, while
+        the tower is frozen, and given to any of the models as `image_embeds`.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
+                Images.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, features, vision hidden_size)`.
+        """
+        if pixel_values.dim() == 5:
+            pixel_values = pixel_values.flatten(0, 1)
+        return self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs).last_hidden_state
+
+    def _run_tower(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs) -> ModelOutput:
+        needs_grad = pixel_values.requires_grad or not all(is_frozen(part) for part in self._tower_parts())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
+            return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+
+    def _query_image(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs,
+    ) -> tuple[torch.Tensor, ModelOutput | None, ModelOutput]:
+        """`(image_embeds, vision_outputs, qformer_outputs)` of images, or of the tower's output in their place."""
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
+        for name in ("input_ids", "attention_mask"):
+            # Blip2Processor makes them for images alone too, and an image's features do not depend on them
+            kwargs.pop(name, None)
+        vision_outputs = None
+        if image_embeds is None:
+            if pixel_values.dim() == 5:
+                pixel_values = pixel_values.flatten(0, 1)
+            vision_outputs = self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs)
+            image_embeds = vision_outputs.last_hidden_state
+        elif image_embeds.dim() == 4:
+            image_embeds = image_embeds.flatten(0, 1)
+        layernorm = self.vision_model.post_layernorm
+        query_embeds, attention_mask, output_length = self.query_tokens(image_embeds.shape[0]), None, None
+        if qformer_input_ids is not None:
+            query_embeds, attention_mask = self._add_instruction(
+                query_embeds, qformer_input_ids, qformer_attention_mask
+            )
+            # Nobody reads what comes out at the instruction
+            output_length = self.config.num_query_tokens
+        qformer_outputs = self.qformer(
+            query_embeds=query_embeds,
+            query_length=self.config.num_query_tokens,
+            attention_mask=attention_mask,
+            encoder_hidden_states=Blip2ImageStates.after_layernorm(image_embeds, layernorm),
+            output_length=output_length,
+            **kwargs,
+        )
+        return image_embeds, vision_outputs, qformer_outputs
+
+    def _add_instruction(self, query_embeds, input_ids, attention_mask):
+        if not self.config.qformer_config.use_qformer_text_input:
+            raise ValueError("qformer_input_ids were given, but this Q-Former reads no text (use_qformer_text_input).")
+        input_ids, attention_mask = pad_right(input_ids, attention_mask, "qformer_input_ids")
+        check_texts(input_ids, attention_mask, self.config, "qformer_input_ids")
+        query_mask = attention_mask.new_ones(query_embeds.shape[:2])
+        embeds = self.embeddings(input_ids=input_ids, query_embeds=query_embeds)
+        return embeds, torch.cat([query_mask, attention_mask], dim=1)
+
+
+class Blip2HfModel(Blip2PreTrainedModel):
+    r"""
+    The image side of BLIP-2, without a language model: what `AutoModel` and `pipeline("image-feature-extraction")`
+    load. It takes the checkpoint of any of the BLIP-2 models.
+
+    Args:
+        config ([`Blip2Config`]):
+            Its configuration.
+        vision_model ([`~transformers.PreTrainedModel`], *optional*):
+            The tower; made from the configuration, with random weights, if it is not given.
+    """
+
+    input_modalities = ("image",)
+    main_input_name = "pixel_values"
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(language_model|language_projection|lm_head|vision_projection|text_projection|itm_head|temperature)\."
+    ]
+
+    def __init__(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        self._build_image_side(config, vision_model)
+        self.post_init()
+        self.freeze()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Images.
+            image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` of shape
+            `(num_images, num_query_tokens, Q-Former hidden_size)`, the output queries, and `pooler_output` of shape
+            `(num_images, Q-Former hidden_size)`, their mean.
+
+        Raises:
+            ValueError: if not exactly one of `pixel_values` and `image_embeds` is given.
+        """
+        _, _, outputs = self._query_image(
+            pixel_values, image_embeds, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.last_hidden_state.mean(dim=1),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+Blip2Model = Blip2HfModel
+
+
+def check_attention_mask(
+    attention_mask: torch.Tensor | None, text: torch.Tensor, past_length: int = 0, name: str = "the text"
+):
+    """
+    Refuse a mask that is not of the text's length, which would cut the text off.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The mask.
+        text (`torch.Tensor` of shape `(batch_size, sequence_length, ...)`):
+            Token ids, or embedded text.
+        past_length (`int`, *optional*, defaults to 0):
+            Length of a cache, which the mask may cover too.
+        name (`str`, *optional*, defaults to `"the text"`):
+            How the error calls the text.
+
+    Raises:
+        ValueError: if the mask is of another shape.
+    """
+    if attention_mask is None or attention_mask.dim() == 4:
+        return
+    expected, given = tuple(text.shape[:2]), tuple(attention_mask.shape)
+    if given not in (expected, (expected[0], past_length + expected[1])):
+        raise ValueError(
+            f"attention_mask of shape {given} for {name} of shape {expected}: the same was expected, 1 at each token "
+            "that is read and 0 at padding. Give the mask that was made with the text, or none."
+        )
+
+
+def pad_right(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, name: str = "input_ids"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same texts with all their padding behind them, because the Q-Former's positions count tokens."""
+    if attention_mask is None:
+        return input_ids, torch.ones_like(input_ids)
+    check_attention_mask(attention_mask, input_ids, name=name)
+    order = attention_mask.eq(0).int().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def check_texts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Blip2Config, name: str, min_length: int = 1
+):
+    """
+    Refuse what the Q-Former can't read as text.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`):
+            Texts, all padding behind them.
+        attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`):
+            0 at padding.
+        config ([`Blip2Config`]):
+            Configuration of the model.
+        name (`str`):
+            What the caller knows `input_ids` as.
+        min_length (`int`, *optional*, defaults to 1):
+            Fewest tokens of a text.
+
+    Raises:
+        ValueError: if a text is longer than the Q-Former's positions, has fewer tokens than `min_length` or a token
+            beyond the vocabulary, or begins with what looks like placeholders of an image. The message names the row.
+    """
+    limit, num_queries = config.qformer_config.max_position_embeddings, config.num_query_tokens
+    if input_ids.shape[1] > limit:
+        raise ValueError(
+            f"A text of {name} has {input_ids.shape[1]} tokens, and the Q-Former {limit} positions: cut it, with "
+            f"tokenizer(..., truncation=True, max_length={limit})."
+        )
+    if torch.compiler.is_compiling():
+        # A compiled graph can't branch on values
+        return
+    lengths = attention_mask.ne(0).sum(dim=1)
+    is_short = lengths < min_length
+    is_foreign = input_ids.ge(config.qformer_config.vocab_size).any(dim=1)
+    is_image = torch.zeros_like(is_short)
+    if 2 <= num_queries <= input_ids.shape[1]:
+        # A text begins with [CLS], which does not come twice
+        is_image = input_ids[:, :num_queries].eq(input_ids[:, :1]).all(dim=1) & (lengths >= num_queries)
+    # One look at the values, because each waits for the device
+    if not bool((is_short | is_foreign | is_image).any()):
+        return
+    row = int((is_short | is_foreign | is_image).int().argmax())
+    if bool(is_short[row]):
+        raise ValueError(
+            f"Row {row} of {name} has {int(lengths[row])} tokens, and at least {min_length} were expected. Tokenizers "
+            "make two of an empty text, [CLS] and [SEP]; the attention mask is 1 at tokens and 0 at padding."
+        )
+    found = f"the token id {int(input_ids[row].max())}, beyond its vocabulary of {config.qformer_config.vocab_size}"
+    if bool(is_image[row]):
+        found = f"{num_queries} tokens of id {int(input_ids[row, 0])} in front, which look like those of an image"
+    raise ValueError(
+        f"Row {row} of {name} is no text of the Q-Former: it has {found}. Give what the Q-Former's own tokenizer "
+        "makes of the text. If Blip2Processor put placeholders of images into input_ids, set "
+        "model.config.image_token_index = processor.image_token_id: they are then left out."
+    )
+
+
+def image_side_from_parts(
+    vision_model,
+    text_encoder,
+    vision_feature_layer: int | None,
+    num_query_tokens: int,
+    *,
+    model_class: type[Blip2PreTrainedModel] = Blip2Model,
+    load_vision_tower: bool = True,
+    image_text_hidden_size: int = 256,
+    **qformer_kwargs,
+) -> Blip2PreTrainedModel:
+    """A tower, or what its configuration tells of it, and a Q-Former that starts from BERT."""
+    tower, bert = load_tower(vision_model) if load_vision_tower else None, load_bert(text_encoder)
+    vision_config = load_tower_config(vision_model) if tower is None else tower.config
+    width = tower_hidden_size(vision_config, vision_feature_layer)
+    if width is None:
+        width = measure_width(load_tower(vision_model) if tower is None else tower, vision_feature_layer)
+    config = Blip2Config(
+        vision_config=copy.deepcopy(vision_config),
+        qformer_config=qformer_config_from_bert(bert.config, encoder_hidden_size=width, **qformer_kwargs),
+        num_query_tokens=num_query_tokens,
+        image_text_hidden_size=image_text_hidden_size,
+        vision_feature_layer=vision_feature_layer,
+        has_vision_tower=load_vision_tower,
+    )
+    model = model_class(config, vision_model=tower)
+    copy_bert_weights(bert, model.qformer, getattr(model, "embeddings", None))
+    return model

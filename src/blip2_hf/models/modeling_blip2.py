@@ -1,0 +1,784 @@
+"""BLIP-2: a vision tower and a language model, both frozen, joined by a Q-Former."""
+
+import copy
+import inspect
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+
+from ._compat import CACHE_NAME, CACHE_NAMES, cached_length
+from .backbones import image_token_id, language_model_class, load_language_model, load_whole
+from .configuration_blip2 import Blip2Config
+from .frozen import checkpoint_in_eval_mode, is_frozen
+from .generation_blip2 import Blip2GenerationMixin
+from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labels
+from .loss_by_rows import can_run_by_rows, loss_by_rows
+from .losses import language_modeling_loss, mean_over_labels
+from .modeling_base import Blip2Model, Blip2PreTrainedModel, check_attention_mask, image_side_from_parts
+from .modeling_qformer import Blip2TextEmbeddings
+
+
+logger = logging.get_logger(__name__)
+
+_STAGE1 = "A BLIP-2, with its tower, its queries and its Q-Former,"
+
+
+@dataclass
+class Blip2ForConditionalGenerationModelOutput(Seq2SeqLMOutput):
+    r"""
+    Output of [`Blip2ForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
+            Language-modelling loss: the mean over labels, or their sum over `num_items_in_batch`.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Scores of the next token, at the positions of `input_ids` (or of `decoder_input_ids`).
+        cache (`Cache`, *optional*):
+            Keys and values of the language model; `past_key_values` in transformers before 5.24.
+        hidden_states, attentions, decoder_hidden_states, decoder_attentions, cross_attentions (`tuple`, *optional*):
+            Those of the language model.
+        encoder_last_hidden_state (`torch.Tensor`, *optional*):
+            Output of the language model's encoder, where it has one.
+        vision_outputs (`ModelOutput`, *optional*):
+            Output of the vision tower, where it has run.
+        qformer_outputs (`ModelOutput`, *optional*):
+            Output of the Q-Former, where it has run.
+        language_model_outputs (`ModelOutput`, *optional*):
+            All that the language model returned.
+    """
+
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    vision_outputs: ModelOutput | None = None
+    qformer_outputs: ModelOutput | None = None
+    language_model_outputs: ModelOutput | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
+
+
+class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin):
+    r"""
+    BLIP-2 for captioning, visual question answering and stage-2 training (section 3.3): the Q-Former's output queries,
+    projected to the language model's width, stand in the text as soft visual prompts.
+
+    Images stand where `input_ids` have `config.image_token_index` (`num_query_tokens` of them for each image), or, if
+    they have none, in front of the text, one image a sample.
+
+    The vision tower and the language model are frozen: they are in eval mode, and the tower runs without autograd.
+
+    Args:
+        config ([`Blip2Config`]):
+            Its configuration, with a `text_config`.
+        vision_model ([`~transformers.PreTrainedModel`], *optional*):
+            The tower; made from the configuration, with random weights, if it is not given.
+        language_model ([`~transformers.PreTrainedModel`], *optional*):
+            The language model; likewise.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+
+    >>> processor = Blip2Processor.from_pretrained("Salesforce/blip2-opt-2.7b")
+    >>> model = Blip2ForConditionalGeneration.from_pretrained("Salesforce/blip2-opt-2.7b", device_map="auto")
+    >>> inputs = processor(images=Image.open("cats.jpg"), text="a photo of", return_tensors="pt").to(model.device)
+    >>> processor.post_process_image_text_to_text(model.generate(**inputs), input_ids=inputs["input_ids"])
+    ```"""
+
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules = [*Blip2PreTrainedModel._keep_in_fp32_modules, "language_projection"]
+
+    def __init__(
+        self,
+        config: Blip2Config,
+        vision_model: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        if config.text_config is None:
+            raise ValueError(
+                "Blip2ForConditionalGeneration needs a language model: give Blip2Config a `text_config` "
+                "(a stage-1 configuration has none; see `from_pretrained_parts`)."
+            )
+        super().__init__(config)
+        self._build_image_side(config, vision_model)
+        if language_model is not None:
+            config.text_config = language_model.config
+        else:
+            language_model = language_model_class(config.text_config).from_config(config.text_config)
+        # Of the embeddings, which in some models (OPT-350m) are narrower than the hidden states
+        width: int = tuple(language_model.get_input_embeddings().weight.shape)[1]
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
+        self.language_model = language_model
+        # PEFT asks the whole model how its layers are quantised
+        for name in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+            if getattr(language_model, name, False):
+                setattr(self, name, True)
+        self.generation_config = copy.deepcopy(language_model.generation_config)
+        # Known once it has been tried: whether nothing is done to the scores that leave its head
+        self._head_is_last: bool | None = None
+        self.takes_position_ids = "position_ids" in inspect.signature(language_model.forward).parameters
+        self.post_init()
+        self.freeze()
+
+    def check_that_it_can_be_saved(self):
+        """
+        Refuse what would not load as it is.
+
+        Raises:
+            ValueError: if the language model was quantised on its own, or a model in 4 bits has run on a CPU.
+        """
+        super().check_that_it_can_be_saved()
+        # Set by transformers on what it has quantised
+        quantizers = [getattr(part, "hf_quantizer", None) for part in (self, self.language_model)]
+        if quantizers[0] is None and quantizers[1] is not None:
+            raise ValueError(
+                "The language model was quantised on its own, and would not load again as a part of this model. Train "
+                "and save adapters (PEFT, the presets lora_...), or give the language model in bfloat16."
+            )
+
+    def freeze(self) -> "Blip2ForConditionalGeneration":
+        self.language_model.requires_grad_(False)
+        super().freeze()
+        return self
+
+    def freeze_what_is_not_read(self):
+        super().freeze_what_is_not_read()
+        if self.config.qformer_config.use_qformer_text_input:
+            last = self.qformer.encoder.layer[-1]
+            last.intermediate.requires_grad_(False)
+            last.output.requires_grad_(False)
+
+    def _freezable_parts(self) -> list[nn.Module]:
+        return [*super()._freezable_parts(), self.language_model]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        if modality is None and self.config.is_encoder_decoder:
+            return self.language_model.get_encoder()
+        return self.vision_model if modality == "image" else super().get_encoder(modality=modality)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithVisionQformerOutputs:
+        r"""
+        The Q-Former's output queries in the language model's space. Compute them once, and give them to `forward` or
+        `generate` as `image_features`, however many questions there are about an image.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Images.
+            image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
+            qformer_input_ids (`torch.Tensor` of shape `(num_images, text_length)`, *optional*):
+                An instruction for the Q-Former, where it reads text (`use_qformer_text_input`).
+            qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, *optional*):
+                0 at its padding.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+
+        Returns:
+            `BaseModelOutputWithVisionQformerOutputs`: `pooler_output` of shape
+            `(num_images, num_query_tokens, language model hidden_size)` is what the language model is given;
+            `last_hidden_state` is the tower's output; `vision_outputs` and `qformer_outputs` are the parts'.
+
+        Raises:
+            ValueError: if not one of `pixel_values` and `image_embeds` is given, or the Q-Former reads no text.
+        """
+        image_embeds, vision_outputs, qformer_outputs = self._query_image(
+            pixel_values,
+            image_embeds,
+            qformer_input_ids,
+            qformer_attention_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        return BaseModelOutputWithVisionQformerOutputs(
+            last_hidden_state=image_embeds,
+            pooler_output=self._project_queries(qformer_outputs.last_hidden_state),
+            hidden_states=None if vision_outputs is None else vision_outputs.hidden_states,
+            attentions=None if vision_outputs is None else vision_outputs.attentions,
+            vision_outputs=vision_outputs,
+            qformer_outputs=qformer_outputs,
+        )
+
+    def _project_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        weight = self.language_projection.weight
+        return self.language_projection(queries.to(weight.dtype) if weight.is_floating_point() else queries)
+
+    def _image_features(self, image_features, pixel_values, image_embeds, **kwargs):
+        """`(image_features, outputs of the parts)`: as given, or computed; `(None, None)` without an image."""
+        given = [x is not None for x in (image_features, pixel_values, image_embeds)]
+        if sum(given) > 1:
+            raise ValueError("Give only one of pixel_values, image_embeds and image_features.")
+        if image_features is not None:
+            if image_features.dim() < 3:
+                raise ValueError(
+                    f"image_features of shape {tuple(image_features.shape)} were given; (num_images, "
+                    "num_query_tokens, hidden_size) was expected, as get_image_features(...).pooler_output has."
+                )
+            return image_features.flatten(0, -3), None
+        if not any(given):
+            return None, None
+        self._check_instruction(kwargs.get("qformer_input_ids"))
+        outputs = self.get_image_features(pixel_values=pixel_values, image_embeds=image_embeds, **kwargs)
+        return outputs.pooler_output, outputs
+
+    def _check_instruction(self, qformer_input_ids: torch.Tensor | None):
+        reads_text = self.config.qformer_config.use_qformer_text_input
+        if reads_text and qformer_input_ids is None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "The Q-Former of this model reads the question too, but qformer_input_ids were not given. "
+                "Blip2Processor(..., qformer_tokenizer=AutoTokenizer.from_pretrained(...)) makes them."
+            )
+
+    def _insert_image_features(
+        self,
+        image_features: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_length: int = 0,
+    ) -> dict[str, Any]:
+        """
+        Puts the image features at their `<image>` placeholders, or in front of the text if there are none.
+
+        Returns:
+            `dict`: `inputs_embeds` of shape `(batch_size, length, hidden_size)`; `input_ids` (`None` if only
+            `inputs_embeds` were given), `attention_mask`, `labels` of shape `(batch_size, length)`; `is_image`,
+            boolean, of the same shape; `num_added`, how many positions were put in front.
+        """
+        text: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
+        if input_ids is not None and input_ids.shape[:2] != text.shape[:2]:
+            raise ValueError(
+                f"inputs_embeds of shape {tuple(text.shape)} for input_ids of shape {tuple(input_ids.shape)}: one "
+                "embedding for each token was expected."
+            )
+        check_attention_mask(attention_mask, text, past_length)
+        if attention_mask is None:
+            attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+        is_image, num_added = self._placeholders(input_ids, inputs_embeds), 0
+        if inputs_embeds is None:
+            ids = input_ids if is_image is None else input_ids.masked_fill(is_image, 0)
+            inputs_embeds = self.get_input_embeddings()(ids)
+        if is_image is None:
+            num_added = self._num_in_front(image_features, len(text))
+            index = self.config.image_token_index
+            # A mask may also cover a cache, which comes first
+            past = attention_mask.shape[1] - text.shape[1]
+            is_image = _put_in_front(torch.zeros_like(attention_mask[:, past:]).bool(), num_added, True)
+            attention_mask = _put_in_front(attention_mask, num_added, 1, past)
+            inputs_embeds = _put_in_front(inputs_embeds, num_added, 0.0)
+            if input_ids is not None:
+                input_ids = _put_in_front(input_ids, num_added, -1 if index is None else index)
+            if labels is not None and not self.config.is_encoder_decoder:
+                labels = _put_in_front(labels, num_added, -100)
+        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        self._check_placeholders(is_image, image_features, inputs_embeds.shape[2])
+        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
+        if self.config.is_encoder_decoder:
+            # Relative positions: padding between image and text would move them apart
+            order = (attention_mask == 0).int().argsort(dim=1, stable=True)
+            attention_mask = attention_mask.gather(1, order)
+            inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds).to(inputs_embeds.device))
+        return {
+            "inputs_embeds": inputs_embeds,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "is_image": is_image,
+            "num_added": num_added,
+        }
+
+    def _num_in_front(self, image_features: torch.Tensor, batch_size: int) -> int:
+        """Return how many positions the images of each text take in front of it."""
+        num_images = image_features.shape[0]
+        if num_images % batch_size:
+            raise ValueError(
+                f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for each "
+                "text were expected. Let Blip2Processor make input_ids, or give one image a text."
+            )
+        return num_images // batch_size * image_features.shape[1]
+
+    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """Where `<image>` stands in the text, boolean, of shape `(batch_size, length)`; `None` if it has none."""
+        index = self.config.image_token_index
+        if input_ids is not None:
+            is_image = None if index is None else input_ids == index
+        else:
+            # A tokenizer may have given `<image>` an id beyond the embeddings
+            embeddings = self.get_input_embeddings()
+            has_embedding = index is not None and index < tuple(embeddings.weight.shape)[0]
+            is_image = None
+            if has_embedding:
+                placeholder = embeddings(torch.tensor(index, device=inputs_embeds.device)).to(inputs_embeds)
+                is_image = (inputs_embeds == placeholder).all(dim=-1)
+        # A compiled graph can't branch on values: there, Blip2Processor's placeholders are expected
+        if is_image is not None and (torch.compiler.is_compiling() or bool(is_image.any())):
+            return is_image
+        if input_ids is not None:
+            self._check_unknown_placeholders(input_ids)
+        return None
+
+    def _check_text_without_image(self, input_ids: torch.Tensor):
+        index = self.config.image_token_index
+        if index is None:
+            self._check_unknown_placeholders(input_ids)
+        if index is None or torch.compiler.is_compiling() or not bool((input_ids == index).any()):
+            return
+        raise ValueError(
+            f"input_ids have {int((input_ids == index).sum())} `<image>` placeholders (token id {index}), but no "
+            "image was given. Give pixel_values, image_embeds or image_features, or a text without `<image>`."
+        )
+
+    def _match_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Labels of the shape of `input_ids`: those of the text alone are filled up at the placeholders before it."""
+        if labels is None or input_ids is None or self.config.is_encoder_decoder or labels.shape == input_ids.shape:
+            return labels
+        front = input_ids[:, : input_ids.shape[1] - labels.shape[1]]
+        index = self.config.image_token_index
+        if labels.shape[1] > input_ids.shape[1] or index is None or not bool((front == index).all()):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} for input_ids of shape {tuple(input_ids.shape)}: a "
+                "decoder-only language model learns at the positions of input_ids. Make both with one "
+                "Blip2Processor call, whose is_encoder_decoder must be False."
+            )
+        return torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
+
+    def _check_labels_of_embeddings(self, labels: torch.Tensor, inputs_embeds: torch.Tensor):
+        if not self.config.is_encoder_decoder and labels.shape[1] != inputs_embeds.shape[1]:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} for inputs_embeds of shape {tuple(inputs_embeds.shape)}: one "
+                "label for each embedding was expected, -100 at images and at what is not learned."
+            )
+
+    def _check_unknown_placeholders(self, input_ids: torch.Tensor):
+        front = input_ids[:, : self.config.num_query_tokens]
+        if torch.compiler.is_compiling() or not 2 <= self.config.num_query_tokens == front.shape[1]:
+            return
+        if bool((front == front[0, 0]).all()) and int(front[0, 0]) != self.config.pad_token_id:
+            raise ValueError(
+                f"All texts begin with {front.shape[1]} tokens of id {int(front[0, 0])}, which look like placeholders "
+                f"of an image, but config.image_token_index is {self.config.image_token_index}. If a Blip2Processor "
+                "made them, set model.config.image_token_index = processor.image_token_id."
+            )
+
+    def _check_placeholders(self, is_image: torch.Tensor, image_features: torch.Tensor, width: int):
+        expected = image_features.shape[0] * image_features.shape[1]
+        if image_features.shape[2] != width:
+            raise ValueError(
+                f"image_features are {image_features.shape[2]} wide, the language model's embeddings {width}: "
+                "give what get_image_features(...).pooler_output returned."
+            )
+        if torch.compiler.is_compiling():
+            torch._assert_async(is_image.sum() == expected, "as many `<image>` placeholders as image features")
+            return
+        found = int(is_image.sum())
+        if found != expected:
+            raise ValueError(
+                f"The text has {found} `<image>` placeholders (token id {self.config.image_token_index}), but "
+                f"{image_features.shape[0]} images give {image_features.shape[1]} features each, {expected} in all. "
+                "Each image needs one `<image>` in the text given to Blip2Processor, whose num_query_tokens must be "
+                f"{image_features.shape[1]}."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | Blip2ForConditionalGenerationModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)` or \
+`(batch_size, images_each, channels, height, width)`, *optional*):
+                Images, in the order of their placeholders.
+            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Text, with or without placeholders; for an encoder-decoder, that of its encoder.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 at padding, which may stand on either side.
+            image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: the tower's output (see [`~Blip2PreTrainedModel.get_image_embeds`]).
+            image_features (`torch.Tensor` of shape `(num_images, num_query_tokens, hidden_size)`, *optional*):
+                In place of both: the projected queries (see [`~Blip2ForConditionalGeneration.get_image_features`]).
+            qformer_input_ids, qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, \
+*optional*):
+                An instruction for the Q-Former, where it reads text.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embedded text, in place of `input_ids`. Images stand where it equals the embedding of `<image>`, or
+                in front of it; without an image, it may hold image features already.
+            position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions; made from `attention_mask` if they are not given.
+            encoder_outputs (`ModelOutput`, *optional*):
+                Those of the language model's encoder, in place of all that goes into it.
+            decoder_input_ids, decoder_attention_mask (`torch.Tensor` of shape `(batch_size, target_length)`, \
+*optional*):
+                For an encoder-decoder; made from `labels` if they are not given.
+            labels (`torch.Tensor` of shape `(batch_size, sequence_length)` or `(batch_size, target_length)`, \
+*optional*):
+                What to learn: of the shape of `input_ids` (or of the text alone, without the placeholders before it),
+                or, for an encoder-decoder, the target. -100 is ignored.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+            skip_logits (`bool`, *optional*):
+                Whether the loss alone is wanted: scores are then computed at labels, some at a time, and `logits` is
+                `None`. If it is not given: in the training steps of `Trainer`, which passes `num_items_in_batch`.
+            kwargs:
+                Passed to the language model.
+
+        Returns:
+            [`Blip2ForConditionalGenerationModelOutput`].
+
+        Raises:
+            ValueError: if images and placeholders do not match, or there are labels but no text.
+        """
+        image_features, image_outputs = self._image_features(
+            image_features,
+            pixel_values,
+            image_embeds,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        labels = self._match_labels(labels, input_ids)
+        if labels is not None and input_ids is None and inputs_embeds is not None:
+            self._check_labels_of_embeddings(labels, inputs_embeds)
+        if image_features is None:
+            if input_ids is not None:
+                self._check_text_without_image(input_ids)
+        else:
+            if input_ids is None and inputs_embeds is None:
+                if labels is not None and not self.config.is_encoder_decoder:
+                    raise ValueError(
+                        f"labels of shape {tuple(labels.shape)} were given without input_ids, where a decoder-only "
+                        "language model reads what it learns. Blip2Processor(images, text_target=...) makes both."
+                    )
+                input_ids = self._start_tokens(image_features)
+            cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+            past_length = cached_length(cache) or 0
+            merged = self._insert_image_features(
+                image_features, input_ids, attention_mask, labels, inputs_embeds, past_length
+            )
+            inputs_embeds, attention_mask, labels = (merged[k] for k in ("inputs_embeds", "attention_mask", "labels"))
+            input_ids = None
+        self._check_padding(attention_mask)
+        if self.config.is_encoder_decoder:
+            if labels is not None and decoder_input_ids is None:
+                decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+            kwargs |= {
+                "encoder_outputs": encoder_outputs,
+                "decoder_input_ids": decoder_input_ids,
+                "decoder_attention_mask": decoder_attention_mask,
+            }
+        elif self.takes_position_ids:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            kwargs["position_ids"] = _position_ids(attention_mask, length) if position_ids is None else position_ids
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        shift_labels = kwargs.pop("shift_labels", None)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
+        if labels is None:
+            loss, outputs = None, self.language_model(**inputs, return_dict=True)
+        else:
+            if shift_labels is None:
+                # A decoder-only model predicts the label of the next position
+                shift_labels = labels if self.config.is_encoder_decoder else _shift(labels)
+            if skip_logits is None:
+                skip_logits = self.training and num_items_in_batch is not None
+            # Keys and values are for generation
+            inputs = {"use_cache": False} | inputs
+            loss, outputs = self._loss(inputs, shift_labels, num_items_in_batch, skip_logits)
+        return Blip2ForConditionalGenerationModelOutput(
+            loss=loss,
+            **{name: outputs.get(name) for name in LANGUAGE_MODEL_OUTPUTS},
+            vision_outputs=None if image_outputs is None else image_outputs.vision_outputs,
+            qformer_outputs=None if image_outputs is None else image_outputs.qformer_outputs,
+            language_model_outputs=outputs,
+        )
+
+    def attach_text_networks(
+        self, stage1: "str | os.PathLike | Blip2PreTrainedModel"
+    ) -> "Blip2ForConditionalGeneration":
+        r"""
+        Lets the Q-Former read the question too, as in the paper's fine-tuning for VQA (appendix): the feed-forward
+        networks for text, which stage 2 does without, and the word embeddings come from stage 1. All else stays; they
+        are trained where the Q-Former is.
+
+        Args:
+            stage1 (`str`, `os.PathLike` or [`Blip2ForPreTraining`]):
+                The model of stage 1 from which this one came.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: if `stage1` has no such networks, is of another shape, or lacks weights.
+        """
+        source: Any = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)
+        given, own = source.config.qformer_config, self.config.qformer_config
+        if not given.use_qformer_text_input:
+            raise ValueError(f"{stage1} has no feed-forward networks for text: the checkpoint of stage 1 has.")
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "cross_attention_frequency")
+        if differing := [name for name in sizes if getattr(given, name) != getattr(own, name)]:
+            raise ValueError(f"stage1 has another Q-Former: {', '.join(differing)} differ.")
+        own.use_qformer_text_input, own.vocab_size = True, given.vocab_size
+        own.max_position_embeddings = given.max_position_embeddings
+        for layer, trained in zip(self.qformer.encoder.layer, source.qformer.encoder.layer, strict=True):
+            layer.attach_text_network(trained)
+        like = next(self.qformer.parameters())
+        self.embeddings = Blip2TextEmbeddings(own)
+        self.embeddings.load_state_dict(source.embeddings.state_dict())
+        self.embeddings.to(like).train(self.training).requires_grad_(like.requires_grad)
+        # As in a model that is made with them: the states of an optimizer go by the order of the weights
+        for name in ("qformer", "language_projection", "language_model"):
+            self._modules[name] = self._modules.pop(name)
+        self.freeze_what_is_not_read()
+        return self
+
+    def _loss(
+        self,
+        inputs: dict[str, Any],
+        shift_labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+        skip_logits: bool,
+    ) -> tuple[torch.Tensor, ModelOutput]:
+        """The loss, `shift_labels` being what each position predicts, and what the language model returned."""
+        if skip_logits and self._scores_labels_alone():
+            num_labels = shift_labels.ne(-100).sum()
+            if self._head_is_last and can_run_by_rows(self.language_model, inputs, shift_labels):
+                total = loss_by_rows(lambda *rows: self._sum_at_labels(*rows)[0], inputs, shift_labels)
+                return mean_over_labels(total, num_labels, num_items_in_batch), ModelOutput()
+            total, outputs = self._sum_at_labels(inputs, shift_labels)
+            if self._head_is_last:
+                return mean_over_labels(total, num_labels, num_items_in_batch), outputs
+        outputs = self.language_model(**inputs, return_dict=True)
+        logits = outputs.logits[:, -shift_labels.shape[1] :]
+        return language_modeling_loss(logits, shift_labels, num_items_in_batch), outputs
+
+    def _sum_at_labels(self, inputs: dict[str, Any], shift_labels: torch.Tensor) -> tuple[torch.Tensor, ModelOutput]:
+        """The sum of the loss over labels, if the head is all that makes scores, and the outputs without any."""
+        head = self.get_output_embeddings()
+        with states_at_labels(self.language_model, shift_labels, self._head_is_last is None) as states:
+            outputs = self.language_model(**inputs, return_dict=True)
+        if self._head_is_last is None:
+            self._head_is_last = states.are_all(head, outputs.logits)
+        total = loss_at_labels(head, states.hidden_states, states.labels)
+        return total, type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+
+    def _scores_labels_alone(self) -> bool:
+        return (
+            self._head_is_last is not False
+            and not torch.compiler.is_compiling()
+            and can_score_labels_alone(self.language_model)
+        )
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode and is_frozen(self.language_model):
+            checkpoint_in_eval_mode(self.language_model)
+        return self
+
+    @classmethod
+    def from_pretrained_parts(
+        cls,
+        stage1: "str | os.PathLike | Blip2PreTrainedModel | None" = None,
+        language_model: "str | os.PathLike | PreTrainedModel | None" = None,
+        *,
+        vision_model: "str | os.PathLike | PreTrainedModel | None" = None,
+        text_encoder: "str | os.PathLike | PreTrainedModel | None" = None,
+        image_token_index: int | None = None,
+        vision_feature_layer: int | None = None,
+        num_query_tokens: int | None = None,
+        instruction_aware: bool | None = None,
+        language_model_kwargs: dict[str, Any] | None = None,
+        **qformer_kwargs,
+    ) -> "Blip2ForConditionalGeneration":
+        r"""
+        Joins a language model to a trained Q-Former and its tower, or to a tower and a Q-Former that starts from BERT.
+
+        Args:
+            stage1 (`str`, `os.PathLike` or a BLIP-2 model, *optional*):
+                A BLIP-2 whose tower, queries and Q-Former are taken: a [`Blip2ForPreTraining`], or a
+                [`Blip2ForConditionalGeneration`] with another language model, to which its Q-Former is aligned anew
+                (see [`~training.train_only`]). The tower is shared with it.
+            language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
+                Any causal or sequence-to-sequence language model.
+            vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
+                Without `stage1`, or for one that has no tower: any tower of `AutoModel`, or a model that has one in it
+                (CLIP, SigLIP, LLaVA, BLIP-2).
+            text_encoder (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
+                Without `stage1`: any BERT, from which the Q-Former starts.
+            image_token_index (`int`, *optional*):
+                Token id of `<image>`. Taken from the language model's tokenizer where `language_model` is a folder or
+                an id: the id that [`Blip2Processor`] gives it.
+            vision_feature_layer (`int`, *optional*):
+                Without `stage1`: index into the tower's `hidden_states`.
+            num_query_tokens (`int`, *optional*):
+                Without `stage1`: number of queries, 32 if it is not given.
+            instruction_aware (`bool`, *optional*):
+                Whether the Q-Former reads the question or instruction, next to the queries (appendix; InstructBLIP),
+                with the feed-forward networks for text of stage 1 (or of BERT). If it is not given: if that of a
+                [`Blip2ForConditionalGeneration`] does.
+            language_model_kwargs (`dict`, *optional*):
+                For loading the language model: `dtype`, `quantization_config` (8 or 4 bits), `device_map`.
+            qformer_kwargs (`dict`):
+                Without `stage1`: fields of [`Blip2QFormerConfig`], such as `cross_attention_frequency`.
+
+        Returns:
+            [`Blip2ForConditionalGeneration`]: the tower and the language model frozen, all in eval mode.
+
+        Raises:
+            ValueError: if the parts do not make a whole, or one lacks weights.
+
+        Example:
+
+        ```python
+        >>> model = Blip2ForConditionalGeneration.from_pretrained_parts(
+        ...     vision_model="facebook/dinov2-small",
+        ...     text_encoder="google-bert/bert-base-uncased",
+        ...     language_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        ... )
+        ```"""
+        if language_model is None:
+            raise ValueError("from_pretrained_parts needs a language_model.")
+        if (stage1 is None) == (text_encoder is None) or (stage1 is None and vision_model is None):
+            raise ValueError("Give either stage1, or vision_model and text_encoder.")
+        own = {"vision_feature_layer": vision_feature_layer, "num_query_tokens": num_query_tokens, **qformer_kwargs}
+        if stage1 is not None and any(value is not None for value in own.values()):
+            given = sorted(name for name, value in own.items() if value is not None)
+            raise ValueError(f"{', '.join(given)}: stage1 has its own; they go with vision_model and text_encoder.")
+        if image_token_index is None and isinstance(language_model, (str, os.PathLike)):
+            image_token_index = image_token_id(AutoTokenizer.from_pretrained(language_model))
+        language_model = load_language_model(language_model, **(language_model_kwargs or {}))
+        if stage1 is None:
+            if instruction_aware is not None:
+                qformer_kwargs["use_qformer_text_input"] = instruction_aware
+            image_side = image_side_from_parts(
+                vision_model, text_encoder, vision_feature_layer, num_query_tokens or 32, **qformer_kwargs
+            )
+        else:
+            image_side = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)
+            _attach_tower_if_missing(image_side, vision_model)
+        # Copies: a configuration sets the attention implementation of the parts that it is made of
+        source = copy.deepcopy(image_side.config)
+        config = Blip2Config(
+            vision_config=source.vision_config,
+            qformer_config=source.qformer_config,
+            text_config=copy.deepcopy(language_model.config),
+            num_query_tokens=source.num_query_tokens,
+            image_text_hidden_size=source.image_text_hidden_size,
+            image_token_index=image_token_index,
+            vision_feature_layer=source.vision_feature_layer,
+        )
+        if stage1 is not None:
+            config.qformer_config.use_qformer_text_input = _reads_instructions(source, instruction_aware)
+        model = cls(config, vision_model=image_side.vision_model, language_model=language_model)
+        for name, part in model.named_children():
+            if name in ("query_tokens", "qformer", "embeddings"):
+                trained = getattr(image_side, name)
+                # Stage 1 has feed-forward networks for text; without instructions they have nothing to do
+                part.to(next(trained.parameters())).load_state_dict(trained.state_dict(), strict=False)
+        return model.freeze().eval()
+
+
+Blip2ForConditionalGeneration = Blip2HfForConditionalGeneration
+
+
+LANGUAGE_MODEL_OUTPUTS = (
+    "logits",
+    CACHE_NAME,
+    "hidden_states",
+    "attentions",
+    "decoder_hidden_states",
+    "decoder_attentions",
+    "cross_attentions",
+    "encoder_last_hidden_state",
+    "encoder_hidden_states",
+    "encoder_attentions",
+)
+
+
+def _position_ids(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Positions of the last `length` tokens, that count tokens and not padding, as `generate` makes them."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)[:, -length:]
+
+
+def _put_in_front(values: torch.Tensor, count: int, value: float, past: int = 0) -> torch.Tensor:
+    """Return `values` of shape `(batch_size, length, ...)` with `count` more positions behind the first `past`."""
+    front = values.new_full((len(values), count, *values.shape[2:]), value)
+    return torch.cat([values[:, :past], front, values[:, past:]], dim=1)
+
+
+def _shift(labels: torch.Tensor) -> torch.Tensor:
+    """What each position predicts: the label of the next one."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def _reads_instructions(source: Blip2Config, instruction_aware: bool | None) -> bool:
+    """Whether the Q-Former is to read instructions, with the feed-forward networks for text that it has."""
+    has_text_networks = source.qformer_config.use_qformer_text_input
+    if instruction_aware is None:
+        # Stage 1 has no language model, and reads captions
+        return has_text_networks and source.text_config is not None
+    if instruction_aware and not has_text_networks:
+        raise ValueError(
+            "instruction_aware=True, but the Q-Former of stage1 reads no text: give the checkpoint of stage 1 itself, "
+            "which has the feed-forward networks for text."
+        )
+    return instruction_aware
+
+
+def _attach_tower_if_missing(stage1: Blip2PreTrainedModel, vision_model):
+    if stage1.config.has_vision_tower and vision_model is not None:
+        raise ValueError("vision_model: stage1 has its own tower.")
+    if not stage1.config.has_vision_tower:
+        if vision_model is None:
+            raise ValueError("stage1 was trained from stored features and has no tower: give its vision_model.")
+        stage1.attach_vision_tower(vision_model)
+
+
+__all__ = ["Blip2ForConditionalGeneration", "Blip2ForConditionalGenerationModelOutput"]

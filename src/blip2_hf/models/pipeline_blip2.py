@@ -1,0 +1,652 @@
+# Copyright 2026 The blip2-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The tasks "image-to-text" and "visual-question-answering" of transformers 4, on transformers 5."""
+
+import copy
+import functools
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+from transformers import PROCESSOR_MAPPING, AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering
+from transformers import pipelines as transformers_pipelines
+from transformers.image_utils import valid_images
+from transformers.pipelines.base import Pipeline
+from transformers.utils import logging
+
+from ._hub_mixin import SharedOnHub
+from .generation_presets import GenerationPreset, generation_preset
+from .image_loading import load_image_for
+
+
+logger = logging.get_logger(__name__)
+
+_BLIP2 = ("blip2", "blip-2")  # ours and transformers' own
+_DEFAULT_MAX_NEW_TOKENS = 256  # as in transformers 4
+
+
+@dataclass
+class _Item:
+    """One thing to caption or to answer, and what an error calls its image."""
+
+    image: Any
+    question: str = ""
+    name: str | None = None
+
+
+def _image_item(image: Any, name: str | None) -> _Item:
+    return _Item(image, name=name)
+
+
+def _record_item(record: Any, name: str | None) -> _Item:
+    if not isinstance(record, Mapping) or not {"image", "question"} <= set(record):
+        found = f"the keys {sorted(map(str, record))}" if isinstance(record, Mapping) else type(record).__name__
+        raise ValueError(
+            f"{name or 'the input'}: visual question answering needs an image and a question, got {found}. Call "
+            "pipe(image=..., question=...) or pipe({'image': ..., 'question': ...})"
+        )
+    if not isinstance(record["question"], str):
+        raise ValueError(f"{name or 'the input'}: the question is no string, but {record['question']!r}")
+    return _Item(record["image"], record["question"], name)
+
+
+class _Items(Dataset):
+    """A sequence or map-style dataset whose entries become items when they are asked for."""
+
+    def __init__(self, entries: Sequence | Dataset, make: Callable[[Any, str], _Item]):
+        self.entries = entries
+        self.make = make
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> _Item:
+        return self.make(self.entries[index], f"image {index + 1} of {len(self)}")
+
+
+class _ImagesTimesQuestions(Dataset):
+    """Every question about every image, in transformers 4's order: the first question about all images first."""
+
+    def __init__(self, images: Sequence | Dataset, questions: Sequence[str]):
+        self.images = images
+        self.questions = questions
+
+    def __len__(self) -> int:
+        return len(self.images) * len(self.questions)
+
+    def __getitem__(self, index: int) -> _Item:
+        question, image = divmod(index, len(self.images))
+        name = f"image {image + 1} of {len(self.images)}"
+        return _Item(self.images[image], self.questions[question], name)
+
+
+def _is_stream(inputs: Any) -> bool:
+    return isinstance(inputs, (Iterator, IterableDataset)) and not isinstance(inputs, io.IOBase)
+
+
+def _is_sequence(inputs: Any) -> bool:
+    return isinstance(inputs, (Sequence, Dataset)) and not isinstance(inputs, (str, bytes, bytearray, memoryview))
+
+
+class _ImageTextPipeline(SharedOnHub, Pipeline):
+    """What both pipelines do alike: encode an image with or without a text, batch, generate, return the new text."""
+
+    _load_processor = None
+    _load_tokenizer = None
+    _load_image_processor = None
+    _load_feature_extractor = False
+    _load_video_processor = False
+
+    task_name: str
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_type = self.model.config.model_type
+        self._complete_processor()
+
+    def _complete_processor(self):
+        """Puts the model's processor together where only a tokenizer and an image processor were given or found."""
+        if self.processor is not None:
+            self.tokenizer, self.image_processor = self.processor.tokenizer, self.processor.image_processor
+        if self.tokenizer is None or self.image_processor is None:
+            raise ValueError(
+                f"the {self.task_name} pipeline needs a processor, or a tokenizer and an image processor. None came "
+                "with the model: pass processor=..., or tokenizer=... and image_processor=..."
+            )
+        is_blip2 = self.model_type in _BLIP2
+        if self.processor is not None and not (is_blip2 and self.processor.num_query_tokens is None):
+            return
+        if type(self.model.config) in PROCESSOR_MAPPING:
+            parts = {"image_processor": self.image_processor, "tokenizer": self.tokenizer}
+            if is_blip2 and self.model.config.image_token_index is not None:
+                # processors saved before transformers 4.46 do not know how many placeholders an image needs
+                parts["num_query_tokens"] = self.model.config.num_query_tokens
+            if self.model_type == "blip2":
+                parts["is_encoder_decoder"] = self.model.config.text_config.is_encoder_decoder
+            self.processor = PROCESSOR_MAPPING[type(self.model.config)](**parts)
+
+    @classmethod
+    def register_for_auto_class(cls):
+        """
+        Makes `save_pretrained` and `push_to_hub` of this pipeline write its code next to the model, so that
+        `pipeline(..., trust_remote_code=True)` works without this package.
+        """
+        cls._registered_impl = {cls.task_name: transformers_pipelines.PIPELINE_REGISTRY.supported_tasks[cls.task_name]}
+
+    def save_pretrained(self, save_directory, with_code: bool = False, **kwargs):
+        """
+        Saves the model and its processor.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to save to; it is created if it does not exist.
+            with_code (`bool`, *optional*, defaults to `False`):
+                Whether to put the code next to them, so that `pipeline(..., trust_remote_code=True)` works without
+                this package, and a model card if there is none.
+            kwargs (`dict`, *optional*):
+                Passed to the `save_pretrained` of the parts.
+        """
+        super().save_pretrained(save_directory, with_code=False, **kwargs)
+        if self.processor is not None:
+            self.processor.save_pretrained(save_directory, **kwargs)
+        if with_code:
+            self.write_code(save_directory)
+
+    def _run(self, inputs: Any, make: Callable[[Any, str | None], _Item], **kwargs):
+        """Runs one input, a sequence (gives a list), or a stream or dataset (gives an iterator)."""
+        if _is_stream(inputs):
+            items = (make(entry, f"image {index}") for index, entry in enumerate(inputs, start=1))
+            return super().__call__(items, **kwargs)
+        if isinstance(inputs, Dataset):
+            return super().__call__(_Items(inputs, make), **kwargs)
+        if _is_sequence(inputs):
+            return list(super().__call__(_Items(inputs, make), **kwargs))
+        return super().__call__(make(inputs, None), **kwargs)
+
+    def _load(self, item: _Item, timeout: float | None) -> Any:
+        return load_image_for(self.image_processor, item.image, item.name, timeout)
+
+    def _encode(self, image: Any, text: str | None, **text_kwargs) -> dict[str, torch.Tensor]:
+        """One image and its text to the model's inputs, tensors with a batch dimension of 1."""
+        if self.model_type in _BLIP2 and text is None:
+            # the tokenizer says what an empty text begins with; generate() could only guess
+            text = ""
+        if text is None:
+            encode = self.image_processor if self.processor is None else self.processor
+            encoding = encode(images=image, return_tensors="pt")
+        elif self.model_type == "git":
+            # the text is to be continued, so no [SEP] may follow it
+            ids = self.tokenizer(text, add_special_tokens=False, **text_kwargs).input_ids
+            encoding = self.image_processor(images=image, return_tensors="pt")
+            encoding["input_ids"] = torch.tensor([[self.tokenizer.cls_token_id, *ids]])
+        elif self.model_type == "vision-encoder-decoder":
+            raise ValueError(f"Model type {self.model_type} does not support conditional text generation")
+        elif self.processor is None:
+            encoding = self.image_processor(images=image, return_tensors="pt")
+            encoding.update(self.tokenizer(text, return_tensors="pt", **text_kwargs))
+        else:
+            encoding = self.processor(images=image, text=text, return_tensors="pt", **text_kwargs)
+        return dict(encoding.to(self.dtype))
+
+    def _merge(self, encodings: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Encodings of single items to one batch; what differs in size is padded."""
+        is_decoder_only = self.model_type in _BLIP2 and not self.model.config.text_config.is_encoder_decoder
+        batch = {}
+        for key in encodings[0]:
+            # a decoder goes on from the last token, which must not be padding
+            is_left = is_decoder_only and key in ("input_ids", "attention_mask", "token_type_ids")
+            value = self._pad_token_id if key in ("input_ids", "decoder_input_ids") else 0
+            batch[key] = _stack([encoding[key] for encoding in encodings], value, is_left)
+        return batch
+
+    @property
+    def _pad_token_id(self) -> int:
+        return 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    def _forward(self, model_inputs: dict[str, Any], **generate_kwargs) -> dict[str, torch.Tensor]:
+        encodings = model_inputs["encodings"]
+        # the base class collates to a list, and leaves a batch of one as it is
+        encodings = encodings if isinstance(encodings, list) else [encodings]
+        if not self.model.can_generate():
+            if generate_kwargs:
+                raise TypeError(
+                    f"{type(self.model).__name__} does not generate and takes no {sorted(generate_kwargs)}"
+                )
+            return {"logits": self.model(**self._merge(encodings)).logits}
+        lengths = {encoding["input_ids"].shape[1] for encoding in encodings if "input_ids" in encoding}
+        # other models than BLIP-2 read the padding of a prompt as if it were text
+        together = self.model_type in _BLIP2 or len(lengths) <= 1
+        groups = [encodings] if together else [[encoding] for encoding in encodings]
+        sequences = [self._generate(group, generate_kwargs) for group in groups]
+        return {"sequences": _stack(sequences, self._pad_token_id, is_left=False)}
+
+    def _generate(self, encodings: list[dict[str, torch.Tensor]], generate_kwargs: dict[str, Any]) -> torch.Tensor:
+        """New tokens of a batch, of shape `(batch_size, num_return_sequences, new_tokens)`."""
+        inputs = self._merge(encodings)
+        output = self.model.generate(**inputs, **self._with_default_length(generate_kwargs))
+        prompt = inputs.get("input_ids", inputs.get("decoder_input_ids"))
+        if prompt is not None:
+            # BLIP leaves out the [SEP] at the end of the prompt
+            output = _without_prompt(output, prompt[:, :-1] if self.model_type == "blip" else prompt)
+        return output.reshape(len(encodings), -1, output.shape[-1])
+
+    def _with_default_length(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Adds a length limit where neither the caller nor the model sets one; the output is always token ids."""
+        config = generate_kwargs.get("generation_config")
+        is_set = self.model.generation_config.to_diff_dict() | generate_kwargs
+        added: dict[str, Any] = {"return_dict_in_generate": False}
+        if not {"max_new_tokens", "max_length"} & (is_set | (config.to_diff_dict() if config else {})).keys():
+            added["max_new_tokens"] = _DEFAULT_MAX_NEW_TOKENS
+        if config is None:
+            return generate_kwargs | added
+        # generate() deprecates a config together with single parameters
+        config = copy.deepcopy(config)
+        config.update(**added)
+        return generate_kwargs | {"generation_config": config}
+
+    def _preset(self, preset: str | GenerationPreset, asks: bool) -> GenerationPreset:
+        settings = generation_preset(preset, self.model.config) if isinstance(preset, str) else preset
+        if settings.asks != asks:
+            kind = "asks a question" if settings.asks else "asks none"
+            raise ValueError(f"The preset {settings.name!r} {kind}: it is not for the {self.task_name} pipeline.")
+        return settings
+
+    def _decode(self, sequences: torch.Tensor) -> list[str]:
+        texts = self.tokenizer.batch_decode(sequences.flatten(0, 1), skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+def _generate_params(max_new_tokens: int | None, generate_kwargs: dict | None, others: dict) -> dict[str, Any]:
+    params = others if max_new_tokens is None else others | {"max_new_tokens": max_new_tokens}
+    generate_kwargs = generate_kwargs or {}
+    twice = sorted(params.keys() & generate_kwargs.keys())
+    if twice:
+        raise ValueError(f"{twice} given both as an argument and inside `generate_kwargs`; please use only one")
+    return params | generate_kwargs
+
+
+def _under(preset: dict[str, Any], max_new_tokens: int | None, generate_kwargs: dict | None, others: dict) -> dict:
+    """What a call says itself, and of a preset what it does not say."""
+    said = others | (generate_kwargs or {}) | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+    kept = {name: value for name, value in preset.items() if name not in said}
+    if "min_new_tokens" in kept and "max_new_tokens" in said:
+        kept["min_new_tokens"] = min(kept["min_new_tokens"], said["max_new_tokens"])
+    return kept | others
+
+
+def _stack(tensors: list[torch.Tensor], value: int, is_left: bool) -> torch.Tensor:
+    """Tensors of shape (batch_size, ...) to one, padded at the end, or at the start of dimension 1."""
+    if len(tensors) == 1:
+        return tensors[0]
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    stacked = tensors[0].new_full((sum(len(tensor) for tensor in tensors), *sizes), value)
+    row = 0
+    for tensor in tensors:
+        spans = [slice(row, row + len(tensor)), *map(slice, tensor.shape[1:])]
+        if is_left:
+            spans[1] = slice(sizes[0] - tensor.shape[1], None)
+        stacked[tuple(spans)] = tensor
+        row += len(tensor)
+    return stacked
+
+
+def _without_prompt(output: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """
+    New tokens of what `generate` returns: decoder-only models put the prompt in front, and encoder-decoders, which
+    may start with a token of their own, do not.
+    """
+    prompt = prompt.repeat_interleave(len(output) // len(prompt), dim=0)
+    for start in (0, 1):
+        end = start + prompt.shape[1]
+        if output.shape[1] >= end and torch.equal(output[:, start:end], prompt):
+            return output[:, end:]
+    return output
+
+
+class ImageToTextPipeline(_ImageTextPipeline):
+    """
+    Captions images: the `"image-to-text"` pipeline of transformers 4, for BLIP-2 and every other model of
+    `AutoModelForImageTextToText` that needs no chat (BLIP, GIT, Pix2Struct, VisionEncoderDecoder, ...).
+
+    Returns the new text only, without the prompt and stripped of white space. Where neither the call nor the model's
+    generation config limits the length, `max_new_tokens` is 256.
+
+    Args:
+        model ([`PreTrainedModel`]):
+            A model with `generate`.
+        processor ([`ProcessorMixin`], *optional*):
+            The model's processor. It comes before `tokenizer` and `image_processor`.
+        tokenizer ([`PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the language model, where no processor is given.
+        image_processor ([`BaseImageProcessor`], *optional*):
+            Image processor, where no processor is given.
+        kwargs (`dict`, *optional*):
+            `device` and the other arguments of [`Pipeline`], and defaults for the arguments of a call.
+
+    Example:
+
+    ```python
+    >>> import blip2_hf
+    >>> from transformers import pipeline
+
+    >>> captioner = pipeline("image-to-text", model="Salesforce/blip2-opt-2.7b")
+    >>> captioner("cat.jpg")
+    [{'generated_text': 'a cat laying on a couch'}]
+    ```
+    """
+
+    task_name = "image-to-text"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not self.model.can_generate():
+            raise ValueError(f"{type(self.model).__name__} cannot generate text, which image-to-text needs")
+
+    def _sanitize_parameters(
+        self,
+        prompt=None,
+        max_new_tokens=None,
+        generate_kwargs=None,
+        timeout=None,
+        preset=None,
+        **generation_params,
+    ):
+        if preset is not None:
+            settings = self._preset(preset, asks=False)
+            prompt = settings.prompt if prompt is None else prompt
+            generation_params = _under(settings.generate_kwargs, max_new_tokens, generate_kwargs, generation_params)
+        preprocess_params = {"prompt": prompt, "timeout": timeout}
+        preprocess_params = {key: value for key, value in preprocess_params.items() if value is not None}
+        return preprocess_params, _generate_params(max_new_tokens, generate_kwargs, generation_params), {}
+
+    def __call__(self, inputs: Any = None, images: Any = None, **kwargs):
+        """
+        Captions the image or images.
+
+        Args:
+            inputs (an image, list, dataset or generator of images):
+                Anything that [`~blip2_hf.image_loading.load_image`] reads: a path, URL, base64 string, PIL image,
+                array, tensor, ...
+            images (same as `inputs`, *optional*):
+                Another name for `inputs`.
+            prompt (`str`, *optional*):
+                Text that the model goes on from.
+            preset (`str` or [`~generation_presets.GenerationPreset`], *optional*):
+                Settings of the paper by name, `"caption"` or `"nocaps"`, or settings of one's own
+                (see [`~generation_presets.generation_preset`]). What the call says itself comes first.
+            max_new_tokens (`int`, *optional*):
+                The most tokens to generate.
+            generate_kwargs (`dict`, *optional*):
+                Arguments of `generate`. They can also be given to the call itself.
+            timeout (`float`, *optional*, defaults to 30.0):
+                Seconds to wait for an image from a URL.
+            batch_size (`int`, *optional*, defaults to 1):
+                Number of images that are captioned at a time.
+
+        Returns:
+            `list[dict]` for one image, `list[list[dict]]` for a list, an iterator of `list[dict]` for a dataset or
+            generator: a dict for each of the `num_return_sequences` captions, with the key **generated_text** (`str`).
+        """
+        if (inputs is None) == (images is None):
+            raise ValueError("Cannot call the image-to-text pipeline without an image, nor with `inputs` and `images`")
+        return self._run(images if inputs is None else inputs, _image_item, **kwargs)
+
+    def preprocess(self, item: _Item, prompt: str | None = None, timeout: float = 30.0) -> dict[str, Any]:
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"Received an invalid prompt, got {type(prompt).__name__}, but expected a single string")
+        return {"encodings": self._encode(self._load(item, timeout), prompt)}
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+        return [{"generated_text": text} for text in self._decode(model_outputs["sequences"])]
+
+
+class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
+    """
+    Answers questions about images: the `"visual-question-answering"` pipeline of transformers 4, for BLIP-2, for other
+    models that generate the answer (BLIP, GIT, ...), and for those that choose among known answers (ViLT).
+
+    BLIP-2 is asked with the prompt of the paper, `"Question: {} Answer:"`, or `"Question: {} Short answer:"` where the
+    language model is an encoder-decoder; other models get the bare question.
+
+    Args:
+        model ([`PreTrainedModel`]):
+            A model with `generate`, or one whose logits are over `config.id2label`.
+        processor ([`ProcessorMixin`], *optional*):
+            The model's processor. It comes before `tokenizer` and `image_processor`.
+        tokenizer ([`PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the questions, where no processor is given.
+        image_processor ([`BaseImageProcessor`], *optional*):
+            Image processor, where no processor is given.
+        kwargs (`dict`, *optional*):
+            `device` and the other arguments of [`Pipeline`], and defaults for the arguments of a call.
+
+    Example:
+
+    ```python
+    >>> import blip2_hf
+    >>> from transformers import pipeline
+
+    >>> oracle = pipeline("visual-question-answering", model="Salesforce/blip2-flan-t5-xl")
+    >>> oracle(image="cat.jpg", question="What is the animal doing?")
+    [{'answer': 'sleeping'}]
+    ```
+    """
+
+    task_name = "visual-question-answering"
+
+    def _sanitize_parameters(
+        self,
+        top_k=None,
+        padding=None,
+        truncation=None,
+        timeout=None,
+        prompt_template=None,
+        max_new_tokens=None,
+        generate_kwargs=None,
+        preset=None,
+        **generation_params,
+    ):
+        if preset is not None:
+            settings = self._preset(preset, asks=True)
+            prompt_template = settings.prompt if prompt_template is None else prompt_template
+            generation_params = _under(settings.generate_kwargs, max_new_tokens, generate_kwargs, generation_params)
+        preprocess_params = {
+            "padding": padding,
+            "truncation": truncation,
+            "timeout": timeout,
+            "prompt_template": prompt_template,
+        }
+        preprocess_params = {key: value for key, value in preprocess_params.items() if value is not None}
+        postprocess_params = {} if top_k is None else {"top_k": top_k}
+        forward_params = _generate_params(max_new_tokens, generate_kwargs, generation_params)
+        return preprocess_params, forward_params, postprocess_params
+
+    def __call__(self, image: Any = None, question: str | Sequence[str] | None = None, **kwargs):
+        """
+        Answers the question or questions about the image or images. A single image is used for every question, a
+        single question for every image; several of both give every pair, the first question about all images first.
+
+        Args:
+            image (an image, list, dataset or generator of images, or `{"image": ..., "question": ...}` records):
+                Anything that [`~blip2_hf.image_loading.load_image`] reads. If `question` is not given, records with
+                the image and the question: one, a list, a dataset or a generator.
+            question (`str` or `list[str]`, *optional*):
+                The question or questions.
+            top_k (`int`, *optional*, defaults to 5):
+                Number of answers of a model that chooses among known answers. Other models do not use it.
+            prompt_template (`str`, *optional*):
+                The prompt, with `{}` in place of the question. `"{}"` asks the bare question.
+            preset (`str` or [`~generation_presets.GenerationPreset`], *optional*):
+                Settings of the paper by name, `"vqa"` or `"vqa-finetuned"`, or settings of one's own
+                (see [`~generation_presets.generation_preset`]). What the call says itself comes first.
+            padding (`bool` or `str`, *optional*, defaults to `False`):
+                Padding of the tokenizer.
+            truncation (`bool` or `str`, *optional*, defaults to `False`):
+                Truncation of the tokenizer.
+            timeout (`float`, *optional*, defaults to 30.0):
+                Seconds to wait for an image from a URL.
+            max_new_tokens (`int`, *optional*):
+                The most tokens to generate.
+            generate_kwargs (`dict`, *optional*):
+                Arguments of `generate`. They can also be given to the call itself.
+            batch_size (`int`, *optional*, defaults to 1):
+                Number of questions that are answered at a time.
+
+        Returns:
+            `list[dict]` for one question about one image, `list[list[dict]]` for several, an iterator of `list[dict]`
+            for a dataset of records or a generator. The keys are **answer** (`str`) and, for models that choose among
+            known answers, **score** (`float`).
+        """
+        if image is None:
+            raise ValueError("Cannot call the visual-question-answering pipeline without an image")
+        if question is None:
+            return self._run(image, _record_item, **kwargs)
+        questions = [question] if isinstance(question, str) else question
+        if not _is_sequence(questions) or not all(isinstance(entry, str) for entry in questions):
+            raise ValueError(f"`question` is a string or a list of strings, but got {question!r}")
+        if _is_stream(image):
+            if not isinstance(question, str):
+                raise ValueError("A generator of images can be read once, so it takes one question; give a list")
+            records = ({"image": entry, "question": question} for entry in image)
+            return self._run(records, _record_item, **kwargs)
+        if not _is_sequence(image) and isinstance(question, str):
+            return self._run({"image": image, "question": question}, _record_item, **kwargs)
+        images = image if _is_sequence(image) else [image]
+        return list(Pipeline.__call__(self, _ImagesTimesQuestions(images, questions), **kwargs))
+
+    def preprocess(
+        self,
+        item: _Item,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        timeout: float = 30.0,
+        prompt_template: str | None = None,
+    ) -> dict[str, Any]:
+        template = self._default_template() if prompt_template is None else prompt_template
+        if "{}" not in template:
+            raise ValueError(f"`prompt_template` needs {{}} where the question goes, got {template!r}")
+        prompt = template.replace("{}", item.question)
+        return {"encodings": self._encode(self._load(item, timeout), prompt, padding=padding, truncation=truncation)}
+
+    def _default_template(self) -> str:
+        if self.model_type not in _BLIP2:
+            return "{}"
+        is_encoder_decoder = self.model.config.text_config.is_encoder_decoder
+        return "Question: {} Short answer:" if is_encoder_decoder else "Question: {} Answer:"
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int = 5) -> list[dict[str, Any]]:
+        if "sequences" in model_outputs:
+            return [{"answer": text} for text in self._decode(model_outputs["sequences"])]
+        scores = model_outputs["logits"][0].float().sigmoid()
+        labels: dict[int, str] = dict(self.model.config.id2label)
+        best = scores.topk(min(top_k, len(labels)))
+        return [
+            {"score": score, "answer": labels[index]}
+            for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+
+# task -> class, Auto classes of its models, and transformers 4's default model
+_TASKS = {
+    "image-to-text": (
+        ImageToTextPipeline,
+        (AutoModelForImageTextToText,),
+        ("ydshieh/vit-gpt2-coco-en", "5bebf1e"),
+    ),
+    "visual-question-answering": (
+        VisualQuestionAnsweringPipeline,
+        (AutoModelForVisualQuestionAnswering, AutoModelForImageTextToText),
+        ("dandelin/vilt-b32-finetuned-vqa", "d0a1f6a"),
+    ),
+}
+
+
+def register_pipelines():
+    """
+    Makes `transformers.pipeline` know the tasks `"image-to-text"` and `"visual-question-answering"`. A second call
+    changes nothing, and neither does any call to the other tasks.
+    """
+    registry = transformers_pipelines.PIPELINE_REGISTRY
+    for task, (pipeline_class, model_classes, default) in _TASKS.items():
+        if registry.supported_tasks.get(task, {}).get("impl") is not pipeline_class:
+            registry.register_pipeline(task, pipeline_class, model_classes, {"model": default}, "multimodal")
+            # it would have every saved pipeline ask for trust_remote_code, see register_for_auto_class
+            del pipeline_class._registered_impl
+    _keep_task_names()
+    unreachable = [task for task in _TASKS if not _is_reachable(task)]
+    if unreachable:
+        _register_fallback(unreachable)
+
+
+def _keep_task_names():
+    """transformers 5.23 renames one task and refuses the other, in a private function, before it asks the registry."""
+    resolve = getattr(transformers_pipelines, "_resolve_deprecated_task", None)
+    if resolve is None or getattr(resolve, "keeps_blip2_hf_tasks", False):
+        return
+
+    @functools.wraps(resolve)
+    def resolve_deprecated_task(task, *args, **kwargs):
+        return task if task in _TASKS else resolve(task, *args, **kwargs)
+
+    resolve_deprecated_task.keeps_blip2_hf_tasks = True
+    transformers_pipelines._resolve_deprecated_task = resolve_deprecated_task
+
+
+def _is_reachable(task: str) -> bool:
+    try:
+        return transformers_pipelines.check_task(task)[1]["impl"] is _TASKS[task][0]
+    except KeyError:
+        return False
+
+
+def _register_fallback(tasks: list[str]):
+    """For a transformers that renames tasks in another way: public means only."""
+    if "image-to-text" in tasks:
+        registry = transformers_pipelines.PIPELINE_REGISTRY
+        registry.supported_tasks["image-text-to-text"]["impl"] = _captioning_image_text_to_text_pipeline()
+    for task in tasks:
+        name = _TASKS[task][0].__name__
+        logger.warning(
+            f'This version of transformers hides the task "{task}" from the registry. pipeline("{task}", ...) may not '
+            f'work as documented; pipeline("image-text-to-text", ..., pipeline_class=blip2_hf.{name}) does.'
+        )
+
+
+def _are_images(images: Any) -> bool:
+    if isinstance(images, (list, tuple)):
+        return len(images) > 0 and all(_are_images(image) for image in images)
+    if isinstance(images, str):
+        # other strings are texts, which the pipeline goes on from
+        return images.startswith(("http://", "https://", "data:image/")) or os.path.isfile(images)
+    return images is not None and valid_images(images)
+
+
+@functools.cache
+def _captioning_image_text_to_text_pipeline() -> type[Pipeline]:
+    """transformers' ImageTextToTextPipeline, which captions where it would refuse images that come without a text."""
+
+    class CaptioningImageTextToTextPipeline(transformers_pipelines.ImageTextToTextPipeline):
+        def __call__(self, images=None, text=None, **kwargs):
+            if images is None:
+                images = kwargs.pop("inputs", None)
+            if not ("prompt" in kwargs or (text is None and _are_images(images))):
+                return super().__call__(images, text, **kwargs)
+            device = {} if getattr(self.model, "hf_device_map", None) else {"device": self.device}
+            return ImageToTextPipeline(self.model, processor=self.processor, **device)(images, **kwargs)
+
+    return CaptioningImageTextToTextPipeline

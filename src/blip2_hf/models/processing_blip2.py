@@ -1,0 +1,528 @@
+"""Processor of BLIP-2: pictures and text to the inputs of the models, and generated tokens back to text."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.tokenization_utils_base import AddedToken
+
+from ._hub_mixin import SharedOnHub
+from .chat_messages import messages_to_text
+from .image_loading import load_image_for
+
+
+IMAGE_TOKEN = "<image>"
+QFORMER_TOKENIZER = "qformer_tokenizer"
+
+
+class Blip2HfProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"return_token_type_ids": False}}
+
+
+class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
+    r"""
+    Wraps an image processor and the language model's tokenizer (and the Q-Former's, where it reads text). Known as
+    `Blip2Processor`: the name of the class differs from transformers' own, which `AutoProcessor` would find first.
+
+    `<image>` is added to the tokenizer as a special token, after all others, if it has none.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            The image processor of the vision tower.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of the language model.
+        qformer_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of a Q-Former that reads the text too.
+        num_query_tokens (`int`, *optional*):
+            Number of queries, and so of placeholders, an image. `None`, as in the first published checkpoints, whose
+            `image_token_index` is `None` too: no placeholders, the model puts the image in front.
+        is_encoder_decoder (`bool`, *optional*):
+            Whether the language model is an encoder-decoder: `text_target` is then not appended to `text`. If it is
+            not given, `from_pretrained` looks into config.json; without one, a tokenizer that ends each text with
+            the end token is taken for an encoder-decoder's.
+        end_token_id (`int`, *optional*):
+            Token id that ends a `text_target` of a decoder-only language model: that at which generation stops. The
+            tokenizer's end token if it is not given. `from_pretrained` looks into config.json: BLIP-2 with OPT ends
+            texts with a newline.
+
+    Example:
+
+    ```python
+    >>> processor = Blip2Processor.from_pretrained(folder)
+    >>> inputs = processor(images="cats.jpg", text="Question: how many cats are there? Answer:", return_tensors="pt")
+    >>> batch = processor(images=pictures, text="a photo of", text_target=captions, return_tensors="pt")  # with labels
+    ```"""
+
+    valid_kwargs = ["num_query_tokens", "is_encoder_decoder", "end_token_id"]
+    valid_processor_kwargs = Blip2HfProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        qformer_tokenizer=None,
+        num_query_tokens: int | None = None,
+        is_encoder_decoder: bool | None = None,
+        end_token_id: int | None = None,
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
+        if image_token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.num_query_tokens = num_query_tokens
+        if is_encoder_decoder is None:
+            # A text that is to be continued does not end with the end token
+            is_encoder_decoder = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+        self.is_encoder_decoder = is_encoder_decoder
+        self.end_token_id = tokenizer.eos_token_id if end_token_id is None else end_token_id
+        self.qformer_tokenizer = qformer_tokenizer
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        if self.chat_template is None:
+            self.chat_template = tokenizer.chat_template
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        # The Q-Former's tokenizer is optional, which ProcessorMixin does not know: saved and loaded here
+        return ["image_processor", "tokenizer"]
+
+    def to_dict(self) -> dict[str, Any]:
+        qformer_tokenizer, self.qformer_tokenizer = self.qformer_tokenizer, None
+        try:
+            output = super().to_dict()
+        finally:
+            self.qformer_tokenizer = qformer_tokenizer
+        output.pop(QFORMER_TOKENIZER, None)
+        if qformer_tokenizer is not None:
+            output[QFORMER_TOKENIZER] = QFORMER_TOKENIZER
+        return output
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        transformers_compatible: bool = False,
+        **kwargs,
+    ) -> list[str]:
+        r"""
+        Saves the processor, as [`~transformers.ProcessorMixin.save_pretrained`] does.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Whether to push it to the Hub.
+            transformers_compatible (`bool`, *optional*, defaults to `False`):
+                Whether plain transformers is to load its own processor from the files.
+            kwargs:
+                Those of [`~transformers.ProcessorMixin.save_pretrained`], and `with_code` (`bool`, defaults to
+                `False`): whether to put the code next to it, for `trust_remote_code=True`.
+
+        Raises:
+            ValueError: if `transformers_compatible` with `with_code` or `push_to_hub`.
+        """
+        if transformers_compatible and push_to_hub:
+            raise ValueError(
+                "push_to_hub does not go with transformers_compatible. Save without it, then upload the folder: "
+                "huggingface_hub.upload_folder(repo_id=..., folder_path=...)."
+            )
+        if self.qformer_tokenizer is not None:
+            self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
+        if not transformers_compatible:
+            return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        if kwargs.pop("with_code", None):
+            raise ValueError("with_code: what plain transformers loads (transformers_compatible) needs no code.")
+        files = super().save_pretrained(str(save_directory), with_code=False, **kwargs)
+        for name in ("processor_config.json", "tokenizer_config.json"):
+            path = Path(save_directory) / name
+            content = json.loads(path.read_text()) | {"processor_class": "Blip2Processor"}
+            for own in ("is_encoder_decoder", "end_token_id"):
+                content.pop(own, None)
+            path.write_text(json.dumps(content, indent=2))
+        return files
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        args = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        processor_dict = {} if processor_dict is None else processor_dict
+        if processor_dict.get("is_encoder_decoder") is None:
+            # Files of transformers' own processor do not say; its model's configuration does
+            try:
+                config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+                text_config = config.get_text_config(decoder=True)
+                processor_dict["is_encoder_decoder"] = text_config.is_encoder_decoder
+                if isinstance(text_config.eos_token_id, int):
+                    processor_dict["end_token_id"] = text_config.eos_token_id
+            except (OSError, ValueError):
+                processor_dict.pop("is_encoder_decoder", None)
+        subfolder = processor_dict.pop(QFORMER_TOKENIZER, None)
+        if subfolder is not None:
+            kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), subfolder)
+            args.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        return args
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = self.image_processor.model_input_names + self.tokenizer.model_input_names
+        names = [name for name in names if name != "token_type_ids"]
+        if self.qformer_tokenizer is not None:
+            names += ["qformer_input_ids", "qformer_attention_mask"]
+        return names
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images (*optional*):
+                A picture, or a list of them, of any kind that [`~image_loading.load_image`] takes, or, for several
+                pictures a text, a list of lists. Floats lie in [0, 1], unless `do_rescale=False`, which leaves them as
+                they are.
+            text (`str` or `list[str]`, *optional*):
+                Prompts. `<image>` marks the place of a picture; without such marks each text has its picture (or the
+                pictures of its list) in front. One text goes with every picture.
+            text_target (`str` or `list[str]`, *optional*):
+                What is to be written after the prompts: returned as `labels`. For a decoder-only language model they
+                are appended to the prompts, with the end token; prompts and pictures have the label -100.
+            kwargs (`dict`):
+                Those of the image processor and of the tokenizer. Texts are padded to the longest by default, on the
+                right with `text_target` or for an encoder-decoder, on the left otherwise, unless `padding` or
+                `padding_side` say otherwise.
+                `max_length` (with `truncation=True`) counts the tokens of text, not the placeholders; what is cut is
+                the end of the text, never the end token.
+
+        Returns:
+            [`BatchFeature`]: `pixel_values` of shape `(num_images, channels, height, width)`; `input_ids` and
+            `attention_mask` of shape `(batch_size, length)`; `labels`; `qformer_input_ids` and
+            `qformer_attention_mask`, of a Q-Former that reads text. Pictures without text have an empty one: what the
+            language model's tokenizer begins each text with, which may be no token. Processors of
+            stage 1 and of retrieval, whose tokenizer is BERT's, then give `pixel_values` alone.
+
+        Raises:
+            ValueError: if there is nothing to process, or pictures and texts do not match, or `do_rescale=False` with
+                pictures of 8 bits and the mean of pictures in [0, 1].
+            ImageLoadError: if a picture can't be read; the message names it.
+        """
+        text_target = kwargs.pop("text_target", None)
+        if images is None and text is None and text_target is None:
+            raise ValueError("You have to specify either images or text.")
+        output_kwargs = self._merge_kwargs(
+            Blip2HfProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        text_kwargs = output_kwargs["text_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        caller_side = kwargs.get("padding_side") or (kwargs.get("text_kwargs") or {}).get("padding_side")
+        text_kwargs.pop("padding_side", None)  # the tokenizer's own, which knows nothing of training and generation
+        if caller_side is not None:
+            text_kwargs["padding_side"] = caller_side
+        groups = None if images is None else _group(images)
+        if text is None and self._writes_text:
+            text = ""
+        data: dict[str, Any] = {}
+        if text is not None or text_target is not None:
+            texts, targets = _texts(text, text_target, groups, self.image_token)
+            counts = self._images_in_front(texts, groups)
+            data |= self._encode(texts, targets, counts, text_kwargs)
+            if self.qformer_tokenizer is not None:
+                repeats = [count or text.count(self.image_token) for text, count in zip(texts, counts, strict=True)]
+                data |= self._encode_instructions(texts, repeats if groups is not None else None, text_kwargs)
+        if groups is not None:
+            image_kwargs = output_kwargs["images_kwargs"] | {"return_tensors": return_tensors}
+            image_kwargs.pop("input_data_format", None)  # what is loaded has channels first, or is a PIL image
+            data |= self.image_processor(
+                self._load([i for group in groups for i in group], image_kwargs), **image_kwargs
+            )
+        if return_tensors is not None:
+            data |= {name: np.zeros((len(rows), 0), dtype=np.int64) for name, rows in data.items() if _is_empty(rows)}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def _writes_text(self) -> bool:
+        """Whether it belongs to a language model, which goes on from a text, and not to a Q-Former, which reads it."""
+        return self.tokenizer.cls_token is None or self.is_encoder_decoder
+
+    def _load(self, images: list, image_kwargs: dict[str, Any]) -> list:
+        names = (f"image {number} of {len(images)}" for number in range(1, len(images) + 1))
+        return [
+            load_image_for(self.image_processor, image, name, **image_kwargs)
+            for image, name in zip(images, names, strict=True)
+        ]
+
+    def _images_in_front(self, texts: list[str], groups: list[list] | None) -> list[int]:
+        """How many pictures stand in front of each text: those that no `<image>` inside it marks."""
+        marks = [text.count(self.image_token) for text in texts]
+        if self.num_query_tokens is None and any(marks):
+            raise ValueError(
+                f"This processor has no num_query_tokens, and can't make room for the `{self.image_token}` of a text. "
+                "Set processor.num_query_tokens, and model.config.image_token_index = processor.image_token_id."
+            )
+        if groups is None:
+            return [0] * len(texts)
+        if any(marks):
+            sizes = [len(group) for group in groups]
+            nested = len(groups) == len(texts) and max(sizes) > 1
+            if sum(marks) != sum(sizes) or (nested and marks != sizes):
+                raise ValueError(
+                    f"The texts have {sum(marks)} `{self.image_token}` marks ({marks}), but there are "
+                    f"{sum(sizes)} images ({sizes}). Each image needs one mark in its text, or no text any."
+                )
+            return [0] * len(texts)
+        if len(groups) != len(texts):
+            raise ValueError(
+                f"{len(groups)} images (or lists of images) for {len(texts)} texts: one for each text was expected. "
+                "To ask several questions about an image, compute model.get_image_features(...) once, repeat it, and "
+                "pass it as image_features."
+            )
+        return [len(group) for group in groups]
+
+    def _encode(
+        self, texts: list[str], targets: list[str] | None, counts: list[int], text_kwargs: dict[str, Any]
+    ) -> dict[str, list]:
+        text_kwargs = dict(text_kwargs)
+        padding = {
+            name: text_kwargs.pop(name)
+            for name in ("padding", "padding_side", "pad_to_multiple_of")
+            if name in text_kwargs
+        }
+        appended = targets is not None and not self.is_encoder_decoder
+        max_length = text_kwargs.get("max_length")
+        suffixes = targets if targets is not None and appended else [None] * len(texts)
+        rows = [
+            self._encode_one(text, suffix, count, text_kwargs)
+            for text, suffix, count in zip(texts, suffixes, counts, strict=True)
+        ]
+        if not appended:
+            padding.setdefault("padding_side", "right" if self.is_encoder_decoder else "left")
+        data = self._pad(rows, "right", padding, max_length)
+        if targets is not None and not appended:
+            data["labels"] = self._encode_targets(targets, text_kwargs)
+        return data
+
+    def _encode_one(self, text: str, target: str | None, count: int, text_kwargs: dict[str, Any]) -> dict[str, list]:
+        """`input_ids` (and `labels`) of one sample: pictures in front, then the text with its pictures inside."""
+        while text.startswith(self.image_token):
+            text, count = text[len(self.image_token) :], count + 1
+        marks = text.count(self.image_token)
+        kwargs = {k: v for k, v in text_kwargs.items() if k not in ("return_attention_mask", "return_tensors")}
+        if kwargs.get("max_length") is not None:
+            kwargs["max_length"] += marks
+        if target is None:
+            ids, labels = self.tokenizer(text, **kwargs)["input_ids"], None
+        else:
+            ids, labels = self._encode_with_target(text, target, kwargs)
+        if ids.count(self.image_token_id) != marks:
+            raise ValueError(
+                f"max_length={text_kwargs.get('max_length')} cuts off an `{self.image_token}` of {text!r}. Allow more."
+            )
+        num_query_tokens = self.num_query_tokens or 0
+        repeats = [num_query_tokens if token == self.image_token_id else 1 for token in ids]
+        front = num_query_tokens * count
+        row = {"input_ids": [self.image_token_id] * front + _repeat(ids, repeats)}
+        if labels is not None:
+            row["labels"] = [-100] * front + _repeat(labels, repeats)
+        return row
+
+    def _encode_with_target(self, prompt: str, target: str, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """The prompt and the target as one text, so that the tokens at the seam are those of the whole text."""
+        truncation, max_length = kwargs.get("truncation"), kwargs.get("max_length")
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("truncation", "max_length")}
+        end = self.end_token_id
+        if prompt.endswith(" "):
+            # Generation is given this space as a token of its own: what follows has none
+            ids = self._without_end(self.tokenizer(prompt, **kwargs)["input_ids"])
+            prompt_length = len(ids)
+            ids = ids + self.tokenizer(target, **(kwargs | {"add_special_tokens": False}))["input_ids"]
+        else:
+            seam = "" if not prompt or prompt[-1].isspace() or target[:1].isspace() else " "
+            encoding = self.tokenizer(prompt + seam + target, return_offsets_mapping=True, **kwargs)
+            ids = self._without_end(encoding["input_ids"])
+            starts = [start for start, _ in encoding["offset_mapping"][: len(ids)]]
+            prompt_length = sum(start < len(prompt) for start in starts)
+            if not prompt:
+                # Only what the tokenizer puts in front of any text is not learned
+                specials = set(self.tokenizer.all_special_ids)
+                prompt_length = next((i for i, token in enumerate(ids) if token not in specials), len(ids))
+        if truncation and max_length is not None:
+            ids = ids[: max_length - 1]
+        labels = [-100] * min(prompt_length, len(ids)) + ids[prompt_length:]
+        return [*ids, end], [*labels, end]
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _encode_targets(self, targets: list[str], text_kwargs: dict[str, Any]) -> list[list[int]]:
+        kwargs = {k: v for k, v in text_kwargs.items() if k not in ("return_attention_mask", "return_tensors")}
+        rows = [self.tokenizer(text_target=target, **kwargs)["input_ids"] for target in targets]
+        longest = max(map(len, rows))
+        return [row + [-100] * (longest - len(row)) for row in rows]
+
+    def _encode_instructions(
+        self, texts: list[str], repeats: list[int] | None, text_kwargs: dict[str, Any]
+    ) -> dict[str, list]:
+        names = ("padding", "pad_to_multiple_of", "truncation", "max_length", "split_special_tokens")
+        kwargs = {name: text_kwargs[name] for name in names if name in text_kwargs}
+        # One instruction for each picture of the text
+        plain = _repeat([text.replace(self.image_token, " ").strip() for text in texts], repeats or [1] * len(texts))
+        encoding = self.qformer_tokenizer(plain, **({"padding": True} | kwargs))
+        return {f"qformer_{name}": encoding[name] for name in ("input_ids", "attention_mask")}
+
+    def _pad(
+        self, rows: list[dict[str, list]], side: str, padding: dict[str, Any], max_length: int | None
+    ) -> dict[str, list]:
+        """Rows of one length. `padding="max_length"` leaves room for `max_length` tokens of text in each."""
+        strategy = padding.get("padding", True)
+        side = padding.get("padding_side") or side
+        lengths = [len(row["input_ids"]) for row in rows]
+        length = max(lengths)
+        if strategy == "max_length" and max_length is not None:
+            length = max(length, max_length + max(row["input_ids"].count(self.image_token_id) for row in rows))
+        multiple = padding.get("pad_to_multiple_of") or 1
+        length = -(-length // multiple) * multiple
+        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
+        data: dict[str, list] = {name: [] for name in (*rows[0], "attention_mask")}
+        for row in rows:
+            row["attention_mask"] = [1] * len(row["input_ids"])
+            missing = 0 if strategy in (False, "do_not_pad") else length - len(row["input_ids"])
+            for name, values in row.items():
+                pads = [fill[name]] * missing
+                data[name].append(pads + values if side == "left" else values + pads)
+        return data
+
+    def apply_chat_template(
+        self, conversation: list[dict] | list[list[dict]], tokenize: bool = False, return_dict: bool = False, **kwargs
+    ) -> str | list[str] | torch.Tensor | BatchFeature:
+        r"""
+        Writes conversations as the language model's chat template wants them, with `<image>` where a picture stands.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`):
+                Messages with `role` and `content`: a string, or a list of parts such as
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `url`, `path`, `base64`, or
+                OpenAI's `image_url`). Messages and parts may be dataclasses or pydantic models.
+            tokenize (`bool`, *optional*, defaults to `False`):
+                Whether to return the inputs of the model, not text.
+            return_dict (`bool`, *optional*, defaults to `False`):
+                Whether to return all the inputs of the model, not `input_ids` alone.
+            kwargs (`dict`):
+                Those of the tokenizer's `apply_chat_template` and, with `tokenize=True`, of the processor.
+
+        Returns:
+            `str`, `list[str]`, `input_ids` or [`BatchFeature`].
+
+        Raises:
+            ValueError: if the language model has no chat template.
+        """
+        template = kwargs.pop("chat_template", None) or self.chat_template
+        if template is None:
+            raise ValueError(
+                "This language model has no chat template: pass plain text to the processor, or set "
+                "processor.chat_template."
+            )
+        call_names = ("return_tensors", "padding", "padding_side", "truncation", "max_length", "processor_kwargs")
+        call_kwargs = {name: kwargs.pop(name) for name in call_names if name in kwargs}
+        call_kwargs |= call_kwargs.pop("processor_kwargs", None) or {}
+        is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = conversation if is_batched else [conversation]
+        pairs = [messages_to_text(messages, self.image_token) for messages in conversations]
+        texts = [
+            self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
+            for messages, _ in pairs
+        ]
+        if not tokenize:
+            return texts if is_batched else texts[0]
+        groups = [images for _, images in pairs]
+        # The template has written the special tokens already
+        inputs = self(images=groups if any(groups) else None, text=texts, add_special_tokens=False, **call_kwargs)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs, input_ids=None, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
+        r"""
+        The new text of what `generate` returned.
+
+        Args:
+            generated_outputs (`torch.Tensor` of shape `(batch_size * num_return_sequences, length)`):
+                What `generate` returned.
+            input_ids (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*):
+                Those that `generate` was given: a decoder-only language model repeats them in front.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`):
+                Whether to leave out special tokens.
+            kwargs (`dict`):
+                Those of the tokenizer's `batch_decode`.
+
+        Returns:
+            `list[str]`: one text a sequence, stripped of the white-space around it.
+        """
+        if input_ids is not None:
+            generated_outputs = _without_prompt(torch.as_tensor(generated_outputs), torch.as_tensor(input_ids))
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [text.strip() for text in texts]
+
+
+Blip2Processor = Blip2HfProcessor
+
+
+def _without_prompt(generated: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """New tokens: a decoder-only model repeats the prompt in front of them, an encoder-decoder does not."""
+    prompt = prompt.to(generated.device).repeat_interleave(generated.shape[0] // prompt.shape[0], dim=0)
+    length = prompt.shape[1]
+    return generated[:, length:] if torch.equal(generated[:, :length], prompt) else generated
+
+
+def _is_empty(rows: Any) -> bool:
+    """Whether there are texts, but no token in any: without a value, a tensor of them would be one of floats."""
+    return isinstance(rows, list) and len(rows) > 0 and all(isinstance(row, list) and not row for row in rows)
+
+
+def _repeat(values: list, repeats: list[int]) -> list:
+    return [value for value, count in zip(values, repeats, strict=True) for _ in range(count)]
+
+
+def _group(images: Any) -> list[list]:
+    """Pictures as one list for each text: a list of lists as it is, a list of pictures as lists of one."""
+    if isinstance(images, (list, tuple)):
+        return [list(group) if isinstance(group, (list, tuple)) else [group] for group in images]
+    shape = getattr(images, "shape", ())
+    return [[image] for image in images] if len(shape) == 4 else [[images]]
+
+
+def _texts(text, text_target, groups: list[list] | None, image_token: str) -> tuple[list[str], list[str] | None]:
+    """Prompts and targets as lists of one length."""
+    texts = _as_list(text, "text")
+    targets = _as_list(text_target, "text_target")
+    if texts is None:
+        texts = [""] * len(targets)
+    if len(texts) == 1 and image_token not in texts[0]:
+        texts *= max(len(groups or [[]]), len(targets or [""]))
+    if targets is not None and len(texts) != len(targets):
+        raise ValueError(f"{len(texts)} texts, but {len(targets)} text_targets: as many were expected.")
+    return texts, targets
+
+
+def _as_list(text, name: str) -> list[str] | None:
+    if text is None:
+        return None
+    # A column of a data set is iterable too
+    texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
+    if not texts or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"Invalid input {name}: a string or a list of strings was expected, but got {text!r}.")
+    return texts
+
+
+__all__ = ["Blip2Processor"]

@@ -1,0 +1,760 @@
+"""Evaluation, from pictures to files: one picture at a time, interrupted, short of memory, in two processes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import tqdm
+import transformers
+from stage1 import STAGE1_QFORMER, make_stage1
+from test_readers import karpathy_entry, make_pictures, nocaps_file, vqa_files, write
+from tiny import (
+    VOCAB_SIZE,
+    make_config,
+    make_image,
+    make_image_processor,
+    make_model,
+    make_processor,
+    make_tokenizer,
+    randomize,
+)
+
+from blip2_hf import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
+from blip2_hf.cli import main
+from blip2_hf.cli.evaluate import _GQA_PROTOCOLS, _VQA_PROTOCOLS
+from blip2_hf.data import clean_question
+from blip2_hf.evaluation import TwoStageRetrieval
+from blip2_hf.evaluation.answer_protocols import ANSWER_PROTOCOLS
+from blip2_hf.evaluation.benchmarks import evaluate_captioning, evaluate_vqa
+from blip2_hf.evaluation.metrics import caption_metrics, lemmatize_answers, vqa_accuracy
+from blip2_hf.evaluation.metrics.lemmas import load_lemmatizer
+from blip2_hf.evaluation.readers import read_caption_rows
+from blip2_hf.evaluation.retrieval_benchmark import evaluate_retrieval
+from blip2_hf.evaluation.samples import CaptionSample, QuestionSample
+from blip2_hf.models.generation_presets import generation_preset
+
+
+CAPTIONS = ["a dog", "a red bus near the street", "two people", "the sky", "a woman holding an umbrella", "grass"]
+QUESTIONS = ["What is this?", "What colour is the bus?", "How many people are near the street, and where?"]
+
+
+def caption_samples(count=5):
+    return [
+        CaptionSample(make_image(i), 100 + i, [CAPTIONS[i], "a photo"], ("in-domain", "near-domain")[i % 2])
+        for i in range(count)
+    ]
+
+
+def question_samples():
+    """Two questions about each picture, which do not lie together."""
+    pictures = [make_image(i) for i in range(3)]
+    return [
+        QuestionSample(pictures[i % 3], i % 3, 70 + i, QUESTIONS[i % 2], ["bus"] * 10, ("other", "number")[i % 2])
+        for i in range(6)
+    ]
+
+
+def fast_preset(name, model):
+    """The paper's, but for the time it takes."""
+    preset = generation_preset(name, model.config)
+    fast = {"num_beams": 2, "max_new_tokens": 5, "min_new_tokens": 0}
+    return replace(preset, generate_kwargs=preset.generate_kwargs | fast)
+
+
+def one_by_one(model, processor, samples, prompts, preset):
+    texts = []
+    for sample, prompt in zip(samples, prompts, strict=True):
+        inputs = processor(images=sample.image, text=prompt, return_tensors="pt")
+        tokens = model.generate(**inputs, **preset.generate_kwargs)
+        texts += processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
+    return texts
+
+
+def predictions(folder):
+    return json.loads((folder / "predictions.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def opt():
+    torch.manual_seed(0)
+    return make_model(), make_processor()
+
+
+@pytest.mark.parametrize("prompt", ["a photo of", ""])
+def test_captions_are_those_of_one_picture_at_a_time(opt, tmp_path, prompt):
+    model, processor = opt
+    samples, preset = caption_samples(), replace(fast_preset("caption", model), prompt=prompt)
+    results = evaluate_captioning(model.train(), processor, samples, tmp_path, preset, batch_size=2)
+    assert model.training
+    expected = one_by_one(model.eval(), processor, samples, [prompt] * 5, preset)
+    assert predictions(tmp_path) == [{"image_id": 100 + i, "caption": caption} for i, caption in enumerate(expected)]
+    references = [sample.captions for sample in samples]
+    assert results["scores"] == pytest.approx(caption_metrics(expected, references))
+    assert results["scores_by_group"]["near-domain"] == pytest.approx(
+        caption_metrics(expected[1::2], references[1::2])
+    )
+    assert results["num_samples"] == {"in-domain": 3, "near-domain": 2, "overall": 5}
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    settings = results["settings"]
+    assert settings["prompt"] == prompt and settings["generate_kwargs"] == preset.generate_kwargs
+    assert settings["image_size"] == {"height": 28, "width": 28} and settings["dtype"] == "float32"
+    assert results["run"]["versions"]["torch"] == torch.__version__
+    line = (tmp_path / "table.md").read_text().splitlines()[-1]
+    assert line.startswith("| overall | 5 |") and f"{100 * results['scores']['CIDEr-D']:.2f}" in line
+
+
+@pytest.mark.parametrize("language_model", ["opt", "t5"])
+def test_answers_are_those_of_one_question_at_a_time(tmp_path, language_model):
+    model, processor = make_model(language_model), make_processor(language_model == "t5")
+    samples, preset = question_samples(), fast_preset("vqa", model)
+    passes = []
+    model.vision_model.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    results = evaluate_vqa(model, processor, samples, tmp_path, preset, batch_size=4)
+    # Both questions about a picture lie in one batch, and it is seen once
+    assert passes == [2, 1]
+    prompts = [preset.prompt.format(clean_question(sample.question)) for sample in samples]
+    assert ("Short answer" in prompts[0]) == (language_model == "t5")
+    expected = one_by_one(model, processor, samples, prompts, preset)
+    assert len(set(expected)) > 2
+    assert predictions(tmp_path) == [{"question_id": 70 + i, "answer": answer} for i, answer in enumerate(expected)]
+    assert set(results["scores_by_group"]) == {"number", "other"}
+    score = vqa_accuracy(expected, [sample.answers for sample in samples])
+    assert results["scores"] == score and set(score) == {"vqa_accuracy"}
+
+
+def test_questions_that_the_qformer_reads(tmp_path):
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(
+        make_stage1(num_query_tokens=4), make_model().language_model, instruction_aware=True
+    ).eval()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "question", "what", "this", "answer", "bus", "people"]
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=20)
+    processor = make_processor(qformer_tokenizer=tokenizer)
+    model.config.image_token_index = processor.image_token_id
+    preset = fast_preset("vqa", model)
+    evaluate_vqa(model, processor, question_samples(), tmp_path, preset)
+    prompts = [preset.prompt.format(clean_question(sample.question)) for sample in question_samples()]
+    expected = one_by_one(model, processor, question_samples(), prompts, preset)
+    assert [prediction["answer"] for prediction in predictions(tmp_path)] == expected
+
+
+def test_gqas_submission_and_secret_answers(opt, tmp_path):
+    model, processor = opt
+    preset = fast_preset("vqa", model)
+    samples = [replace(sample, answers=["bus"]) for sample in question_samples()[:2]]
+    results = evaluate_vqa(model, processor, samples, tmp_path / "gqa", preset, "gqa", "normalized")
+    assert [sorted(prediction) for prediction in predictions(tmp_path / "gqa")] == [["prediction", "questionId"]] * 2
+    assert set(results["scores"]) == {"gqa_accuracy"} and results["settings"]["protocol"] == "normalized"
+    secret = [replace(sample, answers=[], group=None) for sample in question_samples()[:2]]
+    results = evaluate_vqa(model, processor, secret, tmp_path / "secret", preset)
+    assert results["scores"] == {} and len(predictions(tmp_path / "secret")) == 2
+    assert "protocol" not in results["settings"]
+    assert "no references" in (tmp_path / "secret" / "table.md").read_text()
+
+
+def test_an_interrupted_evaluation_goes_on(opt, tmp_path, monkeypatch):
+    model, processor = opt
+    samples, preset = caption_samples(), fast_preset("caption", model)
+    evaluate_captioning(model, processor, samples, tmp_path / "whole", preset, batch_size=2)
+    generate, sizes = model.generate, []
+
+    def interrupted(**kwargs):
+        if len(sizes) == 2:
+            raise KeyboardInterrupt
+        sizes.append(len(kwargs["input_ids"]))
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_captioning(model, processor, samples, tmp_path / "parts", preset, batch_size=2)
+    assert not (tmp_path / "parts" / "results.json").exists()
+    # Killed within a line, and gone on with where there was another process
+    (part,) = (tmp_path / "parts" / "parts").glob("part-*.jsonl")
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:2]) + lines[2][:7])
+    (part.parent / "part-00001.jsonl").write_text(lines[3] + lines[2][:5])
+    sizes[:] = [0]
+    results = evaluate_captioning(model, processor, samples, tmp_path / "parts", preset, batch_size=2)
+    assert sizes == [0, 2]
+    assert predictions(tmp_path / "parts") == predictions(tmp_path / "whole")
+    assert results["scores"] == json.loads((tmp_path / "whole" / "results.json").read_text())["scores"]
+
+
+def test_leftovers_of_other_settings_are_refused(opt, tmp_path):
+    model, processor = opt
+    samples, preset = caption_samples(2), fast_preset("caption", model)
+    evaluate_captioning(model, processor, samples, tmp_path, preset)
+    evaluate_captioning(model, processor, samples, tmp_path, preset, batch_size=1)
+    with pytest.raises(ValueError, match="made otherwise .*prompt: a photo of there, a picture of now"):
+        evaluate_captioning(model, processor, samples, tmp_path, replace(preset, prompt="a picture of"))
+    with pytest.raises(ValueError, match="made otherwise .*samples"):
+        evaluate_captioning(model, processor, samples[:1], tmp_path, preset)
+    with pytest.raises(ValueError, match="made otherwise .*image_size: .*28.* there, .*42"):
+        evaluate_captioning(model, processor, samples, tmp_path, preset, image_size=42)
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match="made otherwise .*weights"):
+        evaluate_captioning(make_model(), processor, samples, tmp_path, preset)
+
+
+def test_leftovers_of_other_pictures_with_the_same_ids_are_refused(opt, tmp_path):
+    model, processor = opt
+    samples, preset = caption_samples(2), fast_preset("caption", model)
+    evaluate_captioning(model, processor, samples, tmp_path, preset)
+    with pytest.raises(ValueError, match="made otherwise .*samples"):
+        evaluate_captioning(model, processor, [samples[0], replace(samples[1], image=make_image(7))], tmp_path, preset)
+
+
+def test_settings_that_predicted_nothing_may_change(opt, tmp_path):
+    model, processor = opt
+    samples, preset = caption_samples(2), fast_preset("caption", model)
+    typo = replace(preset, generate_kwargs={"num_beam": 2})
+    with pytest.raises(ValueError, match="num_beam"):
+        evaluate_captioning(model, processor, samples, tmp_path, typo)
+    results = evaluate_captioning(model, processor, samples, tmp_path, preset)
+    assert results["settings"]["generate_kwargs"] == preset.generate_kwargs
+    with pytest.raises(ValueError, match="made otherwise .*num_beam"):
+        evaluate_captioning(model, processor, samples, tmp_path, typo)
+
+
+def test_batches_are_halved_when_memory_runs_out(opt, tmp_path, monkeypatch):
+    model, processor = opt
+    samples, preset = caption_samples(4), fast_preset("caption", model)
+    generate, sizes = model.generate, []
+
+    def out_of_memory(**kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", out_of_memory)
+    results = evaluate_captioning(model, processor, samples, tmp_path, preset)
+    assert sizes == [4, 2, 2] and results["run"]["batch_size"] == 2
+    monkeypatch.setattr(model, "generate", generate)
+    expected = one_by_one(model, processor, samples, [preset.prompt] * 4, preset)
+    assert [prediction["caption"] for prediction in predictions(tmp_path)] == expected
+
+    def other_error(**kwargs):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(model, "generate", other_error)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        evaluate_captioning(model, processor, samples, tmp_path / "other", preset)
+
+
+def test_pictures_of_another_size_in_worker_processes(opt, tmp_path):
+    model, processor = opt
+    samples, preset = caption_samples(3), fast_preset("caption", model)
+    results = evaluate_captioning(model, processor, samples, tmp_path, preset, image_size=42, num_workers=1)
+    assert results["settings"]["image_size"] == {"height": 42, "width": 42}
+    larger = Blip2Processor(make_image_processor(42), processor.tokenizer, num_query_tokens=4)
+    expected = one_by_one(model, larger, samples, [preset.prompt] * 3, preset)
+    assert [prediction["caption"] for prediction in predictions(tmp_path)] == expected
+
+
+def test_arguments_that_do_not_fit(opt, tmp_path):
+    model, processor = opt
+    with pytest.raises(ValueError, match="no samples"):
+        evaluate_captioning(model, processor, [], tmp_path)
+    with pytest.raises(ValueError, match="'vqa' asks a question"):
+        evaluate_captioning(model, processor, caption_samples(1), tmp_path, "vqa")
+    with pytest.raises(ValueError, match="'caption' has no {} for the question"):
+        evaluate_vqa(model, processor, question_samples(), tmp_path, "caption")
+    with pytest.raises(ValueError, match="protocol='coco': one of official, lavis, exact, normalized, strict"):
+        evaluate_vqa(model, processor, question_samples(), tmp_path, protocol="coco")
+
+
+def answer_with(monkeypatch, *answers):
+    """Let the model answer so; without answers, let a prediction fail."""
+
+    def predict(*args, **kwargs):
+        assert answers, "something was predicted"
+        return list(answers), 1
+
+    monkeypatch.setattr("blip2_hf.evaluation.benchmarks.predict_texts", predict)
+
+
+def questions_with(*references):
+    return [
+        QuestionSample(make_image(0), 0, 70 + number, "What is this?", answers, ("other", "number")[number % 2])
+        for number, answers in enumerate(references)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("last", "protocol", "scores"),
+    [
+        # "bus": nine of ten; "Two": all of ten, of whom none wrote a capital
+        (["two"] * 10, "official", (1, 0)),
+        # One choice for the run: the group whose questions all have ten answers is scored like the other
+        (["two", "2"], "exact", (1, 1)),
+    ],
+)
+def test_the_data_choose_the_protocol_for_all_groups(opt, tmp_path, monkeypatch, last, protocol, scores):
+    answer_with(monkeypatch, "the bus", "Two")
+    samples = questions_with(["the bus"] * 9 + ["bus"], last)
+    results = evaluate_vqa(*opt, samples, tmp_path)
+    assert results["settings"]["protocol"] == protocol
+    found = [results["scores_by_group"][group]["vqa_accuracy"] for group in ("other", "number")]
+    assert found == pytest.approx(scores)
+    assert f"| vqa (protocol {protocol}) | samples | vqa_accuracy |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "score"), [("official", 0), ("lavis", 0.5), ("exact", 1), ("normalized", 1), ("strict", 0)]
+)
+def test_the_protocol_that_is_given(opt, tmp_path, monkeypatch, protocol, score):
+    answer_with(monkeypatch, "the bus", "Two")
+    number, name = (1, "gqa_accuracy") if protocol in ("normalized", "strict") else (10, "vqa_accuracy")
+    samples = questions_with(["bus"] * number, ["two"] * number)
+    results = evaluate_vqa(*opt, samples, tmp_path, protocol=protocol)
+    assert results["scores"] == {name: score} and results["settings"]["protocol"] == protocol
+
+
+def test_references_that_the_protocol_cannot_take(opt, tmp_path, monkeypatch):
+    answer_with(monkeypatch)
+    samples = questions_with(["bus"] * 10, ["two", "2", "three"])
+    for protocol in ("official", "lavis"):
+        with pytest.raises(ValueError, match=r"question 71 has too few answers \(3\).*protocol='exact'"):
+            evaluate_vqa(*opt, samples, tmp_path, protocol=protocol)
+    for protocol in ("normalized", "strict"):
+        with pytest.raises(ValueError, match="question 70 has 10 answers.*protocol='exact'"):
+            evaluate_vqa(*opt, samples, tmp_path, protocol=protocol)
+
+
+@pytest.fixture
+def spacy(monkeypatch):
+    """A pipeline of spaCy's that knows a few words."""
+    words = {"dogs": ("NOUN", "dog"), "riding": ("VERB", "ride"), "bigger": ("ADJ", "big")}
+    loaded = []
+
+    class Pipeline:
+        def pipe(self, texts):
+            for text in texts:
+                found = [(word, *words.get(word, ("X", word))) for word in text.split()]
+                yield [SimpleNamespace(text=word, pos_=pos, lemma_=lemma) for word, pos, lemma in found]
+
+    module = ModuleType("spacy")
+    module.load = lambda name: loaded.append(name) or Pipeline()
+    monkeypatch.setitem(sys.modules, "spacy", module)
+    load_lemmatizer.cache_clear()
+    yield loaded
+    load_lemmatizer.cache_clear()
+
+
+def test_lemmas_are_those_of_nouns_and_verbs(spacy):
+    answers = ["two dogs", "", "riding  bigger dogs", "two dogs"]
+    assert lemmatize_answers(answers) == ["two dog", "", "ride bigger dog", "two dog"]
+    assert spacy == ["en_core_web_sm"]
+
+
+def test_lemmatizing_is_a_part_of_scores_alone(opt, tmp_path, monkeypatch, spacy):
+    model, processor = opt
+    samples, preset = questions_with(["dog"] * 10, ["ride"] * 10), fast_preset("vqa", model)
+    write = "blip2_hf.evaluation.text_prediction._Writer.write"
+    with monkeypatch.context() as patch:
+        patch.setattr(write, lambda self, prompts, pictures: ["dogs", "riding"])
+        results = evaluate_vqa(model, processor, samples, tmp_path, preset, lemmatize=True)
+    assert results["scores"] == {"vqa_accuracy": 1} and results["settings"]["lemmatize"] is True
+    assert "| vqa (protocol official, lemmatized) |" in (tmp_path / "table.md").read_text()
+    assert [prediction["answer"] for prediction in predictions(tmp_path)] == ["dogs", "riding"]
+    # Without lemmas and by another protocol, nothing is predicted anew
+    monkeypatch.setattr(write, None)
+    results = evaluate_vqa(model, processor, samples, tmp_path, preset, protocol="lavis")
+    assert results["scores"] == {"vqa_accuracy": 0} and results["settings"]["lemmatize"] is False
+
+
+def test_a_lemmatizer_that_is_not_installed(opt, tmp_path, monkeypatch, spacy):
+    answer_with(monkeypatch)
+
+    def load(name):
+        raise OSError(f"[E050] Can't find model '{name}'.")
+
+    monkeypatch.setattr(sys.modules["spacy"], "load", load)
+    samples = questions_with(["dog"] * 10)
+    with pytest.raises(
+        ImportError, match="^spaCy is installed, but not en_core_web_sm.*spacy download en_core_web_sm"
+    ):
+        evaluate_vqa(*opt, samples, tmp_path, lemmatize=True)
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ImportError, match=r"^spaCy is not installed.*blip2-hf\[okvqa\].*lemmatize=False"):
+        evaluate_vqa(*opt, samples, tmp_path, lemmatize=True)
+
+
+def make_retrieval():
+    torch.manual_seed(0)
+    fields = {"qformer_config": {**STAGE1_QFORMER, "vocab_size": VOCAB_SIZE}, "image_token_index": None}
+    model = randomize(Blip2ForImageTextRetrieval(make_config(None, **fields))).eval()
+    return model, Blip2Processor(make_image_processor(), make_tokenizer(eos=True), is_encoder_decoder=False)
+
+
+@pytest.fixture(scope="module")
+def retrieval():
+    """Model, processor, samples of more pictures than a block has, their texts, and the tower's output."""
+    model, processor = make_retrieval()
+    rows = [{"image": make_image(i), "caption": [f"{CAPTIONS[i % 6]}, {i}!", f"picture {i}"]} for i in range(23)]
+    samples = read_caption_rows(datasets.Dataset.from_list(rows))
+    texts = [text.lower().replace("!", "") for sample in samples for text in sample.captions]
+    pixel_values = processor(images=[make_image(i) for i in range(23)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return model, processor, samples, texts, model.get_image_embeds(pixel_values)
+
+
+def recall(rankings, counts):
+    """Texts 2i and 2i + 1 are those of image i."""
+    scores = {}
+    for count in counts:
+        hits = [any(text // 2 == image for text in row[:count]) for image, row in enumerate(rankings[0].tolist())]
+        scores[f"image_to_text_r{count}"] = sum(hits) / len(hits)
+        hits = [any(image == text // 2 for image in row[:count]) for text, row in enumerate(rankings[1].tolist())]
+        scores[f"text_to_image_r{count}"] = sum(hits) / len(hits)
+    return pytest.approx(scores)
+
+
+def test_retrieval(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, texts, embeds = retrieval
+    results = evaluate_retrieval(model, processor, samples, tmp_path, k=6, show_progress=False)
+    expected = TwoStageRetrieval(model, processor.tokenizer, k=6)(embeds, texts)
+    # Six were ranked: there is no recall at 10
+    assert results["scores"] == recall((expected.image_to_text.index, expected.text_to_image.index), (1, 5))
+    found = predictions(tmp_path)
+    assert found["image_to_text"][3]["captions"] == [texts[text] for text in expected.image_to_text.index[3]]
+    assert found["text_to_image"][7]["image_ids"] == expected.text_to_image.index[7].tolist()
+
+    # Going on computes the block that is missing, and nothing else
+    blocks = sorted((tmp_path / "parts").glob("pairs-*.npy"))
+    assert len(blocks) == 2
+    blocks[1].unlink()
+    match, counts = TwoStageRetrieval.match, []
+
+    def counted(self, images, input_ids, pairs):
+        counts.append(pairs)
+        return match(self, images, input_ids, pairs)
+
+    monkeypatch.setattr(TwoStageRetrieval, "match", counted)
+    again = evaluate_retrieval(model, processor, samples, tmp_path, k=6, batch_size=3, show_progress=False)
+    assert len(counts) == 1 and counts[0][:, 0].unique().tolist() == [20, 21, 22]
+    assert again["scores"] == results["scores"]
+    with pytest.raises(ValueError, match="made otherwise .*image_size"):
+        evaluate_retrieval(model, processor, samples, tmp_path, k=6, image_size=42, show_progress=False)
+    with pytest.raises(ValueError, match="None of 1 images has a caption"):
+        evaluate_retrieval(model, processor, [CaptionSample(make_image(0), "x", [])], tmp_path / "none")
+
+
+def test_features_serve_any_k(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, texts, embeds = retrieval
+    evaluate_retrieval(model, processor, samples, tmp_path, k=1, show_progress=False)
+    written = [*(tmp_path / "parts" / "features").glob("*.arrow"), tmp_path / "parts" / "contrast.pt"]
+    times = [path.stat().st_mtime_ns for path in written]
+    results = evaluate_retrieval(model, processor, samples, tmp_path, k=12, show_progress=False)
+    expected = TwoStageRetrieval(model, processor.tokenizer, k=12)(embeds, texts)
+    assert results["scores"] == recall((expected.image_to_text.index, expected.text_to_image.index), (1, 5, 10))
+    assert results["settings"]["k"] == 12
+
+    compare, sizes = TwoStageRetrieval.compare, []
+
+    def measured(self, *args, **kwargs):
+        found = compare(self, *args, **kwargs)
+        sizes.append([len(found.image_to_text.index[0]), len(found.text_to_image.index[0])])
+        return found
+
+    monkeypatch.setattr(TwoStageRetrieval, "compare", measured)
+    results = evaluate_retrieval(model, processor, samples, tmp_path, k=0, show_progress=False)
+    whole = TwoStageRetrieval(model, processor.tokenizer, k=0)(embeds, texts)
+    assert results["scores"] == recall((whole.image_to_text.index, whole.text_to_image.index), (1, 5, 10))
+    # No more than are told of
+    assert sizes == [[10, 10], [46, 23]]
+    assert [path.stat().st_mtime_ns for path in written] == times
+
+
+def test_batches_of_retrieval_become_smaller_when_memory_runs_out(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, *_ = retrieval
+    samples = samples[:6]
+    sizes = {"get_image_features": [], "get_text_features": [], "get_matching_logits": []}
+
+    def limited(name):
+        method = getattr(model, name)
+
+        def run(*args, **kwargs):
+            sizes[name].append(len(kwargs["image_embeds"] if name == "get_image_features" else args[0]))
+            if sizes[name][-1] > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            return method(*args, **kwargs)
+
+        return run
+
+    for name in sizes:
+        monkeypatch.setattr(model, name, limited(name))
+    results = evaluate_retrieval(model, processor, samples, tmp_path, k=3, batch_size=6, show_progress=False)
+    assert sizes["get_text_features"][:3] == [6, 5, 4] and results["run"]["batch_size"] == 4
+    assert max(sizes["get_image_features"] + sizes["get_matching_logits"]) == 4
+    monkeypatch.undo()
+    expected = evaluate_retrieval(model, processor, samples, tmp_path / "whole", k=3, show_progress=False)
+    assert results["scores"] == expected["scores"]
+
+
+def test_one_bar_tells_of_all_pairs(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, *_ = retrieval
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, file=io.StringIO())
+            if not self.disable and self.unit == "pair":
+                bars.append(self)
+
+    monkeypatch.setattr(transformers.utils.logging, "tqdm", Bar)
+    evaluate_retrieval(model, processor, samples, tmp_path, k=1)
+    (bar,) = bars
+    first, second = (len(np.load(path)) for path in sorted((tmp_path / "parts").glob("pairs-*.npy")))
+    assert (bar.initial, bar.n, bar.total) == (0, first + second, first + second)
+    sorted((tmp_path / "parts").glob("pairs-*.npy"))[1].unlink()
+    evaluate_retrieval(model, processor, samples, tmp_path, k=1)
+    assert (bars[1].initial, bars[1].n, bars[1].total) == (first, first + second, first + second)
+    assert len(bars) == 2
+
+
+def test_features_that_were_not_written_may_be_of_another_size(retrieval, tmp_path, monkeypatch):
+    model, processor, samples, *_ = retrieval
+    write_shards = "blip2_hf.data.feature_cache._write_shard"
+    with monkeypatch.context() as patch:
+        patch.setattr(write_shards, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_retrieval(model, processor, samples[:2], tmp_path, k=0, image_size=42, show_progress=False)
+    results = evaluate_retrieval(model, processor, samples[:2], tmp_path, k=0, show_progress=False)
+    assert results["settings"]["image_size"] == {"height": 28, "width": 28}
+
+
+@pytest.fixture(scope="module")
+def folder(opt, tmp_path_factory):
+    """A checkpoint, pictures, and files in the formats of the benchmarks' authors."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    for part in opt:
+        part.save_pretrained(folder / "model")
+    model, processor = make_retrieval()
+    for part in (model, processor):
+        part.save_pretrained(folder / "retrieval")
+    # As after stage 2: the heads of retrieval are not there
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("itm_head")}
+    model.save_pretrained(folder / "headless", state_dict=weights)
+    opt[0].config.save_pretrained(folder / "config")
+    names = [f"COCO_val2014_{number:012d}.jpg" for number in range(4)]
+    make_pictures(folder / "images", *names, "000.jpg", "001.jpg", "n1.jpg")
+    entries = [karpathy_entry(number, "test") for number in range(4)]
+    write(folder / "dataset_coco.json", {"images": entries, "dataset": "coco"})
+    nocaps_file(folder / "nocaps.json")
+    vqa_files(folder)
+    make_pictures(folder / "images", "COCO_val2014_000000000042.jpg")
+    write(folder / "gqa.json", {"201": {"imageId": "n1", "question": "Is it overcast?", "answer": "no"}})
+    rows = [{"image": make_image(i), "caption": CAPTIONS[i], "question": QUESTIONS[0]} for i in range(3)]
+    rows = datasets.Dataset.from_list([{**row, "answer": "bus"} for row in rows])
+    rows.to_parquet(folder / "rows.parquet")
+    rows.save_to_disk(folder / "rows")
+    return folder
+
+
+def command(folder, task, output, *options):
+    model = folder / ("retrieval" if "retrieval" in task else "model")
+    return ["evaluate", task, "--model", str(model), "--output", str(output), "--device", "cpu", *map(str, options)]
+
+
+FAST = ("--generate", "num_beams=2", "max_new_tokens=5", "min_new_tokens=0")
+
+
+@pytest.mark.parametrize(
+    ("task", "files", "keys"),
+    [
+        ("coco-caption", {"annotations": "dataset_coco.json", "images": "images"}, {"image_id", "caption"}),
+        ("nocaps", {"annotations": "nocaps.json", "images": "images"}, {"image_id", "caption"}),
+        (
+            "vqav2",
+            {"questions": "questions.json", "annotations": "annotations.json", "images": "images"},
+            {"question_id", "answer"},
+        ),
+        ("okvqa", {"questions": "questions.json", "images": "images"}, {"question_id", "answer"}),
+        ("gqa", {"questions": "gqa.json", "images": "images"}, {"questionId", "prediction"}),
+        ("caption", {"data": "rows.parquet"}, {"image_id", "caption"}),
+        ("vqa", {"data": "rows.parquet"}, {"question_id", "answer"}),
+        ("vqa", {"data": "rows"}, {"question_id", "answer"}),
+    ],
+)
+def test_the_command(folder, tmp_path, capsys, task, files, keys):
+    options = [text for name, value in files.items() for text in (f"--{name}", folder / value)]
+    main(command(folder, task, tmp_path, *options, *FAST, "--limit", 2))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["task"] == task and results["settings"]["model"] == str(folder / "model")
+    assert results["settings"]["generate_kwargs"]["num_beams"] == 2
+    assert {*predictions(tmp_path)[0]} == keys
+    assert len(predictions(tmp_path)) == (1 if task == "gqa" else 2)
+    output = capsys.readouterr()
+    assert output.out == (tmp_path / "table.md").read_text() and task in output.out
+    protocol = {"vqav2": "official", "gqa": "normalized", "vqa": "exact"}.get(task)
+    assert results["settings"].get("protocol") == protocol
+    assert (f"{task} (protocol {protocol})" in output.out) == (protocol is not None)
+    assert "The paper's have" in output.err
+    assert set(results["scores_by_group"]) == {
+        "nocaps": {"in-domain", "out-domain"},
+        "vqav2": {"yes/no", "other"},
+    }.get(task, set())
+
+
+def test_the_commands_protocols(folder, tmp_path, capsys, monkeypatch):
+    assert {*ANSWER_PROTOCOLS} == {*_VQA_PROTOCOLS, *_GQA_PROTOCOLS}
+    files = ["--images", folder / "images", "--limit", 1]
+    gqa = ["--questions", folder / "gqa.json", *files]
+    vqa = ["--questions", folder / "questions.json", "--annotations", folder / "annotations.json", *files]
+    scores = {}
+    for task, options in (("gqa", gqa), ("vqav2", vqa), ("vqa", ["--data", folder / "rows.parquet", "--limit", 1])):
+        answer_with(monkeypatch, "No." if task == "gqa" else "A bus.")
+        for protocol in _GQA_PROTOCOLS if task == "gqa" else _VQA_PROTOCOLS:
+            if task != "vqa" or protocol == "exact":
+                main(command(folder, task, tmp_path / task, *options, "--protocol", protocol))
+                results = json.loads((tmp_path / task / "results.json").read_text())
+                assert results["settings"]["protocol"] == protocol
+                assert f"{task} (protocol {protocol})" in capsys.readouterr().out
+                ((scores[task, protocol]),) = results["scores"].values()
+    assert scores == {
+        ("gqa", "normalized"): 1,
+        ("gqa", "strict"): 0,
+        ("vqav2", "official"): 0,
+        ("vqav2", "lavis"): 1,
+        ("vqav2", "exact"): 1,
+        ("vqa", "exact"): 1,
+    }
+
+
+def test_the_commands_lemmas(folder, tmp_path, capsys, monkeypatch, spacy):
+    answer_with(monkeypatch, "dogs", "bus")
+    annotations = json.loads((folder / "annotations.json").read_text())
+    for annotation in annotations["annotations"]:
+        annotation["answers"] = [{"answer": "dog"}] * 10
+    files = ["--questions", folder / "questions.json", "--annotations", write(tmp_path / "a.json", annotations)]
+    files += ["--images", folder / "images"]
+    for task, options, score in (
+        ("okvqa", [], 0.5),
+        ("okvqa", ["--no-lemmatize"], 0),
+        ("vqav2", ["--lemmatize"], 0.5),
+    ):
+        main(command(folder, task, tmp_path / task, *files, *options))
+        assert json.loads((tmp_path / task / "results.json").read_text())["scores"] == {"vqa_accuracy": score}
+        assert ("lemmatized" in capsys.readouterr().out) == (score > 0)
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    load_lemmatizer.cache_clear()
+    # The folder has no weights: they are not asked for
+    with pytest.raises(SystemExit, match="^blip2-hf: spaCy is not installed.*blip2-hf.okvqa.*--no-lemmatize"):
+        main(command(folder, "okvqa", tmp_path / "x", *files, "--model", folder / "config"))
+
+
+def test_the_commands_presets(folder, tmp_path):
+    files = ["--annotations", folder / "nocaps.json", "--images", folder / "images"]
+    options = [
+        *files,
+        "--preset",
+        "caption",
+        "--generate",
+        "num_beams=1",
+        "--prompt",
+        "",
+        "--dtype",
+        "bfloat16",
+        "--image-size",
+        42,
+    ]
+    main(command(folder, "nocaps", tmp_path, *options))
+    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+    assert (settings["preset"], settings["prompt"], settings["dtype"]) == ("caption", "", "bfloat16")
+    assert settings["generate_kwargs"]["min_new_tokens"] == 7
+    assert settings["image_size"] == {"height": 42, "width": 42}
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("nocaps", [], "nocaps needs --annotations and --images"),
+        ("caption", ["--data", "x", "--questions", "y"], "caption has no use for --questions"),
+        ("retrieval", ["--data", "x", "--preset", "vqa"], "retrieval has no use for --preset"),
+        ("gqa", ["--questions", "nothing.json", "--images", "."], "There is no file nothing.json"),
+        ("retrieval", ["--data", "x", "--k", "-1"], "--k -1: at least 0 was expected"),
+        ("vqa", ["--data", "x", "--batch-size", "0"], "--batch-size 0: at least 1 was expected"),
+        ("caption", ["--data", "x", "--protocol", "exact"], "caption has no use for --protocol"),
+        ("retrieval", ["--data", "x", "--no-lemmatize"], "retrieval has no use for --lemmatize"),
+        ("vqa", ["--data", "x", "--protocol", "strict"], "strict: vqa is scored by one of official, lavis, exact"),
+    ],
+)
+def test_options_that_do_not_fit(folder, tmp_path, task, options, message):
+    with pytest.raises(SystemExit, match=message):
+        main(command(folder, task, tmp_path, *options))
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "options", "message"),
+    [
+        ("retrieval", "headless", [], "headless lacks 2 weights .*A model for retrieval"),
+        ("retrieval", "model", [], "Blip2ForImageTextRetrieval reads text with the Q-Former"),
+        ("caption", "retrieval", [], "'caption' is one for a language model, and this model has none"),
+        ("caption", "nosuch", [], "nosuch"),
+        ("caption", "model", ["--generate", "num_beam=2"], r"not used by the model: \['num_beam'\]"),
+        # The folder has no weights: they are not asked for
+        ("vqa", "config", ["--preset", "caption"], "'caption' has no {} for the question"),
+        ("caption", "config", ["--prompt", "{}?"], "'caption' asks a question"),
+        ("vqa", "config", ["--protocol", "official"], r"question 0 has too few answers \(1\): .*protocol='exact'"),
+    ],
+)
+def test_models_that_do_not_fit(folder, tmp_path, task, model, options, message):
+    data = ["--data", folder / "rows.parquet", "--model", folder / model]
+    with pytest.raises(SystemExit, match=f"^blip2-hf: .*{message}"):
+        main(command(folder, task, tmp_path, *data, *options))
+
+
+def test_a_setting_of_generation_that_is_none(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(command(folder, "caption", tmp_path, "--data", "x", "--generate", "num_beams"))
+    assert "'num_beams': NAME=VALUE was expected" in capsys.readouterr().err
+
+
+# One start of two processes for several commands, each of which would end the process group
+PROGRAM = """
+import json, sys
+import torch
+from accelerate import PartialState
+from blip2_hf.cli import main
+from blip2_hf.cli.evaluate import _GQA_PROTOCOLS, _VQA_PROTOCOLS
+torch.set_num_threads(1)
+PartialState.destroy_process_group = lambda self: None
+for arguments in json.loads(sys.argv[1]):
+    main(arguments)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
+    files = ["--annotations", folder / "dataset_coco.json", "--images", folder / "images"]
+    tasks = {"coco-caption": [*files, *FAST], "coco-retrieval": [*files, "--k", 3]}
+    for task, options in tasks.items():
+        main(command(folder, task, tmp_path / task / "one", *options))
+    arguments = [command(folder, task, tmp_path / task / "two", *options) for task, options in tasks.items()]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    result = subprocess.run(
+        [*start, sys.executable, "-c", PROGRAM, json.dumps(arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    tables = ""
+    for task in tasks:
+        one, two = (json.loads((tmp_path / task / name / "results.json").read_text()) for name in ("one", "two"))
+        assert (one["run"]["num_processes"], two["run"]["num_processes"]) == (1, 2)
+        assert one["scores"] == two["scores"] and one["settings"] == two["settings"]
+        assert predictions(tmp_path / task / "one") == predictions(tmp_path / task / "two")
+        tables += (tmp_path / task / "two" / "table.md").read_text()
+    assert result.stdout == tables
+    assert len(list((tmp_path / "coco-caption" / "two" / "parts").glob("part-*.jsonl"))) == 2

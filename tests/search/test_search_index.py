@@ -1,0 +1,622 @@
+"""The search index: against all pairs written out, step by step, and after an interruption."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from PIL import Image
+from stage1 import make_stage1
+from tiny import make_image, make_image_processor, make_model, make_processor
+from train_stage1 import Processor
+
+from blip2_hf import Blip2ForImageTextRetrieval, Blip2ForPreTraining, Blip2Processor
+from blip2_hf.cli import index as index_command
+from blip2_hf.cli import main
+from blip2_hf.cli import search as search_command
+from blip2_hf.evaluation import TwoStageRetrieval
+from blip2_hf.models.image_loading import load_image
+from blip2_hf.search import SearchIndex, SearchResult, find_pictures, load_retrieval_model
+from blip2_hf.search.approximate import logger
+
+
+TEXT = "a red bus on the street"
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    make_stage1().save_pretrained(folder)
+    Blip2Processor(make_image_processor(), Processor().tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), 0)
+
+
+@pytest.fixture
+def loaded(checkpoint):
+    return load_retrieval_model(checkpoint, "cpu")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Ten pictures, five of them in a sub-folder; a broken one; files that are none, or hidden."""
+    folder = tmp_path / "pictures"
+    (folder / "more" / "deep").mkdir(parents=True)
+    for i in range(10):
+        make_image(i, (30 + i, 40)).save((folder if i < 5 else folder / "more" / "deep") / f"{i}.png")
+    (folder / "broken.JPG").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden.png").write_bytes((folder / "0.png").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def build(pictures, loaded, monkeypatch):
+    """Builds the index, and tells how many pictures the tower has seen."""
+    model, processor = loaded
+    run_tower, seen = model.get_image_embeds, []
+
+    def count(pixel_values, *args, **kwargs):
+        seen.append(len(pixel_values))
+        return run_tower(pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(model, "get_image_embeds", count)
+
+    def run(**kwargs):
+        seen.clear()
+        index = SearchIndex.build(pictures, model, processor, **({"batch_size": 4, "show_progress": False} | kwargs))
+        return index, sum(seen)
+
+    run.seen = seen
+    return run
+
+
+@torch.no_grad()
+def all_pairs(model, processor, folder: Path, matching: bool = False, skip=()) -> dict[Path, float]:
+    """All pictures at once by contrast, as the model's forward has it; by matching one at a time."""
+    files = [file for file in sorted(folder.rglob("[0-9]*.png")) if file.name not in skip]
+    tokens = processor.tokenizer(TEXT, return_tensors="pt")
+    texts = tokens.input_ids, tokens.attention_mask
+    pixel_values = processor(images=[load_image(file) for file in files], return_tensors="pt")["pixel_values"]
+    scores = model(pixel_values, *texts).logits_per_image[:, 0].tolist()
+    if matching:
+        for i in range(len(files)):
+            pair = model(pixel_values[i : i + 1], *texts, use_image_text_matching_head=True)
+            scores[i] += pair.logits_per_image[0, 1].item()
+    return dict(zip(files, scores, strict=True))
+
+
+def assert_ranked(results: list[SearchResult], expected: dict[Path, float], top: int, tolerance: float = 1e-3):
+    best = sorted(expected, key=lambda path: -expected[path])[:top]
+    assert [result.path for result in results] == best
+    assert [result.score for result in results] == pytest.approx([expected[path] for path in best], abs=tolerance)
+
+
+def test_a_text_finds_what_all_pairs_find(build, loaded, pictures):
+    index, num_seen = build()
+    assert num_seen == len(index) == 10
+    expected = all_pairs(*loaded, pictures)
+    assert_ranked(index.search(TEXT, top=4), expected, 4)
+    assert_ranked(index.search(TEXT), expected, 10)
+    assert list(index.broken()) == ["broken.JPG"]
+    assert "not an image" in index.broken()["broken.JPG"]
+
+
+@torch.no_grad()
+def test_a_picture_finds_itself_first(build, loaded, pictures):
+    model, processor = loaded
+    index, _ = build()
+    files = sorted(pictures.rglob("[0-9]*.png"))
+    pixel_values = processor(images=[load_image(file) for file in files], return_tensors="pt")["pixel_values"]
+    features = model.get_image_features(pixel_values).pooler_output
+    cosines = torch.einsum("qd,nkd->nqk", features[3], features).amax(2).mean(1)
+    found = index.search(image=files[3], top=10)
+    assert found[0].path == files[3]
+    assert_ranked(found, dict(zip(files, cosines.tolist(), strict=True)), 10)
+
+
+@pytest.mark.parametrize("store_embeds", [False, True])
+def test_reranking_is_matching_plus_contrast(build, loaded, pictures, store_embeds):
+    model, processor = loaded
+    index, _ = build(store_embeds=store_embeds)
+    build.seen.clear()
+    found = index.search(TEXT, top=10, rerank=10)
+    assert sum(build.seen) == (0 if store_embeds else 10)
+    assert_ranked(found, all_pairs(model, processor, pictures, matching=True), 10, tolerance=5e-3)
+
+    contrast = all_pairs(model, processor, pictures)
+    first = sorted(contrast, key=lambda path: -contrast[path])[:4]
+    assert {result.path for result in index.search(TEXT, top=4, rerank=4)} == set(first)
+
+    files = sorted(contrast)
+    pixel_values = processor(images=[load_image(file) for file in files], return_tensors="pt")["pixel_values"]
+    ranking = TwoStageRetrieval(model, processor.tokenizer, k=10, show_progress=False)(
+        model.get_image_embeds(pixel_values), [TEXT]
+    ).text_to_image
+    assert [result.path for result in found] == [files[i] for i in ranking.index[0].tolist()]
+
+
+def test_a_picture_that_is_gone_is_not_reranked(build, pictures):
+    index, _ = build()
+    first = index.search(TEXT, top=1)[0].path
+    first.unlink()
+    found = index.search(TEXT, top=10, rerank=10)
+    assert len(found) == 9
+    assert first not in [result.path for result in found]
+
+
+def test_only_what_is_new_or_changed_is_computed(build, loaded, pictures):
+    build(rows_per_shard=4)
+    assert build(rows_per_shard=4)[1] == 0
+    make_image(20).save(pictures / "20.png")
+    make_image(21).save(pictures / "more" / "deep" / "7.png")
+    (pictures / "1.png").unlink()
+    (pictures / "broken.JPG").write_bytes(b"still no picture")
+    index, num_seen = build(rows_per_shard=4)
+    assert num_seen == 2
+    assert_ranked(index.search(TEXT), all_pairs(*loaded, pictures), 10)
+    assert index.broken()["broken.JPG"].count("16 bytes") == 1
+
+    make_image(22).save(pictures / "broken.JPG", format="PNG")
+    index, num_seen = build(rows_per_shard=4)
+    assert (num_seen, index.broken()) == (1, {})
+    assert pictures / "broken.JPG" in [result.path for result in index.search(TEXT)]
+
+
+def test_broken_pictures_are_not_read_again(build, monkeypatch):
+    build()
+    monkeypatch.setattr("blip2_hf.search.pictures.load_image_for", lambda _, path: pytest.fail(f"{path} was read"))
+    assert list(build()[0].broken()) == ["broken.JPG"]
+
+
+def test_small_shards_are_gathered(build, loaded, pictures):
+    for i in range(30, 36):
+        make_image(i).save(pictures / f"{i}.png")
+        index, _ = build(rows_per_shard=10, store_embeds=True)
+    assert len(index) == 16
+    names = sorted(path.name for path in index.directory.iterdir())
+    assert len([name for name in names if name.startswith("features")]) == 2
+    assert len([name for name in names if name.startswith(("embeds", "pictures"))]) == 4
+    assert_ranked(index.search(TEXT, top=16), all_pairs(*loaded, pictures), 16)
+    assert_ranked(
+        index.search(TEXT, top=16, rerank=16), all_pairs(*loaded, pictures, matching=True), 16, tolerance=5e-3
+    )
+
+
+def test_an_interrupted_run_goes_on(build, loaded, pictures, monkeypatch):
+    model, _ = loaded
+    count = model.get_image_embeds
+
+    def stop_at_the_third(pixel_values):
+        if len(build.seen) == 2:
+            raise KeyboardInterrupt
+        return count(pixel_values)
+
+    with monkeypatch.context() as context:
+        context.setattr(model, "get_image_embeds", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            build(batch_size=3, rows_per_shard=3)
+    num_seen = sum(build.seen)
+    assert 5 <= num_seen <= 6  # the broken picture is in one of the batches
+
+    # Of a shard, all but the last file
+    leftover = pictures / ".blip2-index" / "features-000099.npy"
+    leftover.write_bytes(b"")
+    half = SearchIndex.open(pictures, *loaded, show_progress=False)
+    assert 3 <= len(half) <= num_seen
+    index, rest = build(batch_size=3, rows_per_shard=3)
+    assert rest == 10 - len(half)
+    assert not leftover.exists()
+    assert_ranked(index.search(TEXT), all_pairs(*loaded, pictures), 10)
+
+
+def test_killed_while_shards_were_gathered(build, loaded, pictures):
+    """The new shard is there, and the old ones still are."""
+    index, _ = build(rows_per_shard=4)
+    for name in ("features-{}.npy", "pictures-{}.json"):
+        shutil.copy(index.directory / name.format("000000"), index.directory / name.format("000050"))
+    again, num_seen = build(rows_per_shard=4)
+    assert (len(again), num_seen) == (10, 0)
+    assert_ranked(again.search(TEXT), all_pairs(*loaded, pictures), 10)
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def killed_after(monkeypatch, count: int, run) -> bool:
+    """Whether a run was stopped before it renamed or removed one more file than that."""
+    left = count
+
+    def step(operation):
+        def run_or_stop(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return operation(*args, **kwargs)
+
+        return run_or_stop
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", step(os.replace))
+        context.setattr(Path, "unlink", step(Path.unlink))
+        try:
+            run()
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_killed_at_any_file(build, loaded, pictures, monkeypatch, tmp_path, rebuild):
+    """After each rename or removal of a file: what is found is right, and at most a shard is computed again."""
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    options = {"rows_per_shard": 4, "batch_size": 2, "approximate": True}
+    first, _ = build(**options)
+    shutil.copytree(first.directory, tmp_path / "first")
+    unchanged = sorted(pictures.rglob("[3-9].png"))
+    make_image(20).save(pictures / "20.png")
+    make_image(21).save(pictures / "1.png")
+    for name in ("2.png", "broken.JPG"):
+        (pictures / name).unlink()
+    (pictures / "0.png").write_bytes(b"no picture any more")
+    expected = all_pairs(*loaded, pictures, skip=("0.png",))
+    to_compute = len(expected) if rebuild else 2
+    for count in range(1000):
+        shutil.rmtree(first.directory)
+        shutil.copytree(tmp_path / "first", first.directory)
+        was_killed = killed_after(monkeypatch, count, lambda: build(**options, rebuild=rebuild))
+        before = sum(build.seen)
+        found = SearchIndex.open(pictures, *loaded, show_progress=False).search(TEXT, top=100)
+        assert len({result.path for result in found}) == len(found)
+        for path, score in found:
+            assert path not in unchanged or score == pytest.approx(expected[path], abs=1e-3)
+        index, after = build(**options)
+        assert before + after <= to_compute + 5  # a shard goes on to the end of its batch
+        for exact in (False, True):
+            assert_ranked(index.search(TEXT, top=100, exact=exact), expected, 100)
+        assert list(index.broken()) == ["0.png"]
+        assert not list(index.directory.glob("*.tmp"))
+        assert len(list(index.directory.glob("approximate-*"))) == 1
+        if not was_killed:
+            break
+    assert count > 10
+
+
+def test_rebuilt_next_to_files_of_others(build, pictures):
+    index, _ = build()
+    (index.directory / "notes.txt").write_text("mine")
+    index, num_seen = build(rebuild=True)
+    assert (len(index), num_seen) == (10, 10)
+    assert (index.directory / "notes.txt").read_text() == "mine"
+
+
+def test_an_index_behind_a_link(build, loaded, pictures, tmp_path):
+    build()
+    link = tmp_path / "deep" / "link"
+    link.parent.mkdir()
+    link.symlink_to(pictures / ".blip2-index")
+    index = SearchIndex.open(link, *loaded, show_progress=False)
+    assert_ranked(index.search(TEXT), all_pairs(*loaded, pictures), 10)
+
+
+def test_another_model_is_refused(build, loaded, pictures, tmp_path):
+    index, _ = build()
+    other = load_retrieval_model(save_model(tmp_path / "other", 1), "cpu")
+    for attempt in (SearchIndex.open, SearchIndex.build):
+        with pytest.raises(ValueError, match="built with another model.*its weights differ.*--rebuild"):
+            attempt(pictures, *other)
+    smaller = Blip2Processor(make_image_processor(14), loaded[1].tokenizer)
+    with pytest.raises(ValueError, match="another model.*image_processor.*14"):
+        SearchIndex.open(pictures, loaded[0], smaller)
+    rebuilt = SearchIndex.build(pictures, *other, rebuild=True, show_progress=False)
+    assert_ranked(rebuilt.search(TEXT), all_pairs(*other, pictures), 10)
+
+
+def test_the_same_model_in_another_precision(build, checkpoint, pictures):
+    build()
+    for dtype in ("bfloat16", "float16"):
+        index = SearchIndex.open(pictures, checkpoint, device="cpu", dtype=dtype, show_progress=False)
+        assert index.model.dtype == getattr(torch, dtype)
+        assert len(index.search(TEXT, top=3, rerank=5)) == 3
+
+
+def test_pictures_and_index_are_moved_together(build, loaded, pictures, tmp_path):
+    build()
+    moved = pictures.rename(tmp_path / "elsewhere")
+    index = SearchIndex.open(moved, *loaded, show_progress=False)
+    assert_ranked(index.search(TEXT), all_pairs(*loaded, moved), 10)
+
+
+def test_built_with_the_model_of_stage_1(checkpoint, pictures):
+    """It has weights that the model for retrieval lacks, and no ranking needs."""
+    model, processor = Blip2ForPreTraining.from_pretrained(checkpoint), Blip2Processor.from_pretrained(checkpoint)
+    SearchIndex.build(pictures, model, processor, show_progress=False)
+    index = SearchIndex.open(pictures, device="cpu", show_progress=False)
+    assert type(index.model) is Blip2ForImageTextRetrieval
+    assert_ranked(index.search(TEXT), all_pairs(index.model, processor, pictures), 10)
+
+
+@pytest.mark.parametrize("transformers_compatible", [False, True])
+def test_retrieval_checkpoints(checkpoint, pictures, tmp_path, transformers_compatible):
+    """The index of a checkpoint of stage 1 is that of the model for retrieval in it."""
+    SearchIndex.build(pictures, checkpoint, device="cpu", show_progress=False)
+    model = Blip2ForImageTextRetrieval.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "retrieval", transformers_compatible=transformers_compatible)
+    processor = Blip2Processor.from_pretrained(checkpoint)
+    processor.save_pretrained(tmp_path / "retrieval", transformers_compatible=transformers_compatible)
+    index = SearchIndex.open(pictures, tmp_path / "retrieval", device="cpu", show_progress=False)
+    assert_ranked(index.search(TEXT), all_pairs(model.eval(), processor, pictures), 10)
+
+
+def test_what_does_not_fit(build, loaded, pictures, tmp_path):
+    index, _ = build()
+    for arguments, message in (
+        ({}, "either a text or an image"),
+        ({"text": TEXT, "image": "x.png"}, "either a text or an image"),
+        ({"text": "  "}, "empty"),
+        ({"text": TEXT, "top": 0}, "top is at least 1"),
+        ({"text": TEXT, "top": 5, "rerank": 3}, "as many as are to be found"),
+        ({"image": make_image(), "rerank": 20}, "rerank goes with a text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.search(**arguments)
+    (tmp_path / "empty").mkdir()
+    for folder, message in ((tmp_path / "empty", "no pictures"), (tmp_path / "missing", "no such folder")):
+        with pytest.raises(ValueError, match=message):
+            find_pictures(folder)
+    with pytest.raises(FileNotFoundError, match=r"has no index.*blip2-hf index"):
+        SearchIndex.open(tmp_path / "empty", *loaded)
+    with pytest.raises(ValueError, match="without the tower's output"):
+        build(store_embeds=True)
+    with pytest.raises(ValueError, match="files in it, but no index"):
+        build(directory=pictures)
+    with pytest.raises(ValueError, match="is an index of"):
+        SearchIndex.build(pictures / "more", *loaded, directory=index.directory)
+
+
+def test_pictures_that_have_all_gone_do_not_empty_the_index(build, loaded, pictures):
+    """A disk that is not mounted looks like that."""
+    index, _ = build()
+    for path in (*pictures.rglob("*.png"), pictures / "broken.JPG"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no pictures"):
+        build()
+    assert len(SearchIndex.open(pictures, *loaded)) == 10
+
+
+def test_models_that_are_not_for_retrieval(tmp_path, pictures):
+    make_model().save_pretrained(tmp_path / "captioner")
+    make_processor().save_pretrained(tmp_path / "captioner")
+    with pytest.raises(ValueError, match="no model for retrieval|use_qformer_text_input"):
+        load_retrieval_model(tmp_path / "captioner", "cpu")
+    torch.manual_seed(0)
+    model = Blip2ForImageTextRetrieval(make_stage1().config)
+    index = SearchIndex.build(pictures, model, make_processor(), show_progress=False)
+    with pytest.raises(ValueError, match="tokens beyond the 64"):
+        index.search(TEXT)
+
+
+# Approximate search
+
+
+def clustered_index(tmp_path, num_pictures: int = 3000, num_queries: int = 4, dim: int = 64):
+    """An index with features that were drawn, in clusters, and texts for them."""
+    folder = tmp_path / "clusters"
+    folder.mkdir()
+    make_image().save(folder / "0.png")
+    model = Blip2ForImageTextRetrieval(make_stage1(image_text_hidden_size=dim).config)
+    index = SearchIndex.build(folder, model, Blip2Processor(make_image_processor(), Processor().tokenizer))
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(50, dim, generator=generator)
+    pictures = centres[torch.randint(50, (num_pictures,), generator=generator)]
+    pictures = pictures + 0.7 * torch.randn(num_pictures, dim, generator=generator)
+    queries = pictures[:, None] + 0.5 * torch.randn(num_pictures, num_queries, dim, generator=generator)
+    features = torch.nn.functional.normalize(queries, dim=-1).half().numpy()
+    names = [f"{i}.png" for i in range(1, num_pictures + 1)]
+    for start in range(0, num_pictures, 1000):
+        part = slice(start, start + 1000)
+        index._store.add(names[part], [[0, 0]] * len(names[part]), [{"features": features[part]}])
+    texts = pictures[torch.randint(num_pictures, (50,), generator=generator)]
+    texts = texts + 2 * torch.randn(1, dim, generator=generator) + torch.randn(50, dim, generator=generator)
+    return index, torch.nn.functional.normalize(texts, dim=-1)
+
+
+def recall(index, texts) -> float:
+    """The share of the exact ten best that are found approximately."""
+    shares = []
+    for text in texts:
+        found = [
+            {tuple(row) for row in index._compare(text[None], 10, exact=exact)[0].tolist()} for exact in (True, False)
+        ]
+        shares.append(len(found[0] & found[1]) / 10)
+    return sum(shares) / len(shares)
+
+
+def test_approximate_search_finds_what_exact_search_finds(tmp_path):
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    index, texts = clustered_index(tmp_path)
+    assert index._approximate.propose(texts[:1], 10) is None
+    index._approximate.update(True, show_progress=False)
+    assert 100 <= len(index._approximate.propose(texts[:1], 10)) <= 1000
+    assert recall(index, texts) >= 0.95
+
+    scores = [index._compare(texts[:1], 10, exact=exact)[1] for exact in (True, False)]
+    torch.testing.assert_close(scores[0][0], scores[1][0])
+
+
+def test_the_approximate_index_lags_behind(tmp_path):
+    """Pictures that are gone are not found, new ones are: before the approximate index has them, and after."""
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    index, texts = clustered_index(tmp_path)
+    index._approximate.update(True, show_progress=False)
+    path, covered = index._store.approximate_file()
+    best = index._compare(texts[:1], 10, exact=True)[0]
+    index._store.drop({index._store.name(shard, row) for shard, row in best.tolist()})
+    features = texts[0].half().numpy()[None, None].repeat(4, axis=1)
+    index._store.add(["new.png"], [[0, 0]], [{"features": features}])
+    for _ in range(2):
+        assert len(index) == 2992
+        assert recall(index, texts[:10]) >= 0.95
+        (shard, row), *_ = index._compare(texts[:1], 10, exact=False)[0].tolist()
+        assert index._store.name(shard, row) == "new.png"
+        index._approximate.update(None, show_progress=False)
+    newer, up_to = index._store.approximate_file()
+    assert up_to == covered + 1
+    assert [file.name for file in index.directory.glob("approximate*")] == [newer.name]
+    assert newer != path
+
+
+def test_as_many_are_found_approximately_as_are_wanted(tmp_path):
+    """An eighth of the clusters does not have so many."""
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    index, texts = clustered_index(tmp_path)
+    index._approximate.update(True, show_progress=False)
+    rows, scores = index._compare(texts[:1], 2900, exact=False)
+    assert len(rows) == len({tuple(row) for row in rows.tolist()}) == len(scores) == 2900
+
+
+def test_an_approximate_index_that_is_up_to_date_is_left(tmp_path):
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    index, _ = clustered_index(tmp_path, num_pictures=200)
+    index._approximate.update(True, show_progress=False)
+    path, _ = index._store.approximate_file()
+    before = path.stat().st_mtime_ns
+    index._approximate.update(True, show_progress=False)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_no_approximate_index_where_all_pictures_are_broken(build, pictures):
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    for path in pictures.rglob("*.png"):
+        path.write_bytes(b"no picture")
+    index, _ = build(approximate=True)
+    assert index.search(TEXT) == index.search(TEXT, rerank=12) == []
+    assert len(index.broken()) == 11
+
+
+def test_without_faiss(build, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"pip install 'blip2-hf\[search\]'"):
+        build(approximate=True)
+    monkeypatch.setattr("blip2_hf.search.approximate.APPROXIMATE_FROM", 5)
+    with patch.object(logger, "warning") as warning:
+        index, _ = build()
+    assert "compare with all 10 pictures: approximate search needs faiss" in warning.call_args.args[0]
+    assert len(index.search(TEXT, top=3)) == 3
+
+
+# The commands
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.setattr("blip2_hf.cli.COMMANDS", (index_command, search_command))
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: main([str(argument) for argument in arguments])
+
+
+def test_the_commands(run, checkpoint, pictures, loaded, capsys, monkeypatch):
+    run("index", pictures, "--model", checkpoint, "--device", "cpu", "--num-workers", "1", "--batch-size", "4")
+    said = capsys.readouterr()
+    assert said.out.startswith("10 pictures are in the index")
+    assert "11 pictures, of which 11 new, 0 changed, 0 kept, 0 broken as before; 0 gone." in said.err
+    assert "Left out, for they can't be read (1, listed in" in said.err
+    assert "broken.JPG" in said.err
+
+    run("index", pictures, "--device", "cpu")
+    assert "0 new, 0 changed, 10 kept, 1 broken as before; 0 gone." in capsys.readouterr().err
+
+    expected = all_pairs(*loaded, pictures)
+    run("search", TEXT, "--index", pictures, "--device", "cpu", "--json", "--top", "3")
+    found = [SearchResult(Path(row["path"]), row["score"]) for row in json.loads(capsys.readouterr().out)]
+    assert_ranked(found, expected, 3)
+    assert not Path("search.png").exists()
+
+    monkeypatch.chdir(pictures)
+    run("search", TEXT, "--device", "cpu", "--top", "5", "--rerank", "10")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    best = max((all_pairs(*loaded, pictures, matching=True)).items(), key=lambda item: item[1])
+    assert lines[0].split() == [f"{float(lines[0].split()[0]):.4f}", str(best[0])]
+    assert lines[-1] == "Sheet: search.png"
+    assert Image.open("search.png").format == "PNG"
+
+
+def test_the_sheet(run, checkpoint, pictures, capsys, monkeypatch):
+    colour = (200, 40, 90)
+    Image.new("RGB", (30, 40), colour).save(pictures / "3.png")
+    SearchIndex.build(pictures, checkpoint, device="cpu", show_progress=False)
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    sheet = pictures.parent / "sheets" / "out.png"
+    like = pictures / "3.png"
+    run("search", "--image", like, "--index", pictures, "--device", "cpu", "--top", "6", "--sheet", sheet)
+    side, gap, top = search_command.PICTURE, search_command.GAP, search_command.TITLE
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+        assert image.size == (gap + 4 * (side + gap), top + 2 * (side + search_command.CAPTION + gap))
+        # The picture itself comes first, whole: in the middle of its square, which is wider
+        assert image.getpixel((gap + side // 2, top + side // 2)) == colour
+        assert image.getpixel((gap + side // 2, top + 1)) == colour
+        assert image.getpixel((gap + 1, top + side // 2)) == (0xEE, 0xEE, 0xEE)
+        # Below it is its score
+        score = image.crop((gap, top + side, gap + side, top + side + search_command.CAPTION)).convert("L")
+        assert min(score.tobytes()) < 100
+    run("search", TEXT, "--index", pictures, "--device", "cpu", "--open")
+    assert len(opened) == 1
+    assert opened[0].startswith("file://")
+    assert opened[0].endswith("search.png")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("search.png")
+
+
+def test_the_sheet_of_a_picture_that_is_gone(tmp_path):
+    results = [SearchResult(tmp_path / ("long name " * 20) / "gone.png", 0.5)]
+    sheet = search_command.draw_sheet(results, "a very long text " * 20, tmp_path)
+    assert sheet.size[0] == search_command.PICTURE + 2 * search_command.GAP
+    assert search_command.draw_sheet([], "nothing", tmp_path).size[1] == search_command.TITLE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search"], "give a text"),
+        (["search", "x", "--image", "y.png"], "give a text"),
+        (["search", "x", "--sheet", "out.jpg"], "ends in .png"),
+        (["search", "x", "--index", "nowhere"], "has no index"),
+        (["index", "nowhere", "--model", "x"], "no such folder"),
+        (["index", "pictures"], "has no index"),
+    ],
+)
+def test_commands_that_do_not_fit(run, pictures, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(*arguments)
+
+
+def test_a_stopped_command_says_how_to_go_on(run, pictures, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SearchIndex, "build", stop)
+    with pytest.raises(SystemExit, match="run the same command again to go on"):
+        run("index", pictures, "--model", "x")
+    with pytest.raises(SystemExit, match="again, without --rebuild, to go on"):
+        run("index", pictures, "--model", "x", "--rebuild")
+
+
+def test_names_that_are_not_unicode(build, pictures, run, checkpoint, capsys):
+    try:
+        shutil.copy(pictures / "0.png", os.fsdecode(os.fsencode(pictures) + b"/\xff0.png"))
+    except OSError:
+        pytest.skip("this file system has Unicode names alone")
+    build()
+    run("search", TEXT, "--index", pictures, "--model", checkpoint, "--device", "cpu")
+    assert "\\udcff0.png" in capsys.readouterr().out
