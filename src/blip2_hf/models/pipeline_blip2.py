@@ -380,7 +380,7 @@ class ImageToTextPipeline(_ImageTextPipeline):
 
         Args:
             inputs (an image, list, dataset or generator of images):
-                Anything that [`~blip2_hf.image_loading.load_image`] reads: a path, URL, base64 string, PIL image,
+                Anything that [`~blip2_hf.load_image`] reads: a path, URL, base64 string, PIL image,
                 array, tensor, ...
             images (same as `inputs`, *optional*):
                 Another name for `inputs`.
@@ -483,7 +483,7 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
 
         Args:
             image (an image, list, dataset or generator of images, or `{"image": ..., "question": ...}` records):
-                Anything that [`~blip2_hf.image_loading.load_image`] reads. If `question` is not given, records with
+                Anything that [`~blip2_hf.load_image`] reads. If `question` is not given, records with
                 the image and the question: one, a list, a dataset or a generator.
             question (`str` or `list[str]`, *optional*):
                 The question or questions.

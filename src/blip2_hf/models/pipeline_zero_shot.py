@@ -91,7 +91,7 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
         """
         Args:
             image (an image, or a list, dataset or generator of images):
-                With BLIP-2, anything that [`~blip2_hf.image_loading.load_image`] reads.
+                With BLIP-2, anything that [`~blip2_hf.load_image`] reads.
             candidate_labels (`list[str]`, *optional*):
                 The labels, if they were not given when the pipeline was made.
             images (same as `image`, *optional*):
