@@ -35,11 +35,7 @@ def run(model, folder, **kwargs):
 
 @CASES
 @pytest.mark.parametrize("skip_logits", [False, True])
-@pytest.mark.parametrize("makes_keys", [False, True])
-def test_loss_and_gradients(monkeypatch, folder, makes_keys, skip_logits):
-    # Attention to features without their keys, which such small sizes would not have
-    monkeypatch.setattr("blip2_hf.models.image_states._LEAST_ROWS", 10**9 if makes_keys else 1)
-    monkeypatch.setattr("blip2_hf.models.image_states._LARGEST_SHARE", 10**9)
+def test_loss_and_gradients(folder, skip_logits):
     model = load(folder).train()
     outputs = run(model, folder, skip_logits=skip_logits)
     assert (outputs.logits is None) == skip_logits
@@ -47,7 +43,6 @@ def test_loss_and_gradients(monkeypatch, folder, makes_keys, skip_logits):
     expected, _ = convert_lavis_state_dict(tensors(folder, "grads"))
     actual = gradients(model, outputs.loss)
     assert actual.keys() == expected.keys()
-    assert actual["qformer.encoder.layer.0.crossattention.attention.key.bias"].any() == makes_keys
     for name, gradient in expected.items():
         # That of the bias of a key is zero, up to rounding
         norm = 1 if name.endswith("key.bias") else gradient.norm()

@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2_hf.models.distributed import GlobalBatch
-from blip2_hf.models.image_states import Blip2ImageProjection
-from blip2_hf.models.modeling_qformer import Blip2QFormerLayer
+from blip2_hf.models.modeling_qformer import Blip2QFormerLayer, FoldedLinear
 
 
 pytestmark = pytest.mark.usefixtures("likeliest_negatives")
@@ -76,7 +75,7 @@ def run_process(rank: int, world_size: int, folder: str):
 
 
 def wrap_in_fsdp(model) -> FullyShardedDataParallel:
-    policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={Blip2QFormerLayer, Blip2ImageProjection})
+    policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={Blip2QFormerLayer, FoldedLinear})
     return FullyShardedDataParallel(
         model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
     )
@@ -85,7 +84,7 @@ def wrap_in_fsdp(model) -> FullyShardedDataParallel:
 def wrap_in_fsdp2(model):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in reversed(list(model.modules())):
-        if isinstance(module, (Blip2QFormerLayer, Blip2ImageProjection)):
+        if isinstance(module, (Blip2QFormerLayer, FoldedLinear)):
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 

@@ -114,7 +114,7 @@ def test_into_stage_2(parts, tmp_path, has_tower):
     expected = Blip2Model.from_pretrained(tmp_path)
     if not has_tower:
         expected.attach_vision_tower(parts["tower"])
-    actual = model._query_image(pixel_values, None)[2].last_hidden_state
+    actual = model.encode_image(pixel_values, None)[2].last_hidden_state
     torch.testing.assert_close(actual, expected(pixel_values).last_hidden_state)
 
 

@@ -381,7 +381,8 @@ def test_an_image_is_projected_once(model, collection, monkeypatch):
         type(model), "get_image_key_values", lambda self, x: projected.append(len(x)) or project(self, x)
     )
     TwoStageRetrieval(model, tokenizer, k=3, batch_size=2, show_progress=False)(image_embeds, TEXTS)
-    assert sum(projected) == len(image_embeds)
+    # Once for contrast, and once for all of its candidates
+    assert sum(projected) == 2 * len(image_embeds)
 
 
 def test_features_in_memory_on_the_disk_and_of_stage_1(model, collection, tmp_path):

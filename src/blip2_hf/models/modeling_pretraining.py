@@ -15,6 +15,7 @@ from transformers.models.bert.modeling_bert import BertLMPredictionHead
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .bert_weights import load_bert_with_head
 from .configuration_blip2 import Blip2Config
 from .distributed import GlobalBatch
 from .generation_qformer import Blip2QFormerGenerationMixin
@@ -26,8 +27,8 @@ from .losses import (
     image_text_similarity,
 )
 from .modeling_base import Blip2PreTrainedModel, image_side_from_parts
-from .modeling_qformer import ImageKeyValues, block_attention_mask, load_bert_with_head
-from .modeling_retrieval import Blip2ImageTextPreTrainedModel, at_least_float32, unit_length
+from .modeling_image_text import Blip2ImageTextPreTrainedModel, l2_normalize, upcast_to_float32
+from .modeling_qformer import ImageKeyValues, block_attention_mask
 
 
 @dataclass
@@ -384,11 +385,11 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        image_features = unit_length(self.vision_projection(hidden_states[:, :query_length]))
-        text_features = unit_length(self.text_projection(hidden_states[:, query_length]))
+        image_features = l2_normalize(self.vision_projection(hidden_states[:, :query_length]))
+        text_features = l2_normalize(self.text_projection(hidden_states[:, query_length]))
         decoded = hidden_states[:, query_length + text_length :].flatten(0, 1)
         itg_logits = self.lm_head(decoded[texts.label_index])
-        return image_features, text_features, at_least_float32(itg_logits), outputs
+        return image_features, text_features, upcast_to_float32(itg_logits), outputs
 
     def _compare(
         self, batch: GlobalBatch, image_features: torch.Tensor, text_features: torch.Tensor
