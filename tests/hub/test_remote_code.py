@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 from paths import FIXTURES
-from stage1 import STAGE1_QFORMER, make_stage1
-from tiny import make_config, make_image, make_image_processor, make_model, make_processor, make_tokenizer, randomize
+from stage1 import STAGE1_QFORMER, make_retrieval, make_stage1
+from tiny import make_config, make_image, make_image_processor, make_model, make_processor, make_tokenizer
 from transformers import AutoModel, AutoProcessor, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
@@ -115,11 +115,6 @@ def run_without_the_package(code, folder, *arguments):
 def without_the_package(folder):
     """What a process that cannot import the package makes of the folders, and which classes it finds there."""
     return run_without_the_package(TEXTS % QUESTION + COMPARISONS + SAVED_AGAIN, folder, json.dumps(LABELS))
-
-
-def make_retrieval():
-    config = make_config(None, qformer_config={**STAGE1_QFORMER, "vocab_size": 320}, image_token_index=None)
-    return randomize(Blip2ForImageTextRetrieval(config)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from paths import HELPERS
-from test_modeling_pretraining_distributed import sharded_gradients
+from sharding import sharded_gradients
+from stage2 import remove_dropout
 from tiny import make_model, make_pixel_values
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
-from train_stage2 import remove_dropout
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from blip2_hf.models.modeling_qformer import Blip2QFormerLayer, FoldedLinear

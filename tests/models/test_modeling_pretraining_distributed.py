@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sharding import sharded_gradients
 from stage1 import assert_same, gradients, make_inputs, make_stage1
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2_hf.models.distributed import GlobalBatch
@@ -87,23 +87,6 @@ def wrap_in_fsdp2(model):
         if isinstance(module, (Blip2QFormerLayer, FoldedLinear)):
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
-
-
-def sharded_gradients(model) -> dict[str, torch.Tensor]:
-    """The whole gradients, or, where they lie flat in pieces, their norms; under the names of the bare model."""
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            grad = parameter.grad
-            whole = grad.full_tensor() if isinstance(grad, DTensor) else sum_of_squares(grad).sqrt()
-            gradients[name.replace("_fsdp_wrapped_module.", "")] = whole
-    return gradients
-
-
-def sum_of_squares(shard: torch.Tensor | None) -> torch.Tensor:
-    total = torch.zeros(()) if shard is None else shard.square().sum()
-    dist.all_reduce(total)
-    return total
 
 
 def count_what_travels(rank: int) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from paths import EXAMPLES
-from stage1 import make_inputs, make_stage1
+from stage1 import Processor, make_inputs, make_pairs, make_stage1
 from tiny import (
     LANGUAGE_MODELS,
     QFORMER,
@@ -18,7 +18,6 @@ from tiny import (
     make_image,
     make_pixel_values,
 )
-from train_stage1 import Processor, make_pairs
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Model
 from blip2_hf.cli import main as run_command

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from stage1 import make_stage1
-from test_training import CAPTIONS, Pictures, losses, make_collator
+from stage2 import CAPTIONS, Pictures, losses, make_collator
 from tiny import LANGUAGE_MODELS, ROTARY, make_config, make_model, make_pixel_values, make_processor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2VisionModel
