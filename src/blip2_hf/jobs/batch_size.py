@@ -23,11 +23,11 @@ class BatchSize:
     A number of items that is halved whenever memory runs out, and stays so.
 
     Args:
-        size (`int`):
-            The number to begin with.
+        size (`int`, *optional*):
+            The number to begin with. Without it, all items at a time.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int | None = None):
         self.size = size
 
     def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[tuple[Any, Any]]:
@@ -48,7 +48,7 @@ class BatchSize:
         """
         done = 0
         while done < len(items):
-            part = items[done : done + self.size]
+            part = items[done:] if self.size is None else items[done : done + self.size]
             try:
                 result = function(part)
             except RuntimeError as error:
