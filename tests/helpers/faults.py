@@ -1,10 +1,8 @@
 """Runs of a job in a process of its own, in which something happens at a step that is chosen."""
 
 import builtins
-import errno
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +10,14 @@ from pathlib import Path
 import torch
 
 
+open_plainly = open
+
 WRITE, RENAME, REMOVE = "write", "rename", "remove"
 _EVENTS = {"os.rename": RENAME, "os.remove": REMOVE, "os.rmdir": REMOVE, "shutil.rmtree": REMOVE}
 
 
 def run_apart(run: Callable[[], object], report: Path) -> tuple[int, str]:
-    """Return the exit status, which is -9 if the process was killed, and the message of the exception that ended it."""
+    """Return the exit status, which is -9 if the process was killed, and the exception that ended it."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -26,7 +26,8 @@ def run_apart(run: Callable[[], object], report: Path) -> tuple[int, str]:
             run()
             status = 0
         except BaseException as error:
-            os.write(os.open(report, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), f"{type(error).__name__}: {error}".encode())
+            with open_plainly(report, "w") as file:
+                file.write(f"{type(error).__name__}: {error}")
         finally:
             os._exit(status)
     report.unlink(missing_ok=True)
@@ -82,14 +83,3 @@ class _Counted(io.FileIO):
         half = super().write(data[: len(data) // 2])
         self.steps.step(WRITE)
         return half + super().write(data[half:])
-
-
-open_plainly = open
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def raise_disk_full():
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,13 +1,9 @@
 """Runs of a job that end at a moment that is chosen: killed, or with a full disk."""
 
-import errno
 import os
-import signal
 from collections.abc import Callable
 
 import torch
-
-from blip2_hf.jobs import atomic_files
 
 
 def fork(run: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
@@ -23,5 +19,3 @@ def fork(run: Callable[[], object], prepare: Callable[[], object] = lambda: None
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-

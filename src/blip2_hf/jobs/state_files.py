@@ -1,11 +1,13 @@
 """Reading what an earlier run wrote: JSON, and lines of JSON that a process was killed over."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .atomic_files import named_in_errors
 from .errors import StateFileError
 
 
@@ -51,6 +53,33 @@ def read_json_lines(path: str | os.PathLike, advice: str) -> Iterator[Any]:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 yield _parse(line, f"{path}, line {number}", advice, kind=object)
+
+
+@contextlib.contextmanager
+def appended_lines(path: str | os.PathLike) -> Iterator[Callable[[Any], None]]:
+    r"""
+    Add to a file of lines. What a process that was killed has left of a line is removed first.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; made if it is not there.
+
+    Returns:
+        context manager of a function that adds a line. The line is out of this process then, and stays if the process
+        is killed.
+
+    Raises:
+        OSError: if the disk is full; the error names the file.
+    """
+
+    def add(record: Any):
+        file.write(json_line(record))
+        file.flush()
+
+    with named_in_errors(Path(path)), open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        yield add
 
 
 def json_line(record: Any) -> bytes:

@@ -146,7 +146,7 @@ class Updater:
                     else "Build the index without store_embeds (--store-embeds)."
                 )
                 raise ValueError(
-                    f"The {name} of {paths[items[0][0]]}, or of one of the {len(items) - 1} pictures after it, are not "
+                    f"The {name} of {paths[items[0][0]]}, or of one of {len(items) - 1} pictures after it, are not "
                     f"finite in float16. {advice}"
                 )
         return {name: array.cpu().numpy() for name, array in arrays.items()}
