@@ -100,12 +100,17 @@ def index(world, **options) -> Job:
     def result(folder: Path):
         store = Store(folder / "pictures" / ".blip2-index")
         kinds = [path.name.partition("-")[0] for path in store.directory.iterdir()]
-        return features(store), store.read_broken().keys(), set(kinds), kinds.count("approximate")
+        found = SearchIndex.open(folder / "pictures", *world.retriever, show_progress=False).search("a red bus")
+        scores = {result.path.name: result.score for result in found}
+        return features(store), store.read_broken().keys(), set(kinds), kinds.count("approximate"), scores
 
     def check_partial(folder: Path, undisturbed: Any):
         found = SearchIndex.open(folder / "pictures", *world.retriever, show_progress=False)
-        assert features(found._store).items() & {("3.png", undisturbed[0]["3.png"])} or "rebuild" in options
-        assert all(result.path.is_file() for result in found.search("a red bus") if result.path.name != "2.png")
+        there, expected = features(found._store), undisturbed[0]
+        assert there.keys() <= {"0.png", "2.png", *expected}
+        assert there.get("3.png", expected["3.png"]) == expected["3.png"]
+        assert "3.png" in there or "rebuild" in options
+        assert len(found.search("a red bus")) == len(there)
 
     return Job(
         partial(run, **options),
