@@ -16,7 +16,7 @@ from datasets.table import embed_table_storage
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..captioning.captions import leave_interrupts_to_the_parent
+from ..jobs.picture_inputs import leave_interrupts_to_the_parent
 from .captioners import Captioner, propose_captions, seed_of
 from .files import ResultFiles
 from .filters import CaptionFilter

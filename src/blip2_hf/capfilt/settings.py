@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..jobs.inference import model_fingerprint
+from ..jobs.fingerprints import model_fingerprint
 
 
 class WithSettings(ABC):

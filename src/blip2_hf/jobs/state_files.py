@@ -1,0 +1,104 @@
+"""Reading what an earlier run wrote: JSON, and lines of JSON that a process was killed over."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .atomic_files import named_in_errors
+from .errors import StateFileError
+
+
+def read_json(path: str | os.PathLike, advice: str) -> dict[str, Any]:
+    r"""
+    Read a file with one object.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        advice (`str`):
+            What to do if it can't be read, a sentence.
+
+    Returns:
+        `dict`: the object.
+
+    Raises:
+        StateFileError: if the file has something else. The message names it.
+        FileNotFoundError: if there is no such file.
+    """
+    return _parse(Path(path).read_bytes(), str(path), advice)
+
+
+def read_json_lines(path: str | os.PathLike, advice: str) -> Iterator[Any]:
+    r"""
+    Read a file with JSON in each line. A last line without its end, which a process that was killed leaves, is no
+    line.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        advice (`str`):
+            What to do if it can't be read, a sentence.
+
+    Returns:
+        iterator of what the lines hold.
+
+    Raises:
+        StateFileError: if a line has something else. The message names the file and the line.
+        FileNotFoundError: if there is no such file.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                yield _parse(line, f"{path}, line {number}", advice, kind=object)
+
+
+@contextlib.contextmanager
+def appended_lines(path: str | os.PathLike) -> Iterator[Callable[[Any], None]]:
+    r"""
+    Add to a file of lines. What a process that was killed has left of a line is removed first.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; made if it is not there.
+
+    Returns:
+        context manager of a function that adds a line. The line is out of this process then, and stays if the process
+        is killed.
+
+    Raises:
+        OSError: if the disk is full; the error names the file.
+    """
+
+    def add(record: Any):
+        file.write(json_line(record))
+        file.flush()
+
+    with named_in_errors(Path(path)), open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        yield add
+
+
+def json_line(record: Any) -> bytes:
+    """Return a line for [`read_json_lines`]. It is ASCII, which names of files that are not Unicode survive."""
+    return json.dumps(record).encode() + b"\n"
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they are read from a file: tuples as lists, keys as strings."""
+    return json.loads(json.dumps(settings))
+
+
+def _parse(data: bytes, place: str, advice: str, kind: type = dict) -> Any:
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise StateFileError(
+            f"{place} can't be read as JSON ({len(data)} bytes; {error}): it was cut off or changed. {advice}"
+        ) from error
+    if not isinstance(found, kind):
+        raise StateFileError(f"{place}: an object of JSON was expected, got a {type(found).__name__}. {advice}")
+    return found
