@@ -3,10 +3,10 @@ CapFilt on pictures whose names were shuffled on purpose: which are found, and w
 
     python examples/recipe/capfilt.py --seed 0
 
-As in BLIP, captioner and filter learn from data that can be trusted: the drawings of two hands. Of the other hands a
+As in BLIP, captioner and filter learn from data that can be trusted: the drawings of two styles. Of the other styles a
 third have each other's names. The Q-Former writes captions of them (ITG) and ranks these with the names that are there
 (ITC); the best one stays, or the drawing goes where that is another name than it had. What contrast then learns of all
-hands is compared with what it learns of the two hands alone, of the shuffled names, and of the original ones
+styles is compared with what it learns of the two styles alone, of the shuffled names, and of the original ones
 (learn_stage1.py). A run that was stopped goes on from what it has finished.
 """
 
@@ -55,9 +55,9 @@ def detection(corrupted: list[bool], dropped: list[bool]) -> dict[str, float]:
     return {"precision": found / max(1, sum(dropped)), "recall": found / sum(corrupted)}
 
 
-def detection_by_hand(corrupted: list[bool], dropped: list[bool], hands: list[str]) -> dict[str, dict[str, float]]:
-    rows = {hand: [row for row, own in enumerate(hands) if own == hand] for hand in sorted(set(hands))}
-    return {hand: detection([corrupted[i] for i in own], [dropped[i] for i in own]) for hand, own in rows.items()}
+def detection_by_style(corrupted: list[bool], dropped: list[bool], styles: list[str]) -> dict[str, dict[str, float]]:
+    rows = {style: [row for row, own in enumerate(styles) if own == style] for style in sorted(set(styles))}
+    return {style: detection([corrupted[i] for i in own], [dropped[i] for i in own]) for style, own in rows.items()}
 
 
 def margin(candidates: list[dict]) -> float:
@@ -120,7 +120,7 @@ def main():
         return model, lesson
 
     def learned_from(captions: dict[int, str], name: str) -> dict:
-        """What contrast learns of the trusted hands and of the rows that have a caption here."""
+        """What contrast learns of the trusted styles and of the rows that have a caption here."""
         file = folder / f"{name}.json"
         if file.exists():
             return json.loads(file.read_text())
@@ -156,7 +156,7 @@ def main():
     kept = {row: name for row, name, is_dropped in zip(others, captions, dropped, strict=True) if not is_dropped}
     results = {
         "detection": detection(corrupted, dropped),
-        "detection by hand": detection_by_hand(corrupted, dropped, list(to_clean["style"])),
+        "detection by style": detection_by_style(corrupted, dropped, list(to_clean["style"])),
         "detection by margin": {str(most): detection(corrupted, [own > most for own in margins]) for most in MARGINS},
         "alone": alone,
         "shuffled": learned_from(dict(zip(others, captions, strict=True)), "shuffled"),

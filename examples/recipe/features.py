@@ -11,8 +11,8 @@ from pathlib import Path
 import datasets
 import torch
 from datasets import concatenate_datasets
-from hands import without_hands
 from settings import FOLDER, VIEWS
+from styles import remove_styles
 from training import save_json
 
 # In transformers 5.17 the name in the package itself asks for torchvision
@@ -51,7 +51,7 @@ def load_features(splits: Sequence[str] = SPLITS) -> dict[str, datasets.Dataset]
         except FileNotFoundError:
             make_features(pictures[split], folder, VIEWS if split in LEARNED_FROM else 1)
             features[split] = load_cached_features(folder)
-    return without_hands(features)
+    return remove_styles(features)
 
 
 def make_features(pictures: datasets.Dataset, folder: Path, views: int):

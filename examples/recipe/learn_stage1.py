@@ -6,7 +6,7 @@ Contrast comes first, alone, in large batches; then all losses. Runs that differ
     python examples/recipe/learn_stage1.py --variant full --seed 0
     python examples/recipe/learn_stage1.py --variant full --seed 0 --validate --set steps=300   # to choose settings
 
-With --validate the hand that is tested is one that the recipe learns from otherwise, and the test pictures are not
+With --validate the style that is tested is one that the recipe learns from otherwise, and the test pictures are not
 looked at.
 """
 
@@ -196,7 +196,7 @@ def main():
     settings = changed(STAGE1[options.variant], options.set)
     if settings.after and options.validate:
         sys.exit(
-            f"{options.variant!r} goes on from {settings.after!r}, which has learned from all hands: no --validate."
+            f"{options.variant!r} goes on from {settings.after!r}, which has learned from all styles: no --validate."
         )
     folder = options.output or FOLDER / "stage1" / f"{options.variant}-seed{options.seed}"
     transformers.logging.set_verbosity_error()

@@ -113,7 +113,7 @@ def main():
     options = parse_options(__doc__.splitlines()[1], STAGE2)
     settings = replace(STAGE2[options.variant], **options.set)
     if settings.stage1 and options.validate:
-        sys.exit(f"{options.variant!r} goes on from a stage 1 that has learned from all hands: no --validate.")
+        sys.exit(f"{options.variant!r} goes on from a stage 1 that has learned from all styles: no --validate.")
     folder = options.output or FOLDER / "stage2" / f"{options.variant}-seed{options.seed}"
     transformers.logging.set_verbosity_error()
     start = time.time()

@@ -1,7 +1,7 @@
 """
-What the models know of drawings that they have learned from, those by one of the hands: how much of what is missing on
-the test hand has not been learned, and how much is lost from one hand to another; how alike their queries are; and, of
-the test hand, how much depends on the length of a name.
+What the models know of drawings that they have learned from, those by one of the styles: how much of what is missing on
+the test style has not been learned, and how much is lost from one style to another; how alike their queries are; and, of
+the test style, how much depends on the length of a name.
 
     python examples/recipe/learned.py --seed 0
 """
@@ -81,7 +81,7 @@ def main():
         file = FOLDER / "stage2" / f"{variant}-seed{seed}" / "results.json"
         if file.exists():
             captions = json.loads(file.read_text())["captions"]["seen"]
-            show(f"stage 2, {variant}, test hand", by_length(captions, test_names, processor.tokenizer))
+            show(f"stage 2, {variant}, test style", by_length(captions, test_names, processor.tokenizer))
     show("stage 2, full", score(write(model, processor, tests["seen"]), list(tests["seen"]["name"])))
 
 

@@ -1,5 +1,5 @@
 """
-Makes the pictures of the recipe: things of every day, each drawn by several hands, with names and keywords.
+Makes the pictures of the recipe: things of every day, each drawn by several styles, with names and keywords.
 
     python examples/recipe/pictures.py            # a minute; needs npm, and on Debian apt-get for Open Clip Art
 
@@ -7,8 +7,8 @@ Makes the pictures of the recipe: things of every day, each drawn by several han
 |---|---|---|
 | train | Noto, Noto of 2016, Twemoji, OpenMoji, EmojiOne | nine of ten things |
 | clip_art | Open Clip Art | objects, animals, food ...; a title each, none the name of a held-out thing |
-| validation | one hand of train's (Twemoji), to choose settings by: such a run learns from the others | the same |
-| test_seen | Fluent, a hand that nothing is learned from | the same |
+| validation | one style of train's (Twemoji), to choose settings by: such a run learns from the others | the same |
+| test_seen | Fluent, a style that nothing is learned from | the same |
 | test_unseen | Fluent | the tenth that nothing is learned of |
 
 Noto, Twemoji and Fluent lie in `../data/emoji`; the rest is downloaded. Licences: Noto Apache-2.0, OpenMoji CC-BY-SA
@@ -57,8 +57,8 @@ DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
 LONGEST_TITLE = 4  # words
 
 
-def of_one_hand(style: str, concepts: datasets.Dataset) -> Iterator[dict]:
-    """The things that this hand has drawn too."""
+def drawings_of_style(style: str, concepts: datasets.Dataset) -> Iterator[dict]:
+    """The things that this style has drawn too."""
     package, where = MORE_STYLES[style]
     with tempfile.TemporaryDirectory() as folder:
         files = npm_pack(package, folder, where)
@@ -150,7 +150,7 @@ def make_pictures(folder: Path):
         unseen = set(random.Random(0).sample(names, len(names) // 10))
         concepts = fluent.remove_columns("image")
         styles = [
-            datasets.Dataset.from_list(list(of_one_hand(style, concepts)), features=fluent.features)
+            datasets.Dataset.from_list(list(drawings_of_style(style, concepts)), features=fluent.features)
             for style in MORE_STYLES
         ]
         drawings = concatenate_datasets([emoji["train"], *styles])

@@ -155,7 +155,7 @@ def capfilt_table() -> str:
 
     rows = {}
     if alone := [result["alone"] for result in results if "alone" in result]:
-        rows[f"the two hands alone (seeds: {len(alone)})"] = ["0", "", *cells(alone)]
+        rows[f"the two styles alone (seeds: {len(alone)})"] = ["0", "", *cells(alone)]
     for title, kind in kinds.items():
         of_kind = [result[kind] for result in results]
         drawings = round(statistics.mean(run["drawings"] for run in of_kind))
@@ -167,8 +167,8 @@ def capfilt_table() -> str:
         rows[f"all, as they were (seeds: {count(full)})"] = [drawings, "100", *cells(originals)]
     detections = {"all": [result["detection"] for result in results]}
     for result in results:
-        for hand, own in result.get("detection by hand", {}).items():
-            detections.setdefault(hand, []).append(own)
+        for style, own in result.get("detection by style", {}).items():
+            detections.setdefault(style, []).append(own)
         for least, own in result.get("detection by margin", {}).items():
             detections.setdefault(f"beaten by more than {least}", []).append(own)
     found = {
@@ -178,7 +178,7 @@ def capfilt_table() -> str:
     columns = ["drawings", "right, %", "picture→name R@1, %", "name→picture R@1, %"]
     return "\n".join(
         [
-            table(f"names of three hands (seeds: {count(results)})", columns, rows),
+            table(f"names of three styles (seeds: {count(results)})", columns, rows),
             table("finding shuffled names, %", ["precision", "recall"], found),
         ]
     )

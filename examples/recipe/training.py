@@ -69,7 +69,7 @@ def parse_options(description: str, variants: Iterable[str]) -> argparse.Namespa
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--variant", choices=variants, default="full")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate", action="store_true", help="test on a hand of the training pictures")
+    parser.add_argument("--validate", action="store_true", help="test on a style of the training pictures")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings, in JSON")
     parser.add_argument("--output", type=Path, help="another folder than that of the recipe's results")
     options = parser.parse_args()

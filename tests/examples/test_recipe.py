@@ -69,11 +69,11 @@ def test_where_clip_art_cannot_be_had_there_is_none(monkeypatch, capsys):
 def test_pictures_without_clip_art(monkeypatch, tmp_path):
     import pictures
 
-    def of_one_hand(style, concepts):
+    def drawings_of_style(style, concepts):
         for row in concepts.select(range(20)):
             yield {**row, "style": style, "image": {"bytes": b"", "path": None}}
 
-    monkeypatch.setattr(pictures, "of_one_hand", of_one_hand)
+    monkeypatch.setattr(pictures, "drawings_of_style", drawings_of_style)
     monkeypatch.setattr(pictures.shutil, "which", lambda name: None)
     pictures.make_pictures(tmp_path / "pictures")
     splits = pictures.load_pictures(tmp_path / "pictures")
@@ -91,7 +91,7 @@ def test_features_that_are_there_need_no_tower(monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(features, "load_pictures", lambda: pictures)
     monkeypatch.setattr(features, "FOLDER", tmp_path)
-    monkeypatch.setattr(features, "without_hands", lambda rows: rows)
+    monkeypatch.setattr(features, "remove_styles", lambda rows: rows)
 
     def load(folder):
         if folder.name not in made:
@@ -272,7 +272,7 @@ def test_stage_2_runs_its_prompt_once_to_the_same_loss(tmp_path):
     torch.testing.assert_close(loss, model(**batch, num_items_in_batch=7).loss)
 
 
-def test_stage_2_is_not_validated_after_a_stage_1_of_all_hands(monkeypatch):
+def test_stage_2_is_not_validated_after_a_stage_1_of_all_styles(monkeypatch):
     import learn_stage2
 
     monkeypatch.setattr(sys, "argv", ["learn_stage2.py", "--validate"])
@@ -351,12 +351,12 @@ def test_a_report_of_what_there_is(monkeypatch, tmp_path):
     cleaned = {"drawings": 9, "right": 0.5} | recalls(0.4)
     kinds = dict.fromkeys(("shuffled", "kept", "cleaned"), cleaned)
     detection = {"precision": 0.6, "recall": 0.9}
-    by_hand = {"detection by hand": {"openmoji": {"precision": 0.2, "recall": 0.1}}}
-    result = kinds | computed_in | by_hand | {"detection": detection, "alone": recalls(0.3)}
+    by_style = {"detection by style": {"openmoji": {"precision": 0.2, "recall": 0.1}}}
+    result = kinds | computed_in | by_style | {"detection": detection, "alone": recalls(0.3)}
     save_json(tmp_path / "capfilt" / "seed1.json", result)
     found = report.capfilt_table()
     assert "| all (seeds: 1) | 60.0 | 90.0 |\n| openmoji (seeds: 1) | 20.0 | 10.0 |" in found
-    assert "| the two hands alone (seeds: 1) | 0 |  | 30.0 | 30.0 |" in found
+    assert "| the two styles alone (seeds: 1) | 0 |  | 30.0 | 30.0 |" in found
     assert "| all, as they were (seeds: 1 in a type that was not noted) | 9 | 100 | 70.0 | 70.0 |" in found
 
 
@@ -455,9 +455,9 @@ def test_efficientnet_lite2_has_the_sizes_of_the_published_weights():
     assert len(model.blocks) == 21
 
 
-def test_hands_are_taken_out_of_the_features():
+def test_styles_are_taken_out_of_the_features():
     import datasets
-    from hands import without_hands
+    from styles import remove_styles
 
     from blip2_hf.data import read_cached_features
 
@@ -478,7 +478,7 @@ def test_hands_are_taken_out_of_the_features():
         )
         for split, part in values.items()
     }
-    results = without_hands(features)
+    results = remove_styles(features)
     places = torch.cat([values["train"][:, 0], values["test"][:, 0]]).mean(dim=1)
     own = [*styles["train"], *styles["test"]]
     means = torch.stack([places[[other == style for other in own]].mean(dim=0) for style in own])
@@ -507,7 +507,7 @@ def test_what_a_cpu_multiplies_fastest_in(monkeypatch, faster):
 def test_a_third_of_the_names_are_shuffled():
     import random
 
-    from capfilt import detection, detection_by_hand, margin, shuffled
+    from capfilt import detection, detection_by_style, margin, shuffled
 
     names = [f"thing {i % 20}" for i in range(90)]
     captions = shuffled(names, random.Random(0))
@@ -515,8 +515,8 @@ def test_a_third_of_the_names_are_shuffled():
     assert sum(a != b for a, b in zip(names, captions, strict=True)) == 30
     found = detection([True, True, False, False], [True, False, True, False])
     assert found == {"precision": 0.5, "recall": 0.5}
-    by_hand = detection_by_hand([True, True, False, True], [True, False, True, True], ["x", "x", "x", "y"])
-    assert by_hand == {"x": {"precision": 0.5, "recall": 0.5}, "y": {"precision": 1.0, "recall": 1.0}}
+    by_style = detection_by_style([True, True, False, True], [True, False, True, True], ["x", "x", "x", "y"])
+    assert by_style == {"x": {"precision": 0.5, "recall": 0.5}, "y": {"precision": 1.0, "recall": 1.0}}
     ranked = [("a", 0.5, False), ("b", 0.3, True), ("c", 0.1, False)]
     candidates = [dict(zip(("text", "score", "is_original"), candidate, strict=True)) for candidate in ranked]
     assert margin(candidates) == pytest.approx(0.2) and margin(candidates[1:]) == pytest.approx(-0.2)

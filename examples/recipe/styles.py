@@ -1,7 +1,7 @@
 """
-Takes out of the features how a hand draws: each hand's pictures less their mean, every feature in units of its spread.
+Takes out of the features how a style draws: each style's pictures less their mean, every feature in units of its spread.
 
-A hand that nothing is learned from shifts all features; its mean needs some of its pictures, but none of their names.
+A style that nothing is learned from shifts all features; its mean needs some of its pictures, but none of their names.
 """
 
 from functools import partial
@@ -12,17 +12,17 @@ import torch
 from blip2_hf.data import read_cached_features
 
 
-def without_hands(features: dict[str, datasets.Dataset], learned_from: str = "train") -> dict[str, datasets.Dataset]:
+def remove_styles(features: dict[str, datasets.Dataset], learned_from: str = "train") -> dict[str, datasets.Dataset]:
     """
     Args:
         features (`dict[str, datasets.Dataset]`):
-            Rows of `load_cached_features`, with a column `style`. The mean of a hand is that of its pictures
+            Rows of `load_cached_features`, with a column `style`. The mean of a style is that of its pictures
             themselves (view 0) in all splits.
         learned_from (`str`, *optional*, defaults to `"train"`):
             The split that says what a feature's spread is.
 
     Returns:
-        `dict[str, datasets.Dataset]`: the same rows, with `(feature - mean of the hand) / spread`, in the type that
+        `dict[str, datasets.Dataset]`: the same rows, with `(feature - mean of the style) / spread`, in the type that
         they had.
     """
     places = {split: _mean_places(rows) for split, rows in features.items()}
@@ -36,7 +36,7 @@ def without_hands(features: dict[str, datasets.Dataset], learned_from: str = "tr
     spread = (places[learned_from] - own_means).std(dim=0)
     # Lists, for datasets tells by them what it has computed before
     change = partial(_centre, means={style: mean.tolist() for style, mean in means.items()}, spread=spread.tolist())
-    return {split: rows.map(change, desc=f"Hands of {split}") for split, rows in features.items()}
+    return {split: rows.map(change, desc=f"Styles of {split}") for split, rows in features.items()}
 
 
 def _mean_places(rows: datasets.Dataset) -> torch.Tensor:
