@@ -130,7 +130,7 @@ def test_baselines_count_a_picture_among_all_names_and_a_name_among_all_pictures
 
 
 def test_negatives_get_harder():
-    from learn_stage1 import HarderAndHarder
+    from learn_stage1 import NegativeCurriculum
 
     torch.manual_seed(0)
     logits = torch.zeros(1, 4)
@@ -138,7 +138,7 @@ def test_negatives_get_harder():
     compared = {"logits_per_image": logits.repeat(4000, 1), "logits_per_text": logits.repeat(4000, 1)}
     is_match = torch.zeros(4000, 4, dtype=torch.bool)
     is_match[:, 0] = True
-    model = HarderAndHarder.__new__(HarderAndHarder)
+    model = NegativeCurriculum.__new__(NegativeCurriculum)
     torch.nn.Module.__init__(model)
     for hardness in (0.0, 0.5, 1.0):
         model.hardness = hardness
@@ -209,7 +209,7 @@ def test_what_is_to_be_gone_on_from_and_is_not_there_is_named(monkeypatch, tmp_p
     from settings import STAGE2
 
     monkeypatch.setattr(learn_stage2, "FOLDER", tmp_path)
-    with pytest.raises(SystemExit, match="which is not there yet"):
+    with pytest.raises(SystemExit, match="which does not exist"):
         if stage == "stage1":
             learn_stage1.go_on(None, tmp_path / "full-seed0")
         else:
@@ -248,7 +248,7 @@ def test_stage_2_runs_its_prompt_once_to_the_same_loss(tmp_path):
 
     from blip2_hf.training import Stage2Arguments
 
-    # In eval mode, for dropout would differ
+    # In eval mode, because dropout would differ
     model = make_model().eval()
     image = [model.config.image_token_index] * model.config.num_query_tokens
     rows = [[5, 9, 7, *image, *name] for name in ([11, 12, 2], [13, 2, 1], [14, 2, 1])]
@@ -276,7 +276,7 @@ def test_stage_2_is_not_validated_after_a_stage_1_of_all_styles(monkeypatch):
     import learn_stage2
 
     monkeypatch.setattr(sys, "argv", ["learn_stage2.py", "--validate"])
-    with pytest.raises(SystemExit, match="no --validate"):
+    with pytest.raises(SystemExit, match="leave out --validate"):
         learn_stage2.main()
 
 
@@ -342,12 +342,10 @@ def test_a_report_of_what_there_is(monkeypatch, tmp_path):
         log = [{"step": step, "loss_itc": step + seed, "loss_itm": 0.5, "loss_itg": 9.0} for step in (2, 1)]
         run = {"results": recalls(value) | {"contrast": recalls(value)}, "log": [*log, {"train_loss": 1.0}]}
         save_json(tmp_path / "stage1" / f"full-seed{seed}" / "results.json", run)
-        # One of them without a note of the type
+        # One of them has no dtype
         run = run | (computed_in if seed else {})
         save_json(tmp_path / "stage1" / f"ITC for longer-seed{seed}" / "results.json", run)
-    assert (
-        "| ITC for longer | 1 in a type that was not noted, 1 in float32 | 1.50 ± 0.71 |  |  |" in report.loss_table()
-    )
+    assert "| ITC for longer | 1 in an unknown dtype, 1 in float32 | 1.50 ± 0.71 |  |  |" in report.loss_table()
     cleaned = {"drawings": 9, "right": 0.5} | recalls(0.4)
     kinds = dict.fromkeys(("shuffled", "kept", "cleaned"), cleaned)
     detection = {"precision": 0.6, "recall": 0.9}
@@ -357,7 +355,7 @@ def test_a_report_of_what_there_is(monkeypatch, tmp_path):
     found = report.capfilt_table()
     assert "| all (seeds: 1) | 60.0 | 90.0 |\n| openmoji (seeds: 1) | 20.0 | 10.0 |" in found
     assert "| the two styles alone (seeds: 1) | 0 |  | 30.0 | 30.0 |" in found
-    assert "| all, as they were (seeds: 1 in a type that was not noted) | 9 | 100 | 70.0 | 70.0 |" in found
+    assert "| all, as they were (seeds: 1 in an unknown dtype) | 9 | 100 | 70.0 | 70.0 |" in found
 
 
 def test_without_clip_art_nothing_is_learned_from_it(monkeypatch, tmp_path):
@@ -455,7 +453,7 @@ def test_efficientnet_lite2_has_the_sizes_of_the_published_weights():
     assert len(model.blocks) == 21
 
 
-def test_styles_are_taken_out_of_the_features():
+def test_styles_are_removed_from_the_features():
     import datasets
     from styles import remove_styles
 
@@ -507,10 +505,10 @@ def test_what_a_cpu_multiplies_fastest_in(monkeypatch, faster):
 def test_a_third_of_the_names_are_shuffled():
     import random
 
-    from capfilt import detection, detection_by_style, margin, shuffled
+    from capfilt import detection, detection_by_style, margin, shuffle_some
 
     names = [f"thing {i % 20}" for i in range(90)]
-    captions = shuffled(names, random.Random(0))
+    captions = shuffle_some(names, random.Random(0))
     assert sorted(captions) == sorted(names)
     assert sum(a != b for a, b in zip(names, captions, strict=True)) == 30
     found = detection([True, True, False, False], [True, False, True, False])
