@@ -1,4 +1,4 @@
-"""The files of a result: Parquet, written one at a time, a data set once all of them are there."""
+"""The files of a result: Parquet, written one at a time, a dataset once all of them are there."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from .report import ShardReport
 _SETTINGS = "capfilt.json"
 _LEFT_OUT = "left_out.jsonl"
 _DATA = "data"
-_UNFINISHED = ".unfinished"  # hidden: half a data set must not load as if it were whole
+_UNFINISHED = ".unfinished"  # hidden: half a dataset must not load as if it were whole
 _REPORT = "blip2_hf.capfilt"  # of a file, in its metadata
 _GROUP_BYTES = 2**26
 
@@ -31,7 +31,7 @@ class ResultFiles:
         features (`datasets.Features`):
             Those of the result.
         num_rows (`int`), rows_per_shard (`int`):
-            Rows of the data set, and of a file.
+            Rows of the dataset, and of a file.
         settings (`dict`):
             What the result depends on.
     """
@@ -99,7 +99,7 @@ class ResultFiles:
         """Makes the folder, without what a run that was stopped has begun, and says what the result is made with."""
         self.place.mkdir(parents=True, exist_ok=True)
         if not self.is_finished:
-            # What stayed would become a part of the data set
+            # What stayed would become a part of the dataset
             for path in self.place.iterdir():
                 if path.name not in self.names:
                     path.unlink()
@@ -123,7 +123,7 @@ class ResultFiles:
         os.replace(temporary, path)
 
     def finish(self) -> str:
-        """Makes the files a data set, and tells which rows were left out and what became of the captions."""
+        """Makes the files a dataset, and tells which rows were left out and what became of the captions."""
         if not self.is_finished:
             os.replace(self.folder / _UNFINISHED, self.folder / _DATA)
         report = self.report()

@@ -1,4 +1,4 @@
-"""CapFilt over a data set: file by file, what is there already stays, each process takes its share."""
+"""CapFilt over a dataset: file by file, what is there already stays, each process takes its share."""
 
 import os
 import sys
@@ -55,12 +55,12 @@ def capfilt_dataset(
     overwrite: bool = False,
 ) -> CapFiltCounts:
     r"""
-    Captions and filters a data set (CapFilt, as in section 3.4): a captioner proposes captions of each picture, a
+    Captions and filters a dataset (CapFilt, as in section 3.4): a captioner proposes captions of each picture, a
     filter ranks them together with those that the picture came with, the first `keep` stay. It may be stopped, or
     killed, and run again: finished files are kept, and the result is the same. In several processes
     (`accelerate launch`, `torchrun`) each takes its share of the files.
 
-    The result is a data set of Parquet files, `datasets.load_dataset(folder)`, with the columns of `dataset` and
+    The result is a dataset of Parquet files, `datasets.load_dataset(folder)`, with the columns of `dataset` and
 
     - `kept_captions` (`list[str]`): what is kept, the best first; [`ImageTextPairs`] with
       `text_column="kept_captions"` draws one of them each time;
@@ -73,7 +73,7 @@ def capfilt_dataset(
     Args:
         dataset (`datasets.Dataset`):
             Rows with a picture or, in its place, the features that [`~data.cache_features`] stored, of which the
-            first view is read. They are told from those of another data set by their number, columns and 32 of them.
+            first view is read. They are told from those of another dataset by their number, columns and 32 of them.
         captioner (`Callable`, *optional*):
             [`ModelCaptioner`], [`PipelineCaptioner`], or any function from a list of pictures to a list of captions
             for each. `None` proposes nothing: the filter ranks the captions that are there.
@@ -160,9 +160,9 @@ def _check_arguments(dataset: Any, keep: int, batch_size: int, rows_per_shard: i
             f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming."
         )
     if len(dataset) == 0:
-        raise ValueError("The data set has no rows.")
+        raise ValueError("The dataset has no rows.")
     if taken := [name for name in ADDED if name in dataset.column_names]:
-        raise ValueError(f"The data set has a column {taken[0]!r} already. Rename it, or remove it.")
+        raise ValueError(f"The dataset has a column {taken[0]!r} already. Rename it, or remove it.")
     if min(keep, batch_size, rows_per_shard) < 1:
         raise ValueError(
             f"keep={keep}, batch_size={batch_size}, rows_per_shard={rows_per_shard}: 1 at least was expected of each."

@@ -18,7 +18,7 @@ class CapFiltCounts:
 
     Args:
         rows (`int`):
-            Rows of the data set.
+            Rows of the dataset.
         left_out (`int`):
             Those that are not in the result: their picture can't be read, or no caption of theirs is kept.
         originals (`int`):

@@ -1,4 +1,4 @@
-"""Rows of a data set as CapFilt reads them: a picture, or features in its place, and the captions it came with."""
+"""Rows of a dataset as CapFilt reads them: a picture, or features in its place, and the captions it came with."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ class CaptionedPicture:
 
 class CaptionedPictures(torch.utils.data.Dataset):
     r"""
-    The rows of a data set. Features that [`~data.cache_features`] stored are read in place of pictures.
+    The rows of a dataset. Features that [`~data.cache_features`] stored are read in place of pictures.
 
     Args:
         dataset (`datasets.Dataset`):

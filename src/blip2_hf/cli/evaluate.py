@@ -1,4 +1,4 @@
-"""`blip2-hf evaluate`: the paper's benchmarks, and data sets of one's own."""
+"""`blip2-hf evaluate`: the paper's benchmarks, and datasets of one's own."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ _TASKS = {
 
 
 def add_parser(commands: Any):
-    text = "Evaluate a model on the paper's benchmarks, or on a data set. Start it with accelerate for many processes."
+    text = "Evaluate a model on the paper's benchmarks, or on a dataset. Start it with accelerate for many processes."
     parser = commands.add_parser("evaluate", help=text, description=text)
     parser.set_defaults(run=_run)
 
@@ -133,7 +133,7 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
-    # One data set has no test split: to datasets it is one for training, whatever is in it
+    # One dataset has no test split: to datasets it is one for training, whatever is in it
     path = Path(options.data)
     split = options.split or ("train" if path.is_file() or (path / "state.json").is_file() else "test")
     rows = load_dataset(options.data, options.config, split)

@@ -39,11 +39,11 @@ class RowName(str):
 
     Args:
         number (`int`):
-            Number of the row in its data set.
+            Number of the row in its dataset.
         file (`str`, *optional*):
             Where the row comes from.
         source (`str`, *optional*):
-            Name of the data set.
+            Name of the dataset.
     """
 
     number: int
@@ -105,7 +105,7 @@ class BadRow:
 
     Args:
         row (`int`):
-            Number of the row in the data set.
+            Number of the row in the dataset.
         file (`str`, *optional*):
             Path or address of the picture, or shard and key of a row of WebDataset.
         reason (`str`):

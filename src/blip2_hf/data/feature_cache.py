@@ -106,7 +106,7 @@ def cache_features(
 
     Args:
         dataset (`datasets.Dataset`):
-            Rows with a picture. They are told from those of another data set by their number, their columns and 32
+            Rows with a picture. They are told from those of another dataset by their number, their columns and 32
             of them.
         model ([`Blip2PreTrainedModel`] or [`VisionTower`]):
             Whose `get_image_embeds` is stored. It computes on the device and in the dtype that it is on and in.
@@ -168,7 +168,7 @@ def load_cached_features(folder: str | os.PathLike) -> datasets.Dataset:
             The folder.
 
     Returns:
-        `datasets.Dataset`: one row for each of the data set's, in its order; `push_to_hub` shares it.
+        `datasets.Dataset`: one row for each of the dataset's, in its order; `push_to_hub` shares it.
 
     Raises:
         FileNotFoundError: if there are no features, or files of them are missing.
@@ -250,9 +250,9 @@ def _check_arguments(dataset, image_column, views, transform, dtype, part_index,
             "streaming=True, or datasets.Dataset.from_list, make one."
         )
     if len(dataset) == 0:
-        raise ValueError("The data set has no rows.")
+        raise ValueError("The dataset has no rows.")
     if taken := [name for name in (*FEATURE_COLUMNS, ROW) if name in dataset.column_names]:
-        raise ValueError(f"The data set has a column {taken[0]!r} already. Rename it, or remove it.")
+        raise ValueError(f"The dataset has a column {taken[0]!r} already. Rename it, or remove it.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} was expected.")
     if views < 1 or (views > 1 and transform is None):

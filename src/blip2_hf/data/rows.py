@@ -1,4 +1,4 @@
-"""Rows of data sets of every kind: their columns, their pictures, and the randomness that belongs to each."""
+"""Rows of datasets of every kind: their columns, their pictures, and the randomness that belongs to each."""
 
 import hashlib
 import operator
@@ -13,7 +13,7 @@ from PIL import Image
 from ..models.image_loading import as_load_error, load_image
 
 
-ROW_NUMBER = "__row__"  # column of a part of a data set: which row of the whole each row is
+ROW_NUMBER = "__row__"  # column of a part of a dataset: which row of the whole each row is
 
 
 def stable_hash(text: str) -> int:
@@ -70,15 +70,15 @@ def check_id(value: Any, name: str, column: str) -> int | str:
 
 def select_columns(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
     """
-    The columns of a data set that are read, with pictures as they are stored: `open_image` decodes them, and can say
-    whose picture is broken. What is no data set of `datasets`, or makes its rows on the fly, stays as it is.
+    The columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them, and can say
+    whose picture is broken. What is no dataset of `datasets`, or makes its rows on the fly, stays as it is.
     """
     names = column_names(dataset)
     if names is None:
         return dataset
     wanted = [column if column in names else column.split(".")[0] for column in columns]
     if missing := [name for name in wanted if name not in names]:
-        raise ValueError(f"The data set has no column {missing[0]!r}; its columns are {sorted(names)}.")
+        raise ValueError(f"The dataset has no column {missing[0]!r}; its columns are {sorted(names)}.")
     dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
     if image_column is not None and isinstance(dataset.features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))

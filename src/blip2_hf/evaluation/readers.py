@@ -1,4 +1,4 @@
-"""The paper's benchmarks, from the files that their authors publish, and data sets by the names of their columns."""
+"""The paper's benchmarks, from the files that their authors publish, and datasets by the names of their columns."""
 
 import json
 import os
@@ -205,11 +205,11 @@ def read_caption_rows(
     rows: Any, image_column: str = "image", caption_column: str = "caption", id_column: str | None = None
 ) -> list[CaptionSample]:
     r"""
-    Captions in a data set.
+    Captions in a dataset.
 
     Args:
         rows (`datasets.Dataset` or `Sequence[Mapping]`):
-            The data set.
+            The dataset.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures.
         caption_column (`str`, *optional*, defaults to `"caption"`):
@@ -244,11 +244,11 @@ def read_question_rows(
     group_column: str | None = None,
 ) -> list[QuestionSample]:
     r"""
-    Questions in a data set.
+    Questions in a dataset.
 
     Args:
         rows (`datasets.Dataset` or `Sequence[Mapping]`):
-            The data set.
+            The dataset.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures.
         question_column (`str`, *optional*, defaults to `"question"`):
@@ -295,7 +295,7 @@ def read_question_rows(
 def _read_rows(rows: Any, image_column: str, columns: list[str | None]) -> Iterator[tuple[RowImage, Mapping]]:
     """The picture of each row, as it is stored, and the row's columns that are named."""
     if len(rows) == 0:
-        raise ValueError("The data set has no rows.")
+        raise ValueError("The dataset has no rows.")
     if column_names(rows) is not None:
         rows = rows.with_format(None)  # a tensor is no id, and no text
     pictures = select_columns(rows, [image_column], image_column)

@@ -200,10 +200,10 @@ def _tower_outputs(
 
 
 def _image_rows(samples: Sequence[CaptionSample]) -> tuple[datasets.Dataset, str]:
-    """The pictures as a data set, one row each, and their column."""
+    """The pictures as a dataset, one row each, and their column."""
     images = [sample.image for sample in samples]
     first = images[0]
-    # Samples may come from several data sets
+    # Samples may come from several datasets
     is_one = all(isinstance(x, RowImage) and x.rows is first.rows and x.column == first.column for x in images)
     if is_one and isinstance(first.rows, datasets.Dataset):
         return first.rows.select([image.row for image in images]), first.column

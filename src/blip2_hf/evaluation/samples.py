@@ -21,11 +21,11 @@ _OPENED = 32  # pictures that a fingerprint looks at
 @dataclass(frozen=True)
 class RowImage:
     r"""
-    A picture in a row of a data set, which is read when it is needed.
+    A picture in a row of a dataset, which is read when it is needed.
 
     Args:
         rows (`datasets.Dataset` or `Sequence[Mapping]`):
-            The data set.
+            The dataset.
         row (`int`):
             Number of the row.
         column (`str`):
@@ -79,7 +79,7 @@ class QuestionSample:
         image (`str` or [`RowImage`]):
             Path of the picture, or anything else that [`~image_loading.load_image`] takes.
         image_id (`int` or `str`):
-            Its name in the data set.
+            Its name in the dataset.
         question_id (`int` or `str`):
             The question's name in the output, which no other sample has.
         question (`str`):
@@ -179,7 +179,7 @@ def sample_id(sample: Sample) -> int | str:
 
 
 def picture_key(sample: Sample) -> Hashable:
-    """Return a key that is equal for samples about one picture: its path, its row in a data set, or its object."""
+    """Return a key that is equal for samples about one picture: its path, its row in a dataset, or its object."""
     image = sample.image
     if isinstance(image, RowImage):
         return id(image.rows), image.row, image.column

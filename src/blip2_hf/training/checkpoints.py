@@ -228,7 +228,7 @@ def _settings(trainer: "Blip2Trainer", options: Mapping[str, Any], models: Itera
 
 def _compare(checkpoint: str, found: dict[str, Any], now: dict[str, Any], anyway: str):
     different = {name for name in {*found, *now} if found.get(name) != now.get(name)}
-    # A model or data set may have moved
+    # A model or dataset may have moved
     moved = {name for name in different if _contents(name) in now and _contents(name) not in different}
     if different := sorted(different - moved):
         details = "; ".join(f"{name}: {found.get(name)!r} there, {now.get(name)!r} now" for name in different)
