@@ -504,7 +504,7 @@ def test_what_is_refused(rows, retriever, tmp_path):
 def test_what_a_stopped_run_has_begun_is_no_part_of_another_result(rows, tmp_path):
     def interrupted(pictures, captions):
         # What the first batch gave is in the file by then
-        monkey.setattr("blip2_hf.capfilt.files._GROUP_BYTES", 1)
+        monkey.setattr("blip2_hf.capfilt.result._GROUP_BYTES", 1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(pictures)

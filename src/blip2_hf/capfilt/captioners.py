@@ -1,5 +1,6 @@
 """Captioners: several captions of each picture, by a model of this library or by a pipeline."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,10 +10,9 @@ from transformers.pipelines.base import Pipeline
 from transformers.processing_utils import ProcessorMixin
 
 from ..captioning.captions import MAX_NEW_TOKENS, CaptionWriter
-from ..data.rows import stable_hash
+from ..jobs.inference import model_fingerprint
 from ..models.image_loading import check_reads_8_bit
 from ..models.modeling_pretraining import Blip2ForPreTraining
-from .settings import WithSettings, model_settings
 
 
 NUM_CAPTIONS, TOP_P = 10, 0.9  # the paper's number; nucleus sampling as BLIP has it
@@ -20,7 +20,7 @@ NUM_CAPTIONS, TOP_P = 10, 0.9  # the paper's number; nucleus sampling as BLIP ha
 Captioner = Callable[[list[Any]], Sequence[Sequence[str]]]
 
 
-class ModelCaptioner(WithSettings):
+class ModelCaptioner:
     r"""
     Several captions of each picture by a BLIP-2 (section 3.4): sampled, unless `generate_kwargs` say otherwise. Where
     the memory of the device does not do, pictures are captioned in halves; what is then sampled is not what it would
@@ -86,7 +86,7 @@ class ModelCaptioner(WithSettings):
         return {**model, "prompt": self.prompt, "generation": own | self.generate_kwargs}
 
 
-class PipelineCaptioner(WithSettings):
+class PipelineCaptioner:
     r"""
     Several captions of each picture by a pipeline: sampled, unless `generate_kwargs` say otherwise.
 
@@ -156,17 +156,21 @@ def propose_captions(captioner: Captioner | None, pictures: list[Any], seed: int
     return [[text.strip() for text in texts] for texts in captions]
 
 
-def seed_of(seed: int, row: int) -> int:
-    """The seed of the pictures from a row on."""
-    return stable_hash(f"{seed}/{row}")
-
-
 def picture_inputs(pictures: list[Any], image_processor: Any) -> torch.Tensor:
     """Pixels of shape `(pictures, channels, height, width)`, or features of `(pictures, features, width)`."""
     if isinstance(pictures[0], torch.Tensor):
         return torch.stack(pictures)
     check_reads_8_bit(image_processor)
     return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+
+def model_settings(model: PreTrainedModel, image_processor: Any) -> dict[str, Any]:
+    """Return what tells a model from others: the weights, not the name, because a model may move."""
+    return {
+        "weights": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "image_processor": json.loads(image_processor.to_json_string()),
+    }
 
 
 class _SeveralCaptionsWriter(CaptionWriter):

@@ -9,8 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 from ..models.losses import image_text_similarity
 from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 from ..retrieval.two_stage import TwoStageRetrieval
-from .captioners import picture_inputs
-from .settings import WithSettings, model_settings
+from .captioners import model_settings, picture_inputs
 
 
 SCORES = ("sum", "itm", "itc")
@@ -18,7 +17,7 @@ SCORES = ("sum", "itm", "itc")
 CaptionFilter = Callable[[list[Any], list[list[str]]], Sequence[Sequence[float]]]
 
 
-class RetrievalFilter(WithSettings):
+class RetrievalFilter:
     r"""
     Scores of captions by a model for retrieval. A picture goes through the tower once, and its keys and values are
     computed once, however many captions it has; a caption of several pictures is read once for contrast.

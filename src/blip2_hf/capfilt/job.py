@@ -1,6 +1,7 @@
 """CapFilt over a dataset: file by file, what is there already stays, each process takes its share."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,13 +18,12 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from ..captioning.captions import leave_interrupts_to_the_parent
-from .captioners import Captioner, propose_captions, seed_of
-from .files import ResultFiles
-from .filters import CaptionFilter
+from ..data.rows import stable_hash
+from .captioned_pictures import CaptionedPicture, CaptionedPictures
+from .captioners import Captioner, ModelCaptioner, PipelineCaptioner, propose_captions
+from .filters import CaptionFilter, RetrievalFilter
 from .ranking import RankedCaption, kept_captions, rank_captions
-from .report import CapFiltCounts, ShardReport
-from .rows import CaptionedPicture, CaptionedPictures
-from .settings import settings_of
+from .result import CapFiltCounts, ResultFiles, ShardReport
 
 
 ADDED = {
@@ -122,8 +122,8 @@ def capfilt_dataset(
     pictures = CaptionedPictures(dataset, image_column, text_column)
     settings = {
         **pictures.describe(),
-        "captioner": settings_of(captioner),
-        "filter": settings_of(caption_filter),
+        "captioner": _settings_of(captioner),
+        "filter": _settings_of(caption_filter),
         "keep": keep,
         "min_score": min_score,
         "batch_size": batch_size,
@@ -152,6 +152,14 @@ def capfilt_dataset(
         tqdm.write(files.finish(), file=sys.stderr)
     state.wait_for_everyone()
     return files.report().counts
+
+
+def _settings_of(function: Any) -> Any:
+    """Return the settings of a captioner or a filter, and of any other function its name."""
+    if isinstance(function, (ModelCaptioner, PipelineCaptioner, RetrievalFilter)):
+        return function.settings()
+    # The address of a function differs from run to run
+    return None if function is None else re.sub(r" at 0x[0-9a-f]+", "", repr(function))
 
 
 def _check_arguments(dataset: Any, keep: int, batch_size: int, rows_per_shard: int):
@@ -211,7 +219,7 @@ class _Ranking:
     def _rank(self, batch: list[CaptionedPicture]) -> list[list[RankedCaption]]:
         readable = [row for row in batch if row.bad is None]
         pictures = [row.picture for row in readable]
-        proposals = propose_captions(self.captioner, pictures, seed_of(self.seed, batch[0].name.number))
+        proposals = propose_captions(self.captioner, pictures, stable_hash(f"{self.seed}/{batch[0].name.number}"))
         ranked = iter(rank_captions(self.caption_filter, pictures, [row.originals for row in readable], proposals))
         return [next(ranked) if row.bad is None else [] for row in batch]
 
