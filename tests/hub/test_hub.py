@@ -23,8 +23,8 @@ from push_to_hub import RESULTS
 from stage1 import make_stage1
 from tiny import make_image, make_model, make_processor, make_tokenizer
 
-from blip2_hf.hub.model_card import write_model_card
 from blip2_hf.hub import fetch_card, push
+from blip2_hf.hub.model_card import write_model_card
 from blip2_hf.training import Blip2Trainer, Stage2Arguments
 
 

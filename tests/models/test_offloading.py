@@ -15,7 +15,7 @@ from blip2_hf.attention_maps import query_attention_map, text_heat_map
 from blip2_hf.data import cache_features, load_cached_features
 from blip2_hf.data.feature_cache import read_cached_features
 from blip2_hf.evaluation import TwoStageRetrieval
-from blip2_hf.jobs.inference import model_fingerprint
+from blip2_hf.jobs.fingerprints import model_fingerprint
 from blip2_hf.retrieval.loading import check_same_model, describe_model
 
 

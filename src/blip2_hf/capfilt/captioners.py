@@ -10,7 +10,7 @@ from transformers.pipelines.base import Pipeline
 from transformers.processing_utils import ProcessorMixin
 
 from ..captioning.captions import MAX_NEW_TOKENS, CaptionWriter
-from ..jobs.inference import model_fingerprint
+from ..jobs.fingerprints import model_fingerprint
 from ..models.image_loading import check_reads_8_bit
 from ..models.modeling_pretraining import Blip2ForPreTraining
 

@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from ..jobs.inference import first_batch_size
+from ..jobs.batch_size import first_batch_size
 from ..models.image_loading import ImageLoadError, load_image_for
 
 

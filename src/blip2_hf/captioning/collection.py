@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from ..jobs.inference import model_fingerprint
+from ..jobs.fingerprints import model_fingerprint
 from ..models.image_loading import check_reads_8_bit
 from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images
 from .outputs import CaptionOutput, open_output

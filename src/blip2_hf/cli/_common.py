@@ -36,7 +36,7 @@ def processes(device: str | None, interrupted: str) -> Iterator[Any]:
     import torch
     from accelerate import PartialState
 
-    from ..jobs.files import printable
+    from ..jobs.errors import printable
 
     # accelerate sees no other processes on a machine without a GPU, unless it is told so
     state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)

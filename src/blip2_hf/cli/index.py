@@ -43,7 +43,7 @@ def add_parser(commands: Any):
 
 
 def _run(options: argparse.Namespace):
-    from ..jobs.files import printable
+    from ..jobs.errors import printable
     from ..search import SearchIndex
 
     try:

@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace):
     if options.sheet is not None and not options.sheet.lower().endswith(".png"):
         raise SystemExit(f"blip2-hf: --sheet {options.sheet}: a name that ends in .png was expected.")
 
-    from ..jobs.files import printable
+    from ..jobs.errors import printable
     from ..search import SearchIndex
 
     try:

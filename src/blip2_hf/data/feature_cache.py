@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from ..jobs.inference import sampled_weights
+from ..jobs.fingerprints import sampled_weights
 from ..models.backbones import load_tower, measure_width
 from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
 from ..models.image_loading import ImageLoadError, check_reads_8_bit

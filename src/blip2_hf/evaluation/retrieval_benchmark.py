@@ -18,7 +18,8 @@ from transformers.utils import logging
 from ..data.feature_cache import cache_features, load_cached_features
 from ..data.image_size import own_image_size, with_image_size
 from ..data.text import clean_caption
-from ..jobs.inference import first_batch_size, model_fingerprint
+from ..jobs.batch_size import first_batch_size
+from ..jobs.fingerprints import model_fingerprint
 from ..retrieval.two_stage import EncodedTexts, TwoStageRankings, TwoStageRetrieval
 from .prediction_store import PredictionStore
 from .report import write_report

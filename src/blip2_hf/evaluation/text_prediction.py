@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data.image_size import own_image_size, with_image_size
-from ..jobs.inference import first_batch_size, model_fingerprint
+from ..jobs.batch_size import first_batch_size
+from ..jobs.fingerprints import model_fingerprint
 from ..models.generation_presets import GenerationPreset
 from ..models.image_loading import check_reads_8_bit
 from .prediction_store import PredictionStore

@@ -1,1 +1,4 @@
-"""What jobs on many pictures share: they resume, they share the work among processes, they write files whole."""
+"""
+Resumable work on many pictures: the one place that knows how files are written whole, how the results of other
+settings are refused, which files are pictures, and how several processes share the work.
+"""

@@ -1,23 +1,11 @@
-"""Loading, batch sizes and fingerprints of models, for the jobs on many pictures."""
+"""Models that jobs compute with: with all their weights, all of which are numbers."""
 
-import hashlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..models.backbones import load_whole
-
-
-_FIRST_BATCH_SIZE = {"cpu": 16}  # for it has no error to tell that memory runs out
-_FIRST_BATCH_SIZE_OF_ACCELERATORS = 128
-_SAMPLED_VALUES = 32  # of each weight, at least: they tell a model from another
-
-
-def first_batch_size(device: torch.device) -> int:
-    """How many texts are written at a time, before memory runs out."""
-    return _FIRST_BATCH_SIZE.get(device.type, _FIRST_BATCH_SIZE_OF_ACCELERATORS)
 
 
 def load_model(model_class: Any, name: str | os.PathLike, expected: str, **kwargs) -> Any:
@@ -67,32 +55,3 @@ def check_finite(model: torch.nn.Module, name: str | os.PathLike):
             f"{len(weights)} ({broken[0]}{', ...' if len(broken) > 1 else ''}). Its training diverged, or its values "
             "are too large for that type: give an earlier checkpoint, or another dtype."
         )
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of some values of each weight."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, sample in sampled_weights(model):
-        digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def sampled_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name of each weight and some of its values, in float32 on the CPU, wherever accelerate keeps it."""
-    for name, weight in model.state_dict().items():
-        if not isinstance(weight, torch.Tensor):
-            continue
-        if not weight.is_meta:
-            yield name, _sample(weight)
-            continue
-        from accelerate.utils import align_module_device
-
-        path, _, own_name = name.rpartition(".")
-        module = model.get_submodule(path)
-        with align_module_device(module):
-            yield name, _sample(getattr(module, own_name))
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    flat = weight.detach().flatten()
-    return flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].float().cpu()

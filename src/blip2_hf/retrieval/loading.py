@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..jobs.inference import load_model, sampled_weights
+from ..jobs.fingerprints import sampled_weights
+from ..jobs.inference import load_model
 from ..models.modeling_retrieval import Blip2ForImageTextRetrieval, Blip2ImageTextPreTrainedModel
 from ..models.processing_blip2 import Blip2Processor
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..jobs.files import write_file
+from ..jobs.atomic_files import atomic_file
 from .store import Store
 
 
@@ -55,7 +55,8 @@ class ApproximateIndex:
             index = faiss.read_index(str(path))
         self._add(index, self.store.rows[self.store.rows[:, 0] >= covered], show_progress)
         target = self.store.new_approximate_file(self.store.next_id())
-        write_file(target, lambda file: faiss.write_index(index, faiss.PyCallbackIOWriter(file.write)))
+        with atomic_file(target) as file:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
         if path not in (None, target):
             path.unlink()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..jobs.files import write_file, write_json
+from ..jobs.atomic_files import atomic_file, write_json
 
 
 DESCRIPTION = "index.json"
@@ -116,14 +116,15 @@ class Store:
 
     def _write_shard(self, shard: Shard, arrays: dict[str, np.ndarray]):
         for name, array in arrays.items():
-            write_file(self._path(name, shard.number), lambda file, array=array: np.save(file, array))
+            with atomic_file(self._path(name, shard.number)) as file:
+                np.save(file, array)
         self._write_pictures(shard)
         self.shards.append(shard)
         self._rows = None
 
     def _write_pictures(self, shard: Shard):
         columns = {"ids": shard.ids, "paths": shard.paths, "stats": shard.stats}
-        write_json(self._path("pictures", shard.number), columns)
+        write_json(self._path("pictures", shard.number), columns, indent=None)
 
     def drop(self, paths: set[str]):
         """Leaves pictures out."""

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..jobs.files import printable
+from ..jobs.errors import printable
 from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 from .pictures import PictureInputs, collate
 from .store import Store

@@ -1,0 +1,77 @@
+"""How many items a model takes at a time: as many as its memory allows."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers.utils import is_accelerate_available, logging
+
+
+logger = logging.get_logger(__name__)
+
+_FIRST = {"cpu": 16}  # because a CPU has no error that tells that memory runs out
+_FIRST_OF_ACCELERATORS = 128
+
+
+def first_batch_size(device: torch.device) -> int:
+    """Return how many items are computed at a time, before memory runs out."""
+    return _FIRST.get(device.type, _FIRST_OF_ACCELERATORS)
+
+
+class BatchSize:
+    r"""
+    A number of items that is halved whenever memory runs out, and stays so.
+
+    Args:
+        size (`int`):
+            The number to begin with.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[tuple[Any, Any]]:
+        r"""
+        Call a function with items, as many at a time as memory takes.
+
+        Args:
+            function (`Callable`):
+                What computes. It is called again with half as many items if memory runs out.
+            items (sequence or `torch.Tensor`):
+                The items; they are sliced.
+
+        Returns:
+            iterator of some of the items and what `function` returned for them.
+
+        Raises:
+            RuntimeError: if memory does not even take one item.
+        """
+        done = 0
+        while done < len(items):
+            part = items[done : done + self.size]
+            try:
+                result = function(part)
+            except RuntimeError as error:
+                if len(part) == 1 or not _is_lack_of_memory(error):
+                    raise
+            else:
+                done += len(part)
+                yield part, result
+                continue
+            # Only here, where the error is gone, does nothing hold the tensors of the batch
+            self._halve(len(part))
+
+    def _halve(self, failed: int):
+        from accelerate.utils.memory import clear_device_cache
+
+        clear_device_cache(garbage_collection=True)
+        self.size = failed // 2
+        logger.warning(f"Too little memory for {failed} at a time: going on with {self.size}.")
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    if not is_accelerate_available():
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error)

@@ -1,0 +1,26 @@
+"""Errors of jobs. Each message says what was given, what was expected and what to do."""
+
+
+class CollectionError(ValueError):
+    """A collection of pictures, or an output, that does not fit."""
+
+
+class MadeOtherwiseError(CollectionError):
+    """Results that other settings made than those that are given."""
+
+
+class OutputInUseError(CollectionError):
+    """An output that another run is writing to."""
+
+
+class OutputLostError(OSError):
+    """Results that were written and are not there any more."""
+
+
+class StateFileError(ValueError):
+    """A file in which an earlier run says what it has done, and which can't be read."""
+
+
+def printable(text: str) -> str:
+    """Return a text that can be printed, also if names of files in it are not Unicode."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,86 @@
+"""An output that one run writes to at a time, its processes together, and that is there at the end."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from .errors import OutputInUseError, OutputLostError
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+logger = logging.get_logger(__name__)
+
+
+@contextlib.contextmanager
+def only_writer(lock: str | os.PathLike, output: Any, state: "PartialState | None" = None) -> Iterator[None]:
+    r"""
+    Keep other runs from an output. The system lifts the lock if the process is killed.
+
+    Args:
+        lock (`str` or `os.PathLike`):
+            The file that is locked, and stays: a hidden one, in or beside the output.
+        output (`str` or `os.PathLike`):
+            The output, for the message.
+        state ([`~accelerate.PartialState`], *optional*):
+            The processes of this run, all of which call this: the first one locks.
+
+    Raises:
+        OutputInUseError: in all processes, if another run is writing to the output.
+    """
+    Path(lock).parent.mkdir(parents=True, exist_ok=True)
+    file = FileLock(lock)
+    is_mine = [True]
+    if state is None or state.is_main_process:
+        try:
+            file.acquire(timeout=0)
+        except Timeout:
+            is_mine = [False]
+        except NotImplementedError:
+            logger.warning(f"The file system of {lock} has no locks: let no other run write to {output}.")
+    if state is not None and state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        is_mine = broadcast_object_list(is_mine)
+    if not is_mine[0]:
+        raise OutputInUseError(
+            f"Another run is writing to {output}: it holds {lock}. Wait until it has ended, or give another output."
+        )
+    try:
+        yield
+    finally:
+        file.release()
+
+
+def share(items: Sequence, state: "PartialState") -> Sequence:
+    """Return what this process does of the work: every n-th item, if there are n processes."""
+    return items[state.process_index :: state.num_processes]
+
+
+def tell_share(state: "PartialState") -> str:
+    """Return what a message says of the processes, behind the amount of work."""
+    return (
+        "" if state.num_processes == 1 else f" in {state.num_processes} processes, of which this one shows its share"
+    )
+
+
+def check_still_there(paths: Iterable[str | os.PathLike], output: Any):
+    """Refuse to call a job done whose files are gone, as when their folder was deleted meanwhile."""
+    missing = [Path(path) for path in paths if not Path(path).exists()]
+    if missing:
+        more = f" and {len(missing) - 1:,} more files" if len(missing) > 1 else ""
+        raise_lost(output, f"{missing[0]}{more} were written and are not there any more")
+
+
+def raise_lost(output: Any, what: str):
+    """Raise the error of results that are gone."""
+    raise OutputLostError(
+        f"{output} was deleted or changed while this run wrote to it: {what}. Run the same command again, which makes "
+        "what is missing."
+    )

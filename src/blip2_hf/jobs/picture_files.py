@@ -1,0 +1,74 @@
+"""Which files are pictures: one table of endings, and one walk through a folder."""
+
+import functools
+import os
+import stat
+from pathlib import Path
+
+from PIL import Image
+from transformers.utils import logging
+
+from .errors import CollectionError
+
+
+logger = logging.get_logger(__name__)
+
+_WITH_A_PLUGIN = {".heic", ".heif"}  # found without the plug-in too, so that the error can ask for it
+_NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}  # PIL knows these formats by name, and can't decode them
+
+
+@functools.cache
+def picture_endings() -> frozenset[str]:
+    """Return the endings of files that PIL reads, in lower case, such as `.jpg`."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return frozenset(_WITH_A_PLUGIN | {e for e, name in known if name in Image.OPEN and name not in _NO_PICTURES})
+
+
+def is_picture_name(name: str) -> bool:
+    """Tell whether a file is a picture by the ending of its name."""
+    return os.path.splitext(name)[1].lower() in picture_endings()
+
+
+def find_picture_files(
+    folder: str | os.PathLike, left_out: str | os.PathLike | None = None
+) -> dict[str, os.stat_result]:
+    r"""
+    Find the pictures in a folder and in the folders inside it, by the endings of their names. Names that begin with a
+    dot are passed over, links to folders are not followed, and what is no file, such as a named pipe, is no picture.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The folder.
+        left_out (`str` or `os.PathLike`, *optional*):
+            A folder inside it that is passed over.
+
+    Returns:
+        `dict[str, os.stat_result]`: size and times of each picture, by its path inside `folder`, in the order of these
+        paths.
+
+    Raises:
+        CollectionError: if there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CollectionError(f"{folder}: no such folder. Give a folder of pictures.")
+    passed_over = None if left_out is None else Path(left_out).resolve()
+    found = {}
+    for parent, folders, names in os.walk(folder, onerror=_warn):
+        folders[:] = [name for name in folders if name[0] != "." and Path(parent, name).resolve() != passed_over]
+        for name in names:
+            if name[0] != "." and is_picture_name(name):
+                path = Path(parent, name)
+                try:
+                    status = path.stat()
+                except OSError as error:  # removed just now, or a link to nothing or to itself
+                    _warn(error)
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    found[path.relative_to(folder).as_posix()] = status
+    return dict(sorted(found.items()))
+
+
+def _warn(error: OSError):
+    logger.warning(f"Left out: {error}")

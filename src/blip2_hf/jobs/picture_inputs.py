@@ -1,0 +1,168 @@
+"""Pictures for a model, in batches: what can't be read stops nothing."""
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ..models.image_loading import ImageLoadError, load_image_for
+
+
+_BATCHES_AHEAD = 2
+
+# Number of a picture, and the model's input for it or why it can't be read
+PictureInput = tuple[int, torch.Tensor | str]
+
+
+class PictureInputs(Dataset):
+    r"""
+    The model's input for each picture, or why it can't be read.
+
+    Args:
+        pictures (`Sequence` or `Dataset`):
+            Anything that [`~image_loading.load_image`] takes. `pictures[i]` may raise an
+            [`~image_loading.ImageLoadError`].
+        image_processor (`BaseImageProcessor`):
+            Makes the input.
+        name (`Callable`, *optional*):
+            Returns what an error calls a picture, by its number.
+    """
+
+    def __init__(self, pictures: Sequence | Dataset, image_processor: Any, name: Callable[[int], str] | None = None):
+        self.pictures = pictures
+        self.image_processor = image_processor
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, number: int) -> PictureInput:
+        name = None if self.name is None else self.name(number)
+        return number, prepare(lambda: self.pictures[number], self.image_processor, name)
+
+
+class PictureStream(IterableDataset):
+    """The same of pictures that come one after the other."""
+
+    def __init__(self, pictures: Iterable, image_processor: Any, name: Callable[[int], str] | None = None):
+        self.pictures = pictures
+        self.image_processor = image_processor
+        self.name = name
+
+    def __iter__(self) -> Iterator[PictureInput]:
+        for number, picture in enumerate(self.pictures):
+            name = None if self.name is None else self.name(number)
+            yield number, prepare(lambda picture=picture: picture, self.image_processor, name)
+
+
+def prepare(open_picture: Callable[[], Any], image_processor: Any, name: str | None = None) -> torch.Tensor | str:
+    """Return the model's input for a picture, of shape `(1, channels, height, width)`, or why it can't be read."""
+    try:
+        picture = load_image_for(image_processor, open_picture(), name)
+    except ImageLoadError as error:
+        return str(error)
+    return image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+
+
+@dataclass
+class PictureBatch:
+    r"""
+    Some pictures.
+
+    Args:
+        numbers (`list[int]`):
+            Which pictures they are.
+        errors (`dict[int, str]`):
+            Why some can't be read, by their number.
+        arrays (`np.ndarray` of shape `(num_readable, channels, height, width)`, *optional*):
+            The model's input for the others, in their order; `None` if there are none.
+    """
+
+    numbers: list[int]
+    errors: dict[int, str]
+    # An array comes through a pipe: a container has often less shared memory than a batch of tensors needs
+    arrays: np.ndarray | None
+
+    @property
+    def readable(self) -> list[int]:
+        """The numbers of the pictures that can be read."""
+        return [number for number in self.numbers if number not in self.errors]
+
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        """`arrays` as a tensor."""
+        return None if self.arrays is None else torch.from_numpy(self.arrays)
+
+
+def collate_pictures(items: Sequence[PictureInput]) -> PictureBatch:
+    r"""
+    Make a batch of pictures.
+
+    Args:
+        items (`list[tuple[int, torch.Tensor | str]]`):
+            Of each picture its number, and its input of shape `(views, channels, height, width)` or why it can't be
+            read.
+
+    Returns:
+        [`PictureBatch`].
+
+    Raises:
+        ValueError: if the inputs have several sizes.
+    """
+    readable = [value for _, value in items if isinstance(value, torch.Tensor)]
+    shapes = {tuple(value.shape[1:]) for value in readable}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The image processor made pictures of several sizes, {sorted(shapes)}, of the pictures {items[0][0]} to "
+            f"{items[-1][0]}. Let it make them of one size, or take them one at a time with batch_size=1."
+        )
+    errors = {number: value for number, value in items if isinstance(value, str)}
+    return PictureBatch([number for number, _ in items], errors, torch.cat(readable).numpy() if readable else None)
+
+
+def load_ahead(dataset: Dataset, num_workers: int, **kwargs) -> Iterator:
+    r"""
+    Read a dataset in batches, the next of which are made while the model computes.
+
+    Args:
+        dataset (`Dataset`):
+            The dataset. One that is no sequence is read by a thread.
+        num_workers (`int`):
+            Processes that read it; 0 takes a thread of this one.
+        kwargs:
+            Those of `DataLoader`, such as `batch_size` or `batch_sampler`, and `collate_fn`, which is
+            [`collate_pictures`] if it is not given.
+
+    Returns:
+        iterator of what `collate_fn` returns.
+    """
+    num_workers = 0 if isinstance(dataset, IterableDataset) else num_workers
+    loader = DataLoader(
+        dataset,
+        num_workers=num_workers,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        generator=torch.Generator(),  # the global one is left alone
+        **{"collate_fn": collate_pictures, **kwargs},
+    )
+    return iter(loader) if num_workers else _in_a_thread(loader)
+
+
+def _in_a_thread(items: Iterable) -> Iterator:
+    """Yield the same items, made in a thread before they are asked for."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as executor:
+        waiting = deque(executor.submit(next, iterator, None) for _ in range(_BATCHES_AHEAD))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(executor.submit(next, iterator, None))
+            yield item
+
+
+def _leave_interrupts_to_the_parent(worker: int):
+    # Ctrl-C goes to all processes; a worker that it stops prints a traceback
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,75 @@
+"""Reading what an earlier run wrote: JSON, and lines of JSON that a process was killed over."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import StateFileError
+
+
+def read_json(path: str | os.PathLike, advice: str) -> dict[str, Any]:
+    r"""
+    Read a file with one object.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        advice (`str`):
+            What to do if it can't be read, a sentence.
+
+    Returns:
+        `dict`: the object.
+
+    Raises:
+        StateFileError: if the file has something else. The message names it.
+        FileNotFoundError: if there is no such file.
+    """
+    return _parse(Path(path).read_bytes(), str(path), advice)
+
+
+def read_json_lines(path: str | os.PathLike, advice: str) -> Iterator[Any]:
+    r"""
+    Read a file with JSON in each line. A last line without its end, which a process that was killed leaves, is no
+    line.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        advice (`str`):
+            What to do if it can't be read, a sentence.
+
+    Returns:
+        iterator of what the lines hold.
+
+    Raises:
+        StateFileError: if a line has something else. The message names the file and the line.
+        FileNotFoundError: if there is no such file.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                yield _parse(line, f"{path}, line {number}", advice, kind=object)
+
+
+def json_line(record: Any) -> bytes:
+    """Return a line for [`read_json_lines`]. It is ASCII, which names of files that are not Unicode survive."""
+    return json.dumps(record).encode() + b"\n"
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they are read from a file: tuples as lists, keys as strings."""
+    return json.loads(json.dumps(settings))
+
+
+def _parse(data: bytes, place: str, advice: str, kind: type = dict) -> Any:
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise StateFileError(
+            f"{place} can't be read as JSON ({len(data)} bytes; {error}): it was cut off or changed. {advice}"
+        ) from error
+    if not isinstance(found, kind):
+        raise StateFileError(f"{place}: an object of JSON was expected, got a {type(found).__name__}. {advice}")
+    return found
