@@ -28,6 +28,8 @@ class BatchSize:
     """
 
     def __init__(self, size: int):
+        if size < 1:
+            raise ValueError(f"batch_size={size}: at least 1 was expected.")
         self.size = size
 
     def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[tuple[Any, Any]]:
