@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from transformers.processing_utils import ProcessorMixin
 
+from ..jobs.fingerprints import model_settings
 from ..models.losses import image_text_similarity
 from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 from ..retrieval.two_stage import TwoStageRetrieval
-from .captioners import model_settings, picture_inputs
+from .captioners import picture_inputs
 
 
 SCORES = ("sum", "itm", "itc")
@@ -64,6 +65,8 @@ class RetrievalFilter:
 
     def __call__(self, pictures: list[Any], captions: list[list[str]]) -> list[list[float]]:
         r"""
+        Score captions of pictures.
+
         Args:
             pictures (`list`):
                 Pictures (`PIL.Image.Image`), or what the tower made of them (`torch.Tensor` of shape
@@ -101,6 +104,7 @@ class RetrievalFilter:
             self.model.train(was_training)
 
     def settings(self) -> dict[str, Any]:
+        """Return what the scores depend on."""
         model = model_settings(self.model, self.processor.image_processor)
         return {**model, "score": self.score, "max_length": self.retrieval.max_length}
 

@@ -1,9 +1,8 @@
 """CapFilt over a dataset: file by file, what is there already stays, each process takes its share."""
 
 import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -17,8 +16,10 @@ from datasets.table import embed_table_storage
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..captioning.captions import leave_interrupts_to_the_parent
 from ..data.rows import stable_hash
+from ..jobs.fingerprints import stable_repr
+from ..jobs.output import only_writer, share, tell_share
+from ..jobs.picture_inputs import load_ahead
 from .captioned_pictures import CaptionedPicture, CaptionedPictures
 from .captioners import Captioner, ModelCaptioner, PipelineCaptioner, propose_captions
 from .filters import CaptionFilter, RetrievalFilter
@@ -55,8 +56,8 @@ def capfilt_dataset(
     overwrite: bool = False,
 ) -> CapFiltCounts:
     r"""
-    Captions and filters a dataset (CapFilt, as in section 3.4): a captioner proposes captions of each picture, a
-    filter ranks them together with those that the picture came with, the first `keep` stay. It may be stopped, or
+    Caption and filter a dataset (CapFilt, as in section 3.4): a captioner proposes captions of each picture, a filter
+    ranks them together with those that the picture came with, the first `keep` stay. The job may be stopped, or
     killed, and run again: finished files are kept, and the result is the same. In several processes
     (`accelerate launch`, `torchrun`) each takes its share of the files.
 
@@ -106,7 +107,9 @@ def capfilt_dataset(
         [`CapFiltCounts`].
 
     Raises:
-        ValueError: if the arguments do not fit, or the folder holds captions that were ranked otherwise.
+        ValueError: if the arguments do not fit, if the folder holds captions that were ranked otherwise, or if another
+            run is writing to it.
+        OSError: if files are gone at the end, as when the folder was deleted meanwhile.
 
     Example:
 
@@ -131,35 +134,39 @@ def capfilt_dataset(
     }
     features = datasets.Features({**dataset.features, **ADDED})
     files = ResultFiles(Path(folder), features, len(dataset), rows_per_shard, settings)
+    ranking = _Ranking(pictures, captioner, caption_filter, keep, min_score, seed, files.schema)
     state = PartialState(cpu=not torch.accelerator.is_available())
-    files.check_own()
-    if overwrite and state.is_main_process:
-        files.clear()
-    state.wait_for_everyone()
+    with only_writer(files.folder / ".lock", files.folder, state):
+        files.check_own()
+        if overwrite and state.is_main_process:
+            files.clear()
+        state.wait_for_everyone()
+        _rank_missing(files, ranking, batch_size, num_workers, state)
+        return files.report().counts
+
+
+def _rank_missing(files: ResultFiles, ranking: "_Ranking", batch_size: int, num_workers: int, state: PartialState):
+    """Write the files that are not there yet, each process a share of them, and make them a dataset."""
     files.check()
     missing = files.missing()
     # All are to see the same files before the first of them changes one
     state.wait_for_everyone()
     if state.is_main_process:
         files.prepare()
-        _announce(files, len(dataset), len(missing), state.num_processes)
+        _announce(files, len(ranking.pictures), len(missing), state)
     state.wait_for_everyone()
-    ranking = _Ranking(pictures, captioner, caption_filter, keep, min_score, seed, files.schema)
-    share = missing[state.process_index :: state.num_processes]
-    _write(files, share, ranking, batch_size, num_workers, is_shown=state.is_main_process)
+    _write(files, share(missing, state), ranking, batch_size, num_workers, is_shown=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process:
         tqdm.write(files.finish(), file=sys.stderr)
     state.wait_for_everyone()
-    return files.report().counts
 
 
 def _settings_of(function: Any) -> Any:
     """Return the settings of a captioner or a filter, and of any other function its name."""
     if isinstance(function, (ModelCaptioner, PipelineCaptioner, RetrievalFilter)):
         return function.settings()
-    # The address of a function differs from run to run
-    return None if function is None else re.sub(r" at 0x[0-9a-f]+", "", repr(function))
+    return None if function is None else stable_repr(function)
 
 
 def _check_arguments(dataset: Any, keep: int, batch_size: int, rows_per_shard: int):
@@ -177,10 +184,9 @@ def _check_arguments(dataset: Any, keep: int, batch_size: int, rows_per_shard: i
         )
 
 
-def _announce(files: ResultFiles, rows: int, missing: int, processes: int):
-    shares = "" if processes == 1 else f" in {processes} processes, of which this one shows its share"
+def _announce(files: ResultFiles, rows: int, missing: int, state: PartialState):
     to_write = f"files to write: {missing:,} of {len(files.names):,}"
-    tqdm.write(f"{rows:,} rows, {to_write}{shares} ({files.folder})", file=sys.stderr)
+    tqdm.write(f"{rows:,} rows, {to_write}{tell_share(state)} ({files.folder})", file=sys.stderr)
 
 
 class _Ranking:
@@ -224,7 +230,7 @@ class _Ranking:
         return [next(ranked) if row.bad is None else [] for row in batch]
 
     def _table(self, found: list[tuple[list[str], list[dict[str, Any]], int]]) -> pa.Table:
-        """Kept captions, candidates and numbers of rows, behind the columns of these rows."""
+        """Return kept captions, candidates and numbers of rows, behind the columns of these rows."""
         columns = list(zip(*found, strict=True))
         arrays = self.pictures.columns(columns[-1]).combine_chunks().columns
         arrays += [pa.array(x, self.schema.field(name).type) for name, x in zip(ADDED, columns, strict=True)]
@@ -233,21 +239,18 @@ class _Ranking:
 
 
 def _write(
-    files: ResultFiles, shards: list[int], ranking: _Ranking, batch_size: int, num_workers: int, is_shown: bool
+    files: ResultFiles, shards: Sequence[int], ranking: _Ranking, batch_size: int, num_workers: int, is_shown: bool
 ):
     # A batch lies within one file, so that a file does not depend on where a run began
     own_rows = [files.rows[shard] for shard in shards]
     plan = [[rows[i : i + batch_size] for i in range(0, len(rows), batch_size)] for rows in own_rows]
-    loader = torch.utils.data.DataLoader(
+    batches = load_ahead(
         ranking.pictures,
+        num_workers,
         batch_sampler=[batch for batches in plan for batch in batches],
         collate_fn=list,
-        num_workers=num_workers,
-        worker_init_fn=leave_interrupts_to_the_parent,
-        generator=torch.Generator(),  # the global one is left alone
     )
     with logging.tqdm(total=sum(map(len, own_rows)), unit="row", desc="CapFilt", disable=not is_shown) as bar:
-        batches = iter(loader)
         for shard, own in zip(shards, plan, strict=True):
             report = ShardReport()
             files.write(shard, ranking.tables(islice(batches, len(own)), report, bar), report)

@@ -1,7 +1,6 @@
 """The result of CapFilt: Parquet files, a dataset once all of them are there, and what became of rows and captions."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.bad_rows import BadRow, report_bad_rows
+from ..jobs.atomic_files import atomic_file, remove_leftovers, rename, write_json
+from ..jobs.errors import MadeOtherwiseError, StateFileError
+from ..jobs.fingerprints import check_settings_file
+from ..jobs.output import check_still_there
 from .captioned_pictures import CaptionedPicture, bad_row, has_words
 from .ranking import RankedCaption
 
@@ -61,7 +64,7 @@ class CapFiltCounts:
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
     def summary(self) -> str:
-        """For people."""
+        """Return a report for people."""
         dropped = self.originals - self.originals_kept
         return (
             f"{self.rows - self.left_out:,} of {self.rows:,} rows are in the result.\n"
@@ -78,7 +81,7 @@ class ShardReport:
     left_out: list[BadRow] = field(default_factory=list)
 
     def add_row(self, row: CaptionedPicture, ranked: list[RankedCaption], kept: int, min_score: float | None):
-        """Counts a row, of whose candidates the first `kept` are kept."""
+        """Count a row, of whose candidates the first `kept` are kept."""
         self.counts.rows += 1
         if kept == 0:
             self.counts.left_out += 1
@@ -115,6 +118,8 @@ def _without_captions(row: CaptionedPicture, ranked: list[RankedCaption], min_sc
 
 class ResultFiles:
     r"""
+    The files of a result, which become a dataset once all of them are there.
+
     Args:
         folder (`Path`):
             The folder.
@@ -140,100 +145,98 @@ class ResultFiles:
         self.rows = [range(start, min(start + rows_per_shard, num_rows)) for start in starts]
         # As Dataset.push_to_hub names them: load_dataset takes nothing else in the folder for data
         self.names = [f"train-{shard:05d}-of-{len(self.rows):05d}.parquet" for shard in range(len(self.rows))]
-        # As JSON gives them back
-        self.settings = json.loads(json.dumps(settings | {"rows": num_rows, "rows_per_shard": rows_per_shard}))
+        self.settings = settings | {"rows": num_rows, "rows_per_shard": rows_per_shard}
+        self.settings_file = folder / _SETTINGS
+        self.left_out_file = folder / _LEFT_OUT
 
     @property
     def is_finished(self) -> bool:
+        """Whether all files were there once."""
         return (self.folder / _DATA).is_dir()
 
     @property
     def place(self) -> Path:
+        """Where the files are now."""
         return self.folder / (_DATA if self.is_finished else _UNFINISHED)
 
-    def clear(self):
-        """Removes all that an earlier run left."""
-        for name in (_DATA, _UNFINISHED):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in (_SETTINGS, _LEFT_OUT):
-            (self.folder / name).unlink(missing_ok=True)
-
-    def check(self):
-        """Refuses what was made otherwise; a run that has finished no file binds no other."""
-        path = self.folder / _SETTINGS
-        if path.exists() and (self.is_finished or any((self.folder / _UNFINISHED).glob("*.parquet"))):
-            self._compare(json.loads(path.read_text()))
-
     def check_own(self):
-        """Refuses a folder of data that no run of this kind can have written."""
-        if self.is_finished and not (self.folder / _SETTINGS).exists():
-            raise ValueError(
-                f"{self.folder / _DATA} is there already, without {_SETTINGS}, which would tell what wrote it. Give "
+        """Refuse a folder of data that no run of this kind can have written."""
+        if self.is_finished and not self.settings_file.exists():
+            raise MadeOtherwiseError(
+                f"{self.folder / _DATA} is there already, without {_SETTINGS}, which would tell what made it. Give "
                 "another folder, or delete it yourself."
             )
 
-    def _compare(self, found: dict[str, Any]):
-        now = self.settings
-        if different := sorted(name for name in {*found, *now} if found.get(name) != now.get(name)):
-            details = "; ".join(f"{name}: {found.get(name)} there, {now.get(name)} now" for name in different)
-            raise ValueError(
-                f"{self.folder} holds captions that were ranked otherwise ({details}). Give the same arguments to go "
-                "on with them, another folder, or overwrite=True (--overwrite) to delete them."
+    def clear(self):
+        """Remove all that an earlier run left."""
+        for name in (_DATA, _UNFINISHED):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in (self.settings_file, self.left_out_file):
+            path.unlink(missing_ok=True)
+
+    def check(self):
+        """Refuse what other settings made; a run that has finished no file binds no other."""
+        if self.is_finished or any(self.place.glob("*.parquet")):
+            advice = (
+                "Give the same arguments to go on with the captions in it, another folder, or overwrite=True "
+                "(--overwrite) to delete them."
             )
+            check_settings_file(self.settings_file, self.settings, self.folder, advice)
 
     def missing(self) -> list[int]:
-        """Numbers of the files that are to be written."""
+        """Return the numbers of the files that are to be written."""
         return [shard for shard, name in enumerate(self.names) if not (self.place / name).exists()]
 
     def prepare(self):
-        """Makes the folder, without what a run that was stopped has begun, and says what the result is made with."""
+        """Make the folder, without what a run that was stopped has begun, and say what the result is made with."""
         self.place.mkdir(parents=True, exist_ok=True)
         if not self.is_finished:
             # What stayed would become a part of the dataset
             for path in self.place.iterdir():
                 if path.name not in self.names:
                     path.unlink()
-        path = self.folder / _SETTINGS
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
-        os.replace(temporary, path)
+        for folder in (self.folder, self.place):
+            remove_leftovers(folder)
+        write_json(self.settings_file, self.settings)
 
     def write(self, shard: int, tables: Iterator[pa.Table], report: ShardReport):
-        """Writes a file, and into it the report, which is complete once the tables are."""
-        path = self.place / self.names[shard]
-        # Hidden from load_dataset, in a folder that may be finished already
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "wb") as file:
-            with pq.ParquetWriter(file, self.schema) as writer:
-                for table in _large(tables):
-                    writer.write_table(table)
-                writer.add_key_value_metadata({_REPORT: report.to_json()})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        """Write a file, and into it the report, which is complete once the tables are."""
+        with atomic_file(self.place / self.names[shard]) as file, pq.ParquetWriter(file, self.schema) as writer:
+            for table in _large(tables):
+                writer.write_table(table)
+            writer.add_key_value_metadata({_REPORT: report.to_json()})
 
     def finish(self) -> str:
-        """Makes the files a dataset, and tells which rows were left out and what became of the captions."""
-        if not self.is_finished:
-            os.replace(self.folder / _UNFINISHED, self.folder / _DATA)
+        """Make the files a dataset, and return which rows were left out and what became of the captions."""
+        check_still_there([self.place / name for name in self.names], self.folder)
         report = self.report()
-        path = self.folder / _LEFT_OUT
+        if not self.is_finished:
+            rename(self.folder / _UNFINISHED, self.folder / _DATA)
         if report.left_out:
-            return f"Left out: {report_bad_rows(report.left_out, path)}\n{report.counts.summary()}"
-        path.unlink(missing_ok=True)
+            return f"Left out: {report_bad_rows(report.left_out, self.left_out_file)}\n{report.counts.summary()}"
+        self.left_out_file.unlink(missing_ok=True)
         return report.counts.summary()
 
     def report(self) -> ShardReport:
-        """That of all files together."""
+        """Return that of all files together."""
         report = ShardReport()
         for name in self.names:
-            metadata = pq.read_metadata(self.folder / _DATA / name).metadata
-            report.add(ShardReport.from_json(metadata[_REPORT.encode()]))
+            report.add(_read_report(self.place / name))
         return report
 
 
+def _read_report(path: Path) -> ShardReport:
+    try:
+        return ShardReport.from_json(pq.read_metadata(path).metadata[_REPORT.encode()])
+    except (ValueError, KeyError, TypeError) as error:  # no Parquet, or without the report
+        raise StateFileError(
+            f"{path} is no file of CapFilt that can be read ({error}): it was cut off or changed. Delete it, and run "
+            "the same command again, which makes it anew."
+        ) from error
+
+
 def _large(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in fewer tables, for each becomes a group of rows in the file."""
+    """Yield the same rows in fewer tables, because each becomes a group of rows in the file."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)

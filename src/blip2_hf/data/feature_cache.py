@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from transformers.utils import logging
 
 from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json
 from ..jobs.batch_size import BatchSize
-from ..jobs.fingerprints import check_settings_file, fingerprint, sampled_rows, sampled_weights
+from ..jobs.fingerprints import check_settings_file, fingerprint, sampled_rows, sampled_weights, stable_repr
 from ..jobs.output import check_still_there, only_writer
 from ..jobs.picture_inputs import PictureBatch, PictureInput, load_ahead
 from ..jobs.state_files import read_json
@@ -371,8 +370,7 @@ class _Shards:
             "features": self.shape,
             "dtype": dtype,
             "views": pictures.views,
-            # The address of a function differs from run to run
-            "transform": re.sub(r" at 0x[0-9a-f]+", "", repr(pictures.transform)) if pictures.views > 1 else None,
+            "transform": stable_repr(pictures.transform) if pictures.views > 1 else None,
             "seed": pictures.seed,
             "skip_broken": pictures.skip_broken,
             "rows_per_shard": rows_per_shard,

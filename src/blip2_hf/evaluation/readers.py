@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.bad_rows import shorten
 from ..data.rows import column_names, get_column, select_columns
+from ..jobs.errors import shorten
 from .samples import (
     CaptionSample,
     QuestionSample,

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.bad_rows import shorten
 from ..data.rows import open_image
+from ..jobs.errors import shorten
 
 
 OVERALL = "overall"  # the group of all samples
