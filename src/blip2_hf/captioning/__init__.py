@@ -1,8 +1,9 @@
 """Captions of whole collections of pictures, in one process or many, safe to interrupt."""
 
+from ..jobs.errors import CollectionError
 from .captions import PictureCaption, caption_images
 from .collection import CaptionCounts, caption_dataset
-from .pictures import CollectionError, FolderPictures, Pictures, RowPictures, TarPictures
+from .pictures import FolderPictures, Pictures, RowPictures, TarPictures
 
 
 __all__ = [

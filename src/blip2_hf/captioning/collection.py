@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +17,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from ..jobs.errors import CollectionError
 from ..jobs.fingerprints import model_fingerprint
+from ..jobs.output import only_writer, share, tell_share
+from ..jobs.state_files import as_json
 from ..models.image_loading import check_reads_8_bit
 from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images
 from .outputs import CaptionOutput, open_output
-from .pictures import CollectionError, FolderPictures, Pictures, RowPictures
+from .pictures import FolderPictures, Pictures, RowPictures
 
 
 @dataclass
@@ -92,7 +95,9 @@ def caption_dataset(
         [`CaptionCounts`].
 
     Raises:
-        CollectionError: if there are no pictures, or captions of other settings, or the output does not fit.
+        CollectionError: if there are no pictures, or captions of other settings, if the output does not fit, or if
+            another run is writing to it.
+        OutputLostError: if captions are gone at the end, as when their folder was deleted meanwhile.
 
     Example:
 
@@ -107,35 +112,44 @@ def caption_dataset(
     files = open_output(output, output_format, pictures)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     settings = _settings(model, processor, pictures, prompt, generate_kwargs)
-    if overwrite and state.is_main_process:
-        files.clear()
-    state.wait_for_everyone()
+
+    def caption(indices: list[int]) -> Generator[PictureCaption, None, None]:
+        wanted = Subset(pictures, indices)
+        options = {"batch_size": batch_size, "num_workers": num_workers, **generate_kwargs}
+        return caption_images(model, processor, wanted, prompt, **options)
+
+    with only_writer(files.lock, files.place, state):
+        if overwrite and state.is_main_process:
+            files.clear()
+        state.wait_for_everyone()
+        return _caption_missing(caption, files, settings, state)
+
+
+def _caption_missing(
+    caption: Callable[[list[int]], Generator[PictureCaption, None, None]],
+    files: CaptionOutput,
+    settings: dict[str, Any],
+    state: PartialState,
+) -> CaptionCounts:
+    """Caption the pictures that have no caption yet, each process a share of them, and make the result."""
     files.check(settings)
-    done = files.done()
-    todo = [index for index in range(len(pictures)) if index not in done]
+    num_pictures, done = len(files.pictures), files.done()
+    missing = [index for index in range(num_pictures) if index not in done]
     part = files.next_part() + state.process_index
     # All are to see the same files before the first of them changes one
     state.wait_for_everyone()
     if state.is_main_process:
-        files.write_settings(settings)
-        _announce(len(pictures), len(todo), state.num_processes, files)
+        files.prepare(settings)
+        _announce(num_pictures, len(missing), state, files)
     state.wait_for_everyone()
-    share = todo[state.process_index :: state.num_processes]
-    captions = caption_images(
-        model,
-        processor,
-        Subset(pictures, share),
-        prompt,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        **generate_kwargs,
-    )
-    captioned, broken = _write(captions, share, files, part, is_shown=state.is_main_process)
+    own = share(missing, state)
+    captioned, broken = _write(caption(own), own, files, part, is_shown=state.is_main_process)
     if state.num_processes > 1:
         captioned, broken = (sum(column) for column in zip(*gather_object([(captioned, broken)]), strict=True))
-    counts = CaptionCounts(len(pictures), len(done), captioned, broken)
+    counts = CaptionCounts(num_pictures, len(done), captioned, broken)
     if state.is_main_process:
         files.finish()
+        files.check_complete()
         _report(counts, files)
     state.wait_for_everyone()
     return counts
@@ -173,13 +187,12 @@ def _settings(
         "prompt": prompt,
         "generation": generation,
     }
-    return json.loads(json.dumps(settings))
+    return as_json(settings)
 
 
-def _announce(pictures: int, todo: int, processes: int, files: CaptionOutput):
-    shares = "" if processes == 1 else f" in {processes} processes, of which this one shows its share"
-    message = f"{pictures:,} pictures, {pictures - todo:,} done already, {todo:,} to caption{shares}: {files.place}"
-    tqdm.write(message, file=sys.stderr)
+def _announce(pictures: int, missing: int, state: PartialState, files: CaptionOutput):
+    done = f"{pictures:,} pictures, {pictures - missing:,} done already"
+    tqdm.write(f"{done}, {missing:,} to caption{tell_share(state)}: {files.place}", file=sys.stderr)
 
 
 def _report(counts: CaptionCounts, files: CaptionOutput):
@@ -190,22 +203,26 @@ def _report(counts: CaptionCounts, files: CaptionOutput):
 
 
 def _write(
-    captions: Generator[PictureCaption, None, None], share: list[int], files: CaptionOutput, part: int, is_shown: bool
+    captions: Generator[PictureCaption, None, None],
+    indices: Sequence[int],
+    files: CaptionOutput,
+    part: int,
+    is_shown: bool,
 ) -> tuple[int, int]:
-    """Writes captions as they come; returns how many, and how many pictures can't be read."""
-    if not share:
+    """Write captions as they come. Return how many, and how many pictures can't be read."""
+    if not indices:
         return 0, 0
     broken = 0
     with (
         closing(captions),
         files.open_part(part) as file,
-        logging.tqdm(total=len(share), desc="Captions", unit="picture", disable=not is_shown) as progress,
+        logging.tqdm(total=len(indices), desc="Captions", unit="picture", disable=not is_shown) as progress,
     ):
         for caption in captions:
             broken += caption.error is not None
-            files.write(file, replace(caption, index=share[caption.index]))
+            files.write(file, replace(caption, index=indices[caption.index]))
             progress.update()
-    return len(share) - broken, broken
+    return len(indices) - broken, broken
 
 
 __all__ = ["CaptionCounts", "caption_dataset"]

@@ -4,7 +4,6 @@ parts become one file.
 """
 
 import heapq
-import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -17,8 +16,13 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json, write_text
+from ..jobs.errors import CollectionError, StateFileError
+from ..jobs.fingerprints import check_settings_file
+from ..jobs.output import raise_lost
+from ..jobs.state_files import json_line, read_json_lines
 from .captions import PictureCaption
-from .pictures import CollectionError, FolderPictures, Pictures
+from .pictures import FolderPictures, Pictures
 
 
 CAPTION = "caption"
@@ -26,6 +30,10 @@ REASON = "reason"  # of a picture that can't be read
 
 _ROWS_PER_GROUP = 10_000  # of Parquet
 _TYPES = {str: pa.string(), int: pa.int64()}
+_OTHERWISE = (
+    "Give the same options to go on with these captions, another output (--output), or overwrite=True (--overwrite) "
+    "to delete them."
+)
 
 
 class CaptionOutput(ABC):
@@ -44,6 +52,7 @@ class CaptionOutput(ABC):
         self.pictures = pictures
         self.settings = _beside(base, "settings.json")
         self.broken = _beside(base, "broken.jsonl")
+        self.lock = base.with_name(f".{base.name}.lock")
 
     @property
     @abstractmethod
@@ -59,7 +68,7 @@ class CaptionOutput(ABC):
 
     @abstractmethod
     def check(self, settings: Mapping[str, Any]):
-        """Raises a [`CollectionError`] where captions of other settings are."""
+        """Refuse captions that other settings made."""
 
     def parts(self) -> list[Path]:
         found = self.base.parent.glob("*") if self.base.parent.is_dir() else ()
@@ -81,13 +90,18 @@ class CaptionOutput(ABC):
     def write(self, part: IO[bytes], caption: PictureCaption):
         """Keeps a caption: what is written is out of this process, and stays if it is killed."""
         value = {CAPTION: caption.text} if caption.error is None else {REASON: caption.error}
-        part.write(_to_line(self.pictures.identity(caption.index) | value))
+        part.write(json_line(self.pictures.identity(caption.index) | value))
         part.flush()
 
-    def write_settings(self, settings: Mapping[str, Any]):
-        self.settings.parent.mkdir(parents=True, exist_ok=True)
-        with _Replacement(self.settings) as file:
-            file.write(json.dumps(settings, indent=2).encode() + b"\n")
+    def prepare(self, settings: Mapping[str, Any]):
+        """Remove what runs that were killed left unfinished, and say what the captions are made with."""
+        for folder in self.folders():
+            remove_leftovers(folder)
+        write_json(self.settings, settings)
+
+    def folders(self) -> set[Path]:
+        """Return the folders that are written to."""
+        return {self.base.parent}
 
     def finish(self):
         """Makes the result of the parts."""
@@ -96,12 +110,30 @@ class CaptionOutput(ABC):
             return
         broken = self.join(parts)
         if broken:
-            with _Replacement(self.broken) as file:
-                file.writelines(map(_to_line, broken))
+            with atomic_file(self.broken) as file:
+                file.writelines(map(json_line, broken))
         else:
             self.broken.unlink(missing_ok=True)
         for path in parts:
             path.unlink()
+
+    def check_complete(self):
+        """Refuse to call a run finished that has left pictures without a caption and without a reason."""
+        broken = self.read(self.broken) if self.broken.exists() else ()
+        found = self.done() | {self.pictures.position(record) for record in broken}
+        # By their names, because names that are not Unicode may become equal
+        identities = (self.pictures.identity(index) for index in range(len(self.pictures)))
+        if missing := sum(self.pictures.position(identity) not in found for identity in identities):
+            raise_lost(self.place, f"{missing:,} of {len(self.pictures):,} pictures have no caption there")
+
+    def read(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Yield the records of a file of lines."""
+        advice = "Delete that line: its picture is captioned again."
+        for record in read_json_lines(path, advice):
+            if not isinstance(record, Mapping) or not self.pictures.columns.keys() <= record.keys():
+                names = ", ".join(self.pictures.columns)
+                raise StateFileError(f"{path}: a line with {names} was expected, got {record!r}. {advice}")
+            yield record
 
     @abstractmethod
     def join(self, parts: list[Path]) -> list[dict[str, Any]]:
@@ -138,40 +170,32 @@ class CaptionFile(CaptionOutput):
         return self.path
 
     def done(self) -> set[int]:
-        sources = [self.results(), *map(_read_lines, self.parts())]
+        sources = [self.results(), *map(self.read, self.parts())]
         positions = {self.pictures.position(record) for source in sources for record in source}
         return {position for position in positions if position is not None}
 
     def results(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
             return iter(())
-        return _read_lines(self.path) if self.output_format == "jsonl" else _read_parquet(self.path)
+        return self.read(self.path) if self.output_format == "jsonl" else _read_parquet(self.path)
 
     def remove_captions(self):
         self.path.unlink(missing_ok=True)
 
     def check(self, settings: Mapping[str, Any]):
-        if self.settings.exists():
-            # A run that failed at its first pictures binds no other
-            if self.path.exists() or self.has_parts():
-                _compare(self.place, json.loads(self.settings.read_text()), settings)
-        elif self.path.exists():
-            raise CollectionError(
-                f"{self.path} is there already, without {self.settings.name}, which would tell what wrote it. Give "
-                "another --output, or --overwrite to delete it."
-            )
+        # A run that failed at its first pictures binds no other
+        if self.path.exists() or (self.settings.exists() and self.has_parts()):
+            check_settings_file(self.settings, settings, self.place, _OTHERWISE, free=("model",))
 
     def join(self, parts: list[Path]) -> list[dict[str, Any]]:
         broken: list[dict[str, Any]] = []
-        records = self.in_order(self.results(), *map(_read_lines, parts))
+        records = self.in_order(self.results(), *map(self.read, parts))
         captions = _take_out_broken(records, broken)
-        with _Replacement(self.path) as file:
+        with atomic_file(self.path) as file:
             if self.output_format == "jsonl":
-                file.writelines(map(_to_line, captions))
+                file.writelines(map(json_line, captions))
             else:
                 _write_parquet(file, captions, self.pictures.columns)
-            file.flush()
-            os.fsync(file.fileno())  # the parts are deleted next
         return broken
 
 
@@ -196,7 +220,7 @@ class SidecarFiles(CaptionOutput):
         return self.folder
 
     def done(self) -> set[int]:
-        positions = {self.pictures.position(record) for path in self.parts() for record in _read_lines(path)}
+        positions = {self.pictures.position(record) for path in self.parts() for record in self.read(path)}
         found = {index for index, sidecar in enumerate(self.sidecars) if sidecar.exists()}
         return found | {position for position in positions if position is not None}
 
@@ -206,7 +230,10 @@ class SidecarFiles(CaptionOutput):
 
     def check(self, settings: Mapping[str, Any]):
         if self.settings.exists() and (self.has_parts() or any(self.folder.rglob("*.txt"))):
-            _compare(self.place, json.loads(self.settings.read_text()), settings)
+            check_settings_file(self.settings, settings, self.place, _OTHERWISE, free=("model",))
+
+    def folders(self) -> set[Path]:
+        return {self.folder, *(path.parent for path in self.sidecars)}
 
     def write(self, part: IO[bytes], caption: PictureCaption):
         if caption.text is None:
@@ -214,11 +241,10 @@ class SidecarFiles(CaptionOutput):
             return
         sidecar = self.sidecars[caption.index]
         sidecar.parent.mkdir(parents=True, exist_ok=True)
-        with _Replacement(sidecar) as file:
-            file.write(caption.text.encode() + b"\n")
+        write_text(sidecar, f"{caption.text}\n")
 
     def join(self, parts: list[Path]) -> list[dict[str, Any]]:
-        return list(self.in_order(*map(_read_lines, parts)))
+        return list(self.in_order(*map(self.read, parts)))
 
 
 def open_output(output: str | os.PathLike | None, output_format: str | None, pictures: Pictures) -> CaptionOutput:
@@ -259,31 +285,8 @@ def open_output(output: str | os.PathLike | None, output_format: str | None, pic
     return SidecarFiles(path, pictures)
 
 
-class _Replacement:
-    """A file that takes its name when it is written to the end."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.tmp")
-
-    def __enter__(self) -> IO[bytes]:
-        self.file = open(self.temporary, "wb")  # noqa: SIM115
-        return self.file
-
-    def __exit__(self, kind, *error):
-        self.file.close()
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink()
-
-
 def _beside(base: Path, ending: str) -> Path:
     return base.with_name(f"{base.name}.{ending}")
-
-
-def _to_line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
 
 
 def _take_out_broken(records: Iterable[dict[str, Any]], broken: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -294,18 +297,16 @@ def _take_out_broken(records: Iterable[dict[str, Any]], broken: list[dict[str, A
             broken.append(record)
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
-        for line in file:
-            # The last line of a process that was killed may lack its end
-            if line.endswith(b"\n"):
-                yield json.loads(line)
-
-
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS_PER_GROUP):
-            yield from batch.to_pylist()
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS_PER_GROUP):
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise StateFileError(
+            f"{path} can't be read as Parquet ({error}): it was cut off or changed. Restore it, or delete it: its "
+            "pictures are captioned again."
+        ) from error
 
 
 def _write_parquet(file: IO[bytes], records: Iterable[dict[str, Any]], columns: Mapping[str, type]):
@@ -322,14 +323,3 @@ def _with_position(records: Iterable[dict[str, Any]], pictures: Pictures) -> Ite
         position = pictures.position(record)
         last = last if position is None else position
         yield last, record
-
-
-def _compare(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]):
-    """The name of a model may change, not its weights."""
-    names = {name for name in {*found, *wanted} if found.get(name) != wanted.get(name)}
-    if names - {"model"}:
-        details = "; ".join(f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now" for name in sorted(names))
-        raise CollectionError(
-            f"{place} has captions that were made otherwise ({details}). Give the same options to go on with them, "
-            "another --output, or --overwrite to delete them."
-        )

@@ -1,7 +1,6 @@
 """Collections of pictures: a folder, WebDataset's tar files, the rows of a data set."""
 
 import functools
-import hashlib
 import os
 import tarfile
 from abc import ABC, abstractmethod
@@ -15,28 +14,13 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..data.rows import get_column, open_image, select_columns
+from ..jobs.errors import CollectionError
+from ..jobs.fingerprints import fingerprint, sampled_rows
+from ..jobs.picture_files import find_picture_files, is_picture_name
 from ..models.image_loading import load_image
 
 
 logger = logging.get_logger(__name__)
-
-_NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}  # PIL knows these formats by name, and can't decode them
-_SAMPLES = 32  # rows that a fingerprint looks at
-
-
-class CollectionError(ValueError):
-    """A collection, or an output, that does not fit. The message says what to do about it."""
-
-
-@functools.cache
-def picture_suffixes() -> frozenset[str]:
-    """Endings of files that PIL reads, in lower case, such as `.jpg`."""
-    Image.init()
-    return frozenset(
-        suffix
-        for suffix, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in _NO_PICTURES
-    )
 
 
 class Pictures(torch.utils.data.Dataset, ABC):
@@ -77,23 +61,22 @@ class _NamedPictures(Pictures):
 
 class FolderPictures(_NamedPictures):
     r"""
-    Every picture in a folder and the folders inside it, by the endings of their names.
+    Every picture in a folder and the folders inside it, by the endings of their names. Names that begin with a dot are
+    passed over, links to folders are not followed.
 
     Args:
         folder (`str` or `os.PathLike`):
             The folder.
+
+    Raises:
+        CollectionError: if there is no such folder.
     """
 
     columns = {"file": str}
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.names = sorted(
-            Path(parent, name).relative_to(self.folder).as_posix()
-            for parent, _, names in os.walk(self.folder)
-            for name in names
-            if os.path.splitext(name)[1].lower() in picture_suffixes()
-        )
+        self.names = list(find_picture_files(self.folder))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -159,8 +142,7 @@ def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, 
         folder, slash, base = name.rpartition("/")
         stem, _, ending = base.partition(".")
         key = folder + slash + stem
-        is_wanted = f".{ending.rpartition('.')[2]}".lower() in picture_suffixes()
-        if (ending.lower() != field.lower()) if field is not None else not is_wanted:
+        if (ending.lower() != field.lower()) if field is not None else not is_picture_name(base):
             continue
         if endings.get(key) == ending:
             raise CollectionError(
@@ -235,12 +217,17 @@ class RowPictures(Pictures):
 
     def describe(self) -> dict[str, Any]:
         """Rows have no names: their number, and a hash of some of them."""
-        digest = hashlib.blake2b(digest_size=16)
-        for row in sorted({len(self) * sample // _SAMPLES for sample in range(_SAMPLES)} if len(self) else ()):
-            value = get_column(self.rows[row], self.column)
-            is_file = isinstance(value, Mapping) and value.get("bytes") is not None
-            digest.update(value["bytes"] if is_file else repr(value).encode("utf-8", "surrogatepass"))
-        return {"rows": len(self), "image_column": self.column, "pictures": digest.hexdigest()}
+        return {
+            "rows": len(self),
+            "image_column": self.column,
+            "pictures": fingerprint(map(self._row_bytes, sampled_rows(len(self)))),
+        }
+
+    def _row_bytes(self, row: int) -> bytes:
+        value = get_column(self.rows[row], self.column)
+        if isinstance(value, Mapping) and value.get("bytes") is not None:
+            return value["bytes"]
+        return repr(value).encode("utf-8", "surrogatepass")
 
 
 def _picture_column(dataset: datasets.Dataset) -> str:

@@ -23,12 +23,12 @@ class BatchSize:
     A number of items that is halved whenever memory runs out, and stays so.
 
     Args:
-        size (`int`):
-            The number to begin with.
+        size (`int`, *optional*):
+            The number to begin with. Without it, all items at a time.
     """
 
-    def __init__(self, size: int):
-        if size < 1:
+    def __init__(self, size: int | None = None):
+        if size is not None and size < 1:
             raise ValueError(f"batch_size={size}: at least 1 was expected.")
         self.size = size
 
@@ -50,7 +50,7 @@ class BatchSize:
         """
         done = 0
         while done < len(items):
-            part = items[done : done + self.size]
+            part = items[done:] if self.size is None else items[done : done + self.size]
             try:
                 result = function(part)
             except RuntimeError as error:

@@ -30,11 +30,11 @@ class PictureInputs(Dataset):
             [`~image_loading.ImageLoadError`].
         image_processor (`BaseImageProcessor`):
             Makes the input.
-        name (`Callable`, *optional*):
-            Returns what an error calls a picture, by its number.
+        name (`str`, *optional*):
+            What an error calls a picture, such as `"image"` for `image 3 of 8`. A path is always told.
     """
 
-    def __init__(self, pictures: Sequence | Dataset, image_processor: Any, name: Callable[[int], str] | None = None):
+    def __init__(self, pictures: Sequence | Dataset, image_processor: Any, name: str | None = None):
         self.pictures = pictures
         self.image_processor = image_processor
         self.name = name
@@ -43,21 +43,21 @@ class PictureInputs(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, number: int) -> PictureInput:
-        name = None if self.name is None else self.name(number)
+        name = None if self.name is None else f"{self.name} {number + 1} of {len(self)}"
         return number, prepare(lambda: self.pictures[number], self.image_processor, name)
 
 
 class PictureStream(IterableDataset):
     """The same of pictures that come one after the other."""
 
-    def __init__(self, pictures: Iterable, image_processor: Any, name: Callable[[int], str] | None = None):
+    def __init__(self, pictures: Iterable, image_processor: Any, name: str | None = None):
         self.pictures = pictures
         self.image_processor = image_processor
         self.name = name
 
     def __iter__(self) -> Iterator[PictureInput]:
         for number, picture in enumerate(self.pictures):
-            name = None if self.name is None else self.name(number)
+            name = None if self.name is None else f"{self.name} {number + 1}"
             yield number, prepare(lambda picture=picture: picture, self.image_processor, name)
 
 
@@ -146,7 +146,7 @@ def load_ahead(dataset: Dataset, num_workers: int, **kwargs) -> Iterator:
     loader = DataLoader(
         dataset,
         num_workers=num_workers,
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=leave_interrupts_to_the_parent,
         generator=torch.Generator(),  # the global one is left alone
         **{"collate_fn": collate_pictures, **kwargs},
     )
@@ -163,6 +163,6 @@ def _in_a_thread(items: Iterable) -> Iterator:
             yield item
 
 
-def _leave_interrupts_to_the_parent(worker: int):
+def leave_interrupts_to_the_parent(worker: int):
     # Ctrl-C goes to all processes; a worker that it stops prints a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)
