@@ -1,6 +1,7 @@
 """What a model is evaluated on: a picture, what it is asked, and what people wrote."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,11 +12,10 @@ from PIL import Image
 
 from ..data.rows import open_image
 from ..jobs.errors import shorten
+from ..jobs.fingerprints import fingerprint, sampled_rows
 
 
 OVERALL = "overall"  # the group of all samples
-
-_OPENED = 32  # pictures that a fingerprint looks at
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def picture_key(sample: Sample) -> Hashable:
 
 
 def open_sample_image(sample: Sample) -> Image.Image:
-    """The picture of a sample, mode RGB."""
+    """Return the picture of a sample, mode RGB."""
     image = sample.image
     if isinstance(image, RowImage):
         return open_image(image.rows[image.row][image.column], f"row {image.row}")
@@ -199,22 +199,22 @@ def samples_fingerprint(samples: Sequence[Sample], texts: Sequence[str] = ()) ->
     Return a hash of what a model is given: the pictures, files by their paths and some of them by what they show, and
     texts. Ids, references and groups have a part in the output alone.
     """
-    digest = hashlib.blake2b(digest_size=16)
     pictures: dict[Hashable, bytes] = {}
     for sample in samples:
         key = picture_key(sample)
         if key not in pictures:
             pictures[key] = _picture_digest(sample)
-        digest.update(pictures[key])
-    for text in texts:
-        digest.update(json.dumps(text).encode())
-    for number in sorted({len(samples) * opened // _OPENED for opened in range(_OPENED)}):
-        digest.update(_pixels(samples[number]))
-    return digest.hexdigest()
+    return fingerprint(
+        itertools.chain(
+            (pictures[picture_key(sample)] for sample in samples),
+            (json.dumps(text).encode() for text in texts),
+            (_pixels(samples[number]) for number in sampled_rows(len(samples))),
+        )
+    )
 
 
 def _picture_digest(sample: Sample) -> bytes:
-    """A hash of a picture: of the path of a file, else of all there is."""
+    """Return a hash of a picture: of the path of a file, otherwise of all there is."""
     value = sample.image
     if isinstance(value, RowImage):
         value = value.rows[value.row][value.column]
