@@ -215,12 +215,12 @@ def _write(
     broken = 0
     with (
         closing(captions),
-        files.open_part(part) as file,
+        files.open_part(part) as add,
         logging.tqdm(total=len(indices), desc="Captions", unit="picture", disable=not is_shown) as progress,
     ):
         for caption in captions:
             broken += caption.error is not None
-            files.write(file, replace(caption, index=indices[caption.index]))
+            files.write(add, replace(caption, index=indices[caption.index]))
             progress.update()
     return len(indices) - broken, broken
 

@@ -7,7 +7,8 @@ import heapq
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json, write
 from ..jobs.errors import CollectionError, StateFileError
 from ..jobs.fingerprints import check_settings_file
 from ..jobs.output import raise_lost
-from ..jobs.state_files import json_line, read_json_lines
+from ..jobs.state_files import appended_lines, json_line, read_json_lines
 from .captions import PictureCaption
 from .pictures import FolderPictures, Pictures
 
@@ -83,15 +84,14 @@ class CaptionOutput(ABC):
         numbers = [int(path.name.rpartition(".part-")[2].partition(".")[0]) for path in self.parts()]
         return max(numbers, default=-1) + 1
 
-    def open_part(self, number: int) -> IO[bytes]:
+    def open_part(self, number: int) -> AbstractContextManager[Callable[[Any], None]]:
         # A part of its own for each process of each run: within one, pictures stand in their order
-        return open(_beside(self.base, f"part-{number:05d}.jsonl"), "xb")
+        return appended_lines(_beside(self.base, f"part-{number:05d}.jsonl"))
 
-    def write(self, part: IO[bytes], caption: PictureCaption):
-        """Keeps a caption: what is written is out of this process, and stays if it is killed."""
+    def write(self, add: Callable[[Any], None], caption: PictureCaption):
+        """Keep a caption, also if this process is killed after that."""
         value = {CAPTION: caption.text} if caption.error is None else {REASON: caption.error}
-        part.write(json_line(self.pictures.identity(caption.index) | value))
-        part.flush()
+        add(self.pictures.identity(caption.index) | value)
 
     def prepare(self, settings: Mapping[str, Any]):
         """Remove what runs that were killed left unfinished, and say what the captions are made with."""
@@ -235,9 +235,9 @@ class SidecarFiles(CaptionOutput):
     def folders(self) -> set[Path]:
         return {self.folder, *(path.parent for path in self.sidecars)}
 
-    def write(self, part: IO[bytes], caption: PictureCaption):
+    def write(self, add: Callable[[Any], None], caption: PictureCaption):
         if caption.text is None:
-            super().write(part, caption)
+            super().write(add, caption)
             return
         sidecar = self.sidecars[caption.index]
         sidecar.parent.mkdir(parents=True, exist_ok=True)

@@ -39,18 +39,28 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     # The name does not contain that of the file, which may already be as long as a name can be
     temporary = path.with_name(f".blip2-hf-{_machine()}-{os.getpid():d}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
+        with named_in_errors(path, temporary):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and (error.filename == str(temporary) or error.errno in _DISK_FULL):
-            error.filename = str(path)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def named_in_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Let the error of a full disk, and an error about a temporary file, name the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL or error.filename == str(temporary):
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: str | os.PathLike, text: str):

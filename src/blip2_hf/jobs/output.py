@@ -78,7 +78,7 @@ def check_still_there(paths: Iterable[str | os.PathLike], output: Any):
     """Refuse to call a job done whose files are gone, as when their folder was deleted meanwhile."""
     missing = [Path(path) for path in paths if not Path(path).exists()]
     if missing:
-        more = f" and {len(missing) - 1:,} more files" if len(missing) > 1 else ""
+        more = f" and {len(missing) - 1:,} others" if len(missing) > 1 else ""
         raise_lost(output, f"{missing[0]}{more} were written and are not there any more")
 
 

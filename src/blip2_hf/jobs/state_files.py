@@ -1,11 +1,13 @@
 """Reading what an earlier run wrote: JSON, lines of JSON that a process was killed over, and other formats."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .atomic_files import named_in_errors
 from .errors import StateFileError
 
 
@@ -78,6 +80,33 @@ def read_whole(path: str | os.PathLike, read: Callable[[Path], Any], advice: str
         raise
     except Exception as error:  # each format has errors of its own
         raise StateFileError(f"{path} can't be read ({error}): it was cut off or changed. {advice}") from error
+
+
+@contextlib.contextmanager
+def appended_lines(path: str | os.PathLike) -> Iterator[Callable[[Any], None]]:
+    r"""
+    Add to a file of lines. What a process that was killed has left of a line is removed first.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; made if it is not there.
+
+    Returns:
+        context manager of a function that adds a line. The line is out of this process then, and stays if the process
+        is killed.
+
+    Raises:
+        OSError: if the disk is full; the error names the file.
+    """
+
+    def add(record: Any):
+        file.write(json_line(record))
+        file.flush()
+
+    with named_in_errors(Path(path)), open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        yield add
 
 
 def json_line(record: Any) -> bytes:

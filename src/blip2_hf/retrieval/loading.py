@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..jobs.fingerprints import sampled_weights
+from ..jobs.fingerprints import check_settings, fingerprint, sampled_weights
 from ..jobs.inference import load_model
 from ..models.modeling_retrieval import Blip2ForImageTextRetrieval, Blip2ImageTextPreTrainedModel
 from ..models.processing_blip2 import Blip2Processor
@@ -91,20 +91,18 @@ def describe_model(model: Blip2ImageTextPreTrainedModel, image_processor: Any) -
 
 
 def check_same_model(directory: Path, there: dict[str, Any], now: dict[str, Any]):
-    """Refuses a model, as described now, whose features can't be compared with those that are there."""
-    different = [name for name in now if name not in ("precision", "weights") and there[name] != now[name]]
-    details = [f"{name}: {there[name]} there, {now[name]} now" for name in different]
-    if not details:
-        weights = [np.frombuffer(base64.b64decode(side["weights"]), "<f4") for side in (there, now)]
-        # The same weights in another precision are the same model
-        precision = max(there["precision"], now["precision"])
-        if len(weights[0]) != len(weights[1]) or not np.allclose(*weights, rtol=precision, atol=1e-7):
-            details = ["its weights differ"]
-    if details:
-        raise ValueError(
-            f"{directory} was built with another model, {there['model'] or 'of no name'} ({'; '.join(details)}). Give "
-            "that one, or build the index anew (rebuild=True, --rebuild), or another elsewhere."
-        )
+    """Refuse a model, as described now, whose features can't be compared with those that are there."""
+    weights = [np.frombuffer(base64.b64decode(side["weights"]), "<f4") for side in (there, now)]
+    # The same weights in another precision are the same model
+    precision = max(there["precision"], now["precision"])
+    is_same = len(weights[0]) == len(weights[1]) and np.allclose(*weights, rtol=precision, atol=1e-7)
+    names = [name for name in now if name != "precision" and not (name == "weights" and is_same)]
+    found, given = ({name: side.get(name) for name in names} for side in (there, now))
+    if not is_same:
+        found["weights"], given["weights"] = (fingerprint([array.tobytes()]) for array in weights)
+    name = there["model"] or "that of no name"
+    advice = f"Give the model that it was built with, {name}, or build the index anew (rebuild=True, --rebuild)."
+    check_settings(found, given, directory, advice)
 
 
 __all__ = ["load_retrieval_model"]

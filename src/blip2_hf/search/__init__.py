@@ -5,7 +5,7 @@ them, and matching (ITM) ranks the best anew (section 4.4).
 
 from ..retrieval.loading import load_retrieval_model
 from .index import SearchIndex, SearchResult
-from .pictures import find_pictures
+from .update import find_pictures
 
 
 __all__ = ["SearchIndex", "SearchResult", "find_pictures", "load_retrieval_model"]

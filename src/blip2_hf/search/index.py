@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..jobs.output import only_writer
+from ..jobs.picture_inputs import PictureInputs, collate_pictures
 from ..models.image_loading import check_reads_8_bit, load_image_for
 from ..models.losses import image_text_similarity
 from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 from ..retrieval.loading import check_same_model, describe_model, model_and_processor
 from .approximate import ApproximateIndex, import_faiss
-from .pictures import PictureInputs, collate, find_pictures
-from .store import DESCRIPTION, Store, create_store, read_description
-from .update import Updater
+from .store import DESCRIPTION, LOCK, Store, check_is_free, create_store, read_description
+from .update import Updater, find_pictures
 
 
 logger = logging.get_logger(__name__)
@@ -188,9 +189,10 @@ class SearchIndex:
             [`SearchIndex`].
 
         Raises:
-            ValueError: if there are no pictures, or the index was built with another model.
+            ValueError: if there are no pictures, if the index was built with another model, or if another run is
+                writing to it.
             ImportError: if `approximate=True` and faiss is not installed.
-            OSError: if the disk has too little space.
+            OSError: if the disk has too little space, or files of the index are gone at the end.
         """
         folder = Path(folder)
         directory = folder / DEFAULT_NAME if directory is None else Path(directory)
@@ -203,22 +205,24 @@ class SearchIndex:
             model = read_description(directory)["model"]
         model, processor = model_and_processor(model, processor, device, dtype)
         check_reads_8_bit(processor.image_processor)
-        if rebuild or not (directory / DESCRIPTION).exists():
-            description = _describe_index(directory, folder, model, processor.image_processor, store_embeds)
-            create_store(directory, description)
-        index = cls(directory, model, processor, show_progress)
-        index._check_options(folder, store_embeds)
-        Updater(
-            index._store,
-            index.folder,
-            index.model,
-            index.image_processor,
-            batch_size,
-            rows_per_shard,
-            num_workers,
-            show_progress,
-        ).update(found)
-        index._approximate.update(approximate, show_progress)
+        check_is_free(directory)
+        with only_writer(directory / LOCK, directory):
+            if rebuild or not (directory / DESCRIPTION).exists():
+                description = _describe_index(directory, folder, model, processor.image_processor, store_embeds)
+                create_store(directory, description)
+            index = cls(directory, model, processor, show_progress)
+            index._check_options(folder, store_embeds)
+            Updater(
+                index._store,
+                index.folder,
+                index.model,
+                index.image_processor,
+                batch_size,
+                rows_per_shard,
+                num_workers,
+                show_progress,
+            ).update(found)
+            index._approximate.update(approximate, show_progress)
         return index
 
     def broken(self) -> dict[str, str]:
@@ -341,14 +345,14 @@ class SearchIndex:
             dtype = next(self.model.qformer.parameters()).dtype
             return range(len(rows)), torch.from_numpy(stored).to(self.model.device, dtype)
         paths = [self._store.name(shard, row) for shard, row in rows.tolist()]
-        pictures = PictureInputs(self.folder, paths, self.image_processor)
+        pictures = PictureInputs([self.folder / path for path in paths], self.image_processor)
         with ThreadPoolExecutor() as pool:
-            readable, pixel_values, broken = collate(list(pool.map(pictures.__getitem__, range(len(paths)))))
-        for _, reason in broken:
+            batch = collate_pictures(list(pool.map(pictures.__getitem__, range(len(paths)))))
+        for reason in batch.errors.values():
             logger.warning(f"Left out: {reason}")
-        if pixel_values is None:
-            return readable, None
-        return readable, self.model.get_image_embeds(pixel_values.to(self.model.device))
+        if batch.pixel_values is None:
+            return [], None
+        return batch.readable, self.model.get_image_embeds(batch.pixel_values.to(self.model.device))
 
     def _check_options(self, folder: Path, store_embeds: bool):
         if self.folder.resolve() != folder.resolve():

@@ -5,35 +5,39 @@ them. A picture has a number that no other ever has; the approximate index holds
 lag behind.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from ..jobs.atomic_files import atomic_file, write_json
+from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json
+from ..jobs.output import check_still_there
+from ..jobs.state_files import read_json
 
 
 DESCRIPTION = "index.json"
+LOCK = ".lock"
 
 _VERSION = 1
 _BROKEN = "broken.json"
 _SHARD_FILE = re.compile(r"(?:features|embeds|pictures)-(\d+)\.(?:npy|json)")
 _APPROXIMATE_FILE = re.compile(r"approximate-(\d+)\.faiss")
+_UNFINISHED = (".npy.tmp", ".json.tmp", ".faiss.tmp")  # of earlier releases
 
 
 def read_description(directory: Path) -> dict[str, Any]:
-    """What made an index; an error where there is none, or one of another version."""
+    """Return what made an index. Refuse a folder that has none, or one of another version."""
     path = directory / DESCRIPTION
     if not path.exists():
         raise FileNotFoundError(
             f"{directory} has no index: {DESCRIPTION} was looked for in it. Build one: blip2-hf index FOLDER --model "
             "MODEL."
         )
-    description = json.loads(path.read_text())
+    description = _read(path)
     if description.get("version") != _VERSION:
         raise ValueError(
             f"{path} has version {description.get('version')}, this release reads {_VERSION}. Remove {directory}, "
@@ -42,21 +46,29 @@ def read_description(directory: Path) -> dict[str, Any]:
     return description
 
 
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path, "Build the index anew: rebuild=True (--rebuild).")
+
+
+def check_is_free(directory: Path):
+    """Refuse a folder that has files, but no index."""
+    if directory.exists() and not (directory / DESCRIPTION).exists():
+        names = {path.name for path in directory.iterdir()}
+        if any(name != LOCK and not name.endswith(".tmp") for name in names):
+            raise ValueError(f"{directory} has files in it, but no index. Give a folder of its own to the index.")
+
+
 def create_store(directory: Path, description: dict[str, Any]):
-    """Makes an empty index, in a new folder or in place of another index."""
-    if (directory / DESCRIPTION).exists():
-        _remove_files(directory)
-    elif directory.exists() and any(not path.name.endswith(".tmp") for path in directory.iterdir()):
-        raise ValueError(f"{directory} has files in it, but no index. Give a folder of its own to the index.")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / DESCRIPTION, {"version": _VERSION, **description}, indent=1)
+    """Make an empty index, in a folder of its own or in place of another index."""
+    _remove_files(directory)
+    write_json(directory / DESCRIPTION, {"version": _VERSION, **description})
 
 
 def _remove_files(directory: Path):
-    """All files of an index but its description, lists of pictures first: a shard never counts without its arrays."""
+    """Remove an index but for its description: lists of pictures first, because a shard with a list counts."""
     for path in sorted(directory.iterdir(), key=lambda path: not path.name.startswith("pictures-")):
         is_own = _SHARD_FILE.fullmatch(path.name) or _APPROXIMATE_FILE.fullmatch(path.name) or path.name == _BROKEN
-        if is_own or path.name.endswith(".tmp"):
+        if is_own or path.name.endswith(_UNFINISHED):
             path.unlink()
 
 
@@ -81,6 +93,7 @@ class Store:
         self.description = read_description(directory)
         self.has_embeds: bool = self.description["store_embeds"]
         self.shards = _read_shards(directory)
+        self._arrays = ("features", "embeds") if self.has_embeds else ("features",)
         self._rows: np.ndarray | None = None
 
     @property
@@ -117,7 +130,8 @@ class Store:
     def _write_shard(self, shard: Shard, arrays: dict[str, np.ndarray]):
         for name, array in arrays.items():
             with atomic_file(self._path(name, shard.number)) as file:
-                np.save(file, array)
+                # Not into the file itself: NumPy's error of a full disk says nothing of either
+                np.save(SimpleNamespace(write=file.write), array)
         self._write_pictures(shard)
         self.shards.append(shard)
         self._rows = None
@@ -164,15 +178,15 @@ class Store:
             [shard.stats[row] for shard, row in rows],
         )
         arrays = {
-            name: np.concatenate([self._read(name, shard, shard.alive()) for shard in group])
-            for name in (("features", "embeds") if self.has_embeds else ("features",))
+            name: np.concatenate([self._read(name, shard, shard.alive()) for shard in group]) for name in self._arrays
         }
         self._write_shard(gathered, arrays)
         for shard in group:
             self._remove_shard(shard)
 
     def remove_leftovers(self):
-        """Files that a killed run has left unfinished, or has not come to remove."""
+        """Remove files that a killed run has left unfinished, or has not come to remove."""
+        remove_leftovers(self.directory)
         numbers = {shard.number for shard in self.shards}
         newest, _ = self.approximate_file()
         for path in self.directory.iterdir():
@@ -180,8 +194,14 @@ class Store:
             is_old = (shard and int(shard[1]) not in numbers) or (
                 _APPROXIMATE_FILE.fullmatch(path.name) and path != newest
             )
-            if is_old or path.name.endswith(".tmp"):
+            if is_old or path.name.endswith(_UNFINISHED):
                 path.unlink()
+
+    def check_is_there(self):
+        """Refuse an index whose files were removed while it was written."""
+        names = ("pictures", *self._arrays)
+        paths = [self._path(name, shard.number) for shard in self.shards for name in names]
+        check_still_there([self.directory / DESCRIPTION, *paths], self.directory)
 
     def next_id(self) -> int:
         """The number of the next picture."""
@@ -199,12 +219,12 @@ class Store:
         path = self.directory / _BROKEN
         if not path.exists():
             return {}
-        return {name: (size, mtime, reason) for name, (size, mtime, reason) in json.loads(path.read_text()).items()}
+        return {name: (size, mtime, reason) for name, (size, mtime, reason) in _read(path).items()}
 
     def write_broken(self, broken: dict[str, tuple[int, int, str]]):
         """What `read_broken` will return."""
         if broken != self.read_broken():
-            write_json(self.directory / _BROKEN, broken, indent=1)
+            write_json(self.directory / _BROKEN, broken)
 
     def approximate_file(self) -> tuple[Path | None, int]:
         """The approximate index, and the number up to which pictures may be in it."""
@@ -226,7 +246,7 @@ def _read_shards(directory: Path) -> list[Shard]:
     }
     # A run that was killed while it gathered shards has left pictures in two: the later counts
     for number, path in sorted(numbered.items(), reverse=True):
-        columns = json.loads(path.read_text())
+        columns = _read(path)
         paths = [None if picture in seen else picture for picture in columns["paths"]]
         seen.update(paths)
         shards.append(Shard(number, columns["ids"], paths, columns["stats"]))
