@@ -6,11 +6,11 @@ import peft
 import pytest
 import torch
 import transformers
-from stage1 import make_stage1
-from tiny import make_config, make_model, make_pixel_values, randomize
+from stage1 import make_retrieval, make_stage1
+from tiny import make_config, make_model, make_pixel_values
 
 import blip2_hf.export
-from blip2_hf import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Model, Blip2VisionConfig
+from blip2_hf import Blip2ForConditionalGeneration, Blip2Model, Blip2VisionConfig
 from blip2_hf.cli import export as command
 from blip2_hf.cli import main
 from blip2_hf.export import export_image_encoder
@@ -38,10 +38,6 @@ def assert_exported(model, path, size: int = 28):
         pixel_values = make_pixel_values(batch_size, size)
         expected = model.get_image_features(pixel_values).pooler_output
         torch.testing.assert_close(run(path, pixel_values), expected, atol=1e-5, rtol=1e-4)
-
-
-def make_retrieval() -> Blip2ForImageTextRetrieval:
-    return randomize(Blip2ForImageTextRetrieval(make_stage1().config)).eval()
 
 
 def make_with_clip() -> Blip2ForConditionalGeneration:

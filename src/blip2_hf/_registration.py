@@ -1,4 +1,7 @@
-"""What the Auto classes of transformers are told of this library."""
+"""What the Auto classes and the pipelines of transformers are told of this library."""
+
+import functools
+from collections.abc import Collection
 
 
 def register_configs():
@@ -46,11 +49,52 @@ def register_processor():
 
 
 def register_pipelines():
-    from .models.pipeline_blip2 import register_pipelines as register
-    from .models.pipeline_zero_shot import register_zero_shot_pipeline
+    """
+    Make `transformers.pipeline` know `"image-to-text"` and `"visual-question-answering"`, with the default models of
+    transformers 4, and use the class of this library for `"zero-shot-image-classification"`. A second call changes
+    nothing, and neither does any call to the other tasks.
+    """
+    from transformers import AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering
+    from transformers.pipelines import PIPELINE_REGISTRY
 
-    register()
-    register_zero_shot_pipeline()
+    from .models.pipeline_blip2 import ImageToTextPipeline, VisualQuestionAnsweringPipeline
+    from .models.pipeline_zero_shot import ZeroShotImageClassificationPipeline
+
+    captioning, answering = AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering
+    new_tasks = {
+        "image-to-text": (ImageToTextPipeline, (captioning,), ("ydshieh/vit-gpt2-coco-en", "5bebf1e")),
+        "visual-question-answering": (
+            VisualQuestionAnsweringPipeline,
+            (answering, captioning),
+            ("dandelin/vilt-b32-finetuned-vqa", "d0a1f6a"),
+        ),
+    }
+    tasks = PIPELINE_REGISTRY.supported_tasks
+    for task, (pipeline_class, model_classes, default) in new_tasks.items():
+        if tasks.get(task, {}).get("impl") is not pipeline_class:
+            PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, model_classes, {"model": default}, "multimodal")
+            # It would have every saved pipeline ask for trust_remote_code, see register_for_auto_class
+            del pipeline_class._registered_impl
+    zero_shot = "zero-shot-image-classification"
+    if tasks[zero_shot]["impl"] is not ZeroShotImageClassificationPipeline:
+        tasks[zero_shot] = tasks[zero_shot] | {"impl": ZeroShotImageClassificationPipeline}
+    _keep_task_names(new_tasks)
+
+
+def _keep_task_names(tasks: Collection[str]):
+    """Keep transformers 5.23 from renaming one of the tasks, and refusing the other, before it asks the registry."""
+    from transformers import pipelines
+
+    resolve = getattr(pipelines, "_resolve_deprecated_task", None)
+    if resolve is None or getattr(resolve, "keeps_blip2_hf_tasks", False):
+        return
+
+    @functools.wraps(resolve)
+    def resolve_deprecated_task(task, *args, **kwargs):
+        return task if task in tasks else resolve(task, *args, **kwargs)
+
+    resolve_deprecated_task.keeps_blip2_hf_tasks = True
+    pipelines._resolve_deprecated_task = resolve_deprecated_task
 
 
 REGISTRATIONS = {

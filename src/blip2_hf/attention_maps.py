@@ -136,7 +136,7 @@ def query_attention_map(
     layers = _layer_indices(model, layer)
     with _without_dropout(model), torch.no_grad():
         image_embeds, image_size = _image_embeds(model, pixel_values, image_embeds, image_size)
-        outputs = model._query_image(
+        outputs = model.encode_image(
             None, image_embeds, qformer_input_ids, qformer_attention_mask, output_attentions=True
         )[2]
     attentions = torch.stack([outputs.cross_attentions[index].float() for index in layers])

@@ -8,11 +8,11 @@ import peft
 import pytest
 import torch
 import transformers
+from lavis_cases import FIXTURES, NEWLINE, opt_processor
+from lavis_shapes import eva_shapes, linear, of_tower, qformer_shapes, random_state_dict
 from safetensors.torch import load_file, save_file
 from stage1 import make_stage1
-from test_convert_lavis import FIXTURES, eva_shapes, linear, qformer_shapes, random_state_dict
-from test_lavis_stage2 import NEWLINE, opt_processor
-from test_transformers_compatibility import inputs, make_theirs
+from theirs import inputs, make_theirs
 from tiny import LANGUAGE_MODELS, NUM_QUERIES, QFORMER, VISION, VOCAB_SIZE, make_image, make_processor, randomize
 
 import blip2_hf
@@ -54,7 +54,7 @@ def opt(tmp_path_factory):
 def lavis(tmp_path_factory):
     """A file of LAVIS with its tower, as wide as the real one, that a projection to OPT follows."""
     torch.manual_seed(1)
-    shapes = eva_shapes(1408, layers=1, side=3) | linear("opt_proj", 64, 32)
+    shapes = of_tower(eva_shapes(1408, layers=1, side=3)) | linear("opt_proj", 64, 32)
     shapes |= qformer_shapes(64, layers=2, every=2, tower_width=1408, text=False)
     path = tmp_path_factory.mktemp("lavis") / "blip2_caption.pth"
     torch.save({"model": random_state_dict(shapes), "epoch": 3}, path)
@@ -153,7 +153,7 @@ def test_a_flan_t5_keeps_its_own_head_and_gets_the_exact_gelu(tmp_path):
     t5.save_pretrained(tmp_path / "t5")
     save_file(weights, tmp_path / "t5" / "model.safetensors", metadata={"format": "pt"})
     make_processor(is_encoder_decoder=True).tokenizer.save_pretrained(tmp_path / "t5")
-    shapes = eva_shapes(1408, layers=1, side=2) | linear("t5_proj", 64, 32)
+    shapes = of_tower(eva_shapes(1408, layers=1, side=2)) | linear("t5_proj", 64, 32)
     shapes |= qformer_shapes(64, layers=1, every=2, tower_width=1408, text=False)
     torch.save(random_state_dict(shapes), tmp_path / "blip2_caption_flant5.pth")
     for folder, options in (("ours", []), ("theirs", ["--transformers"])):
@@ -190,8 +190,7 @@ def eva_file(tmp_path, monkeypatch):
     monkeypatch.setitem(towers.DEPTHS, (False, 1408), 1)
     (tmp_path / "parts").mkdir()
     path = tmp_path / "parts" / "eva_vit_g.pth"
-    weights = random_state_dict(eva_shapes(1408, layers=2, side=3))
-    torch.save({name.removeprefix("visual_encoder."): tensor for name, tensor in weights.items()}, path)
+    torch.save(random_state_dict(eva_shapes(1408, layers=2, side=3)), path)
     return path
 
 

@@ -3,58 +3,17 @@
 import json
 from pathlib import Path
 
-import paths
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from lavis_cases import CASES, NEWLINE, OPT, STAGE1, T5, lavis_config, load, opt_processor, tensors
+from lavis_shapes import eva_shapes, linear, of_tower, qformer_shapes, random_state_dict
+from safetensors.torch import save_file
 
 from blip2_hf import Blip2Config, Blip2ForConditionalGeneration, Blip2Model, Blip2VisionConfig
 from blip2_hf.convert import convert_lavis_state_dict, load_lavis_checkpoint, load_lavis_tower, resize_tower
 from blip2_hf.models.modeling_pretraining import Blip2ForPreTraining
 from blip2_hf.models.modeling_retrieval import Blip2ForImageTextRetrieval
-
-
-FIXTURES = paths.FIXTURES / "lavis"
-STAGE1 = FIXTURES / "stage1" / "case0"
-OPT = FIXTURES / "stage2_opt" / "case0_noprompt"
-T5 = FIXTURES / "stage2_t5" / "case0"
-CASES = {"stage1": STAGE1, "opt": OPT, "t5": T5}
-
-
-def tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"{name}.safetensors")
-
-
-def sizes(folder: Path, **kwargs) -> Blip2Config:
-    case = json.loads((folder / "config.json").read_text())
-    vit, bert = case["vit"], case["bert"]
-    language_models = {"opt": transformers.OPTConfig, "t5": transformers.T5Config}
-    fields = {
-        "vision_config": {
-            "hidden_size": vit["width"],
-            "intermediate_size": int(vit["width"] * vit["mlp_ratio"]),
-            "num_hidden_layers": vit["depth"],
-            "num_attention_heads": vit["heads"],
-            "patch_size": vit["patch"],
-            "image_size": case["image_size"],
-        },
-        "qformer_config": {
-            **bert,
-            "vocab_size": bert["vocab_size"] + 1,
-            "bos_token_id": bert["vocab_size"],
-            "cross_attention_frequency": case.get("cross_attention_freq", 2),
-            "use_qformer_text_input": "embed_dim" in case,
-        },
-        "text_config": next((make(**case[name]) for name, make in language_models.items() if name in case), None),
-        "num_query_tokens": case["num_query_token"],
-        "image_text_hidden_size": case.get("embed_dim", 256),
-    }
-    return Blip2Config(**(fields | kwargs))
-
-
-def load(folder: Path, **kwargs):
-    return load_lavis_checkpoint(folder / "state_dict.safetensors", sizes(folder), **kwargs)
 
 
 def without(state_dict: dict[str, torch.Tensor], *prefixes: str) -> dict[str, torch.Tensor]:
@@ -127,7 +86,7 @@ def test_what_was_loaded_is_saved_and_comes_back(folder, tmp_path):
 
 
 def test_t5_has_the_exact_gelu_and_a_head_of_its_own():
-    config = sizes(T5)
+    config = lavis_config(T5)
     # That of a T5 whose configuration does not say that it is not tied
     config.text_config.scale_decoder_outputs = True
     model = load_lavis_checkpoint(T5 / "state_dict.safetensors", config)
@@ -156,7 +115,7 @@ def test_frozen_parts_that_are_given(folder):
     tower = whole.vision_model
     tower.post_layernorm.reset_parameters()
     tower.post_layernorm.eps = tower.config.post_layernorm_eps = 1e-6
-    config = sizes(folder, text_config=None)
+    config = lavis_config(folder, text_config=None)
     model = load_lavis_checkpoint(state_dict, config, vision_model=tower, language_model=whole.language_model)
     assert model.language_model is whole.language_model and model.vision_model is tower
     assert model.config.is_encoder_decoder == (folder == T5) and config.text_config is None
@@ -168,12 +127,12 @@ def test_frozen_parts_that_are_given(folder):
 def test_frozen_parts_that_are_not_there_are_asked_for(prefix, argument):
     state_dict = without(tensors(OPT, "state_dict"), "opt_model." if prefix == "opt_" else prefix)
     with pytest.raises(ValueError, match=f"{prefix}.*not in the file.*as {argument}"):
-        load_lavis_checkpoint(state_dict, sizes(OPT))
+        load_lavis_checkpoint(state_dict, lavis_config(OPT))
 
 
 def test_a_tower_twice_is_refused():
     with pytest.raises(ValueError, match="has its own tower"):
-        load(OPT, vision_model=Blip2Model(sizes(OPT)))
+        load(OPT, vision_model=Blip2Model(lavis_config(OPT)))
 
 
 def test_a_tower_with_a_layernorm_of_its_own_is_refused():
@@ -182,7 +141,7 @@ def test_a_tower_with_a_layernorm_of_its_own_is_refused():
     )
     state_dict = without(tensors(STAGE1, "state_dict"), "visual_encoder.")
     with pytest.raises(ValueError, match="applies the LayerNorm"):
-        load_lavis_checkpoint(state_dict, sizes(STAGE1), vision_model=tower)
+        load_lavis_checkpoint(state_dict, lavis_config(STAGE1), vision_model=tower)
 
 
 def test_a_language_model_of_another_kind_is_refused():
@@ -190,12 +149,12 @@ def test_a_language_model_of_another_kind_is_refused():
     state_dict = without(tensors(OPT, "state_dict"), "opt_model.")
     with pytest.raises(ValueError, match="type 'opt', but the one given is of type 'gpt2'"):
         load_lavis_checkpoint(
-            state_dict, sizes(OPT), language_model=transformers.AutoModelForCausalLM.from_config(text_config)
+            state_dict, lavis_config(OPT), language_model=transformers.AutoModelForCausalLM.from_config(text_config)
         )
 
 
 def test_without_a_tower_where_the_configuration_has_none():
-    config = sizes(STAGE1, has_vision_tower=False)
+    config = lavis_config(STAGE1, has_vision_tower=False)
     model = load_lavis_checkpoint(without(tensors(STAGE1, "state_dict"), "visual_encoder."), config)
     expected = tensors(STAGE1, "outputs")
     with torch.no_grad():
@@ -230,13 +189,13 @@ def test_the_report_has_every_tensor(case, caplog):
 
 def test_what_stands_beside_the_model_is_reported():
     file = {"model": tensors(OPT, "state_dict"), "epoch": 3, "stray.weight": torch.zeros(2)}
-    _, report = load_lavis_checkpoint(file, sizes(OPT), output_loading_info=True)
+    _, report = load_lavis_checkpoint(file, lavis_config(OPT), output_loading_info=True)
     assert {"epoch", "stray.weight"} < report.left.keys() and "model" not in report.left
 
 
 def test_float16_is_read_in_float32():
     state_dict = {name: tensor.half() for name, tensor in tensors(OPT, "state_dict").items()}
-    model = load_lavis_checkpoint(state_dict, sizes(OPT))
+    model = load_lavis_checkpoint(state_dict, lavis_config(OPT))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.query_tokens.weight, state_dict["query_tokens"].float())
 
@@ -262,7 +221,7 @@ def test_the_given_dict_is_not_changed():
 def test_an_unknown_name_is_refused(name):
     state_dict = tensors(OPT, "state_dict") | {name: torch.zeros(2)}
     with pytest.raises(ValueError, match=f"1 (names|tensors).*{name}"):
-        load_lavis_checkpoint(state_dict, sizes(OPT))
+        load_lavis_checkpoint(state_dict, lavis_config(OPT))
 
 
 @pytest.mark.parametrize(
@@ -281,14 +240,14 @@ def test_a_missing_name_is_refused(name, ours):
     state_dict = tensors(OPT, "state_dict")
     del state_dict[name]
     with pytest.raises(ValueError, match=ours):
-        load_lavis_checkpoint(state_dict, sizes(OPT))
+        load_lavis_checkpoint(state_dict, lavis_config(OPT))
 
 
 def test_a_missing_ln_vision_is_refused_even_if_a_tower_is_given():
     donor = load(OPT)
     state_dict = without(tensors(OPT, "state_dict"), "visual_encoder.", "ln_vision.")
     with pytest.raises(ValueError, match="post_layernorm.weight, vision_model.post_layernorm.bias"):
-        load_lavis_checkpoint(state_dict, sizes(OPT), vision_model=donor)
+        load_lavis_checkpoint(state_dict, lavis_config(OPT), vision_model=donor)
 
 
 @pytest.mark.parametrize(
@@ -303,19 +262,19 @@ def test_a_missing_ln_vision_is_refused_even_if_a_tower_is_given():
 def test_tied_tensors(folder, name):
     state_dict = tensors(folder, "state_dict")
     tensor = state_dict.pop(name)
-    load_lavis_checkpoint(state_dict, sizes(folder))
+    load_lavis_checkpoint(state_dict, lavis_config(folder))
     with pytest.raises(ValueError, match="one tensor in LAVIS"):
-        load_lavis_checkpoint(state_dict | {name: tensor + 1}, sizes(folder))
+        load_lavis_checkpoint(state_dict | {name: tensor + 1}, lavis_config(folder))
 
 
 def test_other_sizes_are_refused():
     with pytest.raises(ValueError, match=r"query_tokens \(1, 8, 48\) for \(1, 5, 48\)"):
-        load_lavis_checkpoint(tensors(OPT, "state_dict"), sizes(OPT, num_query_tokens=5))
+        load_lavis_checkpoint(tensors(OPT, "state_dict"), lavis_config(OPT, num_query_tokens=5))
 
 
 def test_stage1_leaves_its_text_part_and_heads_to_a_model_without():
     state_dict = tensors(STAGE1, "state_dict")
-    config = sizes(STAGE1)
+    config = lavis_config(STAGE1)
     config.qformer_config.use_qformer_text_input = False
     model = load_lavis_checkpoint(state_dict, config, Blip2Model)
     assert type(model) is Blip2Model
@@ -330,21 +289,21 @@ def test_stage2_with_a_text_part_that_it_does_not_read(caplog):
     text_part = {k: v for k, v in stage1.items() if "Qformer.bert" in k and k not in tensors(OPT, "state_dict")}
     assert all(any(f".{name}" in key or "position_embeddings" in key for name in names) for key in text_part)
     with caplog.at_level("INFO", logger="blip2_hf.convert.lavis"):
-        model = load_lavis_checkpoint(tensors(OPT, "state_dict") | text_part, sizes(OPT))
+        model = load_lavis_checkpoint(tensors(OPT, "state_dict") | text_part, lavis_config(OPT))
     assert_stage2_agrees(model, OPT)
     assert "use_qformer_text_input=False" in caplog.text and "has no embeddings" in caplog.text
 
 
 def test_which_class():
     state_dict = tensors(STAGE1, "state_dict")
-    retrieval = load_lavis_checkpoint(without(state_dict, "Qformer.cls."), sizes(STAGE1))
+    retrieval = load_lavis_checkpoint(without(state_dict, "Qformer.cls."), lavis_config(STAGE1))
     assert type(retrieval) is Blip2ForImageTextRetrieval
     with pytest.raises(ValueError, match="Give model_class"):
-        load_lavis_checkpoint({"query_tokens": state_dict["query_tokens"]}, sizes(STAGE1))
+        load_lavis_checkpoint({"query_tokens": state_dict["query_tokens"]}, lavis_config(STAGE1))
     with pytest.raises(ValueError, match="from_pretrained_parts"):
-        load_lavis_checkpoint(state_dict, sizes(STAGE1), Blip2ForConditionalGeneration)
+        load_lavis_checkpoint(state_dict, lavis_config(STAGE1), Blip2ForConditionalGeneration)
     with pytest.raises(ValueError, match="language_model was given"):
-        load_lavis_checkpoint(state_dict, sizes(STAGE1), language_model=object())
+        load_lavis_checkpoint(state_dict, lavis_config(STAGE1), language_model=object())
 
 
 # Files
@@ -354,7 +313,7 @@ def test_which_class():
 def test_files_of_torch(wrap, tmp_path):
     state_dict = tensors(STAGE1, "state_dict")
     torch.save(wrap(state_dict), tmp_path / "checkpoint.pth")
-    model = load_lavis_checkpoint(str(tmp_path / "checkpoint.pth"), sizes(STAGE1))
+    model = load_lavis_checkpoint(str(tmp_path / "checkpoint.pth"), lavis_config(STAGE1))
     assert torch.equal(model.query_tokens.weight, state_dict["query_tokens"])
 
 
@@ -370,7 +329,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     state_dict = tensors(STAGE1, "state_dict")
     torch.save({"model": state_dict, "config": Payload(tmp_path / "was_run")}, tmp_path / "checkpoint.pth")
     with pytest.raises(ValueError, match="could run code"):
-        load_lavis_checkpoint(tmp_path / "checkpoint.pth", sizes(STAGE1))
+        load_lavis_checkpoint(tmp_path / "checkpoint.pth", lavis_config(STAGE1))
     assert not (tmp_path / "was_run").exists()
 
 
@@ -378,7 +337,7 @@ def test_a_tower_whose_pickle_runs_code_is_refused(tmp_path):
     torch.save({"cls_token": torch.zeros(1, 1, 1408), "more": Payload(tmp_path / "was_run")}, tmp_path / "eva.pth")
     state_dict = without(tensors(STAGE1, "state_dict"), "visual_encoder.")
     with pytest.raises(ValueError, match="could run code"):
-        load_lavis_checkpoint(state_dict, sizes(STAGE1), vision_model=tmp_path / "eva.pth")
+        load_lavis_checkpoint(state_dict, lavis_config(STAGE1), vision_model=tmp_path / "eva.pth")
     assert not (tmp_path / "was_run").exists()
 
 
@@ -390,7 +349,7 @@ def test_half_a_file_is_refused(name, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=f"{name} is no file of.*Download it again"):
-        load_lavis_checkpoint(path, sizes(STAGE1))
+        load_lavis_checkpoint(path, lavis_config(STAGE1))
 
 
 def test_what_is_no_state_dict_is_refused(tmp_path):
@@ -402,51 +361,6 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
 
 
 # Sizes from shapes, and CLIP
-
-
-def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def layernorm(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def qformer_shapes(width: int, layers: int, every: int, tower_width: int, text: bool) -> dict[str, tuple[int, ...]]:
-    shapes = {"query_tokens": (1, 5, width)} | layernorm("Qformer.bert.embeddings.LayerNorm", width)
-    shapes |= layernorm("ln_vision", tower_width)
-    if text:
-        shapes["Qformer.bert.embeddings.word_embeddings.weight"] = (30, width)
-        shapes["Qformer.bert.embeddings.position_embeddings.weight"] = (12, width)
-    for index in range(layers):
-        layer = f"Qformer.bert.encoder.layer.{index}"
-        for kind, inputs in (("attention", width), ("crossattention", tower_width))[: 1 + (index % every == 0)]:
-            shapes |= linear(f"{layer}.{kind}.self.query", width, width)
-            shapes |= linear(f"{layer}.{kind}.self.key", inputs, width)
-            shapes |= linear(f"{layer}.{kind}.self.value", inputs, width)
-            shapes |= linear(f"{layer}.{kind}.output.dense", width, width)
-            shapes |= layernorm(f"{layer}.{kind}.output.LayerNorm", width)
-        for end in ("_query", "")[: 1 + text]:
-            shapes |= linear(f"{layer}.intermediate{end}.dense", width, 48)
-            shapes |= linear(f"{layer}.output{end}.dense", 48, width)
-            shapes |= layernorm(f"{layer}.output{end}.LayerNorm", width)
-    return shapes
-
-
-def eva_shapes(width: int, layers: int, side: int) -> dict[str, tuple[int, ...]]:
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, side * side + 1, width)}
-    shapes |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
-    for index in range(layers):
-        block = f"blocks.{index}"
-        shapes |= {f"{block}.attn.{name}_bias": (width,) for name in "qv"}
-        shapes |= {f"{block}.attn.qkv.weight": (3 * width, width)} | linear(f"{block}.attn.proj", width, width)
-        shapes |= linear(f"{block}.mlp.fc1", width, 24) | linear(f"{block}.mlp.fc2", 24, width)
-        shapes |= layernorm(f"{block}.norm1", width) | layernorm(f"{block}.norm2", width)
-    return {f"visual_encoder.{name}": shape for name, shape in shapes.items()}
-
-
-def random_state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    return {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
 
 
 def clip_tower(hidden_size: int, num_hidden_layers: int, num_attention_heads: int):
@@ -487,7 +401,9 @@ def clip_tower(hidden_size: int, num_hidden_layers: int, num_attention_heads: in
 
 @pytest.mark.parametrize("text", [False, True])
 def test_sizes_of_eva_and_the_qformer_are_read_from_the_file(text):
-    shapes = eva_shapes(1408, layers=2, side=3) | qformer_shapes(128, layers=5, every=2, tower_width=1408, text=text)
+    shapes = of_tower(eva_shapes(1408, layers=2, side=3)) | qformer_shapes(
+        128, layers=5, every=2, tower_width=1408, text=text
+    )
     model = load_lavis_checkpoint(random_state_dict(shapes), model_class=Blip2Model)
     vision, qformer = model.config.vision_config, model.config.qformer_config
     assert (vision.num_attention_heads, vision.num_hidden_layers, vision.image_size) == (16, 2, 42)
@@ -504,7 +420,9 @@ def test_sizes_that_shapes_do_not_tell_are_asked_for():
         load_lavis_checkpoint(state_dict, vision_model=load(STAGE1))
     with pytest.raises(ValueError, match="query_tokens.weight is not in the file"):
         load_lavis_checkpoint(without(state_dict, "query_tokens"), vision_model=load(STAGE1))
-    shapes = eva_shapes(64, layers=1, side=2) | qformer_shapes(64, layers=1, every=2, tower_width=64, text=False)
+    shapes = of_tower(eva_shapes(64, layers=1, side=2)) | qformer_shapes(
+        64, layers=1, every=2, tower_width=64, text=False
+    )
     with pytest.raises(ValueError, match="64 wide.*Give a config"):
         load_lavis_checkpoint(random_state_dict(shapes), model_class=Blip2Model)
 
@@ -550,7 +468,7 @@ def tower_file(folder: Path, more: int) -> dict[str, torch.Tensor]:
     """The tower of a fixture as a file of its own, with `more` blocks than BLIP-2 takes, and what is behind them."""
     names = "visual_encoder."
     weights = {k.removeprefix(names): v for k, v in tensors(folder, "state_dict").items() if k.startswith(names)}
-    depth = sizes(folder).vision_config.num_hidden_layers
+    depth = lavis_config(folder).vision_config.num_hidden_layers
     for index in range(depth, depth + more):
         last = {k: v for k, v in weights.items() if k.startswith(f"blocks.{depth - 1}.")}
         weights |= {k.replace(f"blocks.{depth - 1}.", f"blocks.{index}."): v + 1 for k, v in last.items()}
@@ -562,7 +480,7 @@ def test_a_checkpoint_and_the_file_of_its_tower(tmp_path):
     torch.save(tower_file(STAGE1, more=1), tmp_path / "eva_vit_g.pth")
     state_dict = without(tensors(STAGE1, "state_dict"), "visual_encoder.")
     model, report = load_lavis_checkpoint(
-        state_dict, sizes(STAGE1), vision_model=tmp_path / "eva_vit_g.pth", output_loading_info=True
+        state_dict, lavis_config(STAGE1), vision_model=tmp_path / "eva_vit_g.pth", output_loading_info=True
     )
     inputs, expected = tensors(STAGE1, "inputs"), tensors(STAGE1, "outputs")
     assert_close(model.get_image_embeds(inputs["image"]), expected["vit_output"])
@@ -576,7 +494,7 @@ def test_a_checkpoint_and_the_file_of_its_tower(tmp_path):
 
 
 def test_a_tower_of_its_own_starts_with_a_new_layernorm():
-    tower = load_lavis_tower(tower_file(STAGE1, more=2), sizes(STAGE1).vision_config)
+    tower = load_lavis_tower(tower_file(STAGE1, more=2), lavis_config(STAGE1).vision_config)
     assert torch.equal(tower.post_layernorm.weight, torch.ones(64)) and not tower.training
     assert torch.equal(tower.post_layernorm.bias, torch.zeros(64))
 
@@ -586,9 +504,11 @@ def test_half_a_tower_is_refused(name):
     state_dict = tower_file(STAGE1, more=0)
     del state_dict[name]
     with pytest.raises(ValueError, match="not in the file|not the q_bias"):
-        load_lavis_tower(state_dict, sizes(STAGE1).vision_config)
+        load_lavis_tower(state_dict, lavis_config(STAGE1).vision_config)
     with pytest.raises(ValueError, match="1 names.*rel_pos_bias"):
-        load_lavis_tower(tower_file(STAGE1, more=0) | {"rel_pos_bias": torch.ones(2)}, sizes(STAGE1).vision_config)
+        load_lavis_tower(
+            tower_file(STAGE1, more=0) | {"rel_pos_bias": torch.ones(2)}, lavis_config(STAGE1).vision_config
+        )
     with pytest.raises(ValueError, match="ViT-g.*a width of 64"):
         load_lavis_tower(tower_file(STAGE1, more=0))
 
@@ -596,7 +516,7 @@ def test_half_a_tower_is_refused(name):
 @pytest.mark.parametrize("align_corners", [False, True])
 @torch.no_grad()
 def test_position_embeddings_of_another_size(align_corners):
-    config = sizes(STAGE1).vision_config
+    config = lavis_config(STAGE1).vision_config
     config.interpolate_align_corners = align_corners
     state_dict = tower_file(STAGE1, more=1)
     plain = load_lavis_tower(state_dict, config)
@@ -639,8 +559,6 @@ def test_the_last_block_but_one_of_a_whole_clip(source, tmp_path):
 
 
 def test_an_opt_ends_at_a_newline():
-    from test_lavis_stage2 import NEWLINE, opt_processor
-
     tokenizer = opt_processor().tokenizer
     model = load(OPT, tokenizer=tokenizer)
     assert model.generation_config.eos_token_id == model.config.text_config.eos_token_id == NEWLINE

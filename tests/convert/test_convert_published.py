@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from test_transformers_compatibility import full_size_text_config
+from lavis_shapes import eva_shapes, layernorm, linear, of_tower, qformer_shapes
+from theirs import full_size_text_config
 
 from blip2_hf import (
     Blip2ForConditionalGeneration,
@@ -45,27 +46,6 @@ WIDTHS = {"eva": 1408, "clip": 1024}
 LANGUAGE_MODEL_WIDTHS = {"opt-2.7b": 2560, "opt-6.7b": 4096, "flan-t5-xl": 2048, "flan-t5-xxl": 4096}
 
 
-def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def layernorm(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def eva_shapes(depth: int, image_size: int) -> dict[str, tuple[int, ...]]:
-    """Of EVA-CLIP ViT-g, under LAVIS's names: 1408 wide, an MLP of int(1408 * 4.3637)."""
-    shapes = {"cls_token": (1, 1, 1408), "pos_embed": (1, (image_size // 14) ** 2 + 1, 1408)}
-    shapes |= {"patch_embed.proj.weight": (1408, 3, 14, 14), "patch_embed.proj.bias": (1408,)}
-    for index in range(depth):
-        block = f"blocks.{index}"
-        shapes |= layernorm(f"{block}.norm1", 1408) | layernorm(f"{block}.norm2", 1408)
-        shapes |= {f"{block}.attn.q_bias": (1408,), f"{block}.attn.v_bias": (1408,)}
-        shapes |= {f"{block}.attn.qkv.weight": (3 * 1408, 1408)} | linear(f"{block}.attn.proj", 1408, 1408)
-        shapes |= linear(f"{block}.mlp.fc1", 1408, 6144) | linear(f"{block}.mlp.fc2", 6144, 1408)
-    return shapes
-
-
 def clip_shapes(depth: int) -> dict[str, tuple[int, ...]]:
     """Of CLIP ViT-L/14, under OpenAI's names, which are LAVIS's."""
     shapes = {"class_embedding": (1024,), "positional_embedding": (257, 1024), "conv1.weight": (1024, 3, 14, 14)}
@@ -82,35 +62,18 @@ def clip_shapes(depth: int) -> dict[str, tuple[int, ...]]:
 def tower_file(tower: str) -> dict[str, torch.Tensor]:
     """LAVIS's own file of a tower: one block more than it takes, and what is behind the blocks."""
     if tower == "eva":
-        shapes = eva_shapes(40, 224) | layernorm("norm", 1408) | linear("head", 1408, 1024)
+        shapes = (
+            eva_shapes(1408, layers=40, side=16, mlp_width=6144) | layernorm("norm", 1408) | linear("head", 1408, 1024)
+        )
     else:
         shapes = clip_shapes(24) | layernorm("ln_post", 1024) | {"proj": (1024, 768)}
     return on_meta(shapes)
-
-
-def qformer_shapes(tower_width: int, is_stage1: bool) -> dict[str, tuple[int, ...]]:
-    shapes = {"query_tokens": (1, 32, 768), "Qformer.bert.embeddings.position_ids": (1, 512)}
-    shapes |= layernorm("ln_vision", tower_width) | layernorm("Qformer.bert.embeddings.LayerNorm", 768)
-    for index in range(12):
-        layer = f"Qformer.bert.encoder.layer.{index}"
-        for kind, inputs in (("attention", 768), ("crossattention", tower_width))[: 1 + (index % 2 == 0)]:
-            for name in ("query", "key", "value"):
-                shapes |= linear(f"{layer}.{kind}.self.{name}", 768 if name == "query" else inputs, 768)
-            shapes |= linear(f"{layer}.{kind}.output.dense", 768, 768)
-            shapes |= layernorm(f"{layer}.{kind}.output.LayerNorm", 768)
-        for suffix in ("_query", "")[: 1 + is_stage1]:
-            shapes |= linear(f"{layer}.intermediate{suffix}.dense", 768, 3072)
-            shapes |= linear(f"{layer}.output{suffix}.dense", 3072, 768)
-            shapes |= layernorm(f"{layer}.output{suffix}.LayerNorm", 768)
-    return shapes
 
 
 def stage1_shapes() -> dict[str, tuple[int, ...]]:
     head = "Qformer.cls.predictions"
     shapes = {"temp": (), f"{head}.bias": (30523,)} | linear(f"{head}.decoder", 768, 30523)
     shapes |= linear(f"{head}.transform.dense", 768, 768) | layernorm(f"{head}.transform.LayerNorm", 768)
-    shapes |= {"Qformer.bert.embeddings.word_embeddings.weight": (30523, 768)}
-    shapes |= {"Qformer.bert.embeddings.position_embeddings.weight": (512, 768)}
     return shapes | linear("vision_proj", 768, 256) | linear("text_proj", 768, 256) | linear("itm_head", 768, 2)
 
 
@@ -120,14 +83,18 @@ def on_meta(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 
 def checkpoint(published: Published) -> dict[str, torch.Tensor]:
     is_stage1 = published.language_model is None
-    shapes = qformer_shapes(WIDTHS[published.tower], is_stage1)
+    sizes = {"width": 768, "layers": 12, "every": 2, "mlp_width": 3072, "queries": 32}
+    shapes = qformer_shapes(
+        **sizes, tower_width=WIDTHS[published.tower], text=is_stage1, vocabulary=30523, positions=512
+    )
+    shapes |= {"Qformer.bert.embeddings.position_ids": (1, 512)}
     if is_stage1:
         shapes |= stage1_shapes()
     else:
         kind = "opt" if published.language_model.startswith("opt") else "t5"
         shapes |= linear(f"{kind}_proj", 768, LANGUAGE_MODEL_WIDTHS[published.language_model])
     if published.has_tower:
-        shapes |= {f"visual_encoder.{name}": shape for name, shape in eva_shapes(39, 364).items()}
+        shapes |= of_tower(eva_shapes(1408, layers=39, side=26, mlp_width=6144))
     return on_meta(shapes)
 
 

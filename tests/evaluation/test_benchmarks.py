@@ -14,20 +14,27 @@ import pytest
 import torch
 import tqdm
 import transformers
-from stage1 import STAGE1_QFORMER, make_stage1
-from test_readers import karpathy_entry, make_pictures, nocaps_file, vqa_files, write
+from benchmark_files import karpathy_entry, make_pictures, nocaps_file, vqa_files, write
+from benchmark_runs import (
+    QUESTIONS,
+    caption_samples,
+    command,
+    fast_preset,
+    make_retrieval_and_processor,
+    one_by_one,
+    predictions,
+    question_samples,
+)
+from stage1 import make_stage1
 from tiny import (
-    VOCAB_SIZE,
-    make_config,
+    CAPTIONS,
     make_image,
     make_image_processor,
     make_model,
     make_processor,
-    make_tokenizer,
-    randomize,
 )
 
-from blip2_hf import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
+from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.cli import main
 from blip2_hf.cli.evaluate import _GQA_PROTOCOLS, _VQA_PROTOCOLS
 from blip2_hf.data import clean_question
@@ -39,47 +46,6 @@ from blip2_hf.evaluation.metrics.lemmas import load_lemmatizer
 from blip2_hf.evaluation.readers import read_caption_rows
 from blip2_hf.evaluation.retrieval_benchmark import evaluate_retrieval
 from blip2_hf.evaluation.samples import CaptionSample, QuestionSample
-from blip2_hf.models.generation_presets import generation_preset
-
-
-CAPTIONS = ["a dog", "a red bus near the street", "two people", "the sky", "a woman holding an umbrella", "grass"]
-QUESTIONS = ["What is this?", "What colour is the bus?", "How many people are near the street, and where?"]
-
-
-def caption_samples(count=5):
-    return [
-        CaptionSample(make_image(i), 100 + i, [CAPTIONS[i], "a photo"], ("in-domain", "near-domain")[i % 2])
-        for i in range(count)
-    ]
-
-
-def question_samples():
-    """Two questions about each picture, which do not lie together."""
-    pictures = [make_image(i) for i in range(3)]
-    return [
-        QuestionSample(pictures[i % 3], i % 3, 70 + i, QUESTIONS[i % 2], ["bus"] * 10, ("other", "number")[i % 2])
-        for i in range(6)
-    ]
-
-
-def fast_preset(name, model):
-    """The paper's, but for the time it takes."""
-    preset = generation_preset(name, model.config)
-    fast = {"num_beams": 2, "max_new_tokens": 5, "min_new_tokens": 0}
-    return replace(preset, generate_kwargs=preset.generate_kwargs | fast)
-
-
-def one_by_one(model, processor, samples, prompts, preset):
-    texts = []
-    for sample, prompt in zip(samples, prompts, strict=True):
-        inputs = processor(images=sample.image, text=prompt, return_tensors="pt")
-        tokens = model.generate(**inputs, **preset.generate_kwargs)
-        texts += processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
-    return texts
-
-
-def predictions(folder):
-    return json.loads((folder / "predictions.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -388,17 +354,10 @@ def test_a_lemmatizer_that_is_not_installed(opt, tmp_path, monkeypatch, spacy):
         evaluate_vqa(*opt, samples, tmp_path, lemmatize=True)
 
 
-def make_retrieval():
-    torch.manual_seed(0)
-    fields = {"qformer_config": {**STAGE1_QFORMER, "vocab_size": VOCAB_SIZE}, "image_token_index": None}
-    model = randomize(Blip2ForImageTextRetrieval(make_config(None, **fields))).eval()
-    return model, Blip2Processor(make_image_processor(), make_tokenizer(eos=True), is_encoder_decoder=False)
-
-
 @pytest.fixture(scope="module")
 def retrieval():
     """Model, processor, samples of more pictures than a block has, their texts, and the tower's output."""
-    model, processor = make_retrieval()
+    model, processor = make_retrieval_and_processor()
     rows = [{"image": make_image(i), "caption": [f"{CAPTIONS[i % 6]}, {i}!", f"picture {i}"]} for i in range(23)]
     samples = read_caption_rows(datasets.Dataset.from_list(rows))
     texts = [text.lower().replace("!", "") for sample in samples for text in sample.captions]
@@ -540,7 +499,7 @@ def folder(opt, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     for part in opt:
         part.save_pretrained(folder / "model")
-    model, processor = make_retrieval()
+    model, processor = make_retrieval_and_processor()
     for part in (model, processor):
         part.save_pretrained(folder / "retrieval")
     # As after stage 2: the heads of retrieval are not there
@@ -560,11 +519,6 @@ def folder(opt, tmp_path_factory):
     rows.to_parquet(folder / "rows.parquet")
     rows.save_to_disk(folder / "rows")
     return folder
-
-
-def command(folder, task, output, *options):
-    model = folder / ("retrieval" if "retrieval" in task else "model")
-    return ["evaluate", task, "--model", str(model), "--output", str(output), "--device", "cpu", *map(str, options)]
 
 
 FAST = ("--generate", "num_beams=2", "max_new_tokens=5", "min_new_tokens=0")

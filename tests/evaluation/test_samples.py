@@ -6,16 +6,16 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from test_benchmarks import (
+from benchmark_files import karpathy_file, make_pictures, write
+from benchmark_runs import (
     caption_samples,
     command,
     fast_preset,
-    make_retrieval,
+    make_retrieval_and_processor,
     one_by_one,
     predictions,
     question_samples,
 )
-from test_readers import karpathy_file, make_pictures, write
 from tiny import make_image, make_model, make_processor
 
 from blip2_hf.cli import main
@@ -37,7 +37,7 @@ def opt():
 
 @pytest.fixture(scope="module")
 def retrieval():
-    return make_retrieval()
+    return make_retrieval_and_processor()
 
 
 @pytest.fixture

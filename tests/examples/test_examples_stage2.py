@@ -12,9 +12,8 @@ import pytest
 import torch
 import transformers
 from paths import EXAMPLES
-from stage1 import STAGE1_QFORMER, make_stage1
+from stage1 import STAGE1_QFORMER, Processor, make_stage1
 from tiny import LANGUAGE_MODELS, assert_sees_the_whole, make_cropping_image_processor, make_image, make_tokenizer
-from train_stage1 import Processor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.cli import main

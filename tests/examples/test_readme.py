@@ -8,6 +8,7 @@ import datasets
 import pytest
 import transformers
 from paths import DOCS, REPOSITORY
+from stage1 import Processor
 from tiny import (
     LANGUAGE_MODELS,
     assert_sees_the_whole,
@@ -18,7 +19,6 @@ from tiny import (
     make_processor,
     make_tokenizer,
 )
-from train_stage1 import Processor
 
 import blip2_hf
 from blip2_hf.cli import make_parser

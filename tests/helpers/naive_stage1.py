@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize, pad
 from transformers import DynamicCache
 
-from blip2_hf.models.modeling_qformer import Blip2QFormerText
+from blip2_hf.models.modeling_qformer import QFormerTextCache
 
 
 def naive_stage1(model, image_embeds, input_ids, attention_mask, image_ids=None, pad_to=None) -> dict:
@@ -71,7 +71,7 @@ def naive_stage1(model, image_embeds, input_ids, attention_mask, image_ids=None,
         query_embeds=model.embeddings(input_ids=decoder_ids),
         query_length=0,
         attention_mask=torch.cat([causal.new_ones(batch_size, length, query_length), causal], dim=2),
-        past_key_values=Blip2QFormerText(query_key_values, DynamicCache()),
+        past_key_values=QFormerTextCache(query_key_values, DynamicCache()),
     ).last_hidden_state
     lm_logits = model.lm_head(lm_output)
     labels = input_ids.masked_fill(attention_mask == 0, -100)[:, 1:]

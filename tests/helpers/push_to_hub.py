@@ -14,8 +14,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from stage1 import make_stage1
-from tiny import make_image, make_image_processor, make_model, make_processor, make_tokenizer
-from train_stage2 import CAPTIONS
+from tiny import CAPTIONS, make_image, make_image_processor, make_model, make_processor, make_tokenizer
 
 from blip2_hf import Blip2ForConditionalGeneration, ImageToTextPipeline
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator, cache_features, load_cached_features

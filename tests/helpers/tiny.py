@@ -17,6 +17,7 @@ SENTENCES = [
     "Question: what colour is the bus? Answer: red",
     "a woman holding an umbrella under the sky with clouds",
 ]
+CAPTIONS = ["a dog", "a red bus near the street", "two people", "the sky", "a woman holding an umbrella", "grass"]
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,

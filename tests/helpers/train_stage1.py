@@ -10,40 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
-from stage1 import make_stage1
-from tiny import make_image, make_image_processor
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from stage1 import Processor, make_pairs, make_stage1
 
 from blip2_hf.data import ImageTextCollator, ImageTextPairs, ImageTextStream, RandomResizedCropAndFlip
 from blip2_hf.evaluation import contrastive_retrieval_metrics
 from blip2_hf.training import Blip2Trainer, Stage1Arguments, checkpoint_to_resume
-
-
-WORDS = "a red green blue big small dog cat bus tree house boat on under near the grass street"
-
-
-class Processor:
-    """Pictures of 28 pixels, and words for tokens."""
-
-    def __init__(self):
-        vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split()])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = [("[CLS]", 2), ("[SEP]", 3)]
-        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
-        self.tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
-        )
-        self.image_processor = make_image_processor()
-
-
-def make_pairs(count: int = 24) -> datasets.Dataset:
-    words = WORDS.split()
-    texts = [[" ".join(words[(i * k) % 18] for k in range(1, 3 + i % 5)), words[i % 18]] for i in range(count)]
-    return datasets.Dataset.from_dict({"image": [make_image(i) for i in range(count)], "caption": texts})
 
 
 def main():

@@ -11,22 +11,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from tiny import make_image, make_model, make_processor
+from stage2 import remove_dropout
+from tiny import CAPTIONS, make_image, make_model, make_processor
 
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.training import Blip2Trainer, Stage2Arguments
-
-
-CAPTIONS = ["a dog", "a red bus near the street", "two people", "the sky", "a woman holding an umbrella", "grass"]
-
-
-def remove_dropout(model: torch.nn.Module):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
 
 
 def main():

@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from stage1 import STAGE1_QFORMER, make_stage1
-from tiny import make_config, make_image, make_image_processor, make_model, make_processor, make_tokenizer, randomize
+from paths import FIXTURES
+from stage1 import STAGE1_QFORMER, make_retrieval, make_stage1
+from tiny import make_config, make_image, make_image_processor, make_model, make_processor, make_tokenizer
 from transformers import AutoModel, AutoProcessor, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
@@ -113,11 +115,6 @@ def run_without_the_package(code, folder, *arguments):
 def without_the_package(folder):
     """What a process that cannot import the package makes of the folders, and which classes it finds there."""
     return run_without_the_package(TEXTS % QUESTION + COMPARISONS + SAVED_AGAIN, folder, json.dumps(LABELS))
-
-
-def make_retrieval():
-    config = make_config(None, qformer_config={**STAGE1_QFORMER, "vocab_size": 320}, image_token_index=None)
-    return randomize(Blip2ForImageTextRetrieval(config)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +281,68 @@ def test_a_pipeline_around_another_model_brings_its_own_code(tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     assert "auto_map" not in content and set(content["custom_pipelines"]) == {"image-to-text"}
     assert (tmp_path / "pipeline_blip2.py").exists() and not (tmp_path / "modeling_blip2.py").exists()
+
+
+PUSHED_BEFORE = """
+    pipe = pipeline("image-to-text", model=str(folder / "captioner"), trust_remote_code=True)
+    report["image-to-text"] = pipe(image, max_new_tokens=5, do_sample=False)
+    model, processor = load(transformers.AutoModelForPreTraining, "stage1").eval(), load(AutoProcessor, "stage1")
+    with torch.no_grad():
+        outputs = model(**processor(images=image, text="a dog", return_tensors="pt"), return_loss=False)
+    report["stage1"] = outputs.logits_per_image.tolist()
+"""
+
+
+@pytest.fixture
+def pushed_before(tmp_path):
+    """Folders that this package wrote with their code when its modules lay in one folder (commit aecc087)."""
+    with zipfile.ZipFile(FIXTURES / "pushed_before_models.zip") as archive:
+        archive.extractall(tmp_path)
+    return tmp_path, json.loads((tmp_path / "expected.json").read_text())
+
+
+def assert_as_before(report, expected):
+    assert report["image-to-text"] == expected["image-to-text"]
+    torch.testing.assert_close(torch.tensor(report["stage1"]), torch.tensor(expected["stage1"]))
+
+
+def test_what_was_pushed_before_loads_without_the_package(pushed_before):
+    folder, expected = pushed_before
+    report, classes = run_without_the_package(PUSHED_BEFORE, folder)
+    assert_as_before(report, expected)
+    assert classes["AutoModelForPreTraining stage1"] == "transformers_modules Blip2HfForPreTraining"
+
+
+def test_what_was_pushed_before_loads_with_the_package(pushed_before):
+    folder, expected = pushed_before
+    image = str(folder / "image.png")
+    captioner = pipeline("image-to-text", model=str(folder / "captioner"))
+    assert type(captioner.model) is Blip2ForConditionalGeneration
+    model, processor = (
+        Auto.from_pretrained(folder / "stage1") for Auto in (transformers.AutoModelForPreTraining, AutoProcessor)
+    )
+    assert type(model) is Blip2ForPreTraining
+    with torch.no_grad():
+        outputs = model.eval()(**processor(images=image, text="a dog", return_tensors="pt"), return_loss=False)
+    report = {"image-to-text": captioner(image, **FIVE_WORDS), "stage1": outputs.logits_per_image.tolist()}
+    assert_as_before(report, expected)
+
+
+def test_code_from_before_saves_with_the_code_of_today(pushed_before):
+    folder, expected = pushed_before
+    code = """
+        import transformers
+
+        # The package is there, and is not imported before the code asks for it
+        model = transformers.AutoModelForImageTextToText.from_pretrained("captioner", trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules."), type(model)
+        model.save_pretrained("again", with_code=True)
+        transformers.AutoProcessor.from_pretrained("captioner").save_pretrained("again")
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert (folder / "again" / "backbones.py").exists()
+    captioner = pipeline("image-to-text", model=str(folder / "again"))
+    assert captioner(str(folder / "image.png"), **FIVE_WORDS) == expected["image-to-text"]

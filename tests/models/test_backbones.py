@@ -11,7 +11,6 @@ import transformers
 from paths import EXAMPLES
 from safetensors.torch import load_file, save_file
 from stage1 import make_stage1
-from test_modeling_vision import SMALL, TOWERS
 from tiny import (
     LANGUAGE_MODELS,
     QFORMER,
@@ -24,6 +23,7 @@ from tiny import (
     make_tokenizer,
     randomize,
 )
+from towers import SMALL, TOWERS
 
 from blip2_hf import (
     Blip2ForConditionalGeneration,

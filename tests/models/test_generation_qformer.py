@@ -3,12 +3,10 @@ import json
 import pytest
 import torch
 import transformers
+from lavis_cases import FIXTURES, STAGE1, load
 from safetensors.torch import load_file
 from stage1 import make_stage1
-from test_lavis_stage1 import CASE, FIXTURES, make_config
 from tiny import NUM_QUERIES, make_pixel_values
-
-from blip2_hf import load_lavis_checkpoint
 
 
 CAPTIONS = json.loads((FIXTURES / "captions" / "case0" / "outputs.json").read_text())
@@ -17,7 +15,7 @@ SOUND = ["greedy_min1_max12", "greedy_min10_max30_repetition_arg", "beam3_shimme
 
 @pytest.mark.parametrize("name", SOUND)
 def test_captions_of_lavis(name):
-    model = load_lavis_checkpoint(CASE / "state_dict.safetensors", config=make_config())
+    model = load(STAGE1)
     image = load_file(FIXTURES / "captions" / "case0" / "inputs.safetensors")["image"]
     expected = CAPTIONS[name]
     generated = model.generate(pixel_values=image, **expected["args"])

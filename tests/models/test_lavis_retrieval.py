@@ -1,42 +1,29 @@
 """Retrieval against numbers that the authors' code computed, one pair at a time (random weights)."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_lavis_stage1 import CASE, FIXTURES, fixture, make_config
+from lavis_cases import FIXTURES, ITM, STAGE1, lavis_config, load, read, tensors
 from transformers import BertTokenizerFast
 
-from blip2_hf import Blip2Config, Blip2ForImageTextRetrieval, load_lavis_checkpoint
+from blip2_hf import Blip2ForImageTextRetrieval, load_lavis_checkpoint
 from blip2_hf.evaluation import TwoStageRetrieval
-
-
-ITM = FIXTURES / "itm" / "case0"
 
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-def without_language_model_head(path: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in load_file(path).items() if not name.startswith("Qformer.cls.")}
-
-
 @pytest.fixture(scope="module")
 def stage1() -> Blip2ForImageTextRetrieval:
-    return load_lavis_checkpoint(without_language_model_head(CASE / "state_dict.safetensors"), config=make_config())
+    """Without the language-modelling head, which tells stage 1 from retrieval."""
+    weights = {k: v for k, v in tensors(STAGE1, "state_dict").items() if not k.startswith("Qformer.cls.")}
+    return load_lavis_checkpoint(weights, config=lavis_config(STAGE1))
 
 
 @pytest.fixture(scope="module")
 def itm() -> Blip2ForImageTextRetrieval:
-    sizes = json.loads((ITM / "config.json").read_text())
-    fields = make_config().to_dict() | {"num_query_tokens": sizes["num_query_token"]}
     # The file has a language-modelling head, which retrieval leaves
-    return load_lavis_checkpoint(
-        ITM / "state_dict.safetensors", config=Blip2Config(**fields), model_class=Blip2ForImageTextRetrieval
-    )
+    return load(ITM, model_class=Blip2ForImageTextRetrieval)
 
 
 def test_the_class_is_told_from_the_keys(stage1):
@@ -45,7 +32,7 @@ def test_the_class_is_told_from_the_keys(stage1):
 
 
 def test_pairs_one_by_one_and_together(itm):
-    inputs, expected = load_file(ITM / "inputs.safetensors"), load_file(ITM / "outputs.safetensors")
+    inputs, expected = tensors(ITM, "inputs"), tensors(ITM, "outputs")
     with torch.no_grad():
         for i in range(4):
             batch = inputs["image"][i : i + 1], inputs[f"ids_{i}"], inputs[f"mask_{i}"]
@@ -59,7 +46,7 @@ def test_pairs_one_by_one_and_together(itm):
 
 
 def test_features(stage1):
-    expected, inputs = fixture("eval_outputs.safetensors"), fixture("inputs.safetensors")
+    expected, inputs = tensors(STAGE1, "eval_outputs"), tensors(STAGE1, "inputs")
     with torch.no_grad():
         images = stage1.get_image_features(pixel_values=inputs["image"])
         texts = stage1.get_text_features(expected["extract_text_input_ids"], expected["extract_text_attention_mask"])
@@ -74,10 +61,10 @@ def test_features(stage1):
 
 def test_two_stages(stage1):
     """LAVIS's score matrices: ITM + ITC for the first k of each row by ITC, -100 elsewhere."""
-    expected, settings = fixture("eval_outputs.safetensors"), fixture("outputs.json")["retrieval"]
+    expected, settings = tensors(STAGE1, "eval_outputs"), read(STAGE1, "outputs")["retrieval"]
     tokenizer = BertTokenizerFast(str(FIXTURES / "tokenizers" / "bert" / "vocab.txt"))
     retrieval = TwoStageRetrieval(stage1, tokenizer, k=settings["k_test"], show_progress=False)
-    image_embeds = stage1.get_image_embeds(fixture("inputs.safetensors")["image"])
+    image_embeds = stage1.get_image_embeds(tensors(STAGE1, "inputs")["image"])
     ranked = retrieval(image_embeds, settings["texts"])
     close(ranked.image_to_text.matrix(len(settings["texts"]), fill=-100.0), expected["retrieval_i2t"])
     close(ranked.text_to_image.matrix(len(image_embeds), fill=-100.0), expected["retrieval_t2i"])

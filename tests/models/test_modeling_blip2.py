@@ -1,6 +1,7 @@
 import pytest
 import torch
 import transformers
+from stage2 import remove_dropout
 from tiny import (
     LANGUAGE_MODELS,
     NUM_QUERIES,
@@ -112,11 +113,7 @@ def test_flex_attention(name):
 def test_activation_checkpointing_acts_and_changes_nothing(name):
     model = make_model(name).train()
     inputs = {"pixel_values": make_pixel_values(), "input_ids": IDS, "labels": IDS}
-    for module in model.qformer.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+    remove_dropout(model.qformer)
 
     def gradients():
         model.zero_grad()

@@ -11,22 +11,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from paths import HELPERS
-from test_modeling_pretraining_distributed import sharded_gradients
+from sharding import sharded_gradients
+from stage2 import remove_dropout
 from tiny import make_model, make_pixel_values
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
-from train_stage2 import remove_dropout
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from blip2_hf.models import image_states
-from blip2_hf.models.image_states import Blip2ImageProjection
-from blip2_hf.models.modeling_qformer import Blip2QFormerLayer
+from blip2_hf.models.modeling_qformer import Blip2QFormerLayer, FoldedLinear
 
 
 PROGRAM = HELPERS / "train_stage2.py"
-LAYERS = {Blip2QFormerLayer, Blip2ImageProjection, OPTDecoderLayer}
+LAYERS = {Blip2QFormerLayer, FoldedLinear, OPTDecoderLayer}
 
 
 def run(folder, *options: str, processes: int = 1) -> list[float]:
@@ -98,8 +96,6 @@ def wrap_in_fsdp2(model):
 
 def run_process(rank: int, world_size: int, folder: str):
     torch.set_num_threads(1)
-    # Attention to features without their keys, whose projection DDP and FSDP then never see called
-    image_states._LEAST_ROWS, image_states._LARGEST_SHARE = 1, 10**9
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     results = {}
     for name, wrap in {"ddp": DistributedDataParallel, "fsdp": wrap_in_fsdp, "fsdp2": wrap_in_fsdp2}.items():

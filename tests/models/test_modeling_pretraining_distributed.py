@@ -6,16 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sharding import sharded_gradients
 from stage1 import assert_same, gradients, make_inputs, make_stage1
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2_hf.models.distributed import GlobalBatch
-from blip2_hf.models.image_states import Blip2ImageProjection
-from blip2_hf.models.modeling_qformer import Blip2QFormerLayer
+from blip2_hf.models.modeling_qformer import Blip2QFormerLayer, FoldedLinear
 
 
 pytestmark = pytest.mark.usefixtures("likeliest_negatives")
@@ -76,7 +75,7 @@ def run_process(rank: int, world_size: int, folder: str):
 
 
 def wrap_in_fsdp(model) -> FullyShardedDataParallel:
-    policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={Blip2QFormerLayer, Blip2ImageProjection})
+    policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={Blip2QFormerLayer, FoldedLinear})
     return FullyShardedDataParallel(
         model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
     )
@@ -85,26 +84,9 @@ def wrap_in_fsdp(model) -> FullyShardedDataParallel:
 def wrap_in_fsdp2(model):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in reversed(list(model.modules())):
-        if isinstance(module, (Blip2QFormerLayer, Blip2ImageProjection)):
+        if isinstance(module, (Blip2QFormerLayer, FoldedLinear)):
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
-
-
-def sharded_gradients(model) -> dict[str, torch.Tensor]:
-    """The whole gradients, or, where they lie flat in pieces, their norms; under the names of the bare model."""
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            grad = parameter.grad
-            whole = grad.full_tensor() if isinstance(grad, DTensor) else sum_of_squares(grad).sqrt()
-            gradients[name.replace("_fsdp_wrapped_module.", "")] = whole
-    return gradients
-
-
-def sum_of_squares(shard: torch.Tensor | None) -> torch.Tensor:
-    total = torch.zeros(()) if shard is None else shard.square().sum()
-    dist.all_reduce(total)
-    return total
 
 
 def count_what_travels(rank: int) -> list[int]:

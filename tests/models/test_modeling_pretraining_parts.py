@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from paths import EXAMPLES
-from stage1 import make_inputs, make_stage1
+from stage1 import Processor, make_inputs, make_pairs, make_stage1
 from tiny import (
     LANGUAGE_MODELS,
     QFORMER,
@@ -18,7 +18,6 @@ from tiny import (
     make_image,
     make_pixel_values,
 )
-from train_stage1 import Processor, make_pairs
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Model
 from blip2_hf.cli import main as run_command
@@ -114,7 +113,7 @@ def test_into_stage_2(parts, tmp_path, has_tower):
     expected = Blip2Model.from_pretrained(tmp_path)
     if not has_tower:
         expected.attach_vision_tower(parts["tower"])
-    actual = model._query_image(pixel_values, None)[2].last_hidden_state
+    actual = model.encode_image(pixel_values, None)[2].last_hidden_state
     torch.testing.assert_close(actual, expected(pixel_values).last_hidden_state)
 
 

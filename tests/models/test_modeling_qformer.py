@@ -1,14 +1,12 @@
 import pytest
 import torch
 import transformers
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny import QFORMER, make_config, make_pixel_values, randomize
-from torch.nn.utils import prune
 
 from blip2_hf import Blip2Model, Blip2QFormerConfig, Blip2QFormerModel, block_attention_mask
-from blip2_hf.models.image_states import Blip2ImageProjection, Blip2ImageStates
 from blip2_hf.models.modeling_qformer import (
     Blip2TextEmbeddings,
+    FoldedLinear,
     additive_mask,
     copy_bert_weights,
 )
@@ -233,74 +231,81 @@ def test_flex_attention_equals_eager():
         torch.testing.assert_close(model(pixel_values).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
-NARROW = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
-
-
-def record_projections(monkeypatch) -> list[torch.nn.Module]:
-    """Which projections of the image are called from now on."""
-    called, forward = [], Blip2ImageProjection.forward
-    monkeypatch.setattr(
-        Blip2ImageProjection, "forward", lambda self, *args: called.append(self) or forward(self, *args)
-    )
-    return called
-
-
-@pytest.mark.parametrize("text_length", [0, 3])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_scores_without_keys_equal_attention_to_keys(monkeypatch, dtype, tolerance, text_length):
-    """Where a head has fewer queries than channels, a step on a CPU makes no keys of frozen features."""
-    qformer = make_qformer(**NARROW, use_qformer_text_input=text_length > 0).to(dtype).train()
-    assert qformer.config.attention_probs_dropout_prob > 0
+def make_layernorm(dtype: torch.dtype) -> torch.nn.LayerNorm:
     norm = torch.nn.LayerNorm(WIDTH).to(dtype)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
-    queries, image = torch.randn(2, 32 + text_length, 256, dtype=dtype), torch.randn(2, 257, WIDTH, dtype=dtype)
+    return norm
+
+
+def folds(qformer: Blip2QFormerModel, image: torch.Tensor, norm: torch.nn.LayerNorm, monkeypatch) -> bool:
+    """Whether the projections of an image are given the weight and the bias of the LayerNorm."""
+    given, forward = [], FoldedLinear.forward
+    monkeypatch.setattr(FoldedLinear, "forward", lambda self, *args: given.append(len(args)) or forward(self, *args))
+    qformer.project_image(image, norm)
+    monkeypatch.undo()
+    assert len(given) == 4 and len(set(given)) == 1  # keys and values of two layers
+    return given[0] == 3
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_folded_layernorm_equals_layernorm_and_projection(monkeypatch, dtype, tolerance):
+    qformer, norm = make_qformer().to(dtype).train(), make_layernorm(dtype)
+    assert qformer.config.attention_probs_dropout_prob > 0
+    queries, _, image = (x.to(dtype) for x in inputs())
     parameters = {**dict(qformer.named_parameters()), "scale": norm.weight, "shift": norm.bias}
-    called = record_projections(monkeypatch)
-    key = qformer.encoder.layer[0].crossattention.attention.key
+    assert folds(qformer, image, norm, monkeypatch)
 
-    def step(states):
+    def step(**images):
         torch.manual_seed(0)
-        output = qformer(query_embeds=queries, query_length=32, encoder_hidden_states=states).last_hidden_state
-        gradients = torch.autograd.grad(output.sin().sum(), list(parameters.values()))
-        return output, dict(zip(parameters, gradients, strict=True))
+        output = qformer(query_embeds=queries, query_length=4, **images).last_hidden_state
+        gradients = torch.autograd.grad(output.sin().sum(), list(parameters.values()), allow_unused=True)
+        return output, {name: x for name, x in zip(parameters, gradients, strict=True) if x is not None}
 
-    # A gradient into the features needs their keys
-    expected, expected_gradients = step(norm(image.clone().requires_grad_()))
-    assert key in called
-    called.clear()
-    actual, gradients = step(Blip2ImageStates.after_layernorm(image, norm))
-    assert called and key not in called
+    expected, expected_gradients = step(encoder_hidden_states=norm(image))
+    actual, gradients = step(encoder_key_values=qformer.project_image(image, norm))
+    assert {"scale", "shift"} <= gradients.keys()
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(gradients, expected_gradients, rtol=tolerance, atol=100 * tolerance)
-    # Shifts all scores of a query alike; it has a gradient all the same, for DDP waits for one
-    assert gradients["encoder.layer.0.crossattention.attention.key.bias"].eq(0).all()
 
 
-KEYS_ARE_MADE = {
-    "eval": lambda qformer, key: qformer.eval(),
-    "layer in eval": lambda qformer, key: qformer.encoder.layer[0].crossattention.eval(),
-    "checkpointing": lambda qformer, key: qformer.gradient_checkpointing_enable(),
-    "frozen": lambda qformer, key: key.requires_grad_(False),
-    "hook": lambda qformer, key: key.register_forward_hook(lambda *args: None),
-    "pruned": lambda qformer, key: prune.random_unstructured(key, "weight", 0.5),
-    "accelerate": lambda qformer, key: add_hook_to_module(key, AlignDevicesHook()),
-    "eager": lambda qformer, key: qformer.set_attn_implementation("eager"),
-}
+def test_layernorm_is_folded_only_if_nothing_but_it_is_trained(monkeypatch):
+    qformer, norm, (_, _, image) = make_qformer(), make_layernorm(torch.float32), inputs()
+    assert folds(qformer, image, norm, monkeypatch)
+    # A tower that is trained wants a gradient into its features
+    assert not folds(qformer, image.clone().requires_grad_(), norm, monkeypatch)
+    with torch.no_grad():
+        assert not folds(qformer, image, norm, monkeypatch)
+    assert not folds(qformer, image, norm.requires_grad_(False), monkeypatch)
 
 
-@pytest.mark.parametrize("change", ["nothing", "mask", "more rows", "many queries", *KEYS_ARE_MADE])
-def test_keys_are_made_where_they_are_needed(monkeypatch, change):
-    qformer = make_qformer(**NARROW).train()
-    key = qformer.encoder.layer[0].crossattention.attention.key
-    called = record_projections(monkeypatch)
-    if change in KEYS_ARE_MADE:
-        KEYS_ARE_MADE[change](qformer, key)
-    rows, query_length = (4 if change == "more rows" else 2), (200 if change == "many queries" else 32)
-    qformer(
-        query_embeds=torch.randn(rows, query_length, 256),
-        encoder_hidden_states=torch.randn(2, 257, WIDTH),
-        encoder_attention_mask=torch.ones(2, 257) if change == "mask" else None,
-    ).last_hidden_state.sin().sum().backward()
-    assert (key in called) == (change != "nothing")
-    weight = key.weight_orig if change == "pruned" else key.weight
-    assert change == "frozen" or weight.grad.abs().sum() > 0
+def test_layernorm_is_not_folded_into_an_adapter():
+    qformer, norm, (_, _, image) = make_qformer(), make_layernorm(torch.float32), inputs()
+    attention = qformer.encoder.layer[0].crossattention.attention
+    expected = qformer.project_image(norm(image))
+    attention.key = torch.nn.Sequential(attention.key)
+    torch.testing.assert_close(qformer.project_image(image, norm), expected)
+
+
+def test_rows_are_divided_among_sets_of_images():
+    qformer = make_qformer()
+    queries, _, image = inputs()
+    sets = [qformer.project_image(image), qformer.project_image(image.flip(1) * 2)]
+    rows = torch.cat([queries, queries])
+    actual = qformer(query_embeds=rows, encoder_key_values=sets).last_hidden_state
+    expected = [qformer(query_embeds=queries, encoder_key_values=images).last_hidden_state for images in sets]
+    torch.testing.assert_close(actual, torch.cat(expected))
+
+
+def test_an_image_serves_several_rows():
+    qformer = make_qformer()
+    queries, _, image = inputs()
+    rows = torch.cat([queries, queries.flip(0), -queries])
+    actual = qformer(query_embeds=rows, encoder_key_values=qformer.project_image(image)).last_hidden_state
+    expected = qformer(query_embeds=rows, encoder_hidden_states=image.repeat_interleave(3, dim=0)).last_hidden_state
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises(ValueError, match="one image for each row"):
+        qformer(
+            query_embeds=rows,
+            encoder_key_values=qformer.project_image(image),
+            encoder_attention_mask=torch.ones(6, image.shape[1]),
+        )

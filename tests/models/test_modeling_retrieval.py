@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from stage1 import STAGE1_QFORMER, make_inputs, make_stage1
+from stage1 import RETRIEVAL_QFORMER, make_inputs, make_retrieval, make_stage1
 from tiny import (
     NUM_QUERIES,
     QFORMER,
@@ -26,16 +26,6 @@ from blip2_hf.evaluation import TwoStageRetrieval, retrieval_recall
 
 IMAGE = 60
 TEXT_NAMES = ("input_ids", "attention_mask")
-RETRIEVAL_QFORMER = {**STAGE1_QFORMER, "vocab_size": VOCAB_SIZE}
-
-
-def make_retrieval(**kwargs) -> Blip2ForImageTextRetrieval:
-    fields = {"qformer_config": RETRIEVAL_QFORMER, "image_token_index": None}
-    torch.manual_seed(0)
-    model = randomize(Blip2ForImageTextRetrieval(make_config(None, **(fields | kwargs)))).eval()
-    with torch.no_grad():
-        model.temperature.weight.fill_(0.5)
-    return model
 
 
 def close(actual, expected, atol=1e-5):
@@ -381,7 +371,8 @@ def test_an_image_is_projected_once(model, collection, monkeypatch):
         type(model), "get_image_key_values", lambda self, x: projected.append(len(x)) or project(self, x)
     )
     TwoStageRetrieval(model, tokenizer, k=3, batch_size=2, show_progress=False)(image_embeds, TEXTS)
-    assert sum(projected) == len(image_embeds)
+    # Once for contrast, and once for all of its candidates
+    assert sum(projected) == 2 * len(image_embeds)
 
 
 def test_features_in_memory_on_the_disk_and_of_stage_1(model, collection, tmp_path):

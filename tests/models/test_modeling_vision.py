@@ -2,20 +2,9 @@ import pytest
 import torch
 import transformers
 from tiny import QFORMER, VISION, assert_same_model, make_config, make_pixel_values, randomize
+from towers import TOWERS
 
 from blip2_hf import Blip2Config, Blip2Model, Blip2VisionConfig, Blip2VisionModel
-
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-TOWERS = {
-    "clip": (lambda: transformers.CLIPVisionConfig(**SMALL, image_size=28, patch_size=14), 5),
-    "siglip": (lambda: transformers.SiglipVisionConfig(**SMALL, image_size=28, patch_size=14), 4),
-    "dinov2": (lambda: transformers.Dinov2Config(**SMALL, image_size=28, patch_size=14), 5),
-    "dinov3": (lambda: transformers.DINOv3ViTConfig(**SMALL, image_size=28, patch_size=14), 5),
-    "vit": (lambda: transformers.ViTConfig(**SMALL, image_size=28, patch_size=14), 5),
-    "convnext": (lambda: transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]), 4),
-    "resnet": (lambda: transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1] * 4), 4),
-}
 
 
 def make_image_side(vision_config, **kwargs) -> Blip2Model:

@@ -6,8 +6,7 @@ import accelerate
 import datasets
 import pytest
 import torch
-from stage1 import STAGE1_QFORMER, make_inputs, make_stage1
-from test_modeling_retrieval import make_retrieval
+from stage1 import STAGE1_QFORMER, make_inputs, make_retrieval, make_stage1
 from tiny import QFORMER, make_image, make_image_processor, make_model, make_pixel_values, randomize
 
 from blip2_hf import Blip2Model

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -28,11 +27,11 @@ from blip2_hf import (
     Blip2Processor,
     Blip2QFormerConfig,
     Blip2VisionConfig,
-    pipeline_blip2,
 )
+from blip2_hf._registration import register_pipelines
 from blip2_hf.models.generation_presets import generation_preset
 from blip2_hf.models.image_loading import ImageLoadError
-from blip2_hf.models.pipeline_blip2 import ImageToTextPipeline, VisualQuestionAnsweringPipeline, register_pipelines
+from blip2_hf.models.pipeline_blip2 import ImageToTextPipeline, VisualQuestionAnsweringPipeline
 
 
 WORDS = ["question", "answer", "short", "how", "many", "what", "colour", "is", "the", "a", "cat", "dog", "red", "two"]
@@ -701,54 +700,12 @@ def test_image_text_to_text_is_as_before(images):
         pipe(images[0])
 
 
-@pytest.fixture
-def stubborn_transformers(monkeypatch):
-    """A transformers that renames "image-to-text" where this library cannot stop it."""
-
-    def resolve(task):
-        if task == "visual-question-answering":
-            raise KeyError(task)
-        return "image-text-to-text" if task == "image-to-text" else task
-
-    monkeypatch.setattr(transformers_pipelines, "_resolve_deprecated_task", resolve, raising=False)
-    monkeypatch.setattr(pipeline_blip2, "_keep_task_names", lambda: None)
-    registry = transformers_pipelines.PIPELINE_REGISTRY
-    monkeypatch.setattr(transformers_pipelines, "check_task", lambda task: registry.check_task(resolve(task)))
-    entry = dict(registry.supported_tasks["image-text-to-text"])
-    monkeypatch.setitem(registry.supported_tasks, "image-text-to-text", entry)
-
-
-def test_fallback_captions_and_leaves_the_rest(stubborn_transformers, images, tmp_path, caplog):
-    model, processor = make(make_git)
-    plain = transformers.ImageTextToTextPipeline(model, processor=processor)
-    expected = ImageToTextPipeline(model, processor=processor)(images, **FIVE_WORDS)
-    logger = logging.getLogger("transformers")
-    monitor = mock.patch.object(logger, "propagate", True)
-    with monitor:
-        register_pipelines()
-    assert "pipeline_class=blip2_hf.VisualQuestionAnsweringPipeline" in caplog.text
-
-    pipe = pipeline("image-to-text", model=model, processor=processor)
-    assert isinstance(pipe, transformers.ImageTextToTextPipeline)
-    path = tmp_path / "image.png"
-    images[0].save(path)
-    assert pipe(images, **FIVE_WORDS) == expected
-    assert pipe(images=images[0], **FIVE_WORDS) == expected[0]
-    assert pipe(inputs=str(path), **FIVE_WORDS) == expected[0]
-    prompted = ImageToTextPipeline(model, processor=processor)(images[0], prompt="a photo of", **FIVE_WORDS)
-    assert pipe(images[0], prompt="a photo of", **FIVE_WORDS) == prompted
-    with_text = plain(images[0], text="a photo of", **FIVE_WORDS)
-    assert pipe(images[0], text="a photo of", **FIVE_WORDS) == with_text
-    assert pipe(images[0], "a photo of", **FIVE_WORDS) == with_text
-    with pytest.raises(ValueError, match="text or images"):
-        pipe()
-
-
-def test_pipeline_class_works_whatever_the_registry_says(stubborn_transformers, images):
+def test_pipeline_class_works_for_a_task_of_transformers(images):
     model, processor = make(make_blip2)
     arguments = {"model": model, "processor": processor, **FIVE_WORDS}
     pipe = pipeline("image-text-to-text", pipeline_class=VisualQuestionAnsweringPipeline, **arguments)
-    assert pipe(images[0], "how many ?") == VisualQuestionAnsweringPipeline(**arguments)(images[0], "how many ?")
+    picture = images[0]
+    assert pipe(picture, "how many ?") == VisualQuestionAnsweringPipeline(**arguments)(picture, "how many ?")
 
 
 # --- remote code ---

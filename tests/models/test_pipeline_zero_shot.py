@@ -12,8 +12,9 @@ from transformers import Blip2ForImageTextRetrieval as TransformersRetrieval
 from transformers import pipelines as transformers_pipelines
 
 from blip2_hf import Blip2ForImageTextRetrieval, Blip2Processor
+from blip2_hf._registration import register_pipelines
 from blip2_hf.models.image_loading import ImageLoadError
-from blip2_hf.models.pipeline_zero_shot import ZeroShotImageClassificationPipeline, register_zero_shot_pipeline
+from blip2_hf.models.pipeline_zero_shot import ZeroShotImageClassificationPipeline
 
 
 TASK = "zero-shot-image-classification"
@@ -27,7 +28,7 @@ TEMPLATE = "a picture of a {}"
 def registered(monkeypatch):
     tasks = transformers_pipelines.PIPELINE_REGISTRY.supported_tasks
     monkeypatch.setitem(tasks, TASK, tasks[TASK])
-    register_zero_shot_pipeline()
+    register_pipelines()
 
 
 def make_tokenizer():
@@ -268,7 +269,7 @@ def test_other_models_are_served_as_before(name):
 
 def test_nothing_else_of_the_task_changes():
     entry = transformers_pipelines.PIPELINE_REGISTRY.supported_tasks[TASK]
-    register_zero_shot_pipeline()
+    register_pipelines()
     assert transformers_pipelines.PIPELINE_REGISTRY.supported_tasks[TASK] == entry
     assert entry["pt"] == (AutoModelForZeroShotImageClassification,)
     assert entry["default"]["model"][0] == "openai/clip-vit-base-patch32"

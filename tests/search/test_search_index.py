@@ -10,9 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from PIL import Image
-from stage1 import make_stage1
+from stage1 import Processor, make_stage1
 from tiny import make_image, make_image_processor, make_model, make_processor
-from train_stage1 import Processor
 
 from blip2_hf import Blip2ForImageTextRetrieval, Blip2ForPreTraining, Blip2Processor
 from blip2_hf.cli import index as index_command

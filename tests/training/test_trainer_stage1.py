@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 from paths import HELPERS
-from stage1 import gradients, make_inputs, make_stage1
-from train_stage1 import Processor, make_pairs
+from stage1 import Processor, gradients, make_inputs, make_pairs, make_stage1
 
 from blip2_hf.data import ImageTextCollator, ImageTextPairs
 from blip2_hf.evaluation import contrastive_retrieval_metrics, retrieval_recall

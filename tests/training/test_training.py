@@ -5,35 +5,13 @@ import peft
 import pytest
 import torch
 import transformers
+from stage2 import CAPTIONS, Pictures, losses, make_collator, remove_dropout
 from tiny import make_image, make_model, make_processor
 
 from blip2_hf import Blip2ForConditionalGeneration
 
 
-CAPTIONS = ["a dog", "a red bus", "two people", "the sky"]
 NAMES = ["opt", "t5"]
-
-
-class Pictures(torch.utils.data.Dataset):
-    def __len__(self):
-        return len(CAPTIONS)
-
-    def __getitem__(self, index):
-        return {"image": make_image(index), "caption": CAPTIONS[index]}
-
-
-def make_collator(processor):
-    def collate(examples):
-        return dict(
-            processor(
-                images=[example["image"] for example in examples],
-                text="a photo of",
-                text_target=[example["caption"] for example in examples],
-                return_tensors="pt",
-            )
-        )
-
-    return collate
 
 
 def make_trainer(model, processor, folder, kind=transformers.Trainer, **options):
@@ -64,10 +42,6 @@ def make_trainer(model, processor, folder, kind=transformers.Trainer, **options)
     )
 
 
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def assert_learns(trainer):
     trainer.train()
     history = losses(trainer)
@@ -93,11 +67,7 @@ def test_gradient_accumulation_gives_the_same_loss(name, tmp_path):
     for batch_size, steps in ((4, 1), (2, 2), (1, 4)):
         torch.manual_seed(0)
         model = make_model(name)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            elif hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+        remove_dropout(model)
         trainer = make_trainer(
             model,
             processor,

@@ -252,7 +252,7 @@ class Blip2HfConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if __name__ == "blip2_hf.configuration_blip2":
+        if __name__.startswith("blip2_hf."):
             # The package needs no code from a checkpoint; a copy of this file on the Hub does
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)

@@ -11,8 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ._compat import CACHE_NAME
-from .image_states import Blip2ImageStates
-from .modeling_qformer import Blip2QFormerModel, Blip2QFormerText
+from .modeling_qformer import Blip2QFormerModel, QFormerTextCache
 
 
 class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):
@@ -84,7 +83,7 @@ class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):
             query_embeds=self.embeddings(input_ids=input_ids, position_ids=position_ids),
             query_length=0,
             attention_mask=torch.cat([sees_queries, sees_text], dim=2),
-            past_key_values=Blip2QFormerText(query_key_values, cache),
+            past_key_values=QFormerTextCache(query_key_values, cache),
         ).last_hidden_state
         outputs: dict[str, Any] = {"logits": self.lm_head(hidden_states), CACHE_NAME: cache if use_cache else None}
         return CausalLMOutputWithPast(**outputs)
@@ -166,7 +165,7 @@ class Blip2QFormerGenerationMixin:
         cache = DynamicCache()
         self.qformer(
             query_embeds=self.query_tokens(len(image_embeds)),
-            encoder_hidden_states=Blip2ImageStates.after_layernorm(image_embeds, self.vision_model.post_layernorm),
+            encoder_key_values=self.get_image_key_values(image_embeds),
             past_key_values=cache,
         )
         key_values: list[Any] = [(layer.keys, layer.values) for layer in cache.layers]

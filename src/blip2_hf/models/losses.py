@@ -1,8 +1,7 @@
 """Objectives of BLIP-2, as pure functions of tensors."""
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, linear, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
 
 def language_modeling_loss(
@@ -26,83 +25,8 @@ def language_modeling_loss(
     labels = labels.to(logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    return mean_over_labels(total, labels.ne(-100).sum(), num_items_in_batch)
-
-
-def mean_over_labels(
-    total: torch.Tensor, num_labels: torch.Tensor | int, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """
-    What the sum over labels is as a loss: over `num_items_in_batch` where it is given, over their own number else.
-
-    Args:
-        total (`torch.Tensor` of shape `()`):
-            The sum.
-        num_labels (`torch.Tensor` or `int`):
-            How many it is over.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            How many there are over accumulation steps and processes.
-
-    Returns:
-        `torch.Tensor` of shape `()`: 0, not NaN, if there is nothing to learn.
-    """
-    count = num_labels if num_items_in_batch is None else num_items_in_batch
+    count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient is computed with the loss, while the scores of a chunk are there, and kept in their place."""
-
-    @staticmethod
-    def forward(ctx, hidden_states, weight, labels, bias):
-        total = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32))
-        gradient = torch.empty_like(hidden_states, dtype=total.dtype) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(labels), rows_at_a_time(len(weight))):
-            rows = slice(start, start + rows_at_a_time(len(weight)))
-            scores = linear(hidden_states[rows], weight, bias).to(total.dtype)
-            logsumexp, chosen = scores.logsumexp(dim=1, keepdim=True), labels[rows, None]
-            total += (logsumexp - scores.gather(1, chosen)).sum()
-            if gradient is not None:
-                difference = scores.sub_(logsumexp).exp_()
-                difference.scatter_add_(1, chosen, -torch.ones_like(logsumexp))
-                gradient[rows] = (difference.to(weight.dtype) @ weight).to(total.dtype)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = hidden_states.dtype
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output).to(ctx.dtype), None, None, None
-
-
-def linear_cross_entropy(
-    hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    Cross-entropy of `hidden_states @ weight.T + bias`, without ever holding all these scores, and with an exact
-    gradient into `hidden_states`. `weight` and `bias` are frozen: none flows into them.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(num_labels, hidden_size)`):
-            What goes into the head of a language model.
-        weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`):
-            Its weight.
-        labels (`torch.LongTensor` of shape `(num_labels,)`):
-            Token ids.
-        bias (`torch.Tensor` of shape `(vocab_size,)`, *optional*):
-            Its bias.
-
-    Returns:
-        `torch.Tensor` of shape `()`, in float32 at least: the sum over labels.
-    """
-    return _LinearCrossEntropy.apply(hidden_states, weight, labels, bias)
-
-
-def rows_at_a_time(vocab_size: int) -> int:
-    """How many labels have their scores at a time: 64 MiB of them in float32."""
-    return max(1, 2**24 // vocab_size)
 
 
 def image_text_similarity(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:

@@ -13,16 +13,10 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ._compat import CACHE_NAMES
 from ._hub_mixin import SharedOnHub
 from .backbones import blank_picture, load_tower, load_tower_config, measure_width
+from .bert_weights import copy_bert_weights, load_bert, qformer_config_from_bert
 from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hidden_size
 from .frozen import is_frozen
-from .image_states import Blip2ImageStates
-from .modeling_qformer import (
-    Blip2QFormerModel,
-    Blip2TextEmbeddings,
-    copy_bert_weights,
-    load_bert,
-    qformer_config_from_bert,
-)
+from .modeling_qformer import Blip2QFormerModel, Blip2TextEmbeddings, ImageKeyValues
 from .modeling_vision import build_vision_model
 
 
@@ -209,16 +203,16 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         """
         self.vision_model.requires_grad_(False)
         self.vision_model.post_layernorm.requires_grad_(True)
-        self.freeze_what_is_not_read()
+        self.freeze_unused_parameters()
         for part in self.frozen_parts():
             part.eval()
         return self
 
-    def freeze_what_is_not_read(self):
+    def freeze_unused_parameters(self):
         """
-        Freezes what has no say in the loss, and for whose gradient `DistributedDataParallel` would wait: parts of a
-        tower that its features do not come from (blocks behind `vision_feature_layer`, poolers, mask tokens), and what
-        the Q-Former's last layer makes of an instruction.
+        Freeze the parameters that the loss does not depend on, because `DistributedDataParallel` would wait for their
+        gradients: the parts of a tower that its features do not come from (blocks behind `vision_feature_layer`,
+        poolers, mask tokens), and what the Q-Former's last layer makes of an instruction.
         """
         trained = [p for part in self._tower_parts() for p in part.parameters() if p.requires_grad]
         if not trained:
@@ -269,12 +263,27 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             pixel_values = pixel_values.flatten(0, 1)
         return self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs).last_hidden_state
 
+    def get_image_key_values(self, image_embeds: torch.Tensor) -> ImageKeyValues:
+        r"""
+        Compute what the Q-Former reads of images: keys and values of each cross-attention. Once they are computed,
+        an image can be read with any number of texts (see [`~Blip2ForImageTextRetrieval.get_matching_logits`]).
+
+        Args:
+            image_embeds (`torch.Tensor` of shape `(num_images, num_features, vision hidden_size)`):
+                What [`~Blip2PreTrainedModel.get_image_embeds`] returned.
+
+        Returns:
+            `tuple` of (key, value), one for each layer with cross-attention, each a `torch.Tensor` of shape
+            `(num_images, num_attention_heads, num_features, head_dim)`.
+        """
+        return self.qformer.project_image(image_embeds, self.vision_model.post_layernorm)
+
     def _run_tower(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs) -> ModelOutput:
         needs_grad = pixel_values.requires_grad or not all(is_frozen(part) for part in self._tower_parts())
         with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
             return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
 
-    def _query_image(
+    def encode_image(
         self,
         pixel_values: torch.Tensor | None,
         image_embeds: torch.Tensor | None,
@@ -283,7 +292,28 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         interpolate_pos_encoding: bool = True,
         **kwargs,
     ) -> tuple[torch.Tensor, ModelOutput | None, ModelOutput]:
-        """`(image_embeds, vision_outputs, qformer_outputs)` of images, or of the tower's output in their place."""
+        r"""
+        Run the tower and the Q-Former.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Images.
+            image_embeds (`torch.Tensor` of shape `(num_images, num_features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
+            qformer_input_ids, qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, \
+*optional*):
+                An instruction, if the Q-Former reads text.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+
+        Returns:
+            `tuple`: `image_embeds`, the outputs of the tower (`None` if it has not run), and those of the Q-Former,
+            whose `last_hidden_state` has the shape `(num_images, num_query_tokens, hidden_size)`.
+
+        Raises:
+            ValueError: if not exactly one of `pixel_values` and `image_embeds` is given, or the Q-Former is given an
+                instruction and reads no text.
+        """
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
         for name in ("input_ids", "attention_mask"):
@@ -297,7 +327,6 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             image_embeds = vision_outputs.last_hidden_state
         elif image_embeds.dim() == 4:
             image_embeds = image_embeds.flatten(0, 1)
-        layernorm = self.vision_model.post_layernorm
         query_embeds, attention_mask, output_length = self.query_tokens(image_embeds.shape[0]), None, None
         if qformer_input_ids is not None:
             query_embeds, attention_mask = self._add_instruction(
@@ -309,7 +338,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             query_embeds=query_embeds,
             query_length=self.config.num_query_tokens,
             attention_mask=attention_mask,
-            encoder_hidden_states=Blip2ImageStates.after_layernorm(image_embeds, layernorm),
+            encoder_key_values=self.get_image_key_values(image_embeds),
             output_length=output_length,
             **kwargs,
         )
@@ -377,7 +406,7 @@ class Blip2HfModel(Blip2PreTrainedModel):
         Raises:
             ValueError: if not exactly one of `pixel_values` and `image_embeds` is given.
         """
-        _, _, outputs = self._query_image(
+        _, _, outputs = self.encode_image(
             pixel_values, image_embeds, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )
         return BaseModelOutputWithPooling(

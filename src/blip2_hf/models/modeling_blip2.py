@@ -20,9 +20,7 @@ from .backbones import image_token_id, language_model_class, load_language_model
 from .configuration_blip2 import Blip2Config
 from .frozen import checkpoint_in_eval_mode, is_frozen
 from .generation_blip2 import Blip2GenerationMixin
-from .label_scores import can_score_labels_alone, loss_at_labels, states_at_labels
-from .loss_by_rows import can_run_by_rows, loss_by_rows
-from .losses import language_modeling_loss, mean_over_labels
+from .losses import language_modeling_loss
 from .modeling_base import Blip2Model, Blip2PreTrainedModel, check_attention_mask, image_side_from_parts
 from .modeling_qformer import Blip2TextEmbeddings
 
@@ -125,9 +123,10 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             if getattr(language_model, name, False):
                 setattr(self, name, True)
         self.generation_config = copy.deepcopy(language_model.generation_config)
-        # Known once it has been tried: whether nothing is done to the scores that leave its head
-        self._head_is_last: bool | None = None
-        self.takes_position_ids = "position_ids" in inspect.signature(language_model.forward).parameters
+        accepted = inspect.signature(language_model.forward).parameters
+        self.accepts_position_ids, self.accepts_logits_to_keep = (
+            name in accepted for name in ("position_ids", "logits_to_keep")
+        )
         self.post_init()
         self.freeze()
 
@@ -152,8 +151,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         super().freeze()
         return self
 
-    def freeze_what_is_not_read(self):
-        super().freeze_what_is_not_read()
+    def freeze_unused_parameters(self):
+        super().freeze_unused_parameters()
         if self.config.qformer_config.use_qformer_text_input:
             last = self.qformer.encoder.layer[-1]
             last.intermediate.requires_grad_(False)
@@ -213,7 +212,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         Raises:
             ValueError: if not one of `pixel_values` and `image_embeds` is given, or the Q-Former reads no text.
         """
-        image_embeds, vision_outputs, qformer_outputs = self._query_image(
+        image_embeds, vision_outputs, qformer_outputs = self.encode_image(
             pixel_values,
             image_embeds,
             qformer_input_ids,
@@ -513,7 +512,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 "decoder_input_ids": decoder_input_ids,
                 "decoder_attention_mask": decoder_attention_mask,
             }
-        elif self.takes_position_ids:
+        elif self.accepts_position_ids:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             kwargs["position_ids"] = _position_ids(attention_mask, length) if position_ids is None else position_ids
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
@@ -574,7 +573,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         # As in a model that is made with them: the states of an optimizer go by the order of the weights
         for name in ("qformer", "language_projection", "language_model"):
             self._modules[name] = self._modules.pop(name)
-        self.freeze_what_is_not_read()
+        self.freeze_unused_parameters()
         return self
 
     def _loss(
@@ -584,35 +583,21 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
         num_items_in_batch: torch.Tensor | int | None,
         skip_logits: bool,
     ) -> tuple[torch.Tensor, ModelOutput]:
-        """The loss, `shift_labels` being what each position predicts, and what the language model returned."""
-        if skip_logits and self._scores_labels_alone():
-            num_labels = shift_labels.ne(-100).sum()
-            if self._head_is_last and can_run_by_rows(self.language_model, inputs, shift_labels):
-                total = loss_by_rows(lambda *rows: self._sum_at_labels(*rows)[0], inputs, shift_labels)
-                return mean_over_labels(total, num_labels, num_items_in_batch), ModelOutput()
-            total, outputs = self._sum_at_labels(inputs, shift_labels)
-            if self._head_is_last:
-                return mean_over_labels(total, num_labels, num_items_in_batch), outputs
+        """Return the loss, `shift_labels` being what each position predicts, and the language model's outputs."""
+        if skip_logits and self.accepts_logits_to_keep and not torch.compiler.is_compiling():
+            # The head is as wide as the vocabulary: it runs at the positions at which some row has a label
+            positions = shift_labels.ne(-100).any(dim=0).nonzero().squeeze(1)
+            given = (inputs.get(name) for name in ("decoder_input_ids", "inputs_embeds", "input_ids"))
+            length = next(text.shape[1] for text in given if text is not None)
+            # On the CPU, from where any device is indexed: the head may be on another one than the labels
+            inputs = inputs | {"logits_to_keep": (positions + length - shift_labels.shape[1]).cpu()}
+            shift_labels = shift_labels[:, positions]
         outputs = self.language_model(**inputs, return_dict=True)
         logits = outputs.logits[:, -shift_labels.shape[1] :]
-        return language_modeling_loss(logits, shift_labels, num_items_in_batch), outputs
-
-    def _sum_at_labels(self, inputs: dict[str, Any], shift_labels: torch.Tensor) -> tuple[torch.Tensor, ModelOutput]:
-        """The sum of the loss over labels, if the head is all that makes scores, and the outputs without any."""
-        head = self.get_output_embeddings()
-        with states_at_labels(self.language_model, shift_labels, self._head_is_last is None) as states:
-            outputs = self.language_model(**inputs, return_dict=True)
-        if self._head_is_last is None:
-            self._head_is_last = states.are_all(head, outputs.logits)
-        total = loss_at_labels(head, states.hidden_states, states.labels)
-        return total, type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
-
-    def _scores_labels_alone(self) -> bool:
-        return (
-            self._head_is_last is not False
-            and not torch.compiler.is_compiling()
-            and can_score_labels_alone(self.language_model)
-        )
+        loss = language_modeling_loss(logits, shift_labels, num_items_in_batch)
+        if skip_logits:
+            outputs["logits"] = None
+        return loss, outputs
 
     def train(self, mode: bool = True):
         super().train(mode)

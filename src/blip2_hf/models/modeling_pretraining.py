@@ -2,12 +2,10 @@
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
@@ -15,9 +13,11 @@ from transformers.models.bert.modeling_bert import BertLMPredictionHead
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .bert_weights import load_bert_with_head
 from .configuration_blip2 import Blip2Config
 from .distributed import GlobalBatch
 from .generation_qformer import Blip2QFormerGenerationMixin
+from .gradient_caching import GradientCachingMixin
 from .losses import (
     draw_hard_negatives,
     image_grounded_text_generation_loss,
@@ -26,8 +26,8 @@ from .losses import (
     image_text_similarity,
 )
 from .modeling_base import Blip2PreTrainedModel, image_side_from_parts
-from .modeling_qformer import ImageKeyValues, block_attention_mask, load_bert_with_head
-from .modeling_retrieval import Blip2ImageTextPreTrainedModel, at_least_float32, unit_length
+from .modeling_image_text import Blip2ImageTextPreTrainedModel, l2_normalize, upcast_to_float32
+from .modeling_qformer import ImageKeyValues, block_attention_mask
 
 
 @dataclass
@@ -92,7 +92,7 @@ class _Texts:
     label_index: torch.Tensor
 
 
-class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGenerationMixin):
+class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGenerationMixin, GradientCachingMixin):
     r"""
     BLIP-2 in stage 1 (section 3.2): image-text contrast (ITC), image-text matching (ITM) and image-grounded text
     generation (ITG), on a Q-Former that reads a frozen vision tower.
@@ -162,7 +162,6 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         self._build_image_side(config, vision_model)
         self._build_image_text_heads(config)
         self.lm_head = BertLMPredictionHead(qformer_config)
-        self.gradient_caching_chunk_size: int | None = None
         self.post_init()
         self.freeze()
 
@@ -185,23 +184,6 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.lm_head.decoder = new_embeddings
         self.lm_head.bias = new_embeddings.bias
-
-    def gradient_caching_enable(self, chunk_size: int):
-        r"""
-        Lets a contrastive batch be larger than memory: features of all pairs are computed first, without a graph, and
-        the graph then chunk by chunk, in the backward pass. Losses and gradients are those of the whole batch.
-
-        Args:
-            chunk_size (`int`):
-                How many pairs have a graph at a time.
-        """
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}: it is a number of pairs, at least 1.")
-        self.gradient_caching_chunk_size = chunk_size
-
-    def gradient_caching_disable(self):
-        """Undoes [`~Blip2ForPreTraining.gradient_caching_enable`]."""
-        self.gradient_caching_chunk_size = None
 
     @can_return_tuple
     def forward(
@@ -247,7 +229,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
         if image_embeds is None:
-            image_embeds = self._chunked_image_embeds(pixel_values, interpolate_pos_encoding)
+            image_embeds = self._image_embeds_by_chunks(pixel_values, interpolate_pos_encoding)
         if input_ids is None or len(input_ids) != len(image_embeds):
             given = "none" if input_ids is None else str(len(input_ids))
             raise ValueError(f"There are {len(image_embeds)} images and {given} texts: give input_ids, one text each.")
@@ -267,16 +249,11 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
                 "two. (An incomplete last batch is left out by dataloader_drop_last=True.)"
             )
         compute = self._losses if self.gradient_caching_chunk_size is None else self._losses_by_chunks
-        outputs = compute(batch, image_embeds, input_ids, attention_mask, is_match, **kwargs)
+        outputs = Blip2ForPreTrainingOutput(
+            **compute(batch, image_embeds, input_ids, attention_mask, is_match, **kwargs)
+        )
         outputs.loss = outputs.loss_itc + outputs.loss_itm + outputs.loss_itg
         return outputs
-
-    def _chunked_image_embeds(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
-        run = partial(self.get_image_embeds, interpolate_pos_encoding=interpolate_pos_encoding)
-        if self.gradient_caching_chunk_size is None:
-            return run(pixel_values)
-        chunks = pixel_values.split(self.gradient_caching_chunk_size)
-        return torch.cat([checkpoint(run, chunk, use_reentrant=False) for chunk in chunks])
 
     @staticmethod
     def _matches(batch: GlobalBatch, image_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -287,8 +264,8 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         image_ids = torch.as_tensor(image_ids, device=device)
         return image_ids[:, None] == batch.gather(image_ids)
 
-    def _losses(self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs) -> Blip2ForPreTrainingOutput:
-        """Both passes with their graph at once; an image is projected to keys and values once."""
+    def _losses(self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs) -> dict[str, Any]:
+        """Compute what the output holds, but for the sum of the losses."""
         texts = self._embed_texts(input_ids, attention_mask)
         images = self.get_image_key_values(image_embeds)
         image_features, text_features, itg_logits, passed = self._first_pass(images, texts, **kwargs)
@@ -303,61 +280,16 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             negative_texts = self._fetch_texts(batch, input_ids, attention_mask, negatives["negative_text_index"])
         itm_logits = self._second_pass(images, negative_images, texts.embeds, texts.mask, *negative_texts)
         num_items = batch.mean_share(torch.tensor(len(texts.labels), device=itg_logits.device))
-        return Blip2ForPreTrainingOutput(
-            loss_itg=image_grounded_text_generation_loss(itg_logits, texts.labels, num_items=num_items),
-            itg_logits=itg_logits,
-            hidden_states=passed.hidden_states,
-            attentions=passed.attentions,
-            cross_attentions=passed.cross_attentions,
+        return {
+            "loss_itg": image_grounded_text_generation_loss(itg_logits, texts.labels, num_items=num_items),
+            "itg_logits": itg_logits,
+            "hidden_states": passed.hidden_states,
+            "attentions": passed.attentions,
+            "cross_attentions": passed.cross_attentions,
             **self._pair_losses(batch, compared, itm_logits, is_match),
             **compared,
             **negatives,
-        )
-
-    def _losses_by_chunks(
-        self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs
-    ) -> Blip2ForPreTrainingOutput:
-        """The same, each chunk's passes under a checkpoint: their graphs are made again in the backward pass."""
-        run = partial(checkpoint, use_reentrant=False)
-        size: int = self.gradient_caching_chunk_size
-        chunks = [slice(start, start + size) for start in range(0, len(input_ids), size)]
-
-        def encode(image_embeds, input_ids, attention_mask):
-            texts = self._embed_texts(input_ids, attention_mask)
-            images = self.get_image_key_values(image_embeds)
-            image_features, text_features, itg_logits, _ = self._first_pass(images, texts)
-            loss_sum = image_grounded_text_generation_loss(itg_logits, texts.labels, num_items=1)
-            return image_features, text_features, loss_sum
-
-        encoded = [run(encode, image_embeds[rows], input_ids[rows], attention_mask[rows]) for rows in chunks]
-        image_features, text_features = (torch.cat([chunk[i] for chunk in encoded]) for i in (0, 1))
-        compared = self._compare(batch, image_features, text_features)
-        negatives = self._draw_negatives(compared, is_match)
-        drawn, image_index = negatives["negative_image_index"].unique(return_inverse=True)
-        drawn_embeds = batch.fetch(image_embeds, drawn)
-        all_ids, all_masks = self._gather_texts(batch, input_ids, attention_mask)
-        negative_ids, negative_mask = (tensor[negatives["negative_text_index"]] for tensor in (all_ids, all_masks))
-
-        def match(image_embeds, drawn_embeds, rows):
-            # Looked up inside: what goes into a checkpoint is kept
-            negative_embeds = drawn_embeds[image_index[rows]]
-            images, negative_images = (
-                self.get_image_key_values(embeds) for embeds in (image_embeds[rows], negative_embeds)
-            )
-            texts, negative_texts = (self.embeddings(input_ids=ids[rows]) for ids in (input_ids, negative_ids))
-            masks = attention_mask[rows], negative_mask[rows]
-            return self._second_pass(images, negative_images, texts, masks[0], negative_texts, masks[1])
-
-        # Three thirds a chunk, as in the whole batch
-        matched = [run(match, image_embeds, drawn_embeds, rows).chunk(3) for rows in chunks]
-        itm_logits = torch.cat([chunk[third] for third in range(3) for chunk in matched])
-        num_items = batch.mean_share(attention_mask[:, 1:].ne(0).sum())
-        return Blip2ForPreTrainingOutput(
-            loss_itg=sum(chunk[2] for chunk in encoded) / num_items,
-            **self._pair_losses(batch, compared, itm_logits, is_match),
-            **compared,
-            **negatives,
-        )
+        }
 
     def _embed_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Texts:
         """One look-up for both copies of the texts: the gradient of a vocabulary is large."""
@@ -384,11 +316,11 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        image_features = unit_length(self.vision_projection(hidden_states[:, :query_length]))
-        text_features = unit_length(self.text_projection(hidden_states[:, query_length]))
+        image_features = l2_normalize(self.vision_projection(hidden_states[:, :query_length]))
+        text_features = l2_normalize(self.text_projection(hidden_states[:, query_length]))
         decoded = hidden_states[:, query_length + text_length :].flatten(0, 1)
         itg_logits = self.lm_head(decoded[texts.label_index])
-        return image_features, text_features, at_least_float32(itg_logits), outputs
+        return image_features, text_features, upcast_to_float32(itg_logits), outputs
 
     def _compare(
         self, batch: GlobalBatch, image_features: torch.Tensor, text_features: torch.Tensor

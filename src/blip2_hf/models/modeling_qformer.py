@@ -3,18 +3,16 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm, linear
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.auto.modeling_auto import AutoModel
-from transformers.models.bert.modeling_bert import BertForMaskedLM, BertIntermediate, BertOutput, BertSelfOutput
+from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings as TransformersBlip2TextEmbeddings
 from transformers.models.blip_2.modeling_blip_2 import eager_attention_forward
 from transformers.processing_utils import Unpack
@@ -22,9 +20,8 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbones import load_whole
+from .bert_weights import copy_bert_weights, load_bert, qformer_config_from_bert
 from .configuration_blip2 import Blip2QFormerConfig
-from .image_states import Blip2ImageKeys, Blip2ImageProjection, Blip2ImageStates, is_faster_without_keys
 
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
@@ -32,7 +29,7 @@ ImageKeyValues = tuple[KeyValues, ...]
 
 
 @dataclass
-class Blip2QFormerText:
+class QFormerTextCache:
     """
     What text already written has left behind, for the next token (see [`Blip2QFormerModel`]).
 
@@ -69,10 +66,52 @@ class Blip2TextEmbeddings(TransformersBlip2TextEmbeddings):
         return embeds if query_embeds is None else torch.cat([query_embeds.to(embeds.dtype), embeds], dim=1)
 
 
-class Blip2QFormerMultiHeadAttention(nn.Module):
-    """Self-attention, or cross-attention to keys and values that [`~Blip2QFormerModel.project_image`] computed."""
+class FoldedLinear(nn.Linear):
+    """
+    A projection of image features that has the LayerNorm before it folded in: `(x * g + b) W = x (W * g) + b W`.
 
-    def __init__(self, config: Blip2QFormerConfig, layer_idx: int, is_cross_attention: bool = False):
+    While the tower is frozen, the weight `g` and the bias `b` of the LayerNorm behind it are all that is trained of
+    its features `x`. Folded, they cost no gradient into the features, one of three matrix products in the backward
+    pass. FSDP wraps this module by itself, because it is called outside its layer.
+    """
+
+    def forward(
+        self, features: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Project `features * scale + shift`, or the features as they are."""
+        if scale is None:
+            return super().forward(features)
+        return linear(features, self.weight * scale, linear(shift, self.weight, self.bias))
+
+
+def fold_layernorm(
+    image_embeds: torch.Tensor, layernorm: nn.LayerNorm
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | tuple[torch.Tensor]:
+    """
+    Normalize image features, and leave the weight and the bias of the LayerNorm to [`FoldedLinear`] if only they are
+    trained.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(num_images, num_features, hidden_size)`):
+            The tower's output.
+        layernorm (`nn.LayerNorm`):
+            The LayerNorm that follows the tower.
+
+    Returns:
+        `tuple`: the arguments of [`FoldedLinear`], the features alone or with `scale` and `shift`.
+    """
+    image_embeds = image_embeds.to(layernorm.weight.dtype)
+    # accelerate brings offloaded weights for a call of their module alone
+    is_trained = torch.is_grad_enabled() and layernorm.weight.requires_grad and not layernorm.weight.is_meta
+    if not is_trained or image_embeds.requires_grad:
+        return (layernorm(image_embeds),)
+    return layer_norm(image_embeds, layernorm.normalized_shape, eps=layernorm.eps), layernorm.weight, layernorm.bias
+
+
+class Blip2QFormerMultiHeadAttention(nn.Module):
+    """What self-attention and cross-attention share."""
+
+    def __init__(self, config: Blip2QFormerConfig):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
@@ -80,103 +119,33 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
                 f"({config.num_attention_heads})."
             )
         self.config = config
-        self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.attention_dropout = config.attention_probs_dropout_prob
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        if is_cross_attention:
-            self.key = Blip2ImageProjection(config.encoder_hidden_size, config.hidden_size)
-            self.value = Blip2ImageProjection(config.encoder_hidden_size, config.hidden_size)
-        else:
-            self.key = nn.Linear(config.hidden_size, config.hidden_size)
-            self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """Turn `(batch_size, length, hidden_size)` into `(batch_size, heads, length, head_dim)`."""
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-    @property
-    def image_projections(self) -> tuple[nn.Module, nn.Module]:
-        return self.key, self.value
-
-    def project_image(self, image_states: Blip2ImageStates) -> KeyValues:
-        return self._project(image_states, self.key), self._project(image_states, self.value)
-
-    def project_image_for(
-        self, image_states: Blip2ImageStates, query_length: int
-    ) -> tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor]:
-        """For one pass alone, of as many rows as there are images."""
-        sizes = (self.config.num_attention_heads, self.head_dim, query_length)
-        is_learned = self.training and _is_plain(self.key) and self.key.weight.requires_grad
-        if not is_learned or not is_faster_without_keys(image_states.hidden_states, *sizes):
-            return self.project_image(image_states)
-        return image_states.keys(self.key), self._project(image_states, self.value)
-
-    def _project(self, image_states: Blip2ImageStates, projection: nn.Module) -> torch.Tensor:
-        states = self.split_heads(image_states.project(projection))
-        # Products on a CPU want a head in one piece: brought there once, not in each pass
-        return states.contiguous() if self.training and states.device.type == "cpu" else states
-
-    def forward(
+    def attend(
         self,
-        hidden_states: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        key_values: tuple[KeyValues, ...] | None = None,
-        past_key_values: Blip2QFormerText | Cache | None = None,
-        output_length: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self.split_heads(self.query(hidden_states[:, :output_length]))
-        if key_values is None:
-            key, value = self.split_heads(self.key(hidden_states)), self.split_heads(self.value(hidden_states))
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
-            attention_output, attention_weights = self._attend(query, key, value, attention_mask, **kwargs)
-        else:
-            # Each set of images serves as many rows as the others
-            queries = (query,) if len(key_values) == 1 else query.chunk(len(key_values))
-            masks = _chunk_mask(attention_mask, len(key_values))
-            attended = [
-                self._attend_to_images(rows, key, value, mask, **kwargs)
-                for rows, (key, value), mask in zip(queries, key_values, masks, strict=True)
-            ]
-            attention_output = torch.cat([output for output, _ in attended]) if len(attended) > 1 else attended[0][0]
-            attention_weights = attended[0][1] if len(attended) == 1 else None
-        return attention_output.reshape(*attention_output.shape[:2], -1), attention_weights
-
-    def _attend_to_images(self, query, key, value, attention_mask, **kwargs):
-        """Attention of rows, of which each image serves as many as the others, next to one another."""
-        if isinstance(key, Blip2ImageKeys):
-            return self._attend_without_keys(query, key, value), None
-        rows, heads, query_length, head_dim = query.shape
-        if key.shape[0] == rows:
-            return self._attend(query, key, value, attention_mask, **kwargs)
+        """Return `(output, probabilities)`; `output` has the shape `(batch_size, length, hidden_size)`."""
         if attention_mask is not None:
-            raise ValueError("encoder_attention_mask needs keys and values of one image for each row of the batch.")
-        images, per_image = key.shape[0], rows // key.shape[0]
-        query = query.view(images, per_image, heads, query_length, head_dim).transpose(1, 2)
-        output, _ = self._attend(query.reshape(images, heads, -1, head_dim), key, value, None, **kwargs)
-        return output.reshape(rows, query_length, heads, head_dim), None
-
-    def _attend_without_keys(self, query: torch.Tensor, key: Blip2ImageKeys, value: torch.Tensor) -> torch.Tensor:
-        attend = partial(_attend_by_scores, dropout=self.attention_dropout)
-        # Kept for the backward pass are scores alone: probabilities, with dropout and without, are made of them again
-        return checkpoint(attend, key.scores(query * self.scaling), value, use_reentrant=False)
-
-    def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if attention_mask is not None:
-            # Flex attention looks the mask up by query; there may be fewer of these than the mask was made for
+            # Flex attention looks the mask up by query, and there may be fewer of them than the mask was made for
             attention_mask = attention_mask[:, :, : query.shape[2]].expand(-1, -1, query.shape[2], -1)
         name = self._attn_implementation(query, attention_mask, kwargs.get("output_attentions"))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        if name == "sdpa" and dropout > 0 and query.device.type == "cpu" and torch.is_grad_enabled():
-            # No kernel for a CPU has dropout: SDPA scales and copies the keys, and keeps the probabilities three times
-            attend = partial(_attend_eagerly, self, dropout=dropout)
-            return checkpoint(attend, query, key, value, attention_mask, use_reentrant=False), None
-        kwargs |= {"dropout": dropout, "scaling": self.scaling}
-        return attention_interface(self, query, key, value, attention_mask, **kwargs)
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        output, probabilities = attention_interface(self, query, key, value, attention_mask, **kwargs)
+        return output.reshape(*output.shape[:2], -1), probabilities
 
     def _attn_implementation(
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, output_attentions: bool | None
@@ -191,39 +160,74 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         return name
 
 
-def _is_plain(projection: nn.Module) -> bool:
-    """Whether nothing but a product with its weight happens when it is called: no adapter, no hook, no sharding."""
-    return (
-        type(projection) is Blip2ImageProjection
-        and type(projection.weight) is nn.Parameter
-        and not projection._forward_pre_hooks
-        and not projection._forward_hooks
-        # accelerate's hooks stand in its place
-        and "forward" not in vars(projection)
-    )
+class Blip2QFormerSelfAttention(Blip2QFormerMultiHeadAttention):
+    """Queries and text attend to each other, as far as the mask allows."""
+
+    def __init__(self, config: Blip2QFormerConfig, layer_idx: int):
+        super().__init__(config)
+        self.layer_idx = layer_idx
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: "QFormerTextCache | Cache | None" = None,
+        output_length: int | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.split_heads(self.query(hidden_states[:, :output_length]))
+        key, value = self.split_heads(self.key(hidden_states)), self.split_heads(self.value(hidden_states))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        return self.attend(query, key, value, attention_mask, **kwargs)
 
 
-def _attend_eagerly(module: nn.Module, query, key, value, attention_mask, dropout: float) -> torch.Tensor:
-    # Scaled before, for there are fewer queries than scores
-    query = query * module.scaling
-    return eager_attention_forward(module, query, key, value, attention_mask, scaling=1.0, dropout=dropout)[0]
+class Blip2QFormerCrossAttention(Blip2QFormerMultiHeadAttention):
+    """Queries attend to images, whose keys and values [`~Blip2QFormerModel.project_image`] has computed."""
 
+    def __init__(self, config: Blip2QFormerConfig):
+        super().__init__(config)
+        self.key = FoldedLinear(config.encoder_hidden_size, config.hidden_size)
+        self.value = FoldedLinear(config.encoder_hidden_size, config.hidden_size)
 
-def _attend_by_scores(scores: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-    probabilities = nn.functional.dropout(scores.softmax(dim=-1), dropout)
-    return (probabilities @ value).transpose(1, 2).contiguous()
+    def project_image(self, *features: torch.Tensor) -> KeyValues:
+        return self.split_heads(self.key(*features)), self.split_heads(self.value(*features))
 
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_values: tuple[KeyValues, ...] = (),
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend to one set of images, or divide the rows evenly among several sets."""
+        query = self.split_heads(self.query(hidden_states))
+        if len(key_values) == 1:
+            return self._attend_to_images(query, *key_values[0], attention_mask, **kwargs)
+        pairs = zip(query.chunk(len(key_values)), key_values, strict=True)
+        return torch.cat([self._attend_to_images(rows, *images, **kwargs)[0] for rows, images in pairs]), None
 
-def _chunk_mask(attention_mask: torch.Tensor | None, chunks: int) -> tuple[torch.Tensor | None, ...]:
-    if attention_mask is None or chunks == 1 or attention_mask.shape[0] == 1:
-        return (attention_mask,) * chunks
-    return attention_mask.chunk(chunks)
+    def _attend_to_images(self, query, key, value, attention_mask=None, **kwargs):
+        """Attend to images, each of which serves as many rows as the others, next to one another."""
+        (rows, heads, query_length, head_dim), images = query.shape, key.shape[0]
+        if images == rows:
+            return self.attend(query, key, value, attention_mask, **kwargs)
+        if attention_mask is not None:
+            raise ValueError("encoder_attention_mask needs keys and values of one image for each row of the batch.")
+        # The rows of an image become one row of more queries, so that its keys are not repeated
+        query = query.view(images, -1, heads, query_length, head_dim).transpose(1, 2).flatten(2, 3)
+        output, _ = self.attend(query, key, value, **kwargs)
+        return output.reshape(rows, query_length, -1), None
 
 
 class Blip2QFormerAttention(nn.Module):
-    def __init__(self, config: Blip2QFormerConfig, layer_idx: int, is_cross_attention: bool = False):
+    """An attention, its output projection, and the LayerNorm over their sum with what went in."""
+
+    def __init__(self, config: Blip2QFormerConfig, attention: Blip2QFormerMultiHeadAttention):
         super().__init__()
-        self.attention = Blip2QFormerMultiHeadAttention(config, layer_idx, is_cross_attention)
+        self.attention = attention
         self.output = BertSelfOutput(config)
 
     def forward(self, hidden_states, attention_mask=None, **kwargs) -> torch.Tensor:
@@ -237,10 +241,10 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
     def __init__(self, config: Blip2QFormerConfig, layer_idx: int):
         super().__init__()
         self.config = config
-        self.attention = Blip2QFormerAttention(config, layer_idx)
+        self.attention = Blip2QFormerAttention(config, Blip2QFormerSelfAttention(config, layer_idx))
         self.has_cross_attention = layer_idx % config.cross_attention_frequency == 0
         if self.has_cross_attention:
-            self.crossattention = Blip2QFormerAttention(config, layer_idx, is_cross_attention=True)
+            self.crossattention = Blip2QFormerAttention(config, Blip2QFormerCrossAttention(config))
         if config.use_qformer_text_input:
             self.intermediate = BertIntermediate(config)
             self.output = BertOutput(config)
@@ -253,7 +257,7 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         query_length: int = 0,
-        past_key_values: Blip2QFormerText | Cache | None = None,
+        past_key_values: QFormerTextCache | Cache | None = None,
         output_length: int | None = None,
         *image_keys_and_values: torch.Tensor,
         **kwargs,
@@ -321,11 +325,11 @@ class Blip2HfQFormerModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["Blip2QFormerLayer", "Blip2ImageProjection"]
+    _no_split_modules = ["Blip2QFormerLayer", "FoldedLinear"]
     _can_record_outputs = {
         "hidden_states": Blip2QFormerLayer,
-        "attentions": OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".attention.attention"),
-        "cross_attentions": OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".crossattention"),
+        "attentions": OutputRecorder(Blip2QFormerSelfAttention, index=1),
+        "cross_attentions": OutputRecorder(Blip2QFormerCrossAttention, index=1),
     }
 
     def __init__(self, config: Blip2QFormerConfig):
@@ -342,62 +346,38 @@ class Blip2HfQFormerModel(PreTrainedModel):
     def set_input_embeddings(self, value):
         raise NotImplementedError("Blip2QFormerModel has no input embeddings: it is given `query_embeds`.")
 
-    def project_image(self, encoder_hidden_states: torch.Tensor | Blip2ImageStates) -> ImageKeyValues:
+    def project_image(
+        self, encoder_hidden_states: torch.Tensor, layernorm: nn.LayerNorm | None = None
+    ) -> ImageKeyValues:
         r"""
-        The image's keys and values for each cross-attention layer: computed once, used with any number of texts.
+        Compute the image's keys and values for each cross-attention layer: once, for any number of texts.
 
         Args:
-            encoder_hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)` or \
-`Blip2ImageStates`):
-                Image features, after the LayerNorm that follows the tower.
+            encoder_hidden_states (`torch.Tensor` of shape `(num_images, num_features, encoder_hidden_size)`):
+                Image features.
+            layernorm (`nn.LayerNorm`, *optional*):
+                The LayerNorm that follows the tower, if the features have not been through it.
 
         Returns:
             `tuple` of (key, value), one for each layer with cross-attention, each a `torch.Tensor` of shape
-            `(num_images, num_attention_heads, features, head_dim)`: the argument `encoder_key_values` of `forward`.
+            `(num_images, num_attention_heads, num_features, head_dim)`: the argument `encoder_key_values` of
+            `forward`.
         """
-        states = self._image_states(encoder_hidden_states)
-        return tuple(attention.project_image(states) for attention in self._cross_attentions)
-
-    def _project_image_for(
-        self,
-        query_embeds: torch.Tensor,
-        query_length: int,
-        encoder_hidden_states: torch.Tensor | Blip2ImageStates,
-        encoder_attention_mask: torch.Tensor | None,
-        output_attentions: bool | None,
-    ) -> tuple[tuple[torch.Tensor | Blip2ImageKeys, torch.Tensor], ...]:
-        """The same for these queries alone: without keys, where that is faster."""
-        states = self._image_states(encoder_hidden_states)
-        # Sizes are compared in training alone, for a graph for serving has them open; SDPA returns no probabilities;
-        # activation checkpointing may look for gradients in tensors alone
-        is_one_pass = (
-            self.training
-            and not output_attentions
-            and self.config._attn_implementation == "sdpa"
-            and not self.encoder.gradient_checkpointing
-            and encoder_attention_mask is None
-            and len(states.hidden_states) == len(query_embeds)
-        )
-        return tuple(
-            attention.project_image_for(states, query_length) if is_one_pass else attention.project_image(states)
-            for attention in self._cross_attentions
-        )
-
-    @property
-    def _cross_attentions(self) -> list[Blip2QFormerMultiHeadAttention]:
-        return [layer.crossattention.attention for layer in self.encoder.layer if layer.has_cross_attention]
-
-    def _image_states(self, encoder_hidden_states: torch.Tensor | Blip2ImageStates) -> Blip2ImageStates:
-        """As the projections of all layers take them."""
-        states = encoder_hidden_states
-        if isinstance(states, torch.Tensor):
-            states = Blip2ImageStates(states)
-        states = states.to(self.layernorm.weight.dtype)
-        projections = [part for attention in self._cross_attentions for part in attention.image_projections]
-        if not all(isinstance(projection, Blip2ImageProjection) for projection in projections):
-            # An adapter, a quantised map or FSDP stands in the place of one
-            states = states.unfolded()
-        return states.autocast()
+        layers = [layer.crossattention.attention for layer in self.encoder.layer if layer.has_cross_attention]
+        projections = [projection for layer in layers for projection in (layer.key, layer.value)]
+        if layernorm is None:
+            features = (encoder_hidden_states,)
+        elif all(isinstance(projection, FoldedLinear) for projection in projections):
+            features = fold_layernorm(encoder_hidden_states, layernorm)
+        else:
+            # An adapter, a quantised map or FSDP stands in the place of a projection
+            features = (layernorm(encoder_hidden_states.to(layernorm.weight.dtype)),)
+        features = tuple(tensor.to(self.layernorm.weight.dtype) for tensor in features)
+        kind = encoder_hidden_states.device.type
+        if torch.is_autocast_enabled(kind):
+            # Cast once, not in each projection, which would keep as many copies
+            features = (features[0].to(torch.get_autocast_dtype(kind)), *features[1:])
+        return tuple(layer.project_image(*features) for layer in layers)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -406,10 +386,10 @@ class Blip2HfQFormerModel(PreTrainedModel):
         query_embeds: torch.Tensor,
         query_length: int | None = None,
         attention_mask: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | Blip2ImageStates | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_key_values: ImageKeyValues | list[ImageKeyValues] | None = None,
-        past_key_values: Cache | Blip2QFormerText | None = None,
+        past_key_values: Cache | QFormerTextCache | None = None,
         output_length: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPoolingAndCrossAttentions:
@@ -423,16 +403,17 @@ class Blip2HfQFormerModel(PreTrainedModel):
                 1 where there is something to attend to: of shape `(batch_size, sequence_length)`, or, to say who sees
                 whom, `(batch_size, sequence_length, sequence_length)` (see [`block_attention_mask`]), or 4-D with a
                 head axis; a 4-D mask of floats is added to the scores as it is.
-            encoder_hidden_states (`torch.Tensor` of shape `(num_images, features, encoder_hidden_size)` or \
-`Blip2ImageStates`, *optional*):
-                Image features. Needed, if there are queries, unless `encoder_key_values` is given.
+            encoder_hidden_states (`torch.Tensor` of shape `(num_images, num_features, encoder_hidden_size)`, \
+*optional*):
+                Image features, after the LayerNorm that follows the tower. Queries need them, or
+                `encoder_key_values`.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, features)`, *optional*):
                 0 at image features that are padding.
             encoder_key_values (`tuple`, *optional*):
                 What [`~Blip2QFormerModel.project_image`] returned, in place of `encoder_hidden_states`; or a list of
                 such, among which the rows of the batch are divided evenly. Each image serves as many rows as the
                 others, next to one another: `batch_size` may be a multiple of the number of images.
-            past_key_values (`Cache` or `Blip2QFormerText`, *optional*):
+            past_key_values (`Cache` or `QFormerTextCache`, *optional*):
                 Takes the keys and values of the self-attention, and gives those before them.
             output_length (`int`, *optional*):
                 How many of the first positions the last layer computes. All, if it is not given.
@@ -449,13 +430,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
         query_length = query_embeds.shape[1] if query_length is None else query_length
         self._check_inputs(query_embeds, query_length, encoder_hidden_states, encoder_key_values)
         if query_length > 0 and encoder_key_values is None:
-            encoder_key_values = self._project_image_for(
-                query_embeds,
-                query_length,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                kwargs.get("output_attentions"),
-            )
+            encoder_key_values = self.project_image(encoder_hidden_states)
         hidden_states = self.dropout(self.layernorm(query_embeds.to(self.layernorm.weight.dtype)))
         attention_mask = additive_mask(attention_mask, hidden_states.dtype)
         encoder_attention_mask = additive_mask(encoder_attention_mask, hidden_states.dtype)
@@ -572,79 +547,6 @@ def block_attention_mask(query_length: int, attention_mask: torch.Tensor) -> tor
     mask[:, dec:, :cls] = True
     mask[:, dec:, dec:] = tokens[:, None, :] & torch.ones_like(mask[0, dec:, dec:]).tril()
     return mask
-
-
-def load_bert(text_encoder: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
-    """Load the [`~transformers.BertModel`] inside any BERT; its pooler, which is not read, may be missing."""
-    if isinstance(text_encoder, PreTrainedModel):
-        model, given = text_encoder, type(text_encoder).__name__
-    else:
-        model = load_whole(AutoModel, text_encoder, "A checkpoint of a BERT", not_needed=("pooler.",))
-        given = str(text_encoder)
-    bert = getattr(model, "bert", model)
-    if bert.config.model_type != "bert":
-        raise ValueError(f"A Q-Former starts from a BERT, but {given} is a {bert.config.model_type!r} model.")
-    return bert
-
-
-def load_bert_with_head(text_encoder: str | os.PathLike | PreTrainedModel) -> tuple[PreTrainedModel, nn.Module | None]:
-    """Load the [`~transformers.BertModel`] inside any BERT, and its masked-language-modelling head if it has one."""
-    if isinstance(text_encoder, PreTrainedModel):
-        head = getattr(getattr(text_encoder, "cls", None), "predictions", None)
-        return load_bert(text_encoder), head
-    bert = load_bert(text_encoder)
-    loaded: Any = BertForMaskedLM.from_pretrained(text_encoder, output_loading_info=True)
-    model, info = loaded
-    has_head = not any(name.startswith("cls.predictions.transform") for name in info["missing_keys"])
-    return bert, model.cls.predictions if has_head else None
-
-
-def qformer_config_from_bert(bert_config, **kwargs) -> Blip2QFormerConfig:
-    """The configuration of a Q-Former of the sizes of a BERT; keyword arguments overrule."""
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "hidden_act",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "max_position_embeddings",
-        "layer_norm_eps",
-        "pad_token_id",
-    )
-    # BERT has no [DEC]; who adds it to the vocabulary says so
-    fields = {name: getattr(bert_config, name) for name in names} | {"bos_token_id": None}
-    return Blip2QFormerConfig(**(fields | kwargs))
-
-
-@torch.no_grad()
-def copy_bert_weights(bert: PreTrainedModel, qformer: Blip2QFormerModel, embeddings: nn.Module | None = None):
-    """
-    Copies the weights of a BERT into a Q-Former of the same sizes. Token types have no place in a Q-Former.
-
-    Args:
-        bert ([`~transformers.BertModel`]):
-            Where they come from.
-        qformer ([`Blip2QFormerModel`]):
-            Where they go: self-attention, and the feed-forward networks, those for queries as copies.
-        embeddings (`Blip2TextEmbeddings`, *optional*):
-            Text embeddings; rows beyond BERT's vocabulary keep what they have.
-    """
-    qformer.layernorm.load_state_dict(bert.embeddings.LayerNorm.state_dict())
-    for source, target in zip(bert.encoder.layer, qformer.encoder.layer, strict=True):
-        for name in ("query", "key", "value"):
-            state = getattr(source.attention.self, name).state_dict()
-            getattr(target.attention.attention, name).load_state_dict(state)
-        target.attention.output.load_state_dict(source.attention.output.state_dict())
-        for suffix in ("_query", "") if qformer.config.use_qformer_text_input else ("_query",):
-            getattr(target, f"intermediate{suffix}").load_state_dict(source.intermediate.state_dict())
-            getattr(target, f"output{suffix}").load_state_dict(source.output.state_dict())
-    if embeddings is not None:
-        for name in ("word_embeddings", "position_embeddings"):
-            weight = getattr(bert.embeddings, name).weight
-            getattr(embeddings, name).weight[: len(weight)] = weight
 
 
 __all__ = ["Blip2QFormerModel", "Blip2TextEmbeddings", "block_attention_mask"]

@@ -14,18 +14,15 @@
 """The tasks "image-to-text" and "visual-question-answering" of transformers 4, on transformers 5."""
 
 import copy
-import functools
 import io
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PROCESSOR_MAPPING, AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering
+from transformers import PROCESSOR_MAPPING
 from transformers import pipelines as transformers_pipelines
-from transformers.image_utils import valid_images
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 
@@ -380,7 +377,7 @@ class ImageToTextPipeline(_ImageTextPipeline):
 
         Args:
             inputs (an image, list, dataset or generator of images):
-                Anything that [`~blip2_hf.image_loading.load_image`] reads: a path, URL, base64 string, PIL image,
+                Anything that [`~blip2_hf.load_image`] reads: a path, URL, base64 string, PIL image,
                 array, tensor, ...
             images (same as `inputs`, *optional*):
                 Another name for `inputs`.
@@ -483,7 +480,7 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
 
         Args:
             image (an image, list, dataset or generator of images, or `{"image": ..., "question": ...}` records):
-                Anything that [`~blip2_hf.image_loading.load_image`] reads. If `question` is not given, records with
+                Anything that [`~blip2_hf.load_image`] reads. If `question` is not given, records with
                 the image and the question: one, a list, a dataset or a generator.
             question (`str` or `list[str]`, *optional*):
                 The question or questions.
@@ -561,92 +558,4 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         ]
 
 
-# task -> class, Auto classes of its models, and transformers 4's default model
-_TASKS = {
-    "image-to-text": (
-        ImageToTextPipeline,
-        (AutoModelForImageTextToText,),
-        ("ydshieh/vit-gpt2-coco-en", "5bebf1e"),
-    ),
-    "visual-question-answering": (
-        VisualQuestionAnsweringPipeline,
-        (AutoModelForVisualQuestionAnswering, AutoModelForImageTextToText),
-        ("dandelin/vilt-b32-finetuned-vqa", "d0a1f6a"),
-    ),
-}
-
-
-def register_pipelines():
-    """
-    Makes `transformers.pipeline` know the tasks `"image-to-text"` and `"visual-question-answering"`. A second call
-    changes nothing, and neither does any call to the other tasks.
-    """
-    registry = transformers_pipelines.PIPELINE_REGISTRY
-    for task, (pipeline_class, model_classes, default) in _TASKS.items():
-        if registry.supported_tasks.get(task, {}).get("impl") is not pipeline_class:
-            registry.register_pipeline(task, pipeline_class, model_classes, {"model": default}, "multimodal")
-            # it would have every saved pipeline ask for trust_remote_code, see register_for_auto_class
-            del pipeline_class._registered_impl
-    _keep_task_names()
-    unreachable = [task for task in _TASKS if not _is_reachable(task)]
-    if unreachable:
-        _register_fallback(unreachable)
-
-
-def _keep_task_names():
-    """transformers 5.23 renames one task and refuses the other, in a private function, before it asks the registry."""
-    resolve = getattr(transformers_pipelines, "_resolve_deprecated_task", None)
-    if resolve is None or getattr(resolve, "keeps_blip2_hf_tasks", False):
-        return
-
-    @functools.wraps(resolve)
-    def resolve_deprecated_task(task, *args, **kwargs):
-        return task if task in _TASKS else resolve(task, *args, **kwargs)
-
-    resolve_deprecated_task.keeps_blip2_hf_tasks = True
-    transformers_pipelines._resolve_deprecated_task = resolve_deprecated_task
-
-
-def _is_reachable(task: str) -> bool:
-    try:
-        return transformers_pipelines.check_task(task)[1]["impl"] is _TASKS[task][0]
-    except KeyError:
-        return False
-
-
-def _register_fallback(tasks: list[str]):
-    """For a transformers that renames tasks in another way: public means only."""
-    if "image-to-text" in tasks:
-        registry = transformers_pipelines.PIPELINE_REGISTRY
-        registry.supported_tasks["image-text-to-text"]["impl"] = _captioning_image_text_to_text_pipeline()
-    for task in tasks:
-        name = _TASKS[task][0].__name__
-        logger.warning(
-            f'This version of transformers hides the task "{task}" from the registry. pipeline("{task}", ...) may not '
-            f'work as documented; pipeline("image-text-to-text", ..., pipeline_class=blip2_hf.{name}) does.'
-        )
-
-
-def _are_images(images: Any) -> bool:
-    if isinstance(images, (list, tuple)):
-        return len(images) > 0 and all(_are_images(image) for image in images)
-    if isinstance(images, str):
-        # other strings are texts, which the pipeline goes on from
-        return images.startswith(("http://", "https://", "data:image/")) or os.path.isfile(images)
-    return images is not None and valid_images(images)
-
-
-@functools.cache
-def _captioning_image_text_to_text_pipeline() -> type[Pipeline]:
-    """transformers' ImageTextToTextPipeline, which captions where it would refuse images that come without a text."""
-
-    class CaptioningImageTextToTextPipeline(transformers_pipelines.ImageTextToTextPipeline):
-        def __call__(self, images=None, text=None, **kwargs):
-            if images is None:
-                images = kwargs.pop("inputs", None)
-            if not ("prompt" in kwargs or (text is None and _are_images(images))):
-                return super().__call__(images, text, **kwargs)
-            device = {} if getattr(self.model, "hf_device_map", None) else {"device": self.device}
-            return ImageToTextPipeline(self.model, processor=self.processor, **device)(images, **kwargs)
-
-    return CaptioningImageTextToTextPipeline
+__all__ = ["ImageToTextPipeline", "VisualQuestionAnsweringPipeline"]

@@ -11,7 +11,6 @@ from .image_loading import load_image_for
 from .losses import image_text_similarity
 
 
-_TASK = "zero-shot-image-classification"
 _MODEL_TYPE = "blip2"
 _PAIRS_AT_A_TIME = 128
 
@@ -91,7 +90,7 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
         """
         Args:
             image (an image, or a list, dataset or generator of images):
-                With BLIP-2, anything that [`~blip2_hf.image_loading.load_image`] reads.
+                With BLIP-2, anything that [`~blip2_hf.load_image`] reads.
             candidate_labels (`list[str]`, *optional*):
                 The labels, if they were not given when the pipeline was made.
             images (same as `image`, *optional*):
@@ -200,13 +199,4 @@ def _check_it_compares(model: Any):
             )
 
 
-def register_zero_shot_pipeline():
-    """
-    Makes `transformers.pipeline("zero-shot-image-classification")` use this class. Auto classes and the default model
-    of the task stay as they are. A second call changes nothing.
-    """
-    tasks = transformers_pipelines.PIPELINE_REGISTRY.supported_tasks
-    tasks[_TASK] = tasks[_TASK] | {"impl": ZeroShotImageClassificationPipeline}
-
-
-__all__ = ["ZeroShotImageClassificationPipeline", "register_zero_shot_pipeline"]
+__all__ = ["ZeroShotImageClassificationPipeline"]

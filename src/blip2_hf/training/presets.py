@@ -95,7 +95,7 @@ def train_only(
         raise ValueError(f"The preset {preset!r} is not for a {type(model).__name__}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(PRESETS[preset]))
-    model.freeze_what_is_not_read()
+    model.freeze_unused_parameters()
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
@@ -121,7 +121,7 @@ def _add_adapters(model: Blip2PreTrainedModel, part: str, lora_config: "LoraConf
         targets = rf"{part}\..*\.({'|'.join(sorted(map(re.escape, linear)))})"
         lora_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
     adapted = get_peft_model(model, lora_config)
-    model.freeze_what_is_not_read()
+    model.freeze_unused_parameters()
     return adapted
 
 

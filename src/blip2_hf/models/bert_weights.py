@@ -1,0 +1,89 @@
+"""The Q-Former's start from a BERT (section 3.1)."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel
+from transformers.models.bert.modeling_bert import BertForMaskedLM
+
+from .backbones import load_whole
+from .configuration_blip2 import Blip2QFormerConfig
+
+
+def load_bert(text_encoder: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
+    """Load the [`~transformers.BertModel`] inside any BERT; its pooler, which is not read, may be missing."""
+    if isinstance(text_encoder, PreTrainedModel):
+        model, given = text_encoder, type(text_encoder).__name__
+    else:
+        model = load_whole(AutoModel, text_encoder, "A checkpoint of a BERT", not_needed=("pooler.",))
+        given = str(text_encoder)
+    bert = getattr(model, "bert", model)
+    if bert.config.model_type != "bert":
+        raise ValueError(f"A Q-Former starts from a BERT, but {given} is a {bert.config.model_type!r} model.")
+    return bert
+
+
+def load_bert_with_head(text_encoder: str | os.PathLike | PreTrainedModel) -> tuple[PreTrainedModel, nn.Module | None]:
+    """Load the [`~transformers.BertModel`] inside any BERT, and its masked-language-modelling head if it has one."""
+    if isinstance(text_encoder, PreTrainedModel):
+        head = getattr(getattr(text_encoder, "cls", None), "predictions", None)
+        return load_bert(text_encoder), head
+    bert = load_bert(text_encoder)
+    loaded: Any = BertForMaskedLM.from_pretrained(text_encoder, output_loading_info=True)
+    model, info = loaded
+    has_head = not any(name.startswith("cls.predictions.transform") for name in info["missing_keys"])
+    return bert, model.cls.predictions if has_head else None
+
+
+def qformer_config_from_bert(bert_config, **kwargs) -> Blip2QFormerConfig:
+    """Return the configuration of a Q-Former of the sizes of a BERT; keyword arguments overrule."""
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "max_position_embeddings",
+        "layer_norm_eps",
+        "pad_token_id",
+    )
+    # BERT has no [DEC]; who adds it to the vocabulary says so
+    fields = {name: getattr(bert_config, name) for name in names} | {"bos_token_id": None}
+    return Blip2QFormerConfig(**(fields | kwargs))
+
+
+@torch.no_grad()
+def copy_bert_weights(bert: PreTrainedModel, qformer: PreTrainedModel, embeddings: nn.Module | None = None):
+    """
+    Copy the weights of a BERT into a Q-Former of the same sizes. Token types have no place in a Q-Former.
+
+    Args:
+        bert ([`~transformers.BertModel`]):
+            Where they come from.
+        qformer ([`Blip2QFormerModel`]):
+            Where they go: self-attention, and the feed-forward networks, those for queries as copies.
+        embeddings (`Blip2TextEmbeddings`, *optional*):
+            Text embeddings; rows beyond BERT's vocabulary keep what they have.
+    """
+    qformer.layernorm.load_state_dict(bert.embeddings.LayerNorm.state_dict())
+    for source, target in zip(bert.encoder.layer, qformer.encoder.layer, strict=True):
+        for name in ("query", "key", "value"):
+            state = getattr(source.attention.self, name).state_dict()
+            getattr(target.attention.attention, name).load_state_dict(state)
+        target.attention.output.load_state_dict(source.attention.output.state_dict())
+        for suffix in ("_query", "") if qformer.config.use_qformer_text_input else ("_query",):
+            getattr(target, f"intermediate{suffix}").load_state_dict(source.intermediate.state_dict())
+            getattr(target, f"output{suffix}").load_state_dict(source.output.state_dict())
+    if embeddings is not None:
+        for name in ("word_embeddings", "position_embeddings"):
+            weight = getattr(bert.embeddings, name).weight
+            getattr(embeddings, name).weight[: len(weight)] = weight
+
+
+__all__ = ["copy_bert_weights", "load_bert", "load_bert_with_head", "qformer_config_from_bert"]
