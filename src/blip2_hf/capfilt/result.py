@@ -208,7 +208,6 @@ class ResultFiles:
 
     def finish(self) -> str:
         """Make the files a dataset, and return which rows were left out and what became of the captions."""
-        check_still_there([self.place / name for name in self.names], self.folder)
         report = self.report()
         if not self.is_finished:
             rename(self.folder / _UNFINISHED, self.folder / _DATA)
@@ -218,10 +217,12 @@ class ResultFiles:
         return report.counts.summary()
 
     def report(self) -> ShardReport:
-        """Return that of all files together."""
+        """Return that of all files together, all of which are there."""
+        paths = [self.place / name for name in self.names]
+        check_still_there(paths, self.folder)
         report = ShardReport()
-        for name in self.names:
-            report.add(_read_report(self.place / name))
+        for path in paths:
+            report.add(_read_report(path))
         return report
 
 

@@ -146,7 +146,8 @@ def cache_features(
         `Path`: `folder`.
 
     Raises:
-        ValueError: if the arguments do not fit, or `folder` holds features that were made otherwise.
+        ValueError: if the arguments do not fit, if `folder` holds features that were made otherwise, or if another
+            run is writing the same part of them.
         OSError: if the disk has too little space, or files are gone at the end.
         ImageLoadError: if a picture can't be read; the message names its row.
     """
@@ -158,11 +159,12 @@ def cache_features(
     model.eval()
     try:
         shards = _Shards(Path(folder), pictures, model, dtype, rows_per_shard, batch_size)
-        own = range(part_index, len(shards.rows), num_parts)
-        shards.write(shards.prepare(own), num_workers)
+        with only_writer(shards.folder / f".part-{part_index}-of-{num_parts}.lock", shards.folder):
+            own = range(part_index, len(shards.rows), num_parts)
+            shards.write(shards.prepare(own), num_workers)
+            check_still_there([shards.folder / _DESCRIPTION, *(shards.paths[shard] for shard in own)], shards.folder)
     finally:
         model.train(was_training)
-    check_still_there([shards.folder / _DESCRIPTION, *(shards.paths[shard] for shard in own)], shards.folder)
     return shards.folder
 
 
@@ -383,7 +385,7 @@ class _Shards:
             raise ValueError(f"batch_size={self.batch_size.size}: the features of a batch exceed 2 GB. Lower it.")
         path = self.folder / _DESCRIPTION
         if not path.exists():
-            # Of processes that start at the same time one writes what the others compare with
+            # Of parts that start at the same time one writes what the others compare with
             with only_writer(self.folder / ".lock", self.folder, wait=_LONGEST_WAIT):
                 if not path.exists():
                     write_json(path, self.description)

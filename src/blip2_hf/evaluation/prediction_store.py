@@ -1,7 +1,8 @@
 """Predictions on the disk as they come: an interrupted evaluation goes on, in any number of processes."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from accelerate import PartialState
 from ..jobs.atomic_files import remove_leftovers, write_json
 from ..jobs.fingerprints import check_settings_file
 from ..jobs.output import raise_lost
-from ..jobs.state_files import json_line, read_json_lines
+from ..jobs.state_files import appended_lines, read_json_lines
 
 
 class PredictionStore:
@@ -42,10 +43,7 @@ class PredictionStore:
     ):
         self.folder = Path(folder)
         self.state = state
-        self.path = self.folder / f"part-{state.process_index:05d}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(self.path)
-        state.wait_for_everyone()
         path = self.folder / "settings.json"
         if state.is_main_process:
             remove_leftovers(self.folder)
@@ -71,18 +69,9 @@ class PredictionStore:
             raise_lost(self.folder, f"{missing:,} of {count:,} predictions are not there any more")
         return [found[number] for number in range(count)]
 
-    def write(self, predictions: Mapping[int, Any]):
-        """Add predictions, by number, to the file of this process."""
-        with open(self.path, "ab") as file:
-            file.writelines(json_line([number, value]) for number, value in predictions.items())
-
-
-def _cut_torn_line(path: Path):
-    """Take away what a run that was killed has left of a line."""
-    if path.exists():
-        content = path.read_bytes()
-        with open(path, "r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+    def open(self) -> AbstractContextManager[Callable[[list], None]]:
+        """Open the file of this process for `add([number, prediction])`."""
+        return appended_lines(self.folder / f"part-{self.state.process_index:05d}.jsonl")
 
 
 __all__ = ["PredictionStore"]

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from .. import __version__
-from ..jobs.atomic_files import write_text
+from ..jobs.atomic_files import remove_leftovers, write_text
 from ..jobs.output import check_still_there
 from ..jobs.state_files import read_json
 from .samples import OVERALL
@@ -68,15 +68,17 @@ def write_report(
         "settings": {"model": model.config.name_or_path, **settings},
         "run": {"device": str(model.device), **run, "versions": versions()},
     }
+    remove_leftovers(folder)
     write_text(folder / "predictions.json", _to_json(predictions))
     write_text(folder / "table.md", make_table(results))
     write_text(folder / "results.json", _to_json(results))
 
 
 def read_results(output: str | os.PathLike) -> dict[str, Any]:
-    """Return what results.json holds, once all files of the report are there."""
+    """Return what results.json holds, and see that all that was written is there."""
     folder = Path(output)
-    check_still_there([folder / "predictions.json", folder / "table.md", folder / "results.json"], folder)
+    names = ("parts/settings.json", "predictions.json", "table.md", "results.json")
+    check_still_there([folder / name for name in names], folder)
     return read_json(folder / "results.json", "Run the same command again, which writes it anew.")
 
 

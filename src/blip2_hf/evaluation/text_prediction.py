@@ -78,10 +78,12 @@ def predict_texts(
     model.eval()
     try:
         is_shown = show_progress and store.state.is_main_process
-        with logging.tqdm(total=sum(map(len, images)), unit="text", disable=not is_shown) as progress:
+        total = sum(map(len, images))
+        with store.open() as add, logging.tqdm(total=total, unit="text", disable=not is_shown) as progress:
             while rows := list(islice(queue, current.size)):
                 for part, texts in current.run(write, rows):
-                    store.write({number: text for (number, _), text in zip(part, texts, strict=True)})
+                    for (number, _), text in zip(part, texts, strict=True):
+                        add([number, text])
                     progress.update(len(part))
     finally:
         model.train(was_training)
