@@ -6,6 +6,7 @@ gives what an undisturbed run gives.
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from blip2_hf.capfilt import ModelCaptioner, RetrievalFilter, capfilt_dataset
 from blip2_hf.captioning import FolderPictures, caption_dataset
 from blip2_hf.data import cache_features
 from blip2_hf.evaluation import CaptionSample, evaluate_captioning, evaluate_retrieval
+from blip2_hf.jobs.errors import StateFileError
 from blip2_hf.models.generation_presets import generation_preset
 from blip2_hf.search import SearchIndex
 from blip2_hf.search.store import Store
@@ -316,3 +318,30 @@ def test_two_runs_at_once(job, undisturbed, tmp_path):
 
     assert run_with(job, folder, start_second) == (0, "")
     assert job.result(folder) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("evaluate captions", "parts/settings.json"),
+        ("evaluate captions", "parts/part-00000.jsonl"),
+        ("evaluate retrieval", "parts/contrast.pt"),
+        ("evaluate retrieval", "parts/pairs-*.npy"),
+        ("evaluate retrieval", "parts/features/cache.json"),
+        ("evaluate retrieval", "parts/features/shard-*.arrow"),
+        ("cache features", "cache.json"),
+        ("capfilt", "capfilt.json"),
+        ("capfilt", "data/train-00000-*.parquet"),
+    ],
+)
+def test_a_file_that_was_changed_is_named(name, pattern, world, tmp_path):
+    job = JOBS[name](world)
+    job.run(tmp_path)
+    (path,) = (tmp_path / job.output).glob(pattern)
+    before = path.read_bytes()
+    path.write_bytes(b"half\n")
+    with pytest.raises(StateFileError, match=f"^{re.escape(str(path))}.* can't be read") as error:
+        job.run(tmp_path)
+    assert "elete" in str(error.value)  # what to do
+    path.write_bytes(before)
+    job.run(tmp_path)

@@ -231,8 +231,8 @@ def _read_report(path: Path) -> ShardReport:
         return ShardReport.from_json(pq.read_metadata(path).metadata[_REPORT.encode()])
     except (ValueError, KeyError, TypeError) as error:  # no Parquet, or without the report
         raise StateFileError(
-            f"{path} is no file of CapFilt that can be read ({error}): it was cut off or changed. Delete it, and run "
-            "the same command again, which makes it anew."
+            f"{path} can't be read as a file of CapFilt ({error}): it was cut off or changed. Delete it, and run the "
+            "same command again, which makes it anew."
         ) from error
 
 

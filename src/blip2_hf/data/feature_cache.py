@@ -23,7 +23,7 @@ from ..jobs.batch_size import BatchSize
 from ..jobs.fingerprints import check_settings_file, fingerprint, sampled_rows, sampled_weights, stable_repr
 from ..jobs.output import check_still_there, only_writer
 from ..jobs.picture_inputs import PictureBatch, PictureInput, load_ahead
-from ..jobs.state_files import read_json
+from ..jobs.state_files import read_json, read_whole
 from ..models.backbones import load_tower, measure_width
 from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
 from ..models.image_loading import ImageLoadError, check_reads_8_bit
@@ -192,7 +192,8 @@ def load_cached_features(folder: str | os.PathLike) -> datasets.Dataset:
             f"{folder} lacks {len(missing)} of {len(paths)} files ({names}). Run cache_features with the same "
             "arguments: it writes those that are missing."
         )
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
+    advice = "Delete it, and run cache_features with the same arguments, which writes it anew."
+    return datasets.concatenate_datasets([read_whole(path, _open_shard, advice) for path in paths])
 
 
 def check_feature_size(image_size: int, *data: str | os.PathLike | None):
@@ -466,6 +467,10 @@ def _write_shard(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]):
     with atomic_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
         for table in tables:
             writer.write_table(table)
+
+
+def _open_shard(path: Path) -> datasets.Dataset:
+    return datasets.Dataset.from_file(str(path))
 
 
 def _shard_paths(folder: Path, num_shards: int) -> list[Path]:
