@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_pictures(arguments: argparse.Namespace, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Two drawings of each thing to learn from, a third, of another hand, to be tested on."""
+    """Two drawings of each thing to learn from, a third, of another style, to be tested on."""
     files = {split: str(DATA / f"{split}.parquet") for split in ("train", "test")}
     pictures = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache_folder() / "datasets"))
     names = [

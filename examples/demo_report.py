@@ -41,7 +41,7 @@ def nearest_neighbours(train_features: datasets.Dataset, test_features: datasets
 
 
 def print_table(rows: dict[str, dict[str, float]], count: int):
-    print("\n" + "   ".join([f"{f'{count} drawings of a hand not seen in training':44}", *COLUMNS.values()]))
+    print("\n" + "   ".join([f"{f'{count} drawings of a style not seen in training':44}", *COLUMNS.values()]))
     for name, values in rows.items():
         cells = [f"{values[key]:.1%}" if key in values else "-" for key in COLUMNS]
         print("   ".join([f"{name:44}", *(f"{c:>{len(t)}}" for c, t in zip(cells, COLUMNS.values(), strict=True))]))
@@ -49,7 +49,7 @@ def print_table(rows: dict[str, dict[str, float]], count: int):
 
 def write_table(rows: dict[str, dict[str, float]], count: int, file: Path):
     """The same table in Markdown."""
-    lines = [[f"{count} drawings of a hand not seen in training", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
+    lines = [[f"{count} drawings of a style not seen in training", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
     lines += [[name, *(f"{v[key]:.1%}" if key in v else "" for key in COLUMNS)] for name, v in rows.items()]
     file.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
@@ -58,7 +58,7 @@ def draw_sheet(test: datasets.Dataset, captions: list[str], file: Path):
     cards = [Card(row["image"], text, row["name"]) for row, text in zip(test, captions, strict=True)]
     right = sum(card.right for card in cards)
     note = f"{right} of {len(cards)} named exactly; the first {min(40, len(cards))} are here"
-    section = Section("Drawings of a hand that it has not seen", note, cards[:40])
+    section = Section("Drawings of a style that it has not seen", note, cards[:40])
     draw_contact_sheet("What is it?", "DINOv2-small, a Q-Former trained in minutes, SmolLM2-135M", [section]).save(
         file
     )

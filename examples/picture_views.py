@@ -1,4 +1,4 @@
-"""Further versions of a drawing, as another hand might have made it: for training on few pictures."""
+"""Further versions of a drawing, as another style might have made it: for training on few pictures."""
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps

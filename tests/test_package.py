@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import pytest
+from paths import REPOSITORY
 
 
 def run(code: str) -> str:
@@ -66,3 +67,12 @@ def test_auto_classes_know_ours_whatever_is_imported_first(order):
         )
     )
     assert run(code) == "ok"
+
+
+def test_an_installation_holds_all_files(tmp_path):
+    command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    source = REPOSITORY / "src"
+    files = {path.relative_to(source) for path in (source / "blip2_hf").rglob("*") if path.is_file()}
+    files = {path for path in files if "__pycache__" not in path.parts}
+    assert files == {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}

@@ -1,5 +1,5 @@
 """
-What the frozen tower's features say without a Q-Former: the nearest training picture, and a linear contrastive head.
+Baselines on the frozen tower's features, without a Q-Former: the nearest training picture, a linear contrastive head.
 
     python examples/recipe/baselines.py
 """
@@ -30,7 +30,7 @@ STEPS, BATCH_SIZE, LEARNING_RATE, WIDTH = 1500, 512, 1e-3, 256
 
 
 def mean_features(rows: datasets.Dataset) -> torch.Tensor:
-    """Of shape `(pictures, views, width)`: the mean over each picture's features."""
+    """Return the mean over each picture's features, of shape `(pictures, views, width)`."""
     rows = rows.select_columns([column for column in rows.column_names if column.startswith("image_embeds")])
     return torch.stack(
         [
@@ -43,12 +43,12 @@ def mean_features(rows: datasets.Dataset) -> torch.Tensor:
 
 
 def directions(features: torch.Tensor) -> torch.Tensor:
-    """Centred, for the mean says how pictures are drawn rather than what they show, and every feature counts alike."""
+    """Standardise each feature, and return unit vectors: the mean shows the style of drawings, not what they show."""
     return normalize((features - features.mean(dim=0)) / features.std(dim=0), dim=-1)
 
 
 def nearest_neighbours(train: torch.Tensor, train_names: list[str], test: torch.Tensor, names: list[str]):
-    """Of shape `(pictures, names)`: how alike a picture and the likest of the pictures of a name are."""
+    """Return the cosine of each picture and the nearest training picture of each name, `(pictures, names)`."""
     alike = directions(test) @ directions(train[:, 0]).T
     scores = torch.full((len(test), len(names)), -2.0)
     column = {name: i for i, name in enumerate(names)}
@@ -57,7 +57,7 @@ def nearest_neighbours(train: torch.Tensor, train_names: list[str], test: torch.
 
 
 def linear_head(train, train_names, test, names, text_features, seed: int):
-    """Picture and name projected into one space, by contrast, with as much care as the Q-Former's contrast."""
+    """Train a linear projection of pictures and names into one space by contrast, and return the test cosines."""
     torch.manual_seed(seed)
     column = {name: i for i, name in enumerate(names)}
     index = torch.tensor([column[name] for name in train_names])
@@ -85,7 +85,7 @@ def linear_head(train, train_names, test, names, text_features, seed: int):
 
 @torch.no_grad()
 def sentence_features(names: list[str]) -> torch.Tensor:
-    """MiniLM's sentence embeddings of the names: the mean over their tokens."""
+    """Return MiniLM's sentence embeddings of the names: the mean over their tokens."""
     folder = real_assets().text_encoder
     batch = AutoTokenizer.from_pretrained(folder)(names, padding=True, return_tensors="pt")
     mask = batch["attention_mask"][:, :, None]
@@ -94,7 +94,7 @@ def sentence_features(names: list[str]) -> torch.Tensor:
 
 
 def score(scores: torch.Tensor, own: torch.Tensor, columns: torch.Tensor, names: list[str]) -> dict[str, float]:
-    """Recall of some pictures among all names, and of their names among all pictures; the best name as a caption."""
+    """Compute recall of some pictures among all names, of their names among all pictures, and of captions by name."""
     results = {}
     for direction, found, wanted in (
         ("image_to_text", scores[own].argsort(dim=1, descending=True, stable=True), columns[own]),

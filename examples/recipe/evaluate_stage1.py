@@ -1,4 +1,4 @@
-"""What stage 1 has learned: recall of names and pictures by contrast, by matching and by both; captions."""
+"""Evaluation of stage 1: recall of names and pictures by contrast, by matching and by both; captions."""
 
 import sys
 from pathlib import Path
@@ -17,11 +17,11 @@ from blip2_hf.evaluation import Ranking, TwoStageRankings, TwoStageRetrieval  # 
 from blip2_hf.evaluation.metrics import caption_metrics  # noqa: E402
 
 
-CANDIDATES = 10  # that matching ranks anew
+CANDIDATES = 10  # that matching re-ranks
 
 
 def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only: bool = False) -> dict:
-    """Of each set: recall among the names of all sets, and among all pictures, by ITC, ITM and both; captions."""
+    """Compute each set's recall among the names and pictures of all sets, by ITC, ITM and both, and score captions."""
     rows = concatenate_datasets(list(sets.values()))
     names = rows["name"]
     embeds = torch.stack([read_cached_features(row).float() for row in rows])
@@ -51,15 +51,17 @@ def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only:
 
 
 def score(captions: list[str], names: list[str]) -> dict[str, float]:
-    """How many captions are the name itself, and their CIDEr-D with it for a reference."""
+    """Compute the share of captions that are the name, and their CIDEr-D with the name as the reference."""
     exact = sum(caption == name for caption, name in zip(captions, names, strict=True)) / len(names)
     return {"exact": exact, "CIDEr-D": caption_metrics(captions, [[name] for name in names])["CIDEr-D"]}
 
 
 def both(by_contrast: TwoStageRankings, reranked: TwoStageRankings, temperature: float) -> TwoStageRankings:
     """
-    Candidates by `cosine / temperature + log sigmoid(logit of "match")`: contrast counts as much as in its own loss,
-    and a match that is sure no more than one that is a little less so. Re-ranking adds logit and cosine.
+    Rank the candidates by `cosine / temperature + log sigmoid(logit of "match")`.
+
+    The cosine weighs as much as in the contrastive loss, and all confident matches weigh about the same. `reranked`
+    has the sums of logit and cosine.
     """
     rankings = []
     for direction in ("image_to_text", "text_to_image"):
@@ -70,7 +72,7 @@ def both(by_contrast: TwoStageRankings, reranked: TwoStageRankings, temperature:
 
 
 def _in_order(ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index and scores of the candidates, in the order of the index."""
+    """Return index and scores of the candidates, in the order of the index."""
     index, order = ranking.index.sort(dim=1)
     return index, ranking.scores.gather(1, order)
 
@@ -81,7 +83,7 @@ def recall(found: torch.Tensor, wanted: torch.Tensor, k: int) -> float:
 
 @torch.no_grad()
 def write(model, processor, embeds: torch.Tensor) -> list[str]:
-    """The Q-Former's own captions (ITG)."""
+    """Generate the Q-Former's own captions (ITG)."""
     tokens = [
         model.generate(image_embeds=chunk.to(model.device), max_new_tokens=10, do_sample=False)
         for chunk in embeds.split(128)

@@ -1,5 +1,5 @@
 """
-The frozen tower's output for all pictures of the recipe, computed once: some versions of each picture to learn from.
+Compute the frozen tower's output for all pictures of the recipe once, with several views of each training picture.
 
     python examples/recipe/features.py
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 import datasets
 import torch
 from datasets import concatenate_datasets
-from hands import without_hands
 from settings import FOLDER, VIEWS
+from styles import remove_styles
 from training import save_json
 
-# In transformers 5.17 the name in the package itself asks for torchvision
+# Not from transformers itself: in 5.17 that name needs torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
@@ -37,8 +37,8 @@ def image_processor():
 
 def load_features(splits: Sequence[str] = SPLITS) -> dict[str, datasets.Dataset]:
     """
-    The features of some splits, but for those without pictures. Complete ones are taken as they are: after a change of
-    pictures or towers delete them.
+    Load the features of some splits, and compute those that are missing. Splits without pictures are left out. After a
+    change of pictures or towers, delete the old features.
     """
     pictures, features = load_pictures(), {}
     for split in splits:
@@ -46,23 +46,23 @@ def load_features(splits: Sequence[str] = SPLITS) -> dict[str, datasets.Dataset]
             continue
         folder = FOLDER / "features" / split
         try:
-            # Without the towers, which may compute in another type here than where these were made
+            # Without the towers, because these may compute in another dtype here
             features[split] = load_cached_features(folder)
         except FileNotFoundError:
             make_features(pictures[split], folder, VIEWS if split in LEARNED_FROM else 1)
             features[split] = load_cached_features(folder)
-    return without_hands(features)
+    return remove_styles(features)
 
 
 def make_features(pictures: datasets.Dataset, folder: Path, views: int):
-    """A run that was stopped goes on."""
+    """Compute the features of some pictures. A stopped run continues."""
     tower = VisionTower(two_towers.pretrained_folder()).to(device_type(), fast_dtype())
     transform = RandomView(image_processor().size["height"])
     cache_features(pictures, tower, image_processor(), folder, views=views, transform=transform, rows_per_shard=250)
 
 
 def choose_splits(validate: bool, clip_art: bool = False) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
-    """What is learned from, and what is tested on."""
+    """Return the training rows, and the test sets."""
     features = load_features([split for split in SPLITS if clip_art or split != "clip_art"])
     if clip_art and "clip_art" not in features:
         sys.exit("There are no pictures of Open Clip Art; pictures.py says why.")
@@ -79,7 +79,7 @@ def main():
     torch.manual_seed(0)
     counts = {split: len(rows) for split, rows in load_features().items()}
     print(counts)
-    # There once all are: run.py looks for it
+    # Written last: run.py takes it as the sign that all features are there
     save_json(FOLDER / "features.json", counts)
 
 

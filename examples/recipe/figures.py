@@ -1,5 +1,5 @@
 """
-Pictures of what stage 1 has learned: similarities of drawings and names before and after, and where it looks.
+Draw what stage 1 has learned: similarities of drawings and names before and after, and where the model looks.
 
     python examples/recipe/figures.py --output outputs/recipe
 """

@@ -1,13 +1,12 @@
 """
-Stage 1 on the pictures of the recipe, and what it has learned: retrieval of names and pictures, and captions.
+Train stage 1 on the pictures of the recipe, and evaluate it: retrieval of names and pictures, and captions.
 
-Contrast comes first, alone, in large batches; then all losses. Runs that differ in the latter only share the former.
+Contrast alone comes first, in large batches, then all losses. Runs that differ only in the latter share the former.
 
     python examples/recipe/learn_stage1.py --variant full --seed 0
     python examples/recipe/learn_stage1.py --variant full --seed 0 --validate --set steps=300   # to choose settings
 
-With --validate the hand that is tested is one that the recipe learns from otherwise, and the test pictures are not
-looked at.
+With --validate, one of the training styles is held out and tested on, and the test pictures are not used.
 """
 
 import json
@@ -24,7 +23,7 @@ from evaluate_stage1 import evaluate
 from features import choose_splits, image_processor
 from safetensors.torch import load_model
 from settings import FOLDER, STAGE1, Stage1
-from training import learn, made_of, parse_options, save_json, save_tensors
+from training import fingerprint, learn, parse_options, save_json, save_tensors
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 
@@ -43,8 +42,8 @@ from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
 HEADS = ("itm_head", "lm_head.transform")
 
 
-class HarderAndHarder(Blip2ForPreTraining):
-    """Negatives of matching are drawn by their similarity, as in the paper, to the power of `hardness`."""
+class NegativeCurriculum(Blip2ForPreTraining):
+    """Draws the negatives of matching by their similarity, as the paper does, to the power of `hardness`."""
 
     hardness = 1.0
 
@@ -53,22 +52,24 @@ class HarderAndHarder(Blip2ForPreTraining):
 
 
 class WithoutMatching(Blip2ForPreTraining):
-    """Leaves out the second pass, which makes up half of a step and which only matching needs."""
+    """Leaves out the second pass, which is half of a step and which only matching needs."""
 
     def _second_pass(self, images, negative_images, text_embeds, *args):
         return self.itm_head.weight.new_zeros(3 * len(text_embeds), 2)
 
 
 class LogsTemperature(Blip2Trainer):
+    """Logs the temperature with each loss."""
+
     def log(self, logs, start_time=None):
         super().log(logs | {"temperature": self.model.temperature.weight.item()}, start_time)
 
 
 class Contrast(LogsTemperature):
-    """Learns from ITC alone: a pass over the pictures and one over the texts."""
+    """Learns from ITC alone, by one pass over the pictures and one over the texts."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        # Accelerate's own autocast is around `forward` alone
+        # Accelerate's own autocast covers only `forward`
         with self.accelerator.autocast():
             images = model.get_image_features(image_embeds=inputs["image_embeds"], return_dict=True).pooler_output
             texts = (inputs["input_ids"], inputs["attention_mask"])
@@ -80,7 +81,7 @@ class Contrast(LogsTemperature):
 
 
 class ContrastAndMore(Contrast):
-    """ITC of the whole batch, those of the other losses that are named of a part of it; negatives become harder."""
+    """Learns ITC from the whole batch and the other losses from a part of it. Negatives become harder."""
 
     def __init__(self, *args, settings: Stage1, **kwargs):
         self.settings = settings
@@ -103,7 +104,7 @@ def make_model(settings: Stage1) -> Blip2ForPreTraining:
     text_encoder = real_assets().text_encoder
     if settings.random_initialisation:
         text_encoder = BertModel(BertConfig.from_pretrained(text_encoder), add_pooling_layer=False)
-    model_class = HarderAndHarder if "itm" in settings.losses else WithoutMatching
+    model_class = NegativeCurriculum if "itm" in settings.losses else WithoutMatching
     model = model_class.from_encoders_pretrained(
         two_towers.pretrained_folder(),
         text_encoder,
@@ -112,21 +113,21 @@ def make_model(settings: Stage1) -> Blip2ForPreTraining:
         cross_attention_frequency=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        # What a tokenizer says, where there is none beside the weights
+        # Given here because there is no tokenizer beside the weights
         bos_token_id=30522,
         eos_token_id=102,
         vocab_size=30523,
     )
-    # Small batches and short texts: on a CPU twice as fast as the fused kernels in bfloat16
+    # For small batches and short texts in bfloat16 on a CPU, twice as fast as the fused kernels
     model.set_attn_implementation("eager")
     if not settings.random_initialisation:
-        # Half of the weights, and names of some hundred things are no reason to change them
+        # They are half of the weights, and some hundred names teach them little
         model.embeddings.word_embeddings.requires_grad_(False)
     return model
 
 
 class Lesson:
-    """Drawings with their names, learned first by contrast, then by all losses. Those of one name are no negatives."""
+    """Trains on drawings and their names: first by contrast, then by all losses. Equal names are no negatives."""
 
     def __init__(
         self, rows: datasets.Dataset, processor, settings: Stage1, seed: int, folder: Path, text: str = "name"
@@ -136,12 +137,13 @@ class Lesson:
         self.parts = pairs, ImageTextCollator(processor)
 
     def contrast(self, model) -> list[dict]:
-        """Returns the log."""
+        """Train by contrast alone, and return the log."""
         learned = learn(model, *self.parts, self.settings.contrast, NEW_PARTS, *self.where, Contrast, Stage1Arguments)
         return [entry | {"loss_itc": entry["loss"]} for entry in learned.state.log_history if "loss" in entry]
 
     def all_losses(self, model) -> list[dict]:
-        """Returns the log. What has no pretrained weights has learned by contrast already, but for two heads."""
+        """Train by all losses, and return the log."""
+        # Of the parts without pretrained weights, contrast has trained all but two heads
         trainer = partial(ContrastAndMore, settings=self.settings)
         learned = learn(model, *self.parts, self.settings, HEADS, *self.where, trainer, Stage1Arguments)
         before = STAGE1[self.settings.after] if self.settings.after else None
@@ -149,43 +151,45 @@ class Lesson:
         for entry in learned.state.log_history:
             log.append(entry | {"step": entry["step"] + first})
             if "loss" in entry:
-                # What the trainer has logged is that of the part
+                # The trainer has logged that of the part
                 log[-1]["loss_itc"] = entry["loss"] - sum(entry[f"loss_{name}"] for name in self.settings.losses)
         return log
 
 
 def contrast_once(model, lesson: Lesson, file: Path | None) -> list[dict]:
-    """Runs that differ in what comes later share `file`, if it was made as it would be now. Returns the log."""
-    key = made_of(lesson.settings.contrast, lesson.rows)
+    """Load the model after contrast from `file` if its fingerprint fits, or train it. Return the log."""
+    key = fingerprint(lesson.settings.contrast, lesson.rows)
     if file and file.exists():
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        if saved.get("made_of") == key:
+        if saved.get("fingerprint") == key:
             model.load_state_dict(saved["model"])
             return saved["log"]
-        print(f"{file} was made of other settings, pictures or types, and is made again.")
+        print(f"{file} was made with other settings, pictures or dtypes, and is made again.")
     log = lesson.contrast(model)
     if file:
-        save_tensors(file, {"model": model.state_dict(), "log": log, "made_of": key})
+        save_tensors(file, {"model": model.state_dict(), "log": log, "fingerprint": key})
     return log
 
 
 def go_on(model, folder: Path) -> list[dict]:
-    """From the results of another variant. Returns its log."""
+    """Load the weights of another variant, and return its log."""
     if not (folder / "results.json").exists():
-        sys.exit(f"This goes on from {folder}, which is not there yet. Run that variant first, with this seed.")
+        sys.exit(
+            f"This variant continues from {folder}, which does not exist. Run that variant first, with this seed."
+        )
     load_model(model, folder / "model" / "model.safetensors")
     return json.loads((folder / "results.json").read_text())["log"]
 
 
-def changed(settings: Stage1, values: dict) -> Stage1:
-    """`steps=2` and `contrast.steps=2` name fields of what is learned with all losses and with contrast alone."""
+def override(settings: Stage1, values: dict) -> Stage1:
+    """Change some settings: `steps=2` that of all losses, `contrast.steps=2` that of contrast alone."""
     inner = {name.removeprefix("contrast."): value for name, value in values.items() if "." in name}
     outer = {name: value for name, value in values.items() if "." not in name}
     return replace(settings, contrast=replace(settings.contrast, **inner), **outer)
 
 
-def after_contrast(settings: Stage1, seed: int) -> Path:
-    """Where runs leave each other what they have in common."""
+def contrast_file(settings: Stage1, seed: int) -> Path:
+    """Return the file of the model after contrast, which runs share."""
     start = ", random" if settings.random_initialisation else ""
     start += ", clip art" if settings.clip_art else ""
     return FOLDER / "contrast" / f"{settings.num_query_tokens} queries{start}-seed{seed}.pt"
@@ -193,16 +197,17 @@ def after_contrast(settings: Stage1, seed: int) -> Path:
 
 def main():
     options = parse_options(__doc__.splitlines()[1], STAGE1)
-    settings = changed(STAGE1[options.variant], options.set)
+    settings = override(STAGE1[options.variant], options.set)
     if settings.after and options.validate:
         sys.exit(
-            f"{options.variant!r} goes on from {settings.after!r}, which has learned from all hands: no --validate."
+            f"{options.variant!r} continues from {settings.after!r}, which has learned from all styles. No style is "
+            "left to test it on: leave out --validate."
         )
     folder = options.output or FOLDER / "stage1" / f"{options.variant}-seed{options.seed}"
     transformers.logging.set_verbosity_error()
     start = time.time()
     train_rows, tests = choose_splits(options.validate, settings.clip_art)
-    # Here, for features that are made first use up random numbers
+    # After the features, because computing them uses random numbers
     transformers.set_seed(options.seed)
     model = make_model(settings)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
@@ -210,7 +215,7 @@ def main():
     lesson = Lesson(train_rows, processor, settings, options.seed, folder)
     results = {}
     if settings.after is None:
-        shared = None if options.validate or options.set else after_contrast(settings, options.seed)
+        shared = None if options.validate or options.set else contrast_file(settings, options.seed)
         log = contrast_once(model, lesson, shared)
         results["contrast"] = evaluate(model, processor, tests, contrast_only=True)
     else:

@@ -1,6 +1,7 @@
 """
-Stage 2 on the pictures of the recipe, after a stage 1 or without one: a frozen language model reads the queries and
-writes the name. Captions are scored.
+Train stage 2 on the pictures of the recipe, after a stage 1 or without one, and score its captions.
+
+A frozen language model reads the queries and writes the name.
 
     python examples/recipe/learn_stage2.py --variant full --seed 0
     python examples/recipe/learn_stage2.py --variant "no stage 1" --seed 0
@@ -37,7 +38,7 @@ from blip2_hf.training import Blip2Trainer, Stage2Arguments  # noqa: E402
 
 
 def with_first_queries(folder: Path, number: int) -> Blip2ForPreTraining:
-    """Stage 1 with some of its queries: all of them say the same by then, and once is enough for a language model."""
+    """Load a stage 1 with some of its queries. After its training all queries are about equal."""
     model = Blip2ForPreTraining.from_pretrained(folder)
     model.query_tokens.weight = torch.nn.Parameter(model.query_tokens.weight[:, :number].clone())
     model.config.num_query_tokens = number
@@ -45,19 +46,21 @@ def with_first_queries(folder: Path, number: int) -> Blip2ForPreTraining:
 
 
 def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -> Blip2ForConditionalGeneration:
-    """With a projection that starts from the names of `rows`, as in the demo."""
+    """Make a model whose projection starts from the names of `rows`, as in the demo."""
     assets = real_assets()
     if settings.stage1 is not None:
         folder = FOLDER / "stage1" / f"{settings.stage1}-seed{seed}" / "model"
         if not folder.exists():
-            sys.exit(f"This goes on from {folder}, which is not there yet. Run learn_stage1.py first, with this seed.")
+            sys.exit(
+                f"Stage 2 continues from {folder}, which does not exist. Run learn_stage1.py first, with this seed."
+            )
         parts = {"stage1": with_first_queries(folder, settings.num_query_tokens)}
     else:
         parts = {
             "text_encoder": assets.text_encoder,
             "num_query_tokens": settings.num_query_tokens,
             "cross_attention_frequency": 1,
-            # None in stage 1 either
+            # As in stage 1
             "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
         }
@@ -66,16 +69,16 @@ def make_model(settings: Stage2, seed: int, rows: datasets.Dataset, tokenizer) -
     ).float()
     start_projection(model, rows, tokenizer)
     cast_parameters(model.language_model, fast_dtype())
-    # The fused kernels' backward in bfloat16 is slow on a CPU
+    # Because the fused kernels' backward in bfloat16 is slow on a CPU
     model.set_attn_implementation("eager")
     return model
 
 
 class SharesPrompt(Blip2Trainer):
-    """The words before the picture, which all rows share, run through the frozen language model once a step."""
+    """Runs the words before the picture, which all rows share, through the language model once a step."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        # Padding is behind the names: the picture has the same place in each row
+        # Padding is behind the names, so the picture has the same place in each row
         input_ids = inputs["input_ids"]
         length = int((input_ids[0] == model.config.image_token_index).int().argmax())
         with torch.no_grad(), self.accelerator.autocast():
@@ -86,7 +89,7 @@ class SharesPrompt(Blip2Trainer):
 
 
 def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int, folder: Path) -> list[dict]:
-    """Returns the log."""
+    """Train the model, and return the log."""
     pairs = ImageTextPairs(rows, text_column="name", clean_text=False, seed=seed)
     collator = partial(collate_names, processor=processor, mixed=0.0)
     parts = (model, pairs, collator, settings, ("language_projection",))
@@ -95,7 +98,7 @@ def train(model, rows: datasets.Dataset, processor, settings: Stage2, seed: int,
 
 @torch.no_grad()
 def write(model, processor, rows: datasets.Dataset, batch_size: int = 64) -> list[str]:
-    """The first line of what the model writes, by beam search as in the paper."""
+    """Generate by beam search, as the paper does, and return the first line of each caption."""
     model.eval()
     rows = rows.select_columns([column for column in rows.column_names if column.startswith("image_embeds")])
     captions = []
@@ -113,12 +116,15 @@ def main():
     options = parse_options(__doc__.splitlines()[1], STAGE2)
     settings = replace(STAGE2[options.variant], **options.set)
     if settings.stage1 and options.validate:
-        sys.exit(f"{options.variant!r} goes on from a stage 1 that has learned from all hands: no --validate.")
+        sys.exit(
+            f"{options.variant!r} continues from a stage 1 that has learned from all styles. No style is left to test "
+            "it on: leave out --validate."
+        )
     folder = options.output or FOLDER / "stage2" / f"{options.variant}-seed{options.seed}"
     transformers.logging.set_verbosity_error()
     start = time.time()
     train_rows, tests = choose_splits(options.validate)
-    # Here, for features that are made first use up random numbers
+    # After the features, because computing them uses random numbers
     transformers.set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().language_model)
     model = make_model(settings, options.seed, train_rows, tokenizer)

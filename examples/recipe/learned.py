@@ -1,7 +1,8 @@
 """
-What the models know of drawings that they have learned from, those by one of the hands: how much of what is missing on
-the test hand has not been learned, and how much is lost from one hand to another; how alike their queries are; and, of
-the test hand, how much depends on the length of a name.
+Evaluate the models on drawings that they were trained on, in one of the training styles.
+
+This tells what they have not learned from what they lose on a new style. It also shows how alike the queries of a
+picture are, and, on the test style, how captions depend on the length of a name.
 
     python examples/recipe/learned.py --seed 0
 """
@@ -36,7 +37,7 @@ def show(title: str, scores: dict[str, float]):
 
 @torch.no_grad()
 def likeness(model, rows: datasets.Dataset) -> float:
-    """Mean cosine of two queries of a picture, in the space of contrast."""
+    """Compute the mean cosine of two queries of a picture, in the space of contrast."""
     embeds = torch.stack([read_cached_features(row).float() for row in rows]).to(model.device)
     features = model.get_image_features(image_embeds=embeds, return_dict=True).pooler_output
     cosines = features @ features.transpose(1, 2)
@@ -45,7 +46,7 @@ def likeness(model, rows: datasets.Dataset) -> float:
 
 
 def by_length(captions: list[str], names: list[str], tokenizer) -> dict[str, float]:
-    """The share of captions that are exactly right, by how many tokens the name has; the last are all longer ones."""
+    """Compute the share of exactly right captions by the number of tokens of the name, the longest together."""
     lengths = [min(len(tokenizer(" " + name)["input_ids"]), LONG) for name in names]
     parts = {length: [row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))}
     return {
@@ -57,12 +58,12 @@ def by_length(captions: list[str], names: list[str], tokenizer) -> dict[str, flo
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
     transformers.logging.set_verbosity_error()
     test_names = list(choose_splits(validate=False)[1]["seen"]["name"])
-    # The drawings that would be tested on with --validate; without it they are learned from
+    # The drawings that --validate tests on; the models here were trained on them
     _, tests = choose_splits(validate=True)
     for variant in ("full", LONGER, "all losses for longer"):
         folder = FOLDER / "stage1" / f"{variant}-seed{seed}" / "model"
@@ -81,7 +82,7 @@ def main():
         file = FOLDER / "stage2" / f"{variant}-seed{seed}" / "results.json"
         if file.exists():
             captions = json.loads(file.read_text())["captions"]["seen"]
-            show(f"stage 2, {variant}, test hand", by_length(captions, test_names, processor.tokenizer))
+            show(f"stage 2, {variant}, test style", by_length(captions, test_names, processor.tokenizer))
     show("stage 2, full", score(write(model, processor, tests["seen"]), list(tests["seen"]["name"])))
 
 

@@ -1,5 +1,5 @@
 """
-Makes the pictures of the recipe: things of every day, each drawn by several hands, with names and keywords.
+Make the pictures of the recipe: everyday things, each drawn in several styles, with names and keywords.
 
     python examples/recipe/pictures.py            # a minute; needs npm, and on Debian apt-get for Open Clip Art
 
@@ -7,12 +7,12 @@ Makes the pictures of the recipe: things of every day, each drawn by several han
 |---|---|---|
 | train | Noto, Noto of 2016, Twemoji, OpenMoji, EmojiOne | nine of ten things |
 | clip_art | Open Clip Art | objects, animals, food ...; a title each, none the name of a held-out thing |
-| validation | one hand of train's (Twemoji), to choose settings by: such a run learns from the others | the same |
-| test_seen | Fluent, a hand that nothing is learned from | the same |
-| test_unseen | Fluent | the tenth that nothing is learned of |
+| validation | one style of train (Twemoji), to choose settings by: such a run learns from the others | the same |
+| test_seen | Fluent, a style without training data | the same |
+| test_unseen | Fluent | the tenth without training data |
 
-Noto, Twemoji and Fluent lie in `../data/emoji`; the rest is downloaded. Licences: Noto Apache-2.0, OpenMoji CC-BY-SA
-4.0, EmojiOne 2 CC-BY 4.0, Open Clip Art public domain; `../data/emoji/LICENSES.md` tells those of the others.
+Noto, Twemoji and Fluent are in `../data/emoji`; the rest is downloaded. Licences: Noto Apache-2.0, OpenMoji CC-BY-SA
+4.0, EmojiOne 2 CC-BY 4.0, Open Clip Art public domain. `../data/emoji/LICENSES.md` has those of the others.
 """
 
 import argparse
@@ -57,8 +57,8 @@ DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
 LONGEST_TITLE = 4  # words
 
 
-def of_one_hand(style: str, concepts: datasets.Dataset) -> Iterator[dict]:
-    """The things that this hand has drawn too."""
+def drawings_of_style(style: str, concepts: datasets.Dataset) -> Iterator[dict]:
+    """Yield the concepts that exist in a style, with their pictures."""
     package, where = MORE_STYLES[style]
     with tempfile.TemporaryDirectory() as folder:
         files = npm_pack(package, folder, where)
@@ -70,7 +70,7 @@ def of_one_hand(style: str, concepts: datasets.Dataset) -> Iterator[dict]:
 
 
 def code_of(name: str) -> str:
-    """Packages disagree on capitals, on whether the variation selector FE0F is part of a name, and on the joiner."""
+    """Return a name that all packages agree on: they differ in capitals, variation selectors (FE0F) and joiners."""
     return "-".join(part for part in name.lower().split("-") if part not in ("fe0f", "200d"))
 
 
@@ -83,9 +83,9 @@ def as_png(data: bytes) -> bytes:
 
 
 def clip_art_if_any(forbidden: set[str]) -> list[dict]:
-    """None where its package can't be had: one ablation needs it, the rest does not."""
+    """Return the pictures of Open Clip Art, or none without its package: only one ablation needs them."""
     if not shutil.which("apt-get"):
-        print("No apt-get, so no Open Clip Art: it is a package of Debian.")
+        print("No Open Clip Art: it is a package of Debian, and there is no apt-get here.")
         return []
     try:
         return list(clip_art(forbidden))
@@ -95,7 +95,7 @@ def clip_art_if_any(forbidden: set[str]) -> list[dict]:
 
 
 def clip_art(forbidden: set[str]) -> Iterator[dict]:
-    """Pictures of things of Open Clip Art, the first of each title."""
+    """Yield the pictures of things in Open Clip Art, the first of each title."""
     with tempfile.TemporaryDirectory() as folder:
         run = partial(subprocess.run, cwd=folder, check=True, stderr=subprocess.PIPE, text=True)
         for package in CLIP_ART:
@@ -111,7 +111,7 @@ def clip_art(forbidden: set[str]) -> Iterator[dict]:
                 continue
             try:
                 image = encode(picture.read_bytes())
-            except (OSError, ValueError):  # some are cut off
+            except (OSError, ValueError):  # some files are cut off
                 continue
             seen.add(title)
             yield {
@@ -126,7 +126,7 @@ def clip_art(forbidden: set[str]) -> Iterator[dict]:
 
 
 def title_and_keywords(file: Path) -> tuple[str | None, list[str]]:
-    """A short title in small letters, without numbers, and the keywords; no title where it says nothing."""
+    """Return a short title in small letters, without numbers, and the keywords. A useless title is `None`."""
     try:
         work = ElementTree.parse(file).getroot().find(".//{*}Work")
     except ElementTree.ParseError:
@@ -140,7 +140,7 @@ def title_and_keywords(file: Path) -> tuple[str | None, list[str]]:
 
 
 def make_pictures(folder: Path):
-    """Writes a parquet file for each split."""
+    """Write a parquet file for each split."""
     committed = EXAMPLES / "data" / "emoji"
     files = {split: str(committed / f"{split}.parquet") for split in ("train", "test")}
     with tempfile.TemporaryDirectory() as cache:
@@ -150,7 +150,7 @@ def make_pictures(folder: Path):
         unseen = set(random.Random(0).sample(names, len(names) // 10))
         concepts = fluent.remove_columns("image")
         styles = [
-            datasets.Dataset.from_list(list(of_one_hand(style, concepts)), features=fluent.features)
+            datasets.Dataset.from_list(list(drawings_of_style(style, concepts)), features=fluent.features)
             for style in MORE_STYLES
         ]
         drawings = concatenate_datasets([emoji["train"], *styles])
@@ -174,7 +174,7 @@ def make_pictures(folder: Path):
 
 
 def load_pictures(folder: Path | None = None) -> dict[str, datasets.Dataset]:
-    """The splits, made first if need be."""
+    """Load the splits, and make them first if they do not exist."""
     folder = folder or cache_folder() / "recipe" / "pictures"
     if not folder.exists():
         make_pictures(folder)
@@ -182,7 +182,7 @@ def load_pictures(folder: Path | None = None) -> dict[str, datasets.Dataset]:
 
 
 def write_pictures(rows: datasets.Dataset, file: Path):
-    # datasets neither writes, before 5, nor reads a file without rows
+    # datasets does not read a file without rows, and before version 5 does not write one
     if len(rows) == 0:
         pyarrow.parquet.write_table(rows.features.arrow_schema.empty_table(), file)
     else:

@@ -1,6 +1,7 @@
 """
-How well the frozen language model repeats a word that it is given as an embedding, as stage 2 gives it a picture: by
-the examples in front of it, and by how often the embedding is there.
+Measure how well the frozen language model repeats a word that it is given as an embedding, for several prompts.
+
+Stage 2 gives a picture in the same way. Prompts differ in their examples, and in how often they have the embedding.
 
     python examples/recipe/prompts.py
 """
@@ -30,7 +31,7 @@ PROMPTS = (
 
 @torch.no_grad()
 def repeats(model, tokenizer, prompt: str, names: list[str], times: int) -> list[bool]:
-    """Whether the model goes on with each name, given the mean of its word embeddings, `times` times in a row."""
+    """Tell for each name if the model writes it, given the mean of its word embeddings `times` times in a row."""
     embed = model.get_input_embeddings()
 
     def embedded(token_ids: list[int]) -> torch.Tensor:

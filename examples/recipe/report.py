@@ -1,5 +1,5 @@
 """
-Tables and plots of what the recipe has come to, for as many seeds as there are.
+Make tables and plots of the recipe's results, for all seeds that have been run.
 
     python examples/recipe/report.py --output outputs/recipe
 """
@@ -19,19 +19,19 @@ RANKINGS = {"ITC": "ITC", "ITM": "re-ranked by matching (ITM)", "ITC and ITM": "
 
 
 def runs(stage: str, variant: str, seed: str = "seed*") -> list[dict]:
-    """The results of each seed."""
+    """Return the results of each seed."""
     files = sorted((FOLDER / stage).glob(f"{variant}-{seed}/results.json"))
     return [json.loads(file.read_text()) for file in files]
 
 
 def count(records: list[dict]) -> str:
-    """How many seeds, by the type that they were computed in: means of several types are means of unlike runs."""
-    dtypes = Counter(record.get("computed in", {}).get("dtype", "a type that was not noted") for record in records)
+    """Count the seeds by the dtype that they were computed in, because results of two dtypes differ."""
+    dtypes = Counter(record.get("computed in", {}).get("dtype", "an unknown dtype") for record in records)
     return ", ".join(f"{number} in {dtype}" for dtype, number in sorted(dtypes.items()))
 
 
 def spread(values: list[float], percent: bool = True) -> str:
-    """Mean ± standard deviation over the seeds."""
+    """Return mean ± standard deviation over the seeds."""
     scale, form = (100, "{:.1f}") if percent else (1, "{:.2f}")
     mean = form.format(scale * statistics.mean(values))
     return mean if len(values) < 2 else f"{mean} ± {form.format(scale * statistics.stdev(values))}"
@@ -111,7 +111,7 @@ def ablation_table() -> str:
         records = runs("stage1", variant)
         results = [record["results"] for record in records]
         if results:
-            # What has not been learned is not shown
+            # Cells of losses that were not trained stay empty
             left_out = [name.upper() for name in ("itm", "itg") if name not in STAGE1[variant].losses]
             rows[variant] = [count(records)] + [
                 "" if any(name in key for name in left_out) else spread([run["seen"][key] for run in results])
@@ -123,7 +123,7 @@ def ablation_table() -> str:
 
 
 def loss_table() -> str:
-    """What was logged last of each loss that was learned from."""
+    """Make the table of the last logged value of each trained loss."""
     rows = {}
     for variant, settings in STAGE1.items():
         records = runs("stage1", variant)
@@ -155,20 +155,20 @@ def capfilt_table() -> str:
 
     rows = {}
     if alone := [result["alone"] for result in results if "alone" in result]:
-        rows[f"the two hands alone (seeds: {len(alone)})"] = ["0", "", *cells(alone)]
+        rows[f"the two styles alone (seeds: {len(alone)})"] = ["0", "", *cells(alone)]
     for title, kind in kinds.items():
         of_kind = [result[kind] for result in results]
         drawings = round(statistics.mean(run["drawings"] for run in of_kind))
         rows[title] = [str(drawings), spread([run["right"] for run in of_kind]), *cells(of_kind)]
-    # Of the same seeds
+    # Those of the same seeds
     full = [record for file in files for record in runs("stage1", "full", file.stem)]
     if originals := [record["results"]["contrast"] for record in full]:
         drawings = str(results[0]["shuffled"]["drawings"])
         rows[f"all, as they were (seeds: {count(full)})"] = [drawings, "100", *cells(originals)]
     detections = {"all": [result["detection"] for result in results]}
     for result in results:
-        for hand, own in result.get("detection by hand", {}).items():
-            detections.setdefault(hand, []).append(own)
+        for style, own in result.get("detection by style", {}).items():
+            detections.setdefault(style, []).append(own)
         for least, own in result.get("detection by margin", {}).items():
             detections.setdefault(f"beaten by more than {least}", []).append(own)
     found = {
@@ -178,14 +178,14 @@ def capfilt_table() -> str:
     columns = ["drawings", "right, %", "picture→name R@1, %", "name→picture R@1, %"]
     return "\n".join(
         [
-            table(f"names of three hands (seeds: {count(results)})", columns, rows),
+            table(f"names of three styles (seeds: {count(results)})", columns, rows),
             table("finding shuffled names, %", ["precision", "recall"], found),
         ]
     )
 
 
 def plot_logs(stage: str, variants: list[str], names: list[str], file: Path):
-    """A panel for each quantity, a line for each variant, a shade from the lowest to the highest seed."""
+    """Plot a panel for each quantity, a line for each variant, and a shade from the lowest to the highest seed."""
     colors = plt.get_cmap("tab20").colors
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):

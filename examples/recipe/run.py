@@ -1,12 +1,12 @@
 """
-The whole recipe: pictures, features, both stages with three seeds, ablations, baselines, CapFilt, tables and plots.
+Run the whole recipe: pictures, features, both stages with three seeds, ablations, baselines, CapFilt, tables, plots.
 
-    python examples/recipe/run.py                 # two cores: see README.md for how long each step takes
+    python examples/recipe/run.py                 # README.md says how long each step takes on two cores
     python examples/recipe/run.py --seeds 0       # a first look
     python examples/recipe/run.py --dry-run       # the commands
 
-Each step is a command that can be run alone; what is there already is not made again. As many trainings run beside
-each other as there are cores, one core each, or one after the other on a GPU. Tables and plots go into outputs/recipe.
+Each step is a command that can be run alone. A step whose result exists is skipped. On a CPU as many trainings run at
+a time as there are cores, one core each; on a GPU one after the other. Tables and plots go into outputs/recipe.
 """
 
 import argparse
@@ -29,13 +29,13 @@ HERE = Path(__file__).parent
 
 
 def has_clip_art() -> bool:
-    """Or will have it, for all that is known before there are pictures."""
+    """Tell whether there are pictures of Open Clip Art, or may be once the pictures are made."""
     file = FOLDER / "pictures" / "clip_art.parquet"
     return not file.exists() or pyarrow.parquet.read_metadata(file).num_rows > 0
 
 
 def stages(seeds: list[int]) -> Iterator[list[tuple[Path, list[str]]]]:
-    """What can run at the same time, in order: what it writes last, and the command."""
+    """Yield lists of jobs that can run at the same time. A job is its result and its command."""
 
     def job(script: str, result: str, *arguments: str) -> tuple[Path, list[str]]:
         return FOLDER / result, [sys.executable, str(HERE / script), *arguments]
@@ -58,11 +58,11 @@ def stages(seeds: list[int]) -> Iterator[list[tuple[Path, list[str]]]]:
         job("baselines.py", "baselines.json"),
         *(job("capfilt.py", f"capfilt/seed{seed}.json", "--seed", str(seed)) for seed in seeds),
     ]
-    # These go on from what "full" has left them
+    # These continue from "full"
     left_out = ("full",) if has_clip_art() else ("full", "with Open Clip Art")
     yield runs("stage1", [variant for variant in STAGE1 if variant not in left_out])
     yield runs("stage2", STAGE2)
-    # Each time, for there may be more results by then: there is no file of these names that would stop it
+    # No step writes these results, so that these steps run each time: there may be new results to show
     of_one = ("--seed", str(seeds[0]))
     yield [job("report.py", "report"), job("figures.py", "figures", *of_one)]
     yield [job("learned.py", "learned", *of_one), job("prompts.py", "prompts")]
@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--jobs", type=int, help="trainings at a time; one for each core, or one on a GPU")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     options = parser.parse_args()
-    # Those that this process may use, where the system tells
+    # The cores that this process may use, if the system tells
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_a_time = options.jobs or (1 if torch.cuda.is_available() else cores)
     for jobs in stages(options.seeds):
@@ -102,9 +102,11 @@ def main():
         workers = min(at_a_time, len(jobs))
         with ThreadPoolExecutor(workers) as pool:
             if not all(pool.map(partial(run, threads=max(1, cores // workers)), jobs)):
-                sys.exit("A step failed; run again to go on from there.")
+                sys.exit("A step failed. Run this again to continue from there.")
     if not options.dry_run:
-        print(f"Tables and plots are in outputs/recipe; what learned.py and prompts.py say is in {FOLDER / 'logs'}.")
+        print(
+            f"Tables and plots are in outputs/recipe. The output of learned.py and prompts.py is in {FOLDER / 'logs'}."
+        )
 
 
 if __name__ == "__main__":

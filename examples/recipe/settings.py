@@ -1,4 +1,4 @@
-"""What the recipe is made of: sizes, steps and rates, its ablations, and where things lie."""
+"""The settings of the recipe: sizes, steps, learning rates, ablations, and the folder of its results."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -16,30 +16,32 @@ FOLDER = cache_folder() / "recipe"
 
 @dataclass(frozen=True)
 class Training:
-    """How long, and how fast, a stage learns."""
+    """How long and how fast a stage learns."""
 
     steps: int
     batch_size: int
     learning_rate: float
-    # Of parts without pretrained weights; in stage 1 with all losses, of the two heads
+    # That of parts without pretrained weights; in stage 1 with all losses, that of the two heads
     new_parts_learning_rate: float
 
 
 @dataclass(frozen=True)
 class Stage1(Training):
     """
-    A stage 1: which losses there are beside contrast, how many queries, and how long it learns; first from contrast
-    alone, then from all losses; contrast still in large batches: a pair costs it a third of what it costs the others.
+    The settings of a stage 1. It learns from contrast alone first, then from all losses.
+
+    Contrast keeps its large batches, because a pair costs it a third of what it costs the other losses.
     """
 
+    # The losses beside contrast
     losses: tuple[str, ...] = ("itm", "itg")
-    # Another variant whose model it goes on from, in place of contrast alone
+    # Another variant whose model it continues from, instead of the model after contrast
     after: str | None = None
-    # How many pairs of a batch the losses beside contrast learn from
+    # How many pairs of a batch these losses learn from
     part: int = 64
     num_query_tokens: int = 4
     random_initialisation: bool = False
-    # How hard the negatives of matching are at first and at last: 0 is any other pair, 1 what the paper takes
+    # The hardness of matching's negatives at the start and at the end: 0 is a random pair, 1 is that of the paper
     hardness: tuple[float, float] = (0.0, 1.0)
     contrast: Training = Training(steps=200, batch_size=256, learning_rate=5e-4, new_parts_learning_rate=5e-4)
     clip_art: bool = False
@@ -70,7 +72,7 @@ STAGE1 = {
 
 @dataclass(frozen=True)
 class Stage2(Training):
-    """A stage 2: after which stage 1, if any, and how long it learns."""
+    """The settings of a stage 2, and the stage 1 that it follows, if any."""
 
     stage1: str | None = LONGER
     num_query_tokens: int = 1
@@ -82,6 +84,6 @@ class Stage2(Training):
 
 STAGE2 = {
     "full": Stage2(),
-    # The Q-Former has the rate that contrast starts with
+    # The Q-Former starts with the learning rate of contrast
     "no stage 1": Stage2(stage1=None, learning_rate=FULL.contrast.learning_rate),
 }

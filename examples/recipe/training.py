@@ -1,4 +1,4 @@
-"""What both stages of the recipe share: their options, a Q-Former whose new parts learn faster, and their results."""
+"""What both stages of the recipe share: options, a training in which new parts learn faster, and results."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def learn(
     arguments_class: type[Blip2Arguments],
     **arguments,
 ) -> Blip2Trainer:
-    """Trains, without checkpoints, and returns the trainer."""
+    """Train a model without checkpoints, and return the trainer."""
     new, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -55,7 +55,7 @@ def learn(
         disable_tqdm=True,
         **arguments,
     )
-    # Of several GPUs one: losses that call parts of the model can't go through DataParallel
+    # One of several GPUs, because losses that call parts of the model cannot go through DataParallel
     arguments._n_gpu = min(1, arguments.n_gpu)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
     trainer = trainer_class(
@@ -69,18 +69,20 @@ def parse_options(description: str, variants: Iterable[str]) -> argparse.Namespa
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--variant", choices=variants, default="full")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate", action="store_true", help="test on a hand of the training pictures")
+    parser.add_argument("--validate", action="store_true", help="hold out one of the training styles, and test on it")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings, in JSON")
     parser.add_argument("--output", type=Path, help="another folder than that of the recipe's results")
     options = parser.parse_args()
     if options.set and not (options.validate or options.output):
-        parser.error("Other settings would take the place of the recipe's results: give --output, or --validate.")
+        parser.error(
+            "--set would overwrite the recipe's results with those of other settings: give --output or --validate."
+        )
     options.set = {name: json.loads(value) for name, _, value in (text.partition("=") for text in options.set)}
     return options
 
 
-def made_of(settings: Training, rows: datasets.Dataset) -> dict:
-    """What a model that has been learned depends on: where it differs, what is there is another model."""
+def fingerprint(settings: Training, rows: datasets.Dataset) -> dict:
+    """Return what a trained model depends on. If it has changed, the saved model is another one."""
     return {"settings": repr(settings), "rows": rows._fingerprint, "dtype": str(fast_dtype())}
 
 
@@ -93,7 +95,7 @@ def save_tensors(file: Path, value):
 
 
 def _save(file: Path, write: Callable[[Path], object]):
-    """All of it or nothing: a file that is there stands for a step that is done."""
+    """Write a whole file or none, because run.py skips a step whose file exists."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}")
     write(unfinished)

@@ -1,4 +1,4 @@
-"""The image side of BLIP-2 as one graph, for serving: pictures in, soft prompts or features out."""
+"""The image side of BLIP-2 as one graph for serving: from pictures to soft prompts or features."""
 
 import os
 import shutil
@@ -23,24 +23,25 @@ INPUT, OUTPUT = "pixel_values", "image_features"
 
 class ImageEncoder(nn.Module):
     r"""
-    The tower, the Q-Former and the projection of a model, and nothing else of it.
+    The vision tower, the Q-Former and the projection of a model.
 
     Args:
         model ([`Blip2ForConditionalGeneration`], [`Blip2ForPreTraining`] or [`Blip2ForImageTextRetrieval`]):
             The model. Its parts are shared.
 
     Raises:
-        ValueError: if it is another, is wrapped by PEFT, or has no tower.
+        ValueError: if the model is of another class, is wrapped by PEFT, or has no tower.
     """
 
     def __init__(self, model: Blip2PreTrainedModel):
         super().__init__()
         if type(model).__module__.partition(".")[0] == "peft":
-            raise ValueError("The model is one of PEFT: export what its merge_and_unload() returns.")
+            raise ValueError("The model is wrapped by PEFT: export what its merge_and_unload() returns.")
         self.is_retrieval = isinstance(model, Blip2ImageTextPreTrainedModel)
         if not self.is_retrieval and not isinstance(model, Blip2ForConditionalGeneration):
             raise ValueError(
-                f"{type(model).__name__} has no projection: give a model with a language model, or heads."
+                f"{type(model).__name__} has no projection: give a Blip2ForConditionalGeneration, a "
+                "Blip2ForPreTraining or a Blip2ForImageTextRetrieval."
             )
         config: Blip2Config = model.config
         if not config.has_vision_tower:
@@ -61,12 +62,12 @@ class ImageEncoder(nn.Module):
 
 
 def check_format(path: str | os.PathLike, format: str | None = None) -> str:
-    """The format that a file is to have, if it is known and what it needs is installed."""
+    """Return the format of a file that is to be written, and check that the packages it needs are installed."""
     suffix = Path(path).suffix
     found = format or next((name for name, ending in FORMATS.items() if suffix == ending), None)
     if found not in FORMATS:
         endings = " or ".join(FORMATS.values())
-        raise ValueError(f"{path}: a name that ends in {endings} was expected, or a format of {', '.join(FORMATS)}.")
+        raise ValueError(f"{path}: a name that ends in {endings} was expected, or format {' or '.join(FORMATS)}.")
     if found == "onnx" and not all(find_spec(name) for name in ("onnx", "onnxscript")):
         raise ImportError(
             "ONNX needs onnx and onnxscript: pip install 'blip2-hf[export]', or pip install onnx onnxscript."
@@ -79,32 +80,34 @@ def export_image_encoder(
     model: Blip2PreTrainedModel, path: str | os.PathLike, format: str | None = None, image_size: int | None = None
 ):
     r"""
-    Writes what `get_image_features(pixel_values).pooler_output` computes as one graph: input `pixel_values` of shape
-    `(batch_size, channels, image_size, image_size)` with any `batch_size`, output `image_features`. Of a
-    [`Blip2ForConditionalGeneration`] these are soft prompts of shape
-    `(batch_size, num_query_tokens, language model hidden_size)`, which `generate(image_features=...)` takes; of the
-    models that compare images with texts, features of shape `(batch_size, num_query_tokens, image_text_hidden_size)`.
+    Write what `get_image_features(pixel_values).pooler_output` computes as one graph.
+
+    The input `pixel_values` is of shape `(batch_size, channels, image_size, image_size)` with any `batch_size`. The
+    output `image_features` of a [`Blip2ForConditionalGeneration`] are soft prompts of shape
+    `(batch_size, num_query_tokens, language model hidden_size)`, which `generate(image_features=...)` takes. Those of
+    the other two classes are of shape `(batch_size, num_query_tokens, image_text_hidden_size)`.
 
     Args:
         model ([`Blip2ForConditionalGeneration`], [`Blip2ForPreTraining`] or [`Blip2ForImageTextRetrieval`]):
-            The model, in the precision that the graph is to have. A Q-Former that reads the question is given none.
+            The model, in the precision that the graph is to have. If its Q-Former reads the question, the graph gives
+            it none.
         path (`str` or `os.PathLike`):
-            The file. The weights of ONNX go beside it, to the same name with `.data` behind it.
+            The file. The weights of an ONNX go beside it, into a file of the same name with `.data` added.
         format (`str`, *optional*):
-            `"torch"` (torch.export) or `"onnx"`. Told by the ending of `path`, `.pt2` or `.onnx`, if it is not given.
+            `"torch"` (torch.export) or `"onnx"`. If it is not given, the ending of `path` decides: `.pt2` or `.onnx`.
         image_size (`int`, *optional*):
             Side of the pictures in pixels; that of the tower if it is not given.
 
     Raises:
-        ValueError: if the format or the model is another.
-        ImportError: if ONNX is asked for and is not installed.
+        ValueError: if the format is unknown, or if the model cannot be exported (see [`ImageEncoder`]).
+        ImportError: if the format is ONNX, and its packages are not installed.
     """
     format = check_format(path, format)
     encoder = ImageEncoder(model)
     config = model.config.vision_config
     size = image_size or getattr(config, "image_size", None) or 224
     parameter = next(model.vision_model.parameters())
-    # Two: a batch of one would be taken for a constant
+    # Two pictures, because torch.export takes a batch of one for a constant
     picture = torch.zeros(
         2, getattr(config, "num_channels", 3), size, size, dtype=parameter.dtype, device=parameter.device
     )
@@ -116,7 +119,7 @@ def export_image_encoder(
 
 @contextmanager
 def _in_eval_mode(encoder: ImageEncoder) -> Iterator[None]:
-    """The parts are the caller's, who may be training them."""
+    """Put the encoder into eval mode, and each part back into its own mode: the caller may be training it."""
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
     try:
@@ -127,7 +130,7 @@ def _in_eval_mode(encoder: ImageEncoder) -> Iterator[None]:
 
 
 def _write(program: torch.export.ExportedProgram, path: Path, format: str):
-    """Into a folder beside `path` first, under the same names: an ONNX tells the name of the file of its weights."""
+    """Write into a folder beside `path` first, under the final names because an ONNX names the file of its weights."""
     folder = path.parent / f".{path.name}.part-{os.getpid()}"
     folder.mkdir(parents=True)
     try:
@@ -137,7 +140,7 @@ def _write(program: torch.export.ExportedProgram, path: Path, format: str):
         else:
             onnx = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
             onnx.save(file, external_data=True)
-        # Weights first: the graph is not there before them
+        # The weights first, so that there is no graph without them
         for written in sorted(folder.iterdir(), key=lambda found: found.name == path.name):
             os.replace(written, path.parent / written.name)
     finally:

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from blip2_hf.captioning import (
 )
 from blip2_hf.captioning.captions import CaptionWriter
 from blip2_hf.cli import caption
+from blip2_hf.jobs.errors import StateFileError
 
 
 NAMES = ["b.png", "a/x.jpg", "a/y.PNG", "c/z/w.webp", "b0.bmp", "d.gif"]
@@ -363,6 +365,42 @@ def test_other_settings_are_refused(photos, parts, tmp_path):
     with pytest.raises(CollectionError, match="without foreign.jsonl.settings.json"):
         caption_dataset(*parts, photos, foreign)
     assert foreign.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_files_that_can_not_be_read(photos, parts, tmp_path, ending):
+    output = tmp_path / f"captions.{ending}"
+    caption_dataset(*parts, photos, output, max_new_tokens=TOKENS)
+    settings = tmp_path / f"{output.name}.settings.json"
+    content = settings.read_bytes()
+    for broken, advice in ((settings, "delete it and .*captions"), (output, "captioned again")):
+        broken.write_bytes(b'{"file": \n')
+        with pytest.raises(StateFileError, match=f"{broken.name}.* can't be read.*{advice}"):
+            caption_dataset(*parts, photos, output, max_new_tokens=TOKENS)
+        settings.write_bytes(content)
+    if ending == "jsonl":
+        output.write_text('{"name": "b.png"}\n')
+        with pytest.raises(StateFileError, match="captions.jsonl: a line with file was expected"):
+            caption_dataset(*parts, photos, output, max_new_tokens=TOKENS)
+    output.unlink()
+    assert caption_dataset(*parts, photos, output, max_new_tokens=TOKENS).captioned == len(NAMES)
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_no_success(photos, model_folder, tmp_path, monkeypatch, capsys):
+    output, write = tmp_path / "out" / "captions.jsonl", CaptionWriter._write
+
+    def delete(self, pixel_values):
+        shutil.rmtree(output.parent)
+        return write(self, pixel_values)
+
+    options = ["--model", model_folder, "--output", output, "--max-new-tokens", TOKENS, "--num-workers", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionWriter, "_write", delete)
+        with pytest.raises(SystemExit, match="captions.jsonl was deleted.*7 of 7 pictures.*same command again"):
+            run(photos, *options)
+    assert "Captions written" not in capsys.readouterr().err
+    run(photos, *options)
+    assert len(read_lines(output)) == len(NAMES)
 
 
 def test_texts_that_people_wrote_are_kept(photos, parts):

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from paths import FIXTURES, REPOSITORY
+from paths import FIXTURES
 from transformers import EvalPrediction
 
 from blip2_hf.evaluation import retrieval_recall
@@ -453,12 +454,28 @@ def test_unknown_module_is_refused():
         load_metric("spice")
 
 
-def test_modules_are_packages_that_an_installation_holds():
-    import setuptools
+def test_each_metric_is_a_module_that_says_what_it_takes():
+    from blip2_hf.evaluation.metrics.evaluate_module import MODULES
 
-    packages = setuptools.find_packages(REPOSITORY / "src")
+    assert tuple(MODULES) == METRICS
     for name in METRICS:
-        assert f"blip2_hf.evaluation.metrics.modules.{name}" in packages
+        metric = load_metric(name)
+        assert metric.name == name and metric.description and metric.citation
+        for word in ("Args:", "Returns:", *metric.features):
+            assert word in metric.inputs_description, name
+
+
+def test_processes_gather_what_each_has_seen(tmp_path):
+    predictions, references = ["a dog", "a cat"], [["a dog"], ["a cat", "cats"]]
+
+    def compute(rank):
+        metric = load_metric("cider_d", num_process=2, process_id=rank, cache_dir=str(tmp_path))
+        metric.add_batch(predictions=[predictions[rank]], references=[references[rank]])
+        return metric.compute()
+
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = ranks.map(compute, (0, 1))
+    assert first == cider_d(*tokenize_captions(predictions, references)) and second is None
 
 
 def test_modules_load_without_a_network(tmp_path):

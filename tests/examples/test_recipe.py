@@ -69,11 +69,11 @@ def test_where_clip_art_cannot_be_had_there_is_none(monkeypatch, capsys):
 def test_pictures_without_clip_art(monkeypatch, tmp_path):
     import pictures
 
-    def of_one_hand(style, concepts):
+    def drawings_of_style(style, concepts):
         for row in concepts.select(range(20)):
             yield {**row, "style": style, "image": {"bytes": b"", "path": None}}
 
-    monkeypatch.setattr(pictures, "of_one_hand", of_one_hand)
+    monkeypatch.setattr(pictures, "drawings_of_style", drawings_of_style)
     monkeypatch.setattr(pictures.shutil, "which", lambda name: None)
     pictures.make_pictures(tmp_path / "pictures")
     splits = pictures.load_pictures(tmp_path / "pictures")
@@ -91,7 +91,7 @@ def test_features_that_are_there_need_no_tower(monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(features, "load_pictures", lambda: pictures)
     monkeypatch.setattr(features, "FOLDER", tmp_path)
-    monkeypatch.setattr(features, "without_hands", lambda rows: rows)
+    monkeypatch.setattr(features, "remove_styles", lambda rows: rows)
 
     def load(folder):
         if folder.name not in made:
@@ -130,7 +130,7 @@ def test_baselines_count_a_picture_among_all_names_and_a_name_among_all_pictures
 
 
 def test_negatives_get_harder():
-    from learn_stage1 import HarderAndHarder
+    from learn_stage1 import NegativeCurriculum
 
     torch.manual_seed(0)
     logits = torch.zeros(1, 4)
@@ -138,7 +138,7 @@ def test_negatives_get_harder():
     compared = {"logits_per_image": logits.repeat(4000, 1), "logits_per_text": logits.repeat(4000, 1)}
     is_match = torch.zeros(4000, 4, dtype=torch.bool)
     is_match[:, 0] = True
-    model = HarderAndHarder.__new__(HarderAndHarder)
+    model = NegativeCurriculum.__new__(NegativeCurriculum)
     torch.nn.Module.__init__(model)
     for hardness in (0.0, 0.5, 1.0):
         model.hardness = hardness
@@ -209,7 +209,7 @@ def test_what_is_to_be_gone_on_from_and_is_not_there_is_named(monkeypatch, tmp_p
     from settings import STAGE2
 
     monkeypatch.setattr(learn_stage2, "FOLDER", tmp_path)
-    with pytest.raises(SystemExit, match="which is not there yet"):
+    with pytest.raises(SystemExit, match="which does not exist"):
         if stage == "stage1":
             learn_stage1.go_on(None, tmp_path / "full-seed0")
         else:
@@ -248,7 +248,7 @@ def test_stage_2_runs_its_prompt_once_to_the_same_loss(tmp_path):
 
     from blip2_hf.training import Stage2Arguments
 
-    # In eval mode, for dropout would differ
+    # In eval mode, because dropout would differ
     model = make_model().eval()
     image = [model.config.image_token_index] * model.config.num_query_tokens
     rows = [[5, 9, 7, *image, *name] for name in ([11, 12, 2], [13, 2, 1], [14, 2, 1])]
@@ -272,11 +272,11 @@ def test_stage_2_runs_its_prompt_once_to_the_same_loss(tmp_path):
     torch.testing.assert_close(loss, model(**batch, num_items_in_batch=7).loss)
 
 
-def test_stage_2_is_not_validated_after_a_stage_1_of_all_hands(monkeypatch):
+def test_stage_2_is_not_validated_after_a_stage_1_of_all_styles(monkeypatch):
     import learn_stage2
 
     monkeypatch.setattr(sys, "argv", ["learn_stage2.py", "--validate"])
-    with pytest.raises(SystemExit, match="no --validate"):
+    with pytest.raises(SystemExit, match="leave out --validate"):
         learn_stage2.main()
 
 
@@ -342,22 +342,20 @@ def test_a_report_of_what_there_is(monkeypatch, tmp_path):
         log = [{"step": step, "loss_itc": step + seed, "loss_itm": 0.5, "loss_itg": 9.0} for step in (2, 1)]
         run = {"results": recalls(value) | {"contrast": recalls(value)}, "log": [*log, {"train_loss": 1.0}]}
         save_json(tmp_path / "stage1" / f"full-seed{seed}" / "results.json", run)
-        # One of them without a note of the type
+        # One of them has no dtype
         run = run | (computed_in if seed else {})
         save_json(tmp_path / "stage1" / f"ITC for longer-seed{seed}" / "results.json", run)
-    assert (
-        "| ITC for longer | 1 in a type that was not noted, 1 in float32 | 1.50 ± 0.71 |  |  |" in report.loss_table()
-    )
+    assert "| ITC for longer | 1 in an unknown dtype, 1 in float32 | 1.50 ± 0.71 |  |  |" in report.loss_table()
     cleaned = {"drawings": 9, "right": 0.5} | recalls(0.4)
     kinds = dict.fromkeys(("shuffled", "kept", "cleaned"), cleaned)
     detection = {"precision": 0.6, "recall": 0.9}
-    by_hand = {"detection by hand": {"openmoji": {"precision": 0.2, "recall": 0.1}}}
-    result = kinds | computed_in | by_hand | {"detection": detection, "alone": recalls(0.3)}
+    by_style = {"detection by style": {"openmoji": {"precision": 0.2, "recall": 0.1}}}
+    result = kinds | computed_in | by_style | {"detection": detection, "alone": recalls(0.3)}
     save_json(tmp_path / "capfilt" / "seed1.json", result)
     found = report.capfilt_table()
     assert "| all (seeds: 1) | 60.0 | 90.0 |\n| openmoji (seeds: 1) | 20.0 | 10.0 |" in found
-    assert "| the two hands alone (seeds: 1) | 0 |  | 30.0 | 30.0 |" in found
-    assert "| all, as they were (seeds: 1 in a type that was not noted) | 9 | 100 | 70.0 | 70.0 |" in found
+    assert "| the two styles alone (seeds: 1) | 0 |  | 30.0 | 30.0 |" in found
+    assert "| all, as they were (seeds: 1 in an unknown dtype) | 9 | 100 | 70.0 | 70.0 |" in found
 
 
 def test_without_clip_art_nothing_is_learned_from_it(monkeypatch, tmp_path):
@@ -455,9 +453,9 @@ def test_efficientnet_lite2_has_the_sizes_of_the_published_weights():
     assert len(model.blocks) == 21
 
 
-def test_hands_are_taken_out_of_the_features():
+def test_styles_are_removed_from_the_features():
     import datasets
-    from hands import without_hands
+    from styles import remove_styles
 
     from blip2_hf.data import read_cached_features
 
@@ -478,7 +476,7 @@ def test_hands_are_taken_out_of_the_features():
         )
         for split, part in values.items()
     }
-    results = without_hands(features)
+    results = remove_styles(features)
     places = torch.cat([values["train"][:, 0], values["test"][:, 0]]).mean(dim=1)
     own = [*styles["train"], *styles["test"]]
     means = torch.stack([places[[other == style for other in own]].mean(dim=0) for style in own])
@@ -507,16 +505,16 @@ def test_what_a_cpu_multiplies_fastest_in(monkeypatch, faster):
 def test_a_third_of_the_names_are_shuffled():
     import random
 
-    from capfilt import detection, detection_by_hand, margin, shuffled
+    from capfilt import detection, detection_by_style, margin, shuffle_some
 
     names = [f"thing {i % 20}" for i in range(90)]
-    captions = shuffled(names, random.Random(0))
+    captions = shuffle_some(names, random.Random(0))
     assert sorted(captions) == sorted(names)
     assert sum(a != b for a, b in zip(names, captions, strict=True)) == 30
     found = detection([True, True, False, False], [True, False, True, False])
     assert found == {"precision": 0.5, "recall": 0.5}
-    by_hand = detection_by_hand([True, True, False, True], [True, False, True, True], ["x", "x", "x", "y"])
-    assert by_hand == {"x": {"precision": 0.5, "recall": 0.5}, "y": {"precision": 1.0, "recall": 1.0}}
+    by_style = detection_by_style([True, True, False, True], [True, False, True, True], ["x", "x", "x", "y"])
+    assert by_style == {"x": {"precision": 0.5, "recall": 0.5}, "y": {"precision": 1.0, "recall": 1.0}}
     ranked = [("a", 0.5, False), ("b", 0.3, True), ("c", 0.1, False)]
     candidates = [dict(zip(("text", "score", "is_original"), candidate, strict=True)) for candidate in ranked]
     assert margin(candidates) == pytest.approx(0.2) and margin(candidates[1:]) == pytest.approx(-0.2)

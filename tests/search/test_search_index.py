@@ -18,6 +18,7 @@ from blip2_hf.cli import index as index_command
 from blip2_hf.cli import main
 from blip2_hf.cli import search as search_command
 from blip2_hf.evaluation import TwoStageRetrieval
+from blip2_hf.jobs.errors import StateFileError
 from blip2_hf.models.image_loading import load_image
 from blip2_hf.search import SearchIndex, SearchResult, find_pictures, load_retrieval_model
 from blip2_hf.search.approximate import logger
@@ -226,6 +227,28 @@ def test_killed_while_shards_were_gathered(build, loaded, pictures):
     again, num_seen = build(rows_per_shard=4)
     assert (len(again), num_seen) == (10, 0)
     assert_ranked(again.search(TEXT), all_pairs(*loaded, pictures), 10)
+
+
+def test_a_file_that_is_gone(build, loaded, pictures):
+    """Who has opened the index before is told so; the next update makes the file again."""
+    index, _ = build(rows_per_shard=4)
+    (index.directory / "features-000001.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="features-000001.npy is gone: .*Open it again"):
+        index.search(TEXT)
+    assert len(SearchIndex.open(pictures, *loaded, show_progress=False).search(TEXT)) < 10
+    again, num_seen = build(rows_per_shard=4)
+    assert 0 < num_seen < 10
+    assert_ranked(again.search(TEXT), all_pairs(*loaded, pictures), 10)
+
+
+@pytest.mark.parametrize("name", ["index.json", "pictures-000000.json", "broken.json"])
+def test_a_file_that_can_not_be_read(build, name):
+    index, _ = build()
+    (index.directory / name).write_bytes(b"")
+    with pytest.raises(StateFileError, match=f"{name} can't be read .*--rebuild"):
+        build()
+    again, num_seen = build(rebuild=True)
+    assert (len(again), num_seen) == (10, 10)
 
 
 def test_rebuilt_next_to_files_of_others(build, pictures):
@@ -466,7 +489,7 @@ def test_the_commands(run, checkpoint, pictures, loaded, capsys, monkeypatch):
     said = capsys.readouterr()
     assert said.out.startswith("10 pictures are in the index")
     assert "11 pictures, of which 11 new, 0 changed, 0 kept, 0 broken as before; 0 gone." in said.err
-    assert "Left out, for they can't be read (1, listed in" in said.err
+    assert "Left out because they can't be read (1, listed in" in said.err
     assert "broken.JPG" in said.err
 
     run("index", pictures, "--device", "cpu")

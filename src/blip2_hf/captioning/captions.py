@@ -46,9 +46,9 @@ def caption_images(
     **generate_kwargs,
 ) -> Generator[PictureCaption, None, None]:
     r"""
-    Captions pictures in their order, as `pipeline("image-to-text")` does. The next pictures are decoded while the
-    model writes, and one that can't be read stops nothing. Where the memory of the device does not do, the pictures
-    are captioned again in halves, and all that follow in batches of that size.
+    Caption pictures in their order, as `pipeline("image-to-text")` does. The next pictures are decoded while the model
+    writes. A picture that can't be read stops nothing. If the memory of the device is too small for a batch, the batch
+    is halved, and so are all that follow.
 
     Args:
         model ([`Blip2ForConditionalGeneration`]):
@@ -64,7 +64,7 @@ def caption_images(
         batch_size (`int`, *optional*):
             Pictures at a time, to begin with. Without it 128, or 16 on a CPU.
         num_workers (`int`, *optional*, defaults to 0):
-            Processes that decode pictures; 0 takes a thread of this one. What is no sequence is read by a thread.
+            Processes that decode pictures; 0 takes a thread of this one, as does an iterable that is no sequence.
         generate_kwargs (`dict`):
             Those of [`~Blip2ForConditionalGeneration.generate`], such as `num_beams`. A preset of the paper is given
             as its parts: `prompt=preset.prompt, **preset.generate_kwargs`.

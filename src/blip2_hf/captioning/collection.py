@@ -63,13 +63,13 @@ def caption_dataset(
     **generate_kwargs,
 ) -> CaptionCounts:
     r"""
-    Captions a collection and writes the captions to files. It may be interrupted, or killed, and run again: what is
+    Caption a collection and write the captions to files. A run may be interrupted, or killed, and run again: what is
     done stays, and the result is the same. In several processes (`accelerate launch`, `torchrun`) each takes its
-    share.
+    share. A second run on the same output is refused while the first one lasts.
 
-    Until the run is finished its captions are in files such as `captions.jsonl.part-00000.jsonl`; then these become
-    one, in the order of the pictures. Pictures that can't be read are listed in `captions.jsonl.broken.jsonl`, and
-    the next run after that tries them again. `captions.jsonl.settings.json` says what the captions were made with.
+    Until the run is finished, its captions are in files such as `captions.jsonl.part-00000.jsonl`. Then these become
+    one file, in the order of the pictures. Pictures that can't be read are listed in `captions.jsonl.broken.jsonl`,
+    and the next run tries them again. `captions.jsonl.settings.json` says what the captions were made with.
 
     Args:
         model ([`Blip2ForConditionalGeneration`]):
@@ -77,9 +77,9 @@ def caption_dataset(
         processor ([`Blip2Processor`]):
             Its processor.
         pictures (`str`, `os.PathLike`, `datasets.Dataset` or [`Pictures`]):
-            A folder of pictures, a data set, or one of [`FolderPictures`], [`TarPictures`] and [`RowPictures`].
+            A folder of pictures, a dataset, or one of [`FolderPictures`], [`TarPictures`] and [`RowPictures`].
         output (`str` or `os.PathLike`, *optional*):
-            The file. Of .txt files the folder; without it they lie next to the pictures.
+            The file, or the folder of .txt files. Without it, .txt files lie next to the pictures.
         output_format (`str`, *optional*):
             `"txt"` (one file a picture), `"jsonl"` or `"parquet"` (columns `file`, or `shard` and `key`, or `row`, and
             `caption`). Told by the ending of `output` if it is not given.
@@ -172,7 +172,7 @@ def _settings(
     prompt: str | None,
     generate_kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What captions depend on, as JSON gives it back."""
+    """Return what captions depend on, as JSON gives it back."""
     generation = {
         name: value
         for name, value in (model.generation_config.to_diff_dict() | generate_kwargs).items()

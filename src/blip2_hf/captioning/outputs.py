@@ -58,11 +58,11 @@ class CaptionOutput(ABC):
     @property
     @abstractmethod
     def place(self) -> Path:
-        """Where the captions are, for messages."""
+        """Return where the captions are, for messages."""
 
     @abstractmethod
     def done(self) -> set[int]:
-        """The pictures that have a caption, or were found broken in a run that was not finished."""
+        """Return the pictures that have a caption, or were found broken in a run that was not finished."""
 
     @abstractmethod
     def remove_captions(self): ...
@@ -77,7 +77,7 @@ class CaptionOutput(ABC):
         return sorted(path for path in found if pattern.fullmatch(path.name))
 
     def has_parts(self) -> bool:
-        """Whether a run that was not finished has left something in its parts."""
+        """Tell whether a run that was not finished has left something in its parts."""
         return any(path.stat().st_size for path in self.parts())
 
     def next_part(self) -> int:
@@ -104,7 +104,7 @@ class CaptionOutput(ABC):
         return {self.base.parent}
 
     def finish(self):
-        """Makes the result of the parts."""
+        """Make the result of the parts."""
         parts = self.parts()
         if not parts:
             return
@@ -137,10 +137,10 @@ class CaptionOutput(ABC):
 
     @abstractmethod
     def join(self, parts: list[Path]) -> list[dict[str, Any]]:
-        """Writes the captions; returns the records of pictures that are broken."""
+        """Write the captions, and return the records of pictures that are broken."""
 
     def in_order(self, *sources: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Records of several sources, each in the order of the pictures; those of pictures that are gone stay."""
+        """Yield the records of sources, each in the order of the pictures. Those of pictures that are gone stay."""
         last = None
         positions = [_with_position(source, self.pictures) for source in sources]
         for _, record in heapq.merge(*positions, key=itemgetter(0)):
@@ -151,7 +151,7 @@ class CaptionOutput(ABC):
             last = identity
 
     def clear(self):
-        """Removes all that an earlier run left."""
+        """Remove all that an earlier run left."""
         self.remove_captions()
         for path in (*self.parts(), self.broken, self.settings):
             path.unlink(missing_ok=True)
@@ -249,11 +249,11 @@ class SidecarFiles(CaptionOutput):
 
 def open_output(output: str | os.PathLike | None, output_format: str | None, pictures: Pictures) -> CaptionOutput:
     r"""
-    The output of a format, by default that of the ending of its name.
+    Return the output of a format, by default the one that the ending of its name tells.
 
     Args:
         output (`str` or `os.PathLike`, *optional*):
-            A file or, for .txt files, a folder: the one that the pictures are in if it is not given.
+            A file or, for .txt files, a folder. Without it, the folder of the pictures.
         output_format (`str`, *optional*):
             `"txt"`, `"jsonl"` or `"parquet"`.
         pictures ([`Pictures`]):

@@ -1,4 +1,4 @@
-"""Collections of pictures: a folder, WebDataset's tar files, the rows of a data set."""
+"""Collections of pictures: a folder, WebDataset's tar files, the rows of a dataset."""
 
 import functools
 import os
@@ -33,19 +33,19 @@ class Pictures(torch.utils.data.Dataset, ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Image.Image:
-        """The picture; raises an [`~image_loading.ImageLoadError`] that names it, if it can't be read."""
+        """Return the picture, or raise an [`~image_loading.ImageLoadError`] that names it."""
 
     @abstractmethod
     def identity(self, index: int) -> dict[str, Any]:
-        """The values of `columns`."""
+        """Return the values of `columns`."""
 
     @abstractmethod
     def position(self, record: Mapping[str, Any]) -> int | None:
-        """Index of the picture that a record of the output is about; `None` if it is not there any more."""
+        """Return the index of the picture that a record of the output is about; `None` if the picture is gone."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What must stay as it is for records of an earlier run to be about the same pictures."""
+        """Return what must stay as it is so that records of an earlier run are about the same pictures."""
 
 
 class _NamedPictures(Pictures):
@@ -93,14 +93,14 @@ class FolderPictures(_NamedPictures):
 
 class TarPictures(_NamedPictures):
     r"""
-    The pictures in tar files of WebDataset, where files of one key are one sample. Headers are read at the start, then
-    each picture from its place.
+    The pictures in tar files of WebDataset, in which files of one key are one sample. Headers are read at the start,
+    each picture is read from its place.
 
     Args:
         paths (`list[str]` or `list[os.PathLike]`):
             The tar files, not compressed.
         field (`str`, *optional*):
-            Ending that the pictures have behind their key, such as `"jpg"`. Needed where a sample has several.
+            Ending that the pictures have behind their key, such as `"jpg"`. Needed if a sample has several.
 
     Raises:
         CollectionError: if a file is no tar file, if a sample has several pictures, or if a file stands twice in one.
@@ -136,7 +136,7 @@ class TarPictures(_NamedPictures):
 
 
 def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, int, int]]:
-    """Key, ending, offset and size of each picture of a tar file."""
+    """Yield the key, ending, offset and size of each picture of a tar file."""
     endings: dict[str, str] = {}
     for name, offset, size in _members(path):
         folder, slash, base = name.rpartition("/")
@@ -147,7 +147,7 @@ def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, 
         if endings.get(key) == ending:
             raise CollectionError(
                 f"{path} has the file {name!r} twice, and captions are told apart by the names. Write the tar file "
-                "anew, with one of them or with other names."
+                "again, with one of them or with other names."
             )
         if key in endings:
             raise CollectionError(
@@ -159,12 +159,12 @@ def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, 
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each file in a tar file."""
+    """Yield the name, offset and size of each file in a tar file."""
     try:
         archive = tarfile.open(path, "r:")  # noqa: SIM115
     except tarfile.TarError as error:
         raise CollectionError(
-            f"{path}: no tar file that is read here ({error}). Give tar files that are not compressed."
+            f"{path} is not a tar file that can be read ({error}). Give tar files that are not compressed."
         ) from error
     with archive:
         try:
@@ -172,12 +172,14 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 if member.isreg():
                     yield member.name, member.offset_data, member.size
         except tarfile.TarError as error:
-            logger.warning(f"{path} ends before it should ({error}). What stands before is captioned; fetch it again.")
+            logger.warning(
+                f"{path} is cut off ({error}). The pictures before that are captioned. Fetch the file again."
+            )
 
 
 class RowPictures(Pictures):
     r"""
-    The pictures of a data set of `datasets`.
+    The pictures of a dataset of `datasets`.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -216,7 +218,7 @@ class RowPictures(Pictures):
         return record["row"] if record["row"] < len(self) else None
 
     def describe(self) -> dict[str, Any]:
-        """Rows have no names: their number, and a hash of some of them."""
+        """Return the number of rows and a hash of some, because rows have no names."""
         return {
             "rows": len(self),
             "image_column": self.column,
@@ -234,13 +236,13 @@ def _picture_column(dataset: datasets.Dataset) -> str:
     found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if len(found) > 1 and "image" not in found:
         raise CollectionError(
-            f"The data set has several columns of pictures, {found}. Say which with image_column (--image-column)."
+            f"The dataset has several columns of pictures, {found}. Say which with image_column (--image-column)."
         )
     return found[0] if len(found) == 1 else "image"
 
 
 def _as_utf8(name: str) -> str:
-    """A name that every format can hold: file systems and tar files have names in other encodings too."""
+    """Return a name that every format can hold. File systems and tar files have names in other encodings too."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

@@ -22,7 +22,7 @@ _BUILDERS = {  # of `datasets`, by the suffix of a file
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, text: str, **kwargs):
-    """`add_argument` whose help tells the default."""
+    """Add an argument whose help tells the default."""
     shown = " (default: %(default)s)" if kwargs.get("default") is not None else ""
     parser.add_argument(name, help=text + shown, **kwargs)
 
@@ -30,8 +30,8 @@ def add_option(parser: argparse.ArgumentParser, name: str, text: str, **kwargs):
 @contextmanager
 def processes(device: str | None, interrupted: str) -> Iterator[Any]:
     """
-    The state of the processes that a command runs in. What users can mend is told in a line, without a traceback; an
-    interruption by `interrupted`.
+    Yield the state of the processes that a command runs in. An error that users can mend is told in a line, without a
+    traceback. After an interruption, `interrupted` is told.
     """
     import torch
     from accelerate import PartialState
@@ -56,7 +56,7 @@ def processes(device: str | None, interrupted: str) -> Iterator[Any]:
 
 
 def load_dataset(data: str, config: str | None = None, split: str = "train") -> Any:
-    """The data set that a user names: a folder of pictures, a file, what `save_to_disk` wrote, or an id on the Hub."""
+    """Load what a user names: a folder of pictures, a file, what `save_to_disk` wrote, or an id on the Hub."""
     import datasets
 
     path = Path(data)
@@ -81,7 +81,7 @@ def _load_dataset(data: str, path: Path, config: str | None, split: str) -> Any:
 
 
 def generate_argument(text: str) -> tuple[str, Any]:
-    """NAME=VALUE as an argument of `generate`; the value is JSON where it can be."""
+    """Parse NAME=VALUE as an argument of `generate`. The value is JSON or, if it is not, a string."""
     name, sign, value = text.partition("=")
     if not sign or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE was expected, such as num_beams=5")
@@ -92,7 +92,7 @@ def generate_argument(text: str) -> tuple[str, Any]:
 
 
 def tell_image_size(processor: Any, given: int | None, of_paper: int):
-    """Says so where pictures have another size than the paper's."""
+    """Tell users if pictures have another size than the paper's."""
     from accelerate import PartialState
 
     from ..data.image_size import own_image_size

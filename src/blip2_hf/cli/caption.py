@@ -20,7 +20,7 @@ def add_parser(commands: Any):
     add("--model", "BLIP-2: folder or id on the Hub", required=True)
     add(
         "--output",
-        "file that ends in .jsonl or .parquet, or folder of .txt files; without it they lie by the pictures",
+        "file that ends in .jsonl or .parquet, or folder of .txt files; without it they lie next to the pictures",
     )
     add("--format", "told by the ending of --output if it is not given", choices=["txt", "jsonl", "parquet"])
     add("--preset", "the paper's settings; what other options say comes first", choices=["caption", "nocaps"])
@@ -37,9 +37,9 @@ def add_parser(commands: Any):
     add("--dtype", "without it that of the checkpoint", choices=["bfloat16", "float16", "float32"])
     add("--device", "such as cuda:1 or cpu; without it a GPU if there is one, its own for each process")
     add("--num-workers", "processes that decode pictures; 0 takes a thread", type=int, default=2)
-    add("--image-column", "column (or ending in the tar files) of the pictures, where it can't be told")
-    add("--config", "configuration of the data set, where it has several")
-    add("--split", "split of the data set, also `train[:1000]`", default="train")
+    add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told")
+    add("--config", "configuration of the dataset, if it has several")
+    add("--split", "split of the dataset, also `train[:1000]`", default="train")
     add("--overwrite", "delete the captions that are there, and begin anew", action="store_true")
 
 
@@ -87,7 +87,7 @@ def _open_pictures(options: argparse.Namespace) -> Any:
 
 
 def _generation(options: argparse.Namespace, processor: Any, model_config: Any) -> tuple[str | None, dict[str, Any]]:
-    """The prompt and arguments of `generate`: the preset's, and over them those that were given."""
+    """Return the prompt and arguments of `generate`: those that were given, and otherwise the preset's."""
     from ..models.generation_presets import generation_preset
 
     names = ("num_beams", "max_new_tokens", "top_p", "temperature")

@@ -66,7 +66,9 @@ def _run(options: argparse.Namespace):
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
     if broken := index.broken():
-        heading = f"Left out, for they can't be read ({len(broken):,}, listed in {index.directory / 'broken.json'}):"
+        heading = (
+            f"Left out because they can't be read ({len(broken):,}, listed in {index.directory / 'broken.json'}):"
+        )
         more = [f"... and {len(broken) - _SHOWN:,} more"] if len(broken) > _SHOWN else []
         print(printable("\n  ".join([heading, *list(broken.values())[:_SHOWN], *more])), file=sys.stderr)
     print(printable(f"{len(index):,} pictures are in the index {index.directory}"))

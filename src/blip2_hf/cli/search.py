@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import tempfile
 import webbrowser
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ def add_parser(commands: Any):
     add("text", "what to look for", nargs="?", metavar="TEXT")
     add("--image", "look for pictures like this one, in place of a text", metavar="FILE")
     add("--index", "the folder of the index, or of the pictures", default=".", metavar="DIR")
-    add("--model", "the model that the index was built with, if it is not any more where it was")
+    add("--model", "the model that the index was built with, if it has moved")
     add("--top", "pictures to find", type=int, default=12)
     add(
         "--rerank",
@@ -41,7 +40,7 @@ def add_parser(commands: Any):
         type=int,
         default=0,
     )
-    add("--exact", "compare with all pictures, even where there is an approximate index", action="store_true")
+    add("--exact", "compare with all pictures, even if there is an approximate index", action="store_true")
     add("--sheet", "where the sheet goes (default: search.png, or nowhere with --json)", metavar="FILE.png")
     add("--open", "show the sheet", action="store_true")
     add("--json", "print JSON, not a table", action="store_true")
@@ -81,25 +80,26 @@ def _run(options: argparse.Namespace):
         if not options.json:
             print(f"Sheet: {sheet}")
         if options.open and not webbrowser.open(sheet.resolve().as_uri()):
-            raise SystemExit(f"blip2-hf: there is nothing here that shows {sheet}. Open it elsewhere.")
+            raise SystemExit(f"blip2-hf: no browser was found here to show {sheet}. Open it elsewhere.")
 
 
 def _write_sheet(options: argparse.Namespace, results: Sequence["SearchResult"], folder: Path) -> Path:
+    from ..jobs.atomic_files import atomic_file
+
     if options.sheet is None and options.open:
         path = Path(tempfile.mkdtemp(prefix="blip2-search-"), "search.png")
     else:
         path = Path(options.sheet or "search.png")
     title = options.text if options.text is not None else f"like {options.image}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    draw_sheet(results, title, folder).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        draw_sheet(results, title, folder).save(file, format="PNG")
     return path
 
 
 def draw_sheet(results: Sequence["SearchResult"], title: str, folder: Path) -> "Image.Image":
     """
-    Draws the pictures that were found, the best first, row by row, each above its score and its name.
+    Draw the pictures that were found, the best first, row by row, each above its score and its name.
 
     Args:
         results (`list[SearchResult]`):
@@ -131,7 +131,7 @@ def draw_sheet(results: Sequence["SearchResult"], title: str, folder: Path) -> "
 
 
 def _draw_picture(sheet: "Image.Image", pen: Any, path: Path, left: int, top: int):
-    """The whole picture, in the middle of its square; an empty square where it can't be read any more."""
+    """Draw the whole picture in the middle of its square. If it can't be read any more, the square is empty."""
     from PIL import ImageOps
 
     from ..models.image_loading import ImageLoadError, load_image
@@ -145,7 +145,7 @@ def _draw_picture(sheet: "Image.Image", pen: Any, path: Path, left: int, top: in
 
 
 def _cut(text: str, font: Any, width: int) -> str:
-    """A text that fits a width: the beginning gives way, for the end of a path tells more."""
+    """Return a text that fits a width. The beginning is cut, because the end of a path tells more."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
     shown = text
     while shown and font.getlength(shown if shown == text else f"...{shown}") > width:

@@ -1,4 +1,4 @@
-"""Checkpoints of other codes, loaded into the models of this library."""
+"""Checkpoints of other libraries, loaded into the models of this one."""
 
 from .instructblip import load_instructblip_checkpoint, save_instructblip_checkpoint
 from .lavis import load_lavis_checkpoint

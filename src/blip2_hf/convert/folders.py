@@ -1,4 +1,4 @@
-"""Folders of checkpoints: read in whatever format they have, and written whole or not at all."""
+"""Folders of checkpoints: read in any of the formats, and written whole or not at all."""
 
 import os
 import shutil
@@ -23,30 +23,29 @@ from .instructblip import RENAMINGS, InstructBlipConfig, load_instructblip_check
 from .reading import enumerate_names, read_dtypes
 
 
-# By the architecture that a config.json names; transformers has some of these too
+# By the architecture that config.json names; some of these names are transformers' too
 CLASSES: dict[str, type[Blip2PreTrainedModel]] = {
     "Blip2ForConditionalGeneration": Blip2ForConditionalGeneration,
     "Blip2ForPreTraining": Blip2ForPreTraining,
     "Blip2ForImageTextRetrieval": Blip2ForImageTextRetrieval,
     "Blip2HfModel": Blip2Model,
 }
-# What transformers' checkpoints have not
+# What transformers' checkpoints lack
 NEW_IN_OURS = {"temperature.weight"}
-# They hold the queries as a bare parameter
+# In transformers' checkpoints the queries are a bare parameter
 QUERY_TOKENS = {r"^query_tokens$": "query_tokens.weight"}
 
 
 def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedModel, list[str]]:
     r"""
-    Load a checkpoint of this library, of transformers' BLIP-2 or of its InstructBLIP, in the class and the precision
-    that it was saved in.
+    Load a checkpoint of this library, or of transformers' BLIP-2 or InstructBLIP, in its own class and precision.
 
     Args:
         name_or_path (`str` or `os.PathLike`):
             A folder or an id on the Hub.
 
     Returns:
-        `tuple` of the model and the names of the tensors that it has no place for.
+        `tuple`: the model, and the names of the tensors that it has no place for.
 
     Raises:
         ValueError: if it is something else, such as an adapter of PEFT, or weights are missing, NaN or infinite.
@@ -63,7 +62,7 @@ def _load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedMo
         return _in_precision_of_files(partial(_load_instructblip, name_or_path), name_or_path)
     if model_type not in (Blip2Config.model_type, TRANSFORMERS_MODEL_TYPE):
         raise ValueError(f"{name_or_path} is of type {model_type!r}: a BLIP-2 or an InstructBLIP was expected.")
-    # transformers' Blip2Model has a language model, and ours none: they share no name here
+    # Blip2Model itself is not among the names: transformers' has a language model, and ours has none
     model_class = CLASSES.get(architecture) or CLASSES.get(architecture.replace("Blip2Hf", "Blip2"))
     if model_class is None:
         raise ValueError(f"{name_or_path} holds {architecture}: one of {', '.join(CLASSES)} was expected.")
@@ -85,12 +84,12 @@ def _load_blip2(
 
 
 def _read_config(name_or_path: str | os.PathLike) -> dict[str, Any]:
-    # Without a config.json it is empty
+    # Empty if there is no config.json
     content, _ = PreTrainedConfig.get_config_dict(name_or_path)
     if not content.get("model_type") and find_adapter_config_file(str(name_or_path)) is not None:
         raise ValueError(
-            f"{name_or_path} holds an adapter of PEFT, and not the model under it: load it with "
-            "PeftModel.from_pretrained, and give a folder in which its merge_and_unload() was saved."
+            f"{name_or_path} holds an adapter of PEFT without the model that it adapts. Load it with "
+            "PeftModel.from_pretrained, save what its merge_and_unload() returns, and give that folder."
         )
     return content
 
@@ -98,7 +97,8 @@ def _read_config(name_or_path: str | os.PathLike) -> dict[str, Any]:
 def _in_precision_of_files(
     load: Callable[..., tuple[Blip2PreTrainedModel, list[str]]], name_or_path: str | os.PathLike
 ) -> tuple[Blip2PreTrainedModel, list[str]]:
-    """What `load` returns, each tensor as precise as in its file: transformers loads most in one precision."""
+    """Return what `load` returns, with each tensor in the dtype of its file."""
+    # transformers loads most tensors in one dtype
     model, left = load()
     dtypes = read_dtypes(name_or_path, RENAMINGS | QUERY_TOKENS)
     if any(tensor.dtype not in (dtype, torch.float32) for tensor, dtype in _with_dtypes(model, dtypes)):
@@ -118,7 +118,7 @@ def _with_dtypes(
 
 def check_output(output: str | os.PathLike, overwrite: bool, sources: Iterable[str | os.PathLike | None] = ()):
     r"""
-    Refuses an output that is there already.
+    Check that a folder may be written.
 
     Args:
         output (`str` or `os.PathLike`):
@@ -126,11 +126,10 @@ def check_output(output: str | os.PathLike, overwrite: bool, sources: Iterable[s
         overwrite (`bool`):
             Whether the folder of a model may be replaced.
         sources (`Iterable`, *optional*):
-            Files and folders that are read, and may not go with what is replaced; ids on the Hub and `None` are
-            passed over.
+            Files and folders that are read, and so must not be replaced. Ids on the Hub and `None` are ignored.
 
     Raises:
-        ValueError: if it may not.
+        ValueError: if the folder exists and must not be replaced.
     """
     path = Path(output)
     if not path.exists():
@@ -147,11 +146,14 @@ def check_output(output: str | os.PathLike, overwrite: bool, sources: Iterable[s
 @contextmanager
 def whole_folder(output: str | os.PathLike) -> Iterator[Path]:
     r"""
-    A new folder beside `output`, which takes its place once all is written; nothing is left of it if that fails.
+    Make a new folder beside `output` that replaces it once all is written. If writing fails, it is removed.
 
     Args:
         output (`str` or `os.PathLike`):
-            The folder that is to be written; what is there is replaced.
+            The folder that is to be written. An older one is replaced.
+
+    Returns:
+        A context manager that gives the `Path` of the new folder.
     """
     target = Path(output).resolve()
     part, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("part", "old"))

@@ -1,4 +1,4 @@
-"""Checkpoints of InstructBLIP (arXiv 2305.06500) of transformers: a BLIP-2 whose Q-Former reads the question."""
+"""transformers' checkpoints of InstructBLIP (arXiv 2305.06500), a BLIP-2 whose Q-Former reads the question."""
 
 import copy
 import os
@@ -12,7 +12,7 @@ from ..models.modeling_blip2 import Blip2ForConditionalGeneration
 from .reading import enumerate_names, rename
 
 
-# There the Q-Former holds its embeddings; the first pattern that matches is taken
+# In InstructBLIP the embeddings belong to the Q-Former; the first pattern that matches is taken
 RENAMINGS = {
     r"^qformer\.embeddings\.layernorm\.": "qformer.layernorm.",
     r"^qformer\.embeddings\.(word|position)_embeddings\.": r"embeddings.\1_embeddings.",
@@ -28,7 +28,7 @@ def load_instructblip_checkpoint(
     pretrained_model_name_or_path: str | os.PathLike, **kwargs
 ) -> Blip2ForConditionalGeneration:
     r"""
-    Loads a checkpoint of transformers' `InstructBlipForConditionalGeneration`. Its weights are those of a BLIP-2 whose
+    Load a checkpoint of transformers' `InstructBlipForConditionalGeneration`. Its weights are those of a BLIP-2 whose
     Q-Former reads the question, under other names.
 
     Args:
@@ -38,11 +38,11 @@ def load_instructblip_checkpoint(
             Those of [`~transformers.PreTrainedModel.from_pretrained`], such as `dtype`.
 
     Returns:
-        [`Blip2ForConditionalGeneration`]: to be given `qformer_input_ids` with each image, which a [`Blip2Processor`]
-        with a `qformer_tokenizer` makes.
+        [`Blip2ForConditionalGeneration`]: the model. It takes `qformer_input_ids` with each image, which a
+        [`Blip2Processor`] with a `qformer_tokenizer` makes.
 
     Raises:
-        ValueError: if the checkpoint lacks weights, or has others.
+        ValueError: if the checkpoint lacks weights, or has unknown ones.
     """
     config = InstructBlipConfig.from_pretrained(pretrained_model_name_or_path)
     loaded: Any = Blip2ForConditionalGeneration.from_pretrained(
@@ -57,15 +57,15 @@ def load_instructblip_checkpoint(
         names = [str(name) for name in info[kind] if not str(name).endswith("position_ids")]
         if names:
             raise ValueError(
-                f"{pretrained_model_name_or_path} is no whole InstructBLIP: {kind.replace('_', ' ')}: "
-                f"{enumerate_names(sorted(names))}."
+                f"{pretrained_model_name_or_path} is not a complete InstructBLIP: {kind.replace('_', ' ')}: "
+                f"{enumerate_names(sorted(names))}. Give a complete checkpoint."
             )
     return model
 
 
 def save_instructblip_checkpoint(model: Blip2ForConditionalGeneration, save_directory: str | os.PathLike, **kwargs):
     r"""
-    Saves a model whose Q-Former reads the question as transformers' `InstructBlipForConditionalGeneration`.
+    Save a model whose Q-Former reads the question as transformers' `InstructBlipForConditionalGeneration`.
 
     Args:
         model ([`Blip2ForConditionalGeneration`]):
@@ -76,7 +76,7 @@ def save_instructblip_checkpoint(model: Blip2ForConditionalGeneration, save_dire
             Those of [`~transformers.PreTrainedModel.save_pretrained`], such as `max_shard_size`.
 
     Raises:
-        ValueError: if InstructBLIP has no place for the model's tower, or its Q-Former reads no text.
+        ValueError: if InstructBLIP has no place for the model's tower, or if the model's Q-Former reads no text.
     """
     config = model.config
     if not config.qformer_config.use_qformer_text_input:
@@ -95,7 +95,7 @@ def save_instructblip_checkpoint(model: Blip2ForConditionalGeneration, save_dire
 
 
 def _from_instructblip(config: InstructBlipConfig) -> Blip2Config:
-    # The sizes have the names that they have in transformers' BLIP-2
+    # InstructBLIP's sizes have the same names as those of transformers' BLIP-2
     return Blip2Config.from_transformers(
         TransformersBlip2Config(
             vision_config=_fields(config.vision_config),

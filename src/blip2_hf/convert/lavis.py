@@ -43,41 +43,41 @@ def load_lavis_checkpoint(
     output_loading_info: bool = False,
 ) -> Any:
     r"""
-    Loads a BLIP-2 that was saved by LAVIS, the authors' code. Each tensor is accounted for: what is unknown or missing
+    Load a BLIP-2 that was saved by LAVIS, the authors' code. Each tensor is accounted for: an unknown or a missing one
     is an error, and the [`ConversionReport`] is logged at level info.
 
-    LAVIS leaves frozen parts out of its files: the language model always, the vision tower where it was not trained.
-    They are given as `language_model` and `vision_model`, and become part of the model that is returned: the tower
-    gets the LayerNorm of the file, and a FlanT5 the activation that LAVIS runs it with.
+    LAVIS leaves frozen parts out of its files: the language model always, the vision tower if it was not trained. Give
+    them as `language_model` and `vision_model`. They become part of the model that is returned: the tower gets the
+    LayerNorm of the file, and a FlanT5 the activation that LAVIS runs it with.
 
     Args:
         path_or_state_dict (`str`, `os.PathLike` or `dict`):
-            A file of `torch.save` (of which only tensors and plain values are read, no code is run) or of safetensors,
-            or what is in it: a state dict, or a `dict` with one under `"model"`.
+            A file of `torch.save` or of safetensors, or its content: a state dict, or a `dict` with one under
+            `"model"`. Only tensors and plain values are read from it, and no code is run.
         config ([`Blip2Config`], *optional*):
-            Sizes. Read from the file if it is not given: the Q-Former's heads are then taken to be 64 wide, as BERT's
-            are, and the tower to be EVA-CLIP ViT-g or CLIP ViT-L.
+            The model's configuration. If it is not given, the sizes are read from the file. The Q-Former's heads are
+            then assumed to be 64 wide, as BERT's are, and the tower to be EVA-CLIP ViT-g or CLIP ViT-L.
         model_class (`type`, *optional*):
-            Class of the model, such as [`Blip2Model`]. Told from the file if it is not given: [`Blip2ForPreTraining`]
-            if there is the Q-Former's language-modelling head, [`Blip2ForConditionalGeneration`] if there is a
-            projection to a language model, [`Blip2ForImageTextRetrieval`] if there is a head for matching alone.
+            The model's class, such as [`Blip2Model`]. If it is not given, the file decides: [`Blip2ForPreTraining`]
+            if it has the Q-Former's language-modelling head, [`Blip2ForConditionalGeneration`] if it has a projection
+            to a language model, [`Blip2ForImageTextRetrieval`] if it has a head for matching alone.
         language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
             The language model that the file was trained with.
         vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
             The tower that the file was trained with: LAVIS's own file of it (`eva_vit_g.pth`, `clip_vit_L.pth`; see
-            [`load_lavis_tower`]), transformers' CLIP ViT-L, or a BLIP-2 that has it. The `last_hidden_state` of any
-            other tower, or what `config.vision_feature_layer` picks, is to be what LAVIS takes: the output of the last
-            block but one, before any LayerNorm.
+            [`load_lavis_tower`]), transformers' CLIP ViT-L, or a BLIP-2 that has it. Any other tower must return what
+            LAVIS takes, as its `last_hidden_state` or from `config.vision_feature_layer`: the output of the second
+            last block, before any LayerNorm.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            That of the language model; where `language_model` is a folder or an id, the one that is there. It tells
-            `image_token_index`, if `config` is not given, and the newline at which LAVIS lets an OPT end, in place of
-            `</s>`.
+            The language model's tokenizer. If it is not given, and `language_model` is a folder or an id, it is loaded
+            from there. It gives `image_token_index` if there is no `config`. It also gives the newline, at which LAVIS
+            lets an OPT end instead of at `</s>`.
         output_loading_info (`bool`, *optional*, defaults to `False`):
             Whether to return the [`ConversionReport`] too.
 
     Returns:
         [`Blip2ForPreTraining`], [`Blip2ForConditionalGeneration`], [`Blip2ForImageTextRetrieval`] or `model_class`: in
-        eval mode, its tower and language model frozen. With `output_loading_info`, a `tuple` of it and the report.
+        eval mode, its tower and language model frozen. With `output_loading_info`, a `tuple` of model and report.
 
     Raises:
         ValueError: if the file holds something else, lacks a part that is not given, or does not fit `config`.
@@ -108,10 +108,10 @@ def load_lavis_checkpoint(
         config = config_with_parts(config, tower, loaded_language_model)
     _check_language_model_type(report, config)
     parts = {"vision_model": tower, "language_model": loaded_language_model}
-    # Each parameter is loaded or was given: random weights would be made for nothing
+    # No random weights because each parameter is loaded or given
     with no_init_weights():
         model = model_class(config, **{name: part for name, part in parts.items() if part is not None})
-    _set_what_lavis_sets(model, weights)
+    _apply_lavis_settings(model, weights)
     _fit(weights, model, report, given=[name for name, part in parts.items() if part is not None])
     model.load_state_dict(weights, strict=False)
     model.tie_weights(recompute_mapping=False)
@@ -123,6 +123,7 @@ def load_lavis_checkpoint(
 
 
 def _end_at_newline(model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
+    # Instead of at </s>, as LAVIS does with OPT
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     generation_configs = (model.generation_config, model.language_model.generation_config)
     for config in (model.config, model.config.text_config, model.language_model.config, *generation_configs):
@@ -138,12 +139,12 @@ def _model_class(weights: StateDict) -> type[Blip2PreTrainedModel]:
     if "itm_head" in heads:
         return Blip2ForImageTextRetrieval
     raise ValueError(
-        f"The class cannot be told from parts named {enumerate_names(sorted(heads))}: neither a head of stage 1 "
-        "(Qformer.cls.*) nor a projection of stage 2 (opt_proj.*, t5_proj.*) is there. Give model_class."
+        f"The file has neither a head of stage 1 (Qformer.cls.*) nor a projection of stage 2 (opt_proj.*, t5_proj.*), "
+        f"but only {enumerate_names(sorted(heads))}, so its class is unknown. Give model_class."
     )
 
 
-# What the published files were trained with, by the widths that their projections and cross-attentions have
+# What the published files were trained with, by the widths of their projections and cross-attentions
 LANGUAGE_MODELS = {
     ("opt", 2560): "facebook/opt-2.7b",
     ("opt", 4096): "facebook/opt-6.7b",
@@ -164,15 +165,15 @@ def _check_parts(
     language_model,
     vision_model,
 ):
-    """Whether the tower and the language model are in the file or given."""
+    """Check that the tower and the language model are either in the file or given."""
     parts = {name.partition(".")[0] for name in weights if not name.startswith("vision_model.post_layernorm.")}
     if "vision_model" in parts and vision_model is not None:
         raise ValueError("vision_model was given, but the file has its own tower (visual_encoder.*): leave it out.")
     wants_tower = config is None or config.has_vision_tower
     if wants_tower and "vision_model" not in parts and vision_model is None:
         raise ValueError(
-            "The vision tower (visual_encoder.*) is not in the file: LAVIS leaves it out where it was frozen. Give "
-            f"the tower that the file was trained with as vision_model{_which_tower(weights)}."
+            "The vision tower (visual_encoder.*) is not in the file: LAVIS leaves a frozen one out. Give the "
+            f"tower that the file was trained with as vision_model{_which_tower(weights)}."
         )
     if not issubclass(model_class, Blip2ForConditionalGeneration):
         if language_model is not None:
@@ -181,17 +182,17 @@ def _check_parts(
     if "language_projection" not in parts:
         raise ValueError(
             "The file has no projection to a language model (opt_proj.*, t5_proj.*): it is from stage 1. Load it "
-            "without model_class, and join it to one with Blip2ForConditionalGeneration.from_pretrained_parts."
+            "without model_class, and give the model to Blip2ForConditionalGeneration.from_pretrained_parts."
         )
     if "language_model" not in parts and language_model is None:
         raise ValueError(
-            "The language model (opt_model.*, t5_model.*) is not in the file: LAVIS leaves it out, for it is frozen. "
-            f"Give the one that the file was trained with as language_model{_which_language_model(weights, report)}."
+            "The language model (opt_model.*, t5_model.*) is not in the file: LAVIS leaves it out. Give the one that "
+            f"the file was trained with as language_model{_which_language_model(weights, report)}."
         )
     if language_model is None and (config is None or config.text_config is None):
         raise ValueError(
-            "The language model is in the file, but its heads cannot be read from there: give a config with a "
-            "text_config, or a language_model of the same sizes, into which the weights are loaded."
+            "The language model is in the file, but the file does not say how many heads it has. Give a config with a "
+            "text_config, or a language_model of the same sizes: the weights of the file are loaded into it."
         )
 
 
@@ -221,9 +222,9 @@ def _check_language_model_type(report: ConversionReport, config: Blip2Config):
             )
 
 
-def _set_what_lavis_sets(model: Blip2PreTrainedModel, weights: StateDict):
-    """What LAVIS does to the parts, beside loading their weights."""
-    # LAVIS's ln_vision; the tower of a checkpoint of transformers' comes with 1e-6
+def _apply_lavis_settings(model: Blip2PreTrainedModel, weights: StateDict):
+    """Change the parts as LAVIS does after loading them."""
+    # LAVIS's ln_vision has this eps; a tower from a checkpoint of transformers has 1e-6
     model.vision_model.post_layernorm.eps = 1e-5
     if hasattr(model.config.vision_config, "post_layernorm_eps"):
         model.config.vision_config.post_layernorm_eps = 1e-5
@@ -235,7 +236,7 @@ def _set_what_lavis_sets(model: Blip2PreTrainedModel, weights: StateDict):
 
 
 def _t5_configs(model: Blip2ForConditionalGeneration):
-    """All that a T5 and its parts read from: each has a copy."""
+    """Return all configurations that a T5 and its parts read: each has a copy."""
     language_model = model.language_model
     return (
         model.config.text_config,
@@ -244,7 +245,7 @@ def _t5_configs(model: Blip2ForConditionalGeneration):
 
 
 def _untie_t5(model: Blip2ForConditionalGeneration):
-    # transformers ties the head of every T5 that it makes, and scales what goes in; FlanT5 has a head of its own
+    # FlanT5 has a head of its own, but transformers ties the head of every T5, and scales its input
     language_model = model.language_model
     language_model.lm_head.weight = nn.Parameter(torch.empty_like(language_model.lm_head.weight))
     language_model.all_tied_weights_keys.pop("lm_head.weight", None)
@@ -256,7 +257,7 @@ def _untie_t5(model: Blip2ForConditionalGeneration):
 
 
 def _use_exact_gelu(model: Blip2ForConditionalGeneration):
-    # LAVIS runs FlanT5 with the exact GELU in place of the tanh approximation, and trains on that
+    # LAVIS trains with the exact GELU instead of FlanT5's tanh approximation
     for config in _t5_configs(model):
         config.dense_act_fn = "gelu"
     for module in model.language_model.modules():
@@ -265,21 +266,9 @@ def _use_exact_gelu(model: Blip2ForConditionalGeneration):
 
 
 def _fit(weights: StateDict, model: Blip2PreTrainedModel, report: ConversionReport, given: list[str]):
-    """Makes `weights` those of the model: all that it has, but the parts `given`, and no others."""
+    """Change `weights` so that they have the names of the model, all but those of the parts `given`."""
     expected = model.state_dict()
-    unknown = []
-    for name in [name for name in weights if name not in expected]:
-        why = _why_left(name, model)
-        if why is None:
-            unknown += report.sources(name)
-        else:
-            report.leave(name, why)
-            del weights[name]
-    if unknown:
-        raise ValueError(
-            f"{type(model).__name__} of this configuration has no place for {len(unknown)} tensors of the file: "
-            f"{enumerate_names(unknown)}. Give a config of the file's sizes (number of layers, kind of tower)."
-        )
+    _leave_unused(weights, model, expected, report)
     tied = model.all_tied_weights_keys.items()
     check_tied(weights, tied)
     for pair in tied:
@@ -293,12 +282,29 @@ def _fit(weights: StateDict, model: Blip2PreTrainedModel, report: ConversionRepo
         names = [name for name in missing if not _is_given(name, given)]
         raise ValueError(
             f"{len(names)} parameters of {type(model).__name__} are not in the file: {enumerate_names(names)}. Give a "
-            "whole checkpoint, a config of its sizes, or the model_class that it is of."
+            "whole checkpoint, a config of its sizes, or the model_class that it was saved from."
+        )
+
+
+def _leave_unused(weights: StateDict, model: Blip2PreTrainedModel, expected: StateDict, report: ConversionReport):
+    """Remove the weights that the model does without, and refuse those that it has no place for."""
+    unknown = []
+    for name in [name for name in weights if name not in expected]:
+        why = _why_left(name, model)
+        if why is None:
+            unknown += report.sources(name)
+        else:
+            report.leave(name, why)
+            del weights[name]
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__} of this configuration has no place for {len(unknown)} tensors of the file: "
+            f"{enumerate_names(unknown)}. Give a config of the file's sizes (number of layers, kind of tower)."
         )
 
 
 def _why_left(name: str, model: Blip2PreTrainedModel) -> str | None:
-    """Why the model may do without a tensor of this name; `None` if it may not."""
+    """Return why the model does without a tensor of this name, or `None` if it must have it."""
     part = name.partition(".")[0]
     if not hasattr(model, part):
         return f"{type(model).__name__} has no {part}"
@@ -324,5 +330,5 @@ def _check_shapes(weights: StateDict, expected: Mapping[str, torch.Tensor], repo
     if differing:
         raise ValueError(
             f"{len(differing)} tensors of the file have other shapes than the model: {enumerate_names(differing)}. "
-            "Give a config, and parts, of the file's sizes."
+            "Give a config and parts of the file's sizes."
         )

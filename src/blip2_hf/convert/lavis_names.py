@@ -1,6 +1,6 @@
 """
-Names of BLIP-2's tensors in LAVIS, the authors' code, and here: `RENAMINGS` says which is which, functions do what a
-new name does not, and a [`ConversionReport`] accounts for each tensor.
+The names of BLIP-2's tensors in LAVIS, the authors' code, and here. `RENAMINGS` has both names of each, functions
+change what is stored differently, and a [`ConversionReport`] accounts for each tensor.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .reading import StateDict, enumerate_names
+from .reading import StateDict, enumerate_names, match_name
 
 
 # A parameter's whole name in LAVIS, and its name here; the first pattern that matches is taken
@@ -76,15 +76,15 @@ RENAMINGS: tuple[tuple[str, str], ...] = (
     (r"(?:opt|t5)_proj\.(weight|bias)", r"language_projection.\1"),
     (r"(?:opt|t5)_model\.(.+)", r"language_model.\1"),
 )
-# What is no weight, and why
+# What is not a weight, and why
 BUFFERS = {"Qformer.bert.embeddings.position_ids": "a buffer: 0, 1, 2, ..."}
-# Stored with fewer axes in some files: axes of length 1 are added in front
+# Parameters that some files store with fewer axes: axes of length 1 are added in front
 DIMENSIONS = {
     "temperature.weight": 1,
     "vision_model.embeddings.class_embedding": 3,
     "vision_model.embeddings.position_embedding": 3,
 }
-# One tensor in LAVIS's model, stored under both names
+# Pairs of names of one tensor in LAVIS's model
 TIED = (
     ("lm_head.decoder.weight", "embeddings.word_embeddings.weight"),
     ("lm_head.decoder.bias", "lm_head.bias"),
@@ -94,19 +94,19 @@ TIED = (
 @dataclass
 class ConversionReport:
     r"""
-    What became of each tensor of a LAVIS checkpoint.
+    A list of what became of each tensor of a LAVIS checkpoint.
 
     Args:
         taken (`dict[str, str]`):
-            LAVIS's name of each tensor that was taken, and the parameter that it became (part of).
+            LAVIS's name of each tensor that was taken, and the parameter that it became, or became a part of.
         reshaped (`dict[str, str]`):
-            Parameters that are not stored as they are here, and what they were made of.
+            Parameters that LAVIS stores in another form, and what they were made of.
         left (`dict[str, str]`):
-            LAVIS's name of each tensor that was not taken, or of what stands beside the model in its file, and why.
+            LAVIS's name of each tensor that was not taken, and why; also what else is in the file.
         missing (`list[str]`):
             Parameters that are not in the checkpoint, but came with `vision_model` or `language_model`.
         tower (`ConversionReport`, *optional*):
-            The same of the tower's own file, where `vision_model` was one.
+            The report of the tower's own file, if `vision_model` was one.
     """
 
     taken: dict[str, str] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class ConversionReport:
         lines = []
         for title, entries in sections.items():
             lines.append(f"{title}: {len(entries)}")
-            # Layers that are alike share a line
+            # Equal layers share a line
             counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", entry) for entry in entries)
             lines += [f"  {entry}{f' ({count} times)' if count > 1 else ''}" for entry, count in counts.items()]
         if self.tower is not None:
@@ -133,48 +133,48 @@ class ConversionReport:
         return "\n".join(lines)
 
     def leave(self, new_name: str, why: str):
-        """Moves what had become `new_name` from `taken` to `left`."""
+        """Move what had become `new_name` from `taken` to `left`."""
         for name in self.sources(new_name):
             del self.taken[name]
             self.left[name] = why
         self.reshaped.pop(new_name, None)
 
     def sources(self, new_name: str) -> list[str]:
-        """LAVIS's names of what became `new_name`."""
+        """Return LAVIS's names of what became `new_name`."""
         return [name for name, taken_as in self.taken.items() if taken_as == new_name]
 
 
 def convert_lavis_state_dict(state_dict: Mapping[str, torch.Tensor]) -> tuple[StateDict, ConversionReport]:
     r"""
-    The weights of a LAVIS checkpoint under the names, and in the shapes, that they have in this library.
+    Convert the weights of a LAVIS checkpoint to the names and the shapes that they have in this library.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`):
-            LAVIS's. It is not changed.
+            LAVIS's state dict. It is not changed.
 
     Returns:
         `tuple` of `dict[str, torch.Tensor]` and [`ConversionReport`]: the weights, and what became of each tensor.
 
     Raises:
-        ValueError: if a name is not known, or tensors that are one in LAVIS differ.
+        ValueError: if a name is unknown, or if two tensors differ that are one in LAVIS.
     """
     report = ConversionReport()
     weights: StateDict = {}
     unknown = []
     for name, tensor in state_dict.items():
-        new_name = _rename(name)
+        new_name = match_name(name, RENAMINGS)
         if name in BUFFERS:
             report.left[name] = BUFFERS[name]
         elif new_name is None:
             unknown.append(name)
         elif new_name in weights:
-            raise ValueError(f"{name} and {report.sources(new_name)[0]} are both {new_name}: one of them is too many.")
+            raise ValueError(f"{name} and {report.sources(new_name)[0]} are both {new_name}: remove one of them.")
         else:
             weights[new_name] = tensor
             report.taken[name] = new_name
     if unknown:
         raise ValueError(
-            f"{len(unknown)} names that BLIP-2 does not have in LAVIS: {enumerate_names(unknown)}. Give a checkpoint "
+            f"{len(unknown)} names are not those of a BLIP-2 in LAVIS: {enumerate_names(unknown)}. Give a checkpoint "
             "of its blip2, blip2_opt or blip2_t5, or remove what is not part of the model."
         )
     _join_qkv_biases(weights, report)
@@ -184,15 +184,8 @@ def convert_lavis_state_dict(state_dict: Mapping[str, torch.Tensor]) -> tuple[St
     return weights, report
 
 
-def _rename(name: str) -> str | None:
-    for pattern, new_name in RENAMINGS:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(new_name)
-    return None
-
-
 def _join_qkv_biases(weights: StateDict, report: ConversionReport):
-    """EVA-CLIP has a bias of queries and one of values; keys have none, which is a bias of zeros."""
+    """Join EVA-CLIP's biases of queries and values. Keys have none, so theirs is zeros."""
     prefixes = {name.removesuffix(end) for name in weights for end in ("q_bias", "v_bias") if name.endswith(end)}
     for prefix in sorted(prefixes):
         for name, other in (("q_bias", "v_bias"), ("v_bias", "q_bias")):
@@ -214,7 +207,7 @@ def _add_axes(weights: StateDict, report: ConversionReport):
 
 
 def _add_patch_bias(weights: StateDict, report: ConversionReport):
-    """CLIP's patch embedding has no bias."""
+    """Add zeros as the bias of CLIP's patch embedding, which has none."""
     name = "vision_model.embeddings.patch_embedding.bias"
     weight = weights.get("vision_model.embeddings.patch_embedding.weight")
     if weight is not None and "vision_model.pre_layernorm.weight" in weights and name not in weights:
@@ -223,12 +216,13 @@ def _add_patch_bias(weights: StateDict, report: ConversionReport):
 
 
 def check_tied(weights: StateDict, pairs: Iterable[tuple[str, str]]):
-    """Refuses what is one tensor in the model, but two in the file; the meta device has no values to compare."""
+    """Refuse a file that stores one tensor of the model twice with different values."""
     for name, other in pairs:
+        # The meta device has no values to compare
         if name not in weights or other not in weights or weights[name].is_meta or weights[other].is_meta:
             continue
         if not torch.equal(weights[name], weights[other]):
             raise ValueError(
                 f"{name} and {other} are one tensor in LAVIS, but are stored with different values: the file is "
-                "damaged, or its model has been changed."
+                "damaged, or its model was changed. Give an unchanged checkpoint."
             )

@@ -1,4 +1,4 @@
-"""The sizes of a BLIP-2 of LAVIS's, from the shapes of its tensors."""
+"""The sizes of a BLIP-2 from LAVIS, read from the shapes of its tensors."""
 
 import copy
 import math
@@ -11,26 +11,26 @@ from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, Blip2V
 from .reading import StateDict
 
 
-# Heads of the towers that LAVIS has, which shapes do not tell, by (is a CLIP, width)
+# Heads of LAVIS's towers, which shapes do not show, by (is a CLIP, width)
 TOWER_HEADS = {(False, 1408): 16, (True, 1024): 16}
 QFORMER_HEAD_DIM = 64
 
 
 class Shapes(dict):
-    """Shapes of tensors by name."""
+    """The shapes of tensors, by name."""
 
     @classmethod
     def of(cls, weights: StateDict) -> "Shapes":
         return cls({name: tuple(tensor.shape) for name, tensor in weights.items()})
 
     def __missing__(self, name: str):
-        raise ValueError(f"{name} is not in the file, so its sizes cannot be read: give a whole checkpoint.")
+        raise ValueError(f"{name} is not in the file, so the model's sizes are unknown. Give a whole checkpoint.")
 
     def num_layers(self, prefix: str) -> int:
         return 1 + max(self.layers_with(prefix, ""), default=-1)
 
     def layers_with(self, prefix: str, part: str) -> list[int]:
-        """Indices of the layers that have a parameter whose name goes on with `part`."""
+        """Return the indices of the layers with a parameter whose name in the layer starts with `part`."""
         matches = (re.match(rf"{re.escape(prefix)}\.(\d+)\.{re.escape(part)}", name) for name in self)
         return sorted({int(match[1]) for match in matches if match})
 
@@ -38,7 +38,7 @@ class Shapes(dict):
 def config_from_shapes(
     weights: StateDict, tower: PreTrainedModel | None, language_model: PreTrainedModel | None
 ) -> Blip2Config:
-    """The configuration of a model of these weights and parts."""
+    """Make the configuration of a model from its weights and the parts that were given."""
     shapes = Shapes.of(weights)
     sizes = {"num_query_tokens": shapes["query_tokens.weight"][1]}
     if "vision_projection.weight" in shapes:
@@ -52,7 +52,7 @@ def config_from_shapes(
 
 
 def vision_config_from_shapes(shapes: Shapes, config: Blip2VisionConfig | None = None) -> Blip2VisionConfig:
-    """The configuration of a tower in a BLIP-2, or `config` with the image size of its position embeddings."""
+    """Make the configuration of a tower, or return `config` with the image size of its position embeddings."""
     width, _, patch_size, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
     num_patches = shapes["vision_model.embeddings.position_embedding"][1] - 1
     image_size = math.isqrt(num_patches) * patch_size
@@ -61,8 +61,8 @@ def vision_config_from_shapes(shapes: Shapes, config: Blip2VisionConfig | None =
     is_clip = "vision_model.pre_layernorm.weight" in shapes
     if (is_clip, width) not in TOWER_HEADS:
         raise ValueError(
-            f"The tower is {width} wide, which is neither EVA-CLIP ViT-g (1408) nor CLIP ViT-L (1024): how many heads "
-            "it has cannot be told. Give a config."
+            f"The tower is {width} wide, so it is neither EVA-CLIP ViT-g (1408) nor CLIP ViT-L (1024), and the number "
+            "of its heads is unknown. Give a config."
         )
     make = Blip2VisionConfig.clip_vit_l if is_clip else Blip2VisionConfig
     return make(
@@ -80,14 +80,14 @@ def _qformer_config_from_shapes(shapes: Shapes) -> Blip2QFormerConfig:
     width = shapes["query_tokens.weight"][-1]
     if width % QFORMER_HEAD_DIM:
         raise ValueError(
-            f"The Q-Former is {width} wide, no multiple of the {QFORMER_HEAD_DIM} that BERT's heads have: how many "
-            "heads it has cannot be told. Give a config."
+            f"The Q-Former is {width} wide, which is no multiple of the {QFORMER_HEAD_DIM} of BERT's heads, so the "
+            "number of its heads is unknown. Give a config."
         )
     num_layers = shapes.num_layers(layers)
     cross_layers = shapes.layers_with(layers, "crossattention.")
     sizes = {"use_qformer_text_input": bool(shapes.layers_with(layers, "intermediate."))}
     if "embeddings.word_embeddings.weight" in shapes:
-        # [DEC] is the last of LAVIS's vocabulary
+        # [DEC] is the last token of LAVIS's vocabulary
         sizes["vocab_size"] = shapes["embeddings.word_embeddings.weight"][0]
         sizes["bos_token_id"] = sizes["vocab_size"] - 1
         sizes["max_position_embeddings"] = shapes["embeddings.position_embeddings.weight"][0]
@@ -105,7 +105,7 @@ def _qformer_config_from_shapes(shapes: Shapes) -> Blip2QFormerConfig:
 def config_with_parts(
     config: Blip2Config, tower: PreTrainedModel | None, language_model: PreTrainedModel | None
 ) -> Blip2Config:
-    """A copy of the configuration, with those of the parts in their places."""
+    """Copy the configuration, and put the configurations of the given parts into it."""
     parts: dict[str, Any] = {}
     if tower is not None:
         parts |= {"vision_config": copy.deepcopy(tower.config), "has_vision_tower": True}

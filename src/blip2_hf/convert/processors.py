@@ -1,4 +1,4 @@
-"""Processors to go with checkpoints that come from elsewhere."""
+"""Processors of checkpoints from LAVIS and transformers."""
 
 import os
 from typing import Any
@@ -15,20 +15,19 @@ from ..models.processing_blip2 import QFORMER_TOKENIZER, Blip2Processor
 
 def lavis_processor(config: Blip2Config, tokenizer: PreTrainedTokenizerBase) -> Blip2Processor:
     r"""
-    The processor of a checkpoint of LAVIS's: pictures are scaled to a square, whatever their shape; texts are the
-    language model's, or, without one, BERT's with `[DEC]`.
+    Make the processor of a checkpoint from LAVIS. It scales pictures of any shape to a square.
 
     Args:
         config ([`Blip2Config`]):
-            The model's.
+            The model's configuration.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The language model's, or BERT's, to which `[DEC]` is added.
+            The language model's tokenizer. If there is no language model, BERT's, to which `[DEC]` is added.
 
     Returns:
-        [`Blip2Processor`].
+        [`Blip2Processor`]: the processor.
 
     Raises:
-        ValueError: if a BERT of another vocabulary is given.
+        ValueError: if the tokenizer is that of a BERT with another vocabulary.
     """
     image_processor = image_processor_of_size(config.vision_config.image_size)
     if config.text_config is None:
@@ -44,7 +43,7 @@ def lavis_processor(config: Blip2Config, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def image_processor_of_size(image_size: int) -> Any:
-    """What LAVIS does to a picture in evaluation: bicubic, the aspect ratio not kept, CLIP's mean and deviation."""
+    """Make the image processor of LAVIS's evaluation: bicubic, any shape to a square, CLIP's mean and deviation."""
     return BlipImageProcessorPil(
         size={"height": image_size, "width": image_size}, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD
     )
@@ -56,22 +55,22 @@ def _add_dec(tokenizer: PreTrainedTokenizerBase, bos_token_id: int | None):
     if tokenizer.bos_token_id != bos_token_id:
         raise ValueError(
             f"The model begins texts with token {bos_token_id}, and this tokenizer with {tokenizer.bos_token_id} "
-            f"({tokenizer.bos_token}). The tokenizer of google-bert/bert-base-uncased was expected."
+            f"({tokenizer.bos_token}). Give the tokenizer of google-bert/bert-base-uncased."
         )
 
 
 def load_processor(name_or_path: str | os.PathLike, config: Blip2Config) -> Blip2Processor:
     r"""
-    The processor of a checkpoint of this library, of transformers' BLIP-2 or of its InstructBLIP.
+    Load the processor of a checkpoint of this library, or of transformers' BLIP-2 or InstructBLIP.
 
     Args:
         name_or_path (`str` or `os.PathLike`):
             A folder or an id on the Hub.
         config ([`Blip2Config`]):
-            Its model's: a Q-Former that reads the question has a tokenizer.
+            The model's configuration. A Q-Former that reads the question has a tokenizer of its own.
 
     Returns:
-        [`Blip2Processor`].
+        [`Blip2Processor`]: the processor.
     """
     processor = Blip2Processor.from_pretrained(name_or_path)
     reads_question = config.text_config is not None and config.qformer_config.use_qformer_text_input
@@ -82,7 +81,7 @@ def load_processor(name_or_path: str | os.PathLike, config: Blip2Config) -> Blip
 
 def save_for_transformers(processor: Blip2Processor, folder: str | os.PathLike):
     r"""
-    Saves a processor as transformers' own: that of BLIP-2, or of InstructBLIP where the Q-Former has a tokenizer.
+    Save a processor as transformers' own: that of BLIP-2, or of InstructBLIP if the Q-Former has a tokenizer.
 
     Args:
         processor ([`Blip2Processor`]):

@@ -1,10 +1,10 @@
-"""State dicts out of files, which are read without running code that is in them."""
+"""State dicts from files, read without running code that is in them."""
 
 import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from transformers.utils import cached_file
 
 
 StateDict = dict[str, torch.Tensor]
-# As safetensors names them
+# By their names in safetensors
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def read_state_dict(path_or_state_dict: str | os.PathLike | Mapping[str, Any]) -> tuple[StateDict, dict[str, str]]:
-    """A state dict, whatever it was given in, and what stands beside it there, with why it is left."""
+    """Return a state dict from a file or a dict, and what else is there, by name, with the reason that it is left."""
     content, given = path_or_state_dict, "The dict given"
     if not isinstance(content, Mapping):
         given = os.fspath(content)
@@ -34,8 +34,8 @@ def read_state_dict(path_or_state_dict: str | os.PathLike | Mapping[str, Any]) -
     others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(
-            f"{given} holds what is not a tensor: {enumerate_names(others)}. A state dict was expected, or a dict "
-            'with one under "model".'
+            f"{given} holds entries that are not a tensor: {enumerate_names(others)}. A state dict was expected, or a "
+            'dict with one under "model".'
         )
     return dict(content), left
 
@@ -44,23 +44,23 @@ def _load_safetensors(path: str) -> StateDict:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no file of safetensors, or a part of one: {error}. Download it again.") from error
+        raise ValueError(f"{path} is no file of safetensors, or is cut off: {error}. Download it again.") from error
 
 
 def _load_pickle(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no file of torch.save, or a part of one: {error}. Download it again.") from error
+        raise ValueError(f"{path} is no file of torch.save, or is cut off: {error}. Download it again.") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no file of torch.save, or holds more than tensors and plain values, and reading that could "
-            "run code of whoever wrote it. Give a file of tensors, or, if you trust it, the state dict that is in it."
+            f"{path} is no file of torch.save, or holds more than tensors and plain values. Reading it could run code "
+            "of whoever wrote it. Give a file of tensors or, if you trust this one, the state dict that is in it."
         ) from error
 
 
 def read_dtypes(name_or_path: str | os.PathLike, renamings: Mapping[str, str]) -> dict[str, torch.dtype]:
-    """The precision of each tensor in the safetensors of a checkpoint of transformers, under its name here."""
+    """Return the dtype of each tensor in a checkpoint's safetensors, by its name in this library."""
     folder = Path(cached_file(name_or_path, "config.json")).parent
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].is_file():
@@ -77,7 +77,7 @@ def read_dtypes(name_or_path: str | os.PathLike, renamings: Mapping[str, str]) -
 
 
 def rename(name: str, renamings: Mapping[str, str]) -> str:
-    """A name by the first pattern of `renamings` that is found in it."""
+    """Change a name by the first pattern of `renamings` that is found in it."""
     for pattern, new_name in renamings.items():
         name, count = re.subn(pattern, new_name, name)
         if count:
@@ -85,7 +85,15 @@ def rename(name: str, renamings: Mapping[str, str]) -> str:
     return name
 
 
+def match_name(name: str, renamings: Iterable[tuple[str, str]]) -> str | None:
+    """Return the new name by the first pattern of `renamings` that is the whole of the name, or `None`."""
+    for pattern, new_name in renamings:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(new_name)
+    return None
+
+
 def enumerate_names(names: list[str], limit: int = 20) -> str:
-    """The first of the names, for a message."""
+    """Join the first of the names, for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,4 +1,4 @@
-"""The vision towers of LAVIS, from its own files of them and from transformers' CLIP."""
+"""The vision towers of LAVIS, from their own files and from transformers' CLIP."""
 
 import os
 import re
@@ -15,18 +15,18 @@ from ..models.configuration_blip2 import Blip2Config, Blip2VisionConfig
 from ..models.modeling_vision import Blip2VisionModel
 from .lavis_names import ConversionReport, convert_lavis_state_dict
 from .lavis_sizes import Shapes, vision_config_from_shapes
-from .reading import StateDict, enumerate_names, read_state_dict
+from .reading import StateDict, enumerate_names, match_name, read_state_dict
 
 
 PREFIX = "visual_encoder."
-# Blocks that LAVIS keeps of the towers that it has, by (is a CLIP, width): all but the last
+# How many blocks LAVIS keeps of its towers, by (is a CLIP, width): all but the last
 DEPTHS = {(False, 1408): 39, (True, 1024): 23}
-# What a tower has behind its blocks, and why it stays there
+# What a tower has behind its blocks, and why it is left
 BEHIND_THE_BLOCKS = (
-    (r"(norm|fc_norm|ln_post)\.(weight|bias)", "a LayerNorm behind the blocks: LAVIS takes what is before it"),
-    (r"head\.(weight|bias)|proj", "the projection to CLIP's own space, which BLIP-2 has no use for"),
+    (r"(norm|fc_norm|ln_post)\.(weight|bias)", "a LayerNorm behind the blocks: LAVIS takes its input"),
+    (r"head\.(weight|bias)|proj", "the projection to CLIP's own space, which BLIP-2 does not use"),
 )
-# A parameter of transformers' CLIP, and its name here; queries, keys and values are joined after that
+# A parameter of transformers' CLIP, and its name here; queries, keys and values are joined in `tower_from_clip`
 CLIP_RENAMINGS = (
     (r"embeddings\.(class_embedding|patch_embedding\.weight)", r"embeddings.\1"),
     (r"embeddings\.position_embedding\.weight", r"embeddings.position_embedding"),
@@ -40,18 +40,18 @@ def load_lavis_tower(
     path_or_state_dict: str | os.PathLike | Mapping[str, Any], config: Blip2VisionConfig | None = None
 ) -> Blip2VisionModel:
     r"""
-    Loads a vision tower from LAVIS's own file of it, `eva_vit_g.pth` or `clip_vit_L.pth`: the blocks that BLIP-2 takes
-    (all but the last), and nothing that is behind them.
+    Load a vision tower from LAVIS's own file of it, `eva_vit_g.pth` or `clip_vit_L.pth`. BLIP-2 takes all blocks but
+    the last, and nothing behind them.
 
     Args:
         path_or_state_dict (`str`, `os.PathLike` or `dict`):
             The file, of which only tensors and plain values are read, or the state dict that is in it.
         config ([`Blip2VisionConfig`], *optional*):
-            Sizes, where the tower is neither of the two. If its `image_size` is not that of the file, the position
-            embeddings are interpolated, as LAVIS does.
+            The tower's configuration, needed if the tower is neither of the two. If its `image_size` is not that of
+            the file, the position embeddings are interpolated, as LAVIS does.
 
     Returns:
-        [`Blip2VisionModel`]: in eval mode. The LayerNorm behind it, which BLIP-2 trains, is new.
+        [`Blip2VisionModel`]: the tower, in eval mode. The LayerNorm behind it, which BLIP-2 trains, is new.
 
     Raises:
         ValueError: if the file holds something else.
@@ -71,7 +71,7 @@ def load_lavis_tower(
 def load_tower_for_lavis(
     vision_model: str | os.PathLike | PreTrainedModel, config: Blip2Config | None
 ) -> tuple[PreTrainedModel, ConversionReport | None]:
-    """A tower whose output is what LAVIS takes, and what became of its file where it is one of LAVIS's."""
+    """Load a tower whose output is what LAVIS takes, and return it with the report of its file if LAVIS wrote it."""
     vision_config = None if config is None else config.vision_config
     if not isinstance(vision_config, Blip2VisionConfig):
         vision_config = None
@@ -86,7 +86,7 @@ def load_tower_for_lavis(
 
 
 def _is_whole(clip: PreTrainedModel, config: Blip2VisionConfig | None) -> bool:
-    """Whether a CLIP still has the block that BLIP-2 leaves out."""
+    """Tell whether a CLIP still has the block that BLIP-2 leaves out."""
     depth = DEPTHS.get((True, clip.config.hidden_size)) if config is None else config.num_hidden_layers
     return depth is not None and clip.config.num_hidden_layers == depth + 1
 
@@ -122,14 +122,14 @@ def _depth(state_dict: StateDict) -> int:
     depth = DEPTHS.get(("class_embedding" in state_dict, width))
     if depth is None:
         raise ValueError(
-            f"A file of EVA-CLIP ViT-g (1408 wide) or CLIP ViT-L (1024 wide) was expected as vision_model, but this "
+            "A file of EVA-CLIP ViT-g (1408 wide) or CLIP ViT-L (1024 wide) was expected as vision_model, but this "
             f"has {f'a width of {width}' if width else enumerate_names(sorted(state_dict), 5)}. Give a config."
         )
     return depth
 
 
 def _make(config: Blip2VisionConfig, weights: StateDict) -> Blip2VisionModel:
-    """A tower of these weights, which are all that it has."""
+    """Make a tower of these weights, which must be all that it has."""
     with no_init_weights():
         tower = Blip2VisionModel(config)
     tower.post_layernorm.reset_parameters()
@@ -151,15 +151,13 @@ def _make(config: Blip2VisionConfig, weights: StateDict) -> Blip2VisionModel:
 
 @torch.no_grad()
 def tower_from_clip(clip: PreTrainedModel) -> Blip2VisionModel:
-    """transformers' CLIP as the tower that LAVIS makes of it: the same numbers, without the last block."""
+    """Make the tower that LAVIS makes of a CLIP: the same numbers, without the last block."""
     given = {name.removeprefix("vision_model."): tensor for name, tensor in clip.state_dict().items()}
     depth = clip.config.num_hidden_layers - 1
-    weights: StateDict = {}
-    for name, tensor in given.items():
-        for pattern, new_name in CLIP_RENAMINGS:
-            if match := re.fullmatch(pattern, name):
-                weights[match.expand(new_name)] = tensor
-    weights = {k: v for k, v in weights.items() if not k.startswith(f"encoder.layers.{depth}.")}
+    renamed = ((match_name(name, CLIP_RENAMINGS), tensor) for name, tensor in given.items())
+    weights: StateDict = {
+        name: tensor for name, tensor in renamed if name and not name.startswith(f"encoder.layers.{depth}.")
+    }
     for index in range(depth):
         attention = f"encoder.layers.{index}.self_attn"
         for kind in ("weight", "bias"):
@@ -176,8 +174,7 @@ def tower_from_clip(clip: PreTrainedModel) -> Blip2VisionModel:
 @torch.no_grad()
 def resize_tower(tower: Blip2VisionModel, image_size: int):
     r"""
-    Makes a tower one for images of another size: its position embeddings are interpolated, as they would be at each
-    image of that size.
+    Adapt a tower to images of another size. Its position embeddings are interpolated once instead of at each image.
 
     Args:
         tower ([`Blip2VisionModel`]):

@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ._compat import CACHE_NAME, CACHE_NAMES, cached_length
-from .modeling_base import check_attention_mask
+from .text_inputs import check_attention_mask
 
 
 # What has transformers draft tokens and verify them, in arguments of `generate` or in a generation config

@@ -18,6 +18,7 @@ from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hid
 from .frozen import is_frozen
 from .modeling_qformer import Blip2QFormerModel, Blip2TextEmbeddings, ImageKeyValues
 from .modeling_vision import build_vision_model
+from .text_inputs import check_texts, pad_right
 
 
 class Blip2QueryTokens(nn.Module):
@@ -418,103 +419,6 @@ class Blip2HfModel(Blip2PreTrainedModel):
 
 
 Blip2Model = Blip2HfModel
-
-
-def check_attention_mask(
-    attention_mask: torch.Tensor | None, text: torch.Tensor, past_length: int = 0, name: str = "the text"
-):
-    """
-    Refuse a mask that is not of the text's length, which would cut the text off.
-
-    Args:
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            The mask.
-        text (`torch.Tensor` of shape `(batch_size, sequence_length, ...)`):
-            Token ids, or embedded text.
-        past_length (`int`, *optional*, defaults to 0):
-            Length of a cache, which the mask may cover too.
-        name (`str`, *optional*, defaults to `"the text"`):
-            How the error calls the text.
-
-    Raises:
-        ValueError: if the mask is of another shape.
-    """
-    if attention_mask is None or attention_mask.dim() == 4:
-        return
-    expected, given = tuple(text.shape[:2]), tuple(attention_mask.shape)
-    if given not in (expected, (expected[0], past_length + expected[1])):
-        raise ValueError(
-            f"attention_mask of shape {given} for {name} of shape {expected}: the same was expected, 1 at each token "
-            "that is read and 0 at padding. Give the mask that was made with the text, or none."
-        )
-
-
-def pad_right(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, name: str = "input_ids"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the same texts with all their padding behind them, because the Q-Former's positions count tokens."""
-    if attention_mask is None:
-        return input_ids, torch.ones_like(input_ids)
-    check_attention_mask(attention_mask, input_ids, name=name)
-    order = attention_mask.eq(0).int().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
-
-
-def check_texts(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Blip2Config, name: str, min_length: int = 1
-):
-    """
-    Refuse what the Q-Former can't read as text.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`):
-            Texts, all padding behind them.
-        attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`):
-            0 at padding.
-        config ([`Blip2Config`]):
-            Configuration of the model.
-        name (`str`):
-            What the caller knows `input_ids` as.
-        min_length (`int`, *optional*, defaults to 1):
-            Fewest tokens of a text.
-
-    Raises:
-        ValueError: if a text is longer than the Q-Former's positions, has fewer tokens than `min_length` or a token
-            beyond the vocabulary, or begins with what looks like placeholders of an image. The message names the row.
-    """
-    limit, num_queries = config.qformer_config.max_position_embeddings, config.num_query_tokens
-    if input_ids.shape[1] > limit:
-        raise ValueError(
-            f"A text of {name} has {input_ids.shape[1]} tokens, and the Q-Former {limit} positions: cut it, with "
-            f"tokenizer(..., truncation=True, max_length={limit})."
-        )
-    if torch.compiler.is_compiling():
-        # A compiled graph can't branch on values
-        return
-    lengths = attention_mask.ne(0).sum(dim=1)
-    is_short = lengths < min_length
-    is_foreign = input_ids.ge(config.qformer_config.vocab_size).any(dim=1)
-    is_image = torch.zeros_like(is_short)
-    if 2 <= num_queries <= input_ids.shape[1]:
-        # A text begins with [CLS], which does not come twice
-        is_image = input_ids[:, :num_queries].eq(input_ids[:, :1]).all(dim=1) & (lengths >= num_queries)
-    # One look at the values, because each waits for the device
-    if not bool((is_short | is_foreign | is_image).any()):
-        return
-    row = int((is_short | is_foreign | is_image).int().argmax())
-    if bool(is_short[row]):
-        raise ValueError(
-            f"Row {row} of {name} has {int(lengths[row])} tokens, and at least {min_length} were expected. Tokenizers "
-            "make two of an empty text, [CLS] and [SEP]; the attention mask is 1 at tokens and 0 at padding."
-        )
-    found = f"the token id {int(input_ids[row].max())}, beyond its vocabulary of {config.qformer_config.vocab_size}"
-    if bool(is_image[row]):
-        found = f"{num_queries} tokens of id {int(input_ids[row, 0])} in front, which look like those of an image"
-    raise ValueError(
-        f"Row {row} of {name} is no text of the Q-Former: it has {found}. Give what the Q-Former's own tokenizer "
-        "makes of the text. If Blip2Processor put placeholders of images into input_ids, set "
-        "model.config.image_token_index = processor.image_token_id: they are then left out."
-    )
 
 
 def image_side_from_parts(

@@ -20,8 +20,9 @@ from .backbones import image_token_id, language_model_class, load_language_model
 from .configuration_blip2 import Blip2Config
 from .frozen import checkpoint_in_eval_mode, is_frozen
 from .generation_blip2 import Blip2GenerationMixin
+from .image_text_merging import Blip2ImageTextMergingMixin
 from .losses import language_modeling_loss
-from .modeling_base import Blip2Model, Blip2PreTrainedModel, check_attention_mask, image_side_from_parts
+from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
 from .modeling_qformer import Blip2TextEmbeddings
 
 
@@ -64,7 +65,7 @@ class Blip2ForConditionalGenerationModelOutput(Seq2SeqLMOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
 
 
-class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin):
+class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergingMixin, Blip2GenerationMixin):
     r"""
     BLIP-2 for captioning, visual question answering and stage-2 training (section 3.3): the Q-Former's output queries,
     projected to the language model's width, stand in the text as soft visual prompts.
@@ -259,157 +260,6 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 "Blip2Processor(..., qformer_tokenizer=AutoTokenizer.from_pretrained(...)) makes them."
             )
 
-    def _insert_image_features(
-        self,
-        image_features: torch.Tensor,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        labels: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        past_length: int = 0,
-    ) -> dict[str, Any]:
-        """
-        Puts the image features at their `<image>` placeholders, or in front of the text if there are none.
-
-        Returns:
-            `dict`: `inputs_embeds` of shape `(batch_size, length, hidden_size)`; `input_ids` (`None` if only
-            `inputs_embeds` were given), `attention_mask`, `labels` of shape `(batch_size, length)`; `is_image`,
-            boolean, of the same shape; `num_added`, how many positions were put in front.
-        """
-        text: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
-        if input_ids is not None and input_ids.shape[:2] != text.shape[:2]:
-            raise ValueError(
-                f"inputs_embeds of shape {tuple(text.shape)} for input_ids of shape {tuple(input_ids.shape)}: one "
-                "embedding for each token was expected."
-            )
-        check_attention_mask(attention_mask, text, past_length)
-        if attention_mask is None:
-            attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-        is_image, num_added = self._placeholders(input_ids, inputs_embeds), 0
-        if inputs_embeds is None:
-            ids = input_ids if is_image is None else input_ids.masked_fill(is_image, 0)
-            inputs_embeds = self.get_input_embeddings()(ids)
-        if is_image is None:
-            num_added = self._num_in_front(image_features, len(text))
-            index = self.config.image_token_index
-            # A mask may also cover a cache, which comes first
-            past = attention_mask.shape[1] - text.shape[1]
-            is_image = _put_in_front(torch.zeros_like(attention_mask[:, past:]).bool(), num_added, True)
-            attention_mask = _put_in_front(attention_mask, num_added, 1, past)
-            inputs_embeds = _put_in_front(inputs_embeds, num_added, 0.0)
-            if input_ids is not None:
-                input_ids = _put_in_front(input_ids, num_added, -1 if index is None else index)
-            if labels is not None and not self.config.is_encoder_decoder:
-                labels = _put_in_front(labels, num_added, -100)
-        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        self._check_placeholders(is_image, image_features, inputs_embeds.shape[2])
-        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
-        if self.config.is_encoder_decoder:
-            # Relative positions: padding between image and text would move them apart
-            order = (attention_mask == 0).int().argsort(dim=1, stable=True)
-            attention_mask = attention_mask.gather(1, order)
-            inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds).to(inputs_embeds.device))
-        return {
-            "inputs_embeds": inputs_embeds,
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "is_image": is_image,
-            "num_added": num_added,
-        }
-
-    def _num_in_front(self, image_features: torch.Tensor, batch_size: int) -> int:
-        """Return how many positions the images of each text take in front of it."""
-        num_images = image_features.shape[0]
-        if num_images % batch_size:
-            raise ValueError(
-                f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for each "
-                "text were expected. Let Blip2Processor make input_ids, or give one image a text."
-            )
-        return num_images // batch_size * image_features.shape[1]
-
-    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
-        """Where `<image>` stands in the text, boolean, of shape `(batch_size, length)`; `None` if it has none."""
-        index = self.config.image_token_index
-        if input_ids is not None:
-            is_image = None if index is None else input_ids == index
-        else:
-            # A tokenizer may have given `<image>` an id beyond the embeddings
-            embeddings = self.get_input_embeddings()
-            has_embedding = index is not None and index < tuple(embeddings.weight.shape)[0]
-            is_image = None
-            if has_embedding:
-                placeholder = embeddings(torch.tensor(index, device=inputs_embeds.device)).to(inputs_embeds)
-                is_image = (inputs_embeds == placeholder).all(dim=-1)
-        # A compiled graph can't branch on values: there, Blip2Processor's placeholders are expected
-        if is_image is not None and (torch.compiler.is_compiling() or bool(is_image.any())):
-            return is_image
-        if input_ids is not None:
-            self._check_unknown_placeholders(input_ids)
-        return None
-
-    def _check_text_without_image(self, input_ids: torch.Tensor):
-        index = self.config.image_token_index
-        if index is None:
-            self._check_unknown_placeholders(input_ids)
-        if index is None or torch.compiler.is_compiling() or not bool((input_ids == index).any()):
-            return
-        raise ValueError(
-            f"input_ids have {int((input_ids == index).sum())} `<image>` placeholders (token id {index}), but no "
-            "image was given. Give pixel_values, image_embeds or image_features, or a text without `<image>`."
-        )
-
-    def _match_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Labels of the shape of `input_ids`: those of the text alone are filled up at the placeholders before it."""
-        if labels is None or input_ids is None or self.config.is_encoder_decoder or labels.shape == input_ids.shape:
-            return labels
-        front = input_ids[:, : input_ids.shape[1] - labels.shape[1]]
-        index = self.config.image_token_index
-        if labels.shape[1] > input_ids.shape[1] or index is None or not bool((front == index).all()):
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} for input_ids of shape {tuple(input_ids.shape)}: a "
-                "decoder-only language model learns at the positions of input_ids. Make both with one "
-                "Blip2Processor call, whose is_encoder_decoder must be False."
-            )
-        return torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
-
-    def _check_labels_of_embeddings(self, labels: torch.Tensor, inputs_embeds: torch.Tensor):
-        if not self.config.is_encoder_decoder and labels.shape[1] != inputs_embeds.shape[1]:
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} for inputs_embeds of shape {tuple(inputs_embeds.shape)}: one "
-                "label for each embedding was expected, -100 at images and at what is not learned."
-            )
-
-    def _check_unknown_placeholders(self, input_ids: torch.Tensor):
-        front = input_ids[:, : self.config.num_query_tokens]
-        if torch.compiler.is_compiling() or not 2 <= self.config.num_query_tokens == front.shape[1]:
-            return
-        if bool((front == front[0, 0]).all()) and int(front[0, 0]) != self.config.pad_token_id:
-            raise ValueError(
-                f"All texts begin with {front.shape[1]} tokens of id {int(front[0, 0])}, which look like placeholders "
-                f"of an image, but config.image_token_index is {self.config.image_token_index}. If a Blip2Processor "
-                "made them, set model.config.image_token_index = processor.image_token_id."
-            )
-
-    def _check_placeholders(self, is_image: torch.Tensor, image_features: torch.Tensor, width: int):
-        expected = image_features.shape[0] * image_features.shape[1]
-        if image_features.shape[2] != width:
-            raise ValueError(
-                f"image_features are {image_features.shape[2]} wide, the language model's embeddings {width}: "
-                "give what get_image_features(...).pooler_output returned."
-            )
-        if torch.compiler.is_compiling():
-            torch._assert_async(is_image.sum() == expected, "as many `<image>` placeholders as image features")
-            return
-        found = int(is_image.sum())
-        if found != expected:
-            raise ValueError(
-                f"The text has {found} `<image>` placeholders (token id {self.config.image_token_index}), but "
-                f"{image_features.shape[0]} images give {image_features.shape[1]} features each, {expected} in all. "
-                "Each image needs one `<image>` in the text given to Blip2Processor, whose num_query_tokens must be "
-                f"{image_features.shape[1]}."
-            )
-
     @can_return_tuple
     def forward(
         self,
@@ -482,28 +332,10 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             qformer_attention_mask=qformer_attention_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        labels = self._match_labels(labels, input_ids)
-        if labels is not None and input_ids is None and inputs_embeds is not None:
-            self._check_labels_of_embeddings(labels, inputs_embeds)
-        if image_features is None:
-            if input_ids is not None:
-                self._check_text_without_image(input_ids)
-        else:
-            if input_ids is None and inputs_embeds is None:
-                if labels is not None and not self.config.is_encoder_decoder:
-                    raise ValueError(
-                        f"labels of shape {tuple(labels.shape)} were given without input_ids, where a decoder-only "
-                        "language model reads what it learns. Blip2Processor(images, text_target=...) makes both."
-                    )
-                input_ids = self._start_tokens(image_features)
-            cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-            past_length = cached_length(cache) or 0
-            merged = self._insert_image_features(
-                image_features, input_ids, attention_mask, labels, inputs_embeds, past_length
-            )
-            inputs_embeds, attention_mask, labels = (merged[k] for k in ("inputs_embeds", "attention_mask", "labels"))
-            input_ids = None
-        self._check_padding(attention_mask)
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        past_length = cached_length(cache) or 0
+        text, labels = self._merge(image_features, input_ids, inputs_embeds, attention_mask, labels, past_length)
+        self._check_padding(text["attention_mask"])
         if self.config.is_encoder_decoder:
             if labels is not None and decoder_input_ids is None:
                 decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -513,13 +345,10 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
                 "decoder_attention_mask": decoder_attention_mask,
             }
         elif self.accepts_position_ids:
-            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            kwargs["position_ids"] = _position_ids(attention_mask, length) if position_ids is None else position_ids
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        shift_labels = kwargs.pop("shift_labels", None)
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
+            kwargs["position_ids"] = _position_ids(**text) if position_ids is None else position_ids
+        num_items_in_batch, shift_labels = (kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels"))
         if labels is None:
-            loss, outputs = None, self.language_model(**inputs, return_dict=True)
+            loss, outputs = None, self.language_model(**text, **kwargs, return_dict=True)
         else:
             if shift_labels is None:
                 # A decoder-only model predicts the label of the next position
@@ -527,7 +356,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             if skip_logits is None:
                 skip_logits = self.training and num_items_in_batch is not None
             # Keys and values are for generation
-            inputs = {"use_cache": False} | inputs
+            inputs = {"use_cache": False, **text, **kwargs}
             loss, outputs = self._loss(inputs, shift_labels, num_items_in_batch, skip_logits)
         return Blip2ForConditionalGenerationModelOutput(
             loss=loss,
@@ -536,6 +365,30 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2GenerationMixin
             qformer_outputs=None if image_outputs is None else image_outputs.qformer_outputs,
             language_model_outputs=outputs,
         )
+
+    def _merge(
+        self, image_features, input_ids, inputs_embeds, attention_mask, labels, past_length: int
+    ) -> tuple[dict[str, torch.Tensor | None], torch.Tensor | None]:
+        """Return the text inputs of the language model, with the image in them, and labels of the same shape."""
+        labels = self._match_labels(labels, input_ids)
+        if labels is not None and input_ids is None and inputs_embeds is not None:
+            self._check_labels_of_embeddings(labels, inputs_embeds)
+        if image_features is None:
+            if input_ids is not None:
+                self._check_text_without_image(input_ids)
+            return {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}, labels
+        if input_ids is None and inputs_embeds is None:
+            if labels is not None and not self.config.is_encoder_decoder:
+                raise ValueError(
+                    f"labels of shape {tuple(labels.shape)} were given without input_ids, in which a decoder-only "
+                    "language model reads what it learns. Blip2Processor(images, text_target=...) makes both."
+                )
+            input_ids = self._start_tokens(image_features)
+        merged = self._insert_image_features(
+            image_features, input_ids, attention_mask, labels, inputs_embeds, past_length
+        )
+        text = {name: merged[name] for name in ("inputs_embeds", "attention_mask")}
+        return {"input_ids": None, **text}, merged["labels"]
 
     def attach_text_networks(
         self, stage1: "str | os.PathLike | Blip2PreTrainedModel"
@@ -725,17 +578,14 @@ LANGUAGE_MODEL_OUTPUTS = (
 )
 
 
-def _position_ids(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """Positions of the last `length` tokens, that count tokens and not padding, as `generate` makes them."""
+def _position_ids(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return positions that count tokens and not padding, as `generate` makes them."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return None
+    length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
     return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)[:, -length:]
-
-
-def _put_in_front(values: torch.Tensor, count: int, value: float, past: int = 0) -> torch.Tensor:
-    """Return `values` of shape `(batch_size, length, ...)` with `count` more positions behind the first `past`."""
-    front = values.new_full((len(values), count, *values.shape[2:]), value)
-    return torch.cat([values[:, :past], front, values[:, past:]], dim=1)
 
 
 def _shift(labels: torch.Tensor) -> torch.Tensor:

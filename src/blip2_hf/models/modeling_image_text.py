@@ -9,8 +9,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_blip2 import Blip2Config
-from .modeling_base import Blip2PreTrainedModel, check_texts, pad_right
+from .modeling_base import Blip2PreTrainedModel
 from .modeling_qformer import ImageKeyValues
+from .text_inputs import check_texts, pad_right
 
 
 class Blip2Temperature(nn.Module):

@@ -33,9 +33,9 @@ def load_retrieval_model(
             Folder or id on the Hub of a [`Blip2ForImageTextRetrieval`], a [`Blip2ForPreTraining`] or transformers'
             own `Blip2ForImageTextRetrieval`, with its processor.
         device (`str` or `torch.device`, *optional*):
-            What it computes on; if it is not given, an accelerator where there is one.
+            What it computes on. Without it, an accelerator if there is one.
         dtype (`str` or `torch.dtype`, *optional*):
-            What it computes in; if it is not given, that of the checkpoint.
+            What it computes in. Without it, that of the checkpoint.
 
     Returns:
         `tuple[Blip2ForImageTextRetrieval, Blip2Processor]`.
@@ -58,7 +58,7 @@ def model_and_processor(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
 ) -> tuple[Blip2ImageTextPreTrainedModel, Any]:
-    """A model that is given, or that is loaded from where it is, and its processor."""
+    """Return a model, which is loaded if its place is given, and its processor."""
     if isinstance(model, Blip2ImageTextPreTrainedModel):
         if processor is None:
             raise ValueError("Give the processor of the model.")
@@ -70,7 +70,7 @@ def model_and_processor(
 
 
 def describe_model(model: Blip2ImageTextPreTrainedModel, image_processor: Any) -> dict[str, Any]:
-    """What tells a model from another: settings, and some values of each weight."""
+    """Return what tells a model from another: settings, and some values of each weight."""
     compared = {name: sample for name, sample in sampled_weights(model) if not _NOT_COMPARED.match(name)}
     samples = [compared[name][:_WEIGHT_SAMPLES] for name in sorted(compared)]
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}

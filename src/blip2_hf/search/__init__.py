@@ -1,6 +1,6 @@
 """
-Search in a folder of pictures: their features for contrast (ITC) are computed once and stored; a text is compared with
-them, and matching (ITM) ranks the best anew (section 4.4).
+Search in a folder of pictures. Their features for contrast (ITC) are computed once and stored. A text is compared with
+them, and matching (ITM) re-ranks the best (section 4.4).
 """
 
 from ..retrieval.loading import load_retrieval_model

@@ -20,7 +20,7 @@ _CANDIDATES = 100  # pictures, at least, that are proposed
 
 
 def import_faiss() -> Any:
-    """The module `faiss`, or an error that says how to install it."""
+    """Return the module `faiss`, or raise an error that says how to install it."""
     try:
         import faiss
     except ImportError as error:
@@ -37,7 +37,7 @@ class ApproximateIndex:
         self.store = store
 
     def update(self, wanted: bool | None, show_progress: bool):
-        """Adds the pictures that it does not have; begins anew where many are gone, or many have come."""
+        """Add the pictures that it does not have. If many are gone, or many have come, begin anew."""
         path, covered = self.store.approximate_file()
         count = len(self.store.rows)
         if not count or wanted is False or (wanted is None and path is None and count < APPROXIMATE_FROM):
@@ -61,7 +61,7 @@ class ApproximateIndex:
             path.unlink()
 
     def _fits_no_more(self, faiss: Any, path: Path, covered: int) -> bool:
-        """Whether the pictures have changed so much that the clusters do not fit."""
+        """Tell whether the pictures have changed so much that the clusters do not fit."""
         kept = int((self.store.rows[:, 0] < covered).sum())
         stored = _map_index(faiss, path).ntotal // self.store.description["num_query_tokens"]
         return stored - kept > kept // 4 or len(self.store.rows) > 2 * stored
@@ -74,7 +74,7 @@ class ApproximateIndex:
             index.add_with_ids(vectors, np.repeat(ids, len(vectors) // len(ids)))
 
     def _train(self, faiss: Any) -> Any:
-        """Clusters of vectors (IVF), each value in 8 bits: candidates are compared in full afterwards."""
+        """Make clusters of vectors (IVF), each value in 8 bits, because candidates are compared in full afterwards."""
         num_queries, dim = self.store.description["num_query_tokens"], self.store.description["image_text_hidden_size"]
         total = len(self.store.rows) * num_queries
         clusters = max(1, int(total**0.5))
@@ -94,8 +94,8 @@ class ApproximateIndex:
 
     def propose(self, queries: torch.Tensor, count: int) -> np.ndarray | None:
         """
-        Rows of candidates: those found, and those newer than the approximate index; `None` if there is none, or if it
-        finds fewer than are wanted.
+        Return the rows of candidates: those found, and those newer than the approximate index. Return `None` if there
+        is no approximate index, or if it finds fewer than are wanted.
         """
         path, covered = self.store.approximate_file()
         if path is None:
@@ -120,5 +120,5 @@ class ApproximateIndex:
 
 
 def _map_index(faiss: Any, path: Path) -> Any:
-    """The index, mapped into memory: a query reads an eighth of it."""
+    """Map the index into memory: a query reads an eighth of it."""
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)

@@ -46,7 +46,7 @@ class SearchResult(NamedTuple):
 
 class SearchIndex:
     r"""
-    Finds pictures of a folder by text, or by another picture. Make it with [`SearchIndex.build`] or
+    Find pictures of a folder by text, or by another picture. Make it with [`SearchIndex.build`] or
     [`SearchIndex.open`].
 
     Args:
@@ -104,14 +104,14 @@ class SearchIndex:
         show_progress: bool = True,
     ) -> "SearchIndex":
         r"""
-        Opens an index.
+        Open an index.
 
         Args:
             directory (`str` or `os.PathLike`):
                 Its folder, or that of the pictures.
             model (`str`, `os.PathLike` or [`Blip2ForImageTextRetrieval`], *optional*):
-                The model that it was built with: loaded, or what [`load_retrieval_model`] takes. If it is not given:
-                from where it was then.
+                The model that it was built with: loaded, or what [`load_retrieval_model`] takes. Without it, the model
+                is loaded from where it was then.
             processor ([`Blip2Processor`], *optional*):
                 Goes with a model that is loaded.
             device (`str` or `torch.device`, *optional*), dtype (`str` or `torch.dtype`, *optional*):
@@ -151,8 +151,9 @@ class SearchIndex:
         show_progress: bool = True,
     ) -> "SearchIndex":
         r"""
-        Makes an index of a folder of pictures and of the folders in it, or brings it up to date: new and changed
-        pictures are computed, those that are gone are dropped. It can be stopped and run again.
+        Make an index of a folder of pictures and of the folders in it, or bring it up to date: new and changed
+        pictures are computed, those that are gone are dropped. It can be stopped and run again. A second run on the
+        same index is refused while the first one lasts.
 
         Files and folders whose name begins with a dot are passed over. Pictures that can't be read are listed in
         `broken.json`, and tried again when they have changed.
@@ -161,17 +162,17 @@ class SearchIndex:
             folder (`str` or `os.PathLike`):
                 The pictures.
             model (`str`, `os.PathLike` or [`Blip2ForImageTextRetrieval`], *optional*):
-                Loaded, or what [`load_retrieval_model`] takes. If it is not given: that of the index.
+                Loaded, or what [`load_retrieval_model`] takes. Without it, that of the index.
             processor ([`Blip2Processor`], *optional*):
                 Goes with a model that is loaded.
             directory (`str` or `os.PathLike`, *optional*):
-                Where the index lies; `.blip2-index` inside `folder`, if it is not given.
+                Where the index lies. Without it, `.blip2-index` inside `folder`.
             store_embeds (`bool`, *optional*, defaults to `False`):
                 Whether to store the tower's output, in float16, so that re-ranking need not run the tower. An index
                 that has it goes on with it.
             approximate (`bool`, *optional*):
-                Whether to make an approximate index, with faiss. If it is not given: where there is one already, and
-                from 100,000 pictures on.
+                Whether to make an approximate index, with faiss. Without it, one is made from 100,000 pictures on, and
+                one that is there is kept up to date.
             rebuild (`bool`, *optional*, defaults to `False`):
                 Whether to begin anew. After an interruption, go on without it.
             batch_size (`int`, *optional*, defaults to 32):
@@ -242,8 +243,8 @@ class SearchIndex:
         exact: bool = False,
     ) -> list[SearchResult]:
         r"""
-        Finds pictures, by a text or by a picture: the score of a picture is the highest of the cosines of its queries
-        with the text; with a picture, the mean of that over the queries of the picture.
+        Find pictures, by a text or by a picture. The score of a picture is the highest of the cosines of its queries
+        with the text or, with a picture, the mean of that over the queries of the picture.
 
         Args:
             text (`str`, *optional*):
@@ -256,10 +257,10 @@ class SearchIndex:
                 How many of the first are matched with the text, and ranked by the logit of "match" plus the cosine.
                 The paper has 128.
             exact (`bool`, *optional*, defaults to `False`):
-                Whether to compare with all pictures even where there is an approximate index.
+                Whether to compare with all pictures even if there is an approximate index.
 
         Returns:
-            `list[SearchResult]`: the best first; fewer than `top` where there are not as many.
+            `list[SearchResult]`: the best first; fewer than `top` if there are not as many.
 
         Raises:
             ValueError: if not one of `text` and `image` is given, or the numbers do not fit.
@@ -304,7 +305,7 @@ class SearchIndex:
         return self.model.get_image_features(pixel_values.to(self.model.device)).pooler_output[0]
 
     def _compare(self, queries: torch.Tensor, count: int, exact: bool) -> tuple[np.ndarray, torch.Tensor]:
-        """Shard and row of the best `count` pictures, and their scores."""
+        """Return the shard and the row of the best `count` pictures, and their scores."""
         candidates = None if exact else self._approximate.propose(queries, count)
         rows = (self._store.rows if candidates is None else self._store.rows[candidates])[:, 1:]
         if not len(rows):
@@ -316,13 +317,13 @@ class SearchIndex:
         return rows[best.indices.cpu().numpy()], best.values.cpu()
 
     def _similarity(self, features: np.ndarray, queries: torch.Tensor) -> torch.Tensor:
-        """For each query the highest of the cosines with a picture's, and of these the mean."""
+        """Return the mean over the queries of the highest cosine of each with those of a picture."""
         return image_text_similarity(torch.from_numpy(features).to(queries.device).float(), queries).mean(dim=1)
 
     def _rerank(
         self, rows: np.ndarray, scores: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[np.ndarray, torch.Tensor]:
-        """The same rows, less those whose picture is not there any more, by the logit of "match" plus the cosine."""
+        """Return the rows whose picture is still there, and as scores the logit of "match" plus the cosine."""
         kept: list[int] = []
         logits = [torch.empty(0)]
         with logging.tqdm(total=len(rows), desc="Re-ranking", unit="picture", disable=not self.show_progress) as bar:
@@ -339,7 +340,7 @@ class SearchIndex:
         return rows[kept], scores[kept] + torch.cat(logits)
 
     def _embeds(self, rows: np.ndarray) -> tuple[Sequence[int], torch.Tensor | None]:
-        """Which of some rows can be read, and the tower's output for them."""
+        """Return which of some rows can be read, and the tower's output for them."""
         if self._store.has_embeds:
             stored = np.concatenate([self._store.read("embeds", shard, [row]) for shard, row in rows.tolist()])
             dtype = next(self.model.qformer.parameters()).dtype

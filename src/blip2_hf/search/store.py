@@ -1,8 +1,8 @@
 """
-The files of an index. It is a folder of its own: each shard is `features-*.npy`, `pictures-*.json`, which is written
-last and makes the shard count, and, where the tower's output is stored, `embeds-*.npy`. `index.json` says what made
-them. A picture has a number that no other ever has; the approximate index holds vectors under these numbers, so it may
-lag behind.
+The files of an index, which is a folder of its own. A shard is `features-*.npy`, `pictures-*.json` and, if the tower's
+output is stored, `embeds-*.npy`. The list of pictures is written last: a shard counts once all its files are there.
+`index.json` says what made them. A picture has a number that no other ever has. The approximate index holds vectors
+under these numbers, so it may lag behind.
 """
 
 import re
@@ -25,6 +25,7 @@ LOCK = ".lock"
 _VERSION = 1
 _BROKEN = "broken.json"
 _SHARD_FILE = re.compile(r"(?:features|embeds|pictures)-(\d+)\.(?:npy|json)")
+_PICTURES_FILE = re.compile(r"pictures-(\d+)\.json")
 _APPROXIMATE_FILE = re.compile(r"approximate-(\d+)\.faiss")
 _UNFINISHED = (".npy.tmp", ".json.tmp", ".faiss.tmp")  # of earlier releases
 
@@ -86,43 +87,59 @@ class Shard:
 
 
 class Store:
-    """The files of an index, and what is in them; it knows nothing of models."""
+    """The files of an index, and what is in them. Models are not known here."""
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.description = read_description(directory)
         self.has_embeds: bool = self.description["store_embeds"]
-        self.shards = _read_shards(directory)
         self._arrays = ("features", "embeds") if self.has_embeds else ("features",)
+        self.shards = self._read_shards()
         self._rows: np.ndarray | None = None
+
+    def _read_shards(self) -> list[Shard]:
+        shards, seen = [], set()
+        matches = [match for path in self.directory.iterdir() if (match := _PICTURES_FILE.fullmatch(path.name))]
+        # A run that was killed while it gathered shards has left pictures in two shards, of which the later counts
+        for number in sorted((int(match[1]) for match in matches), reverse=True):
+            if all(self._path(name, number).exists() for name in self._arrays):
+                columns = _read(self._path("pictures", number))
+                paths = [None if picture in seen else picture for picture in columns["paths"]]
+                seen.update(paths)
+                shards.append(Shard(number, columns["ids"], paths, columns["stats"]))
+        return [shard for shard in reversed(shards) if shard.alive()]
 
     @property
     def rows(self) -> np.ndarray:
-        """Of each picture its number, its shard and its row, of shape `(num_pictures, 3)`, in the order of shards."""
+        """Return number, shard and row of each picture, of shape `(num_pictures, 3)`, in the order of shards."""
         if self._rows is None:
             rows = [(shard.ids[row], i, row) for i, shard in enumerate(self.shards) for row in shard.alive()]
             self._rows = np.array(rows, np.int64).reshape(-1, 3)
         return self._rows
 
     def name(self, shard: int, row: int) -> str:
-        """The path of a picture inside the folder."""
+        """Return the path of a picture inside the folder."""
         return str(self.shards[shard].paths[row])
 
     def stats(self) -> dict[str, list[int]]:
-        """Size and mtime of each picture."""
+        """Return size and mtime of each picture."""
         return {str(shard.paths[row]): shard.stats[row] for shard in self.shards for row in shard.alive()}
 
     def read(self, name: str, shard: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Features or embeds of rows of a shard, in rising order."""
+        """Read features or embeds of rows of a shard, in rising order."""
         return self._read(name, self.shards[shard], rows)
 
     def _read(self, name: str, shard: Shard, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         path = self._path(name, shard.number)
-        # A few rows alone are read where not all are wanted
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is gone: the index was changed after it was opened. Open it again, or run the search again."
+            )
+        # If not all rows are wanted, the others are not read
         return np.load(path) if len(rows) == len(shard.ids) else np.load(path, mmap_mode="r")[rows]
 
     def add(self, paths: list[str], stats: list[list[int]], parts: list[dict[str, np.ndarray]]):
-        """A shard of its own for new pictures."""
+        """Add a shard of new pictures."""
         first = self.next_id()
         shard = Shard(self._next_number(), list(range(first, first + len(paths))), list(paths), stats)
         self._write_shard(shard, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
@@ -141,7 +158,7 @@ class Store:
         write_json(self._path("pictures", shard.number), columns, indent=None)
 
     def drop(self, paths: set[str]):
-        """Leaves pictures out."""
+        """Leave pictures out."""
         self._rows = None
         for shard in list(self.shards):
             if paths.isdisjoint(shard.paths):
@@ -160,7 +177,7 @@ class Store:
         self._rows = None
 
     def gather_small_shards(self, rows_per_shard: int):
-        """Shards of which less than half is left, or that began small, become larger ones."""
+        """Make larger shards of those of which less than half is left, or that began small."""
         small = [shard for shard in self.shards if len(shard.alive()) <= rows_per_shard // 2]
         while len(small) > 1:
             group: list[Shard] = []
@@ -169,7 +186,7 @@ class Store:
             self._gather(group)
 
     def _gather(self, group: list[Shard]):
-        """One shard in place of several; it has the highest number, by which it counts as soon as it is there."""
+        """Put one shard in place of several. It counts as soon as it is there, by its number, which is the highest."""
         rows = [(shard, row) for shard in group for row in shard.alive()]
         gathered = Shard(
             self._next_number(),
@@ -185,7 +202,7 @@ class Store:
             self._remove_shard(shard)
 
     def remove_leftovers(self):
-        """Remove files that a killed run has left unfinished, or has not come to remove."""
+        """Remove files that a run which was killed has left unfinished, or was about to remove."""
         remove_leftovers(self.directory)
         numbers = {shard.number for shard in self.shards}
         newest, _ = self.approximate_file()
@@ -204,7 +221,7 @@ class Store:
         check_still_there([self.directory / DESCRIPTION, *paths], self.directory)
 
     def next_id(self) -> int:
-        """The number of the next picture."""
+        """Return the number of the next picture."""
         _, covered = self.approximate_file()
         return max([covered, *(max(shard.ids) + 1 for shard in self.shards)])
 
@@ -215,39 +232,23 @@ class Store:
         return self.directory / f"{name}-{number:06d}.{'json' if name == 'pictures' else 'npy'}"
 
     def read_broken(self) -> dict[str, tuple[int, int, str]]:
-        """Size and mtime of pictures that can't be read, and why."""
+        """Return size and mtime of the pictures that can't be read, and why."""
         path = self.directory / _BROKEN
         if not path.exists():
             return {}
         return {name: (size, mtime, reason) for name, (size, mtime, reason) in _read(path).items()}
 
     def write_broken(self, broken: dict[str, tuple[int, int, str]]):
-        """What `read_broken` will return."""
+        """Write what `read_broken` will return."""
         if broken != self.read_broken():
             write_json(self.directory / _BROKEN, broken)
 
     def approximate_file(self) -> tuple[Path | None, int]:
-        """The approximate index, and the number up to which pictures may be in it."""
+        """Return the approximate index, and the number up to which pictures may be in it."""
         matches = [match for path in self.directory.iterdir() if (match := _APPROXIMATE_FILE.fullmatch(path.name))]
         covered = max((int(match[1]) for match in matches), default=0)
         return (self.new_approximate_file(covered) if matches else None), covered
 
     def new_approximate_file(self, covered: int) -> Path:
-        """Where an approximate index goes that has all pictures whose number is lower."""
+        """Return where an approximate index goes that has all pictures whose number is lower."""
         return self.directory / f"approximate-{covered:09d}.faiss"
-
-
-def _read_shards(directory: Path) -> list[Shard]:
-    shards, seen = [], set()
-    numbered = {
-        int(match[1]): path
-        for path in directory.glob("pictures-*.json")
-        if (match := _SHARD_FILE.fullmatch(path.name))
-    }
-    # A run that was killed while it gathered shards has left pictures in two: the later counts
-    for number, path in sorted(numbered.items(), reverse=True):
-        columns = _read(path)
-        paths = [None if picture in seen else picture for picture in columns["paths"]]
-        seen.update(paths)
-        shards.append(Shard(number, columns["ids"], paths, columns["stats"]))
-    return [shard for shard in reversed(shards) if shard.alive()]

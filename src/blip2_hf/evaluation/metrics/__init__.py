@@ -1,10 +1,6 @@
-"""
-Captions, answers and retrieval scored as the benchmarks do: pure Python, and as modules of `evaluate` that load from
-this package, without a network.
-"""
+"""Captions, answers and retrieval scored as the benchmarks do: pure Python functions, and modules of `evaluate`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bleu import bleu
@@ -20,13 +16,12 @@ from .vqa import choose_vqa_protocol, normalize_vqa_answer, vqa_accuracy, vqa_ac
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
 
-_MODULES = Path(__file__).parent / "modules"
 METRICS = ("bleu_coco", "caption_metrics", "cider_d", "gqa_accuracy", "retrieval_recall", "rouge_l", "vqa_accuracy")
 
 
 def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     r"""
-    The scores of COCO's caption evaluation, for texts: each is cut into words once.
+    Compute the scores of COCO's caption evaluation for texts. Each text is cut into words once.
 
     Args:
         predictions (`list[str]`):
@@ -55,14 +50,14 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
 
 def load_metric(name: str, **kwargs: Any) -> "EvaluationModule":
     r"""
-    Load a metric as a module of `evaluate`, from this package's own files.
+    Load a metric as a module of `evaluate`. Nothing is fetched.
 
     Args:
         name (`str`):
             One of `METRICS`: `"bleu_coco"`, `"caption_metrics"`, `"cider_d"`, `"gqa_accuracy"`, `"retrieval_recall"`,
             `"rouge_l"`, `"vqa_accuracy"`.
         kwargs:
-            As for `evaluate.load`, such as `num_process` and `process_id`.
+            As for `evaluate.Metric`, such as `num_process` and `process_id`.
 
     Returns:
         `evaluate.EvaluationModule`: with `compute`, `add_batch` and so on.
@@ -79,9 +74,9 @@ def load_metric(name: str, **kwargs: Any) -> "EvaluationModule":
     ```"""
     if name not in METRICS:
         raise ValueError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
-    import evaluate
+    from .evaluate_module import Blip2Metric
 
-    return evaluate.load(str(_MODULES / name), module_type="metric", **kwargs)
+    return Blip2Metric(config_name=name, **kwargs)
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """
-Takes out of the features how a hand draws: each hand's pictures less their mean, every feature in units of its spread.
+Remove the style from the features: subtract the mean of each style's pictures, and divide by the standard deviation.
 
-A hand that nothing is learned from shifts all features; its mean needs some of its pictures, but none of their names.
+An unseen style shifts all features. Its mean needs some of its pictures, but none of their names.
 """
 
 from functools import partial
@@ -12,18 +12,20 @@ import torch
 from blip2_hf.data import read_cached_features
 
 
-def without_hands(features: dict[str, datasets.Dataset], learned_from: str = "train") -> dict[str, datasets.Dataset]:
+def remove_styles(features: dict[str, datasets.Dataset], learned_from: str = "train") -> dict[str, datasets.Dataset]:
     """
+    Subtract each style's mean, and scale each feature.
+
     Args:
         features (`dict[str, datasets.Dataset]`):
-            Rows of `load_cached_features`, with a column `style`. The mean of a hand is that of its pictures
-            themselves (view 0) in all splits.
+            Rows of `load_cached_features`, with a column `style`. The mean of a style is that of its unchanged
+            pictures (view 0) in all splits.
         learned_from (`str`, *optional*, defaults to `"train"`):
-            The split that says what a feature's spread is.
+            The split whose standard deviation is taken.
 
     Returns:
-        `dict[str, datasets.Dataset]`: the same rows, with `(feature - mean of the hand) / spread`, in the type that
-        they had.
+        `dict[str, datasets.Dataset]`: the same rows, with `(feature - mean of the style) / standard deviation`, in the
+        same dtype.
     """
     places = {split: _mean_places(rows) for split, rows in features.items()}
     styles = {split: rows["style"] for split, rows in features.items()}
@@ -34,13 +36,13 @@ def without_hands(features: dict[str, datasets.Dataset], learned_from: str = "tr
     means = {style: torch.stack(pictures).mean(dim=0) for style, pictures in by_style.items()}
     own_means = torch.stack([means[style] for style in styles[learned_from]])
     spread = (places[learned_from] - own_means).std(dim=0)
-    # Lists, for datasets tells by them what it has computed before
+    # Lists, because datasets hashes them to find what it has computed before
     change = partial(_centre, means={style: mean.tolist() for style, mean in means.items()}, spread=spread.tolist())
-    return {split: rows.map(change, desc=f"Hands of {split}") for split, rows in features.items()}
+    return {split: rows.map(change, desc=f"Styles of {split}") for split, rows in features.items()}
 
 
 def _mean_places(rows: datasets.Dataset) -> torch.Tensor:
-    """Of shape `(pictures, width)`."""
+    """Return the mean over each picture's features, of shape `(pictures, width)`."""
     rows = rows.select_columns([name for name in rows.column_names if name.startswith("image_embeds")])
     return torch.stack([read_cached_features(row).float().mean(dim=0) for row in rows])
 

@@ -1,0 +1,168 @@
+"""Where the features of images stand in the text of a language model."""
+
+from typing import Any
+
+import torch
+
+from .text_inputs import check_attention_mask
+
+
+class Blip2ImageTextMergingMixin:
+    """Merging of image features and text of [`Blip2ForConditionalGeneration`], and checks that both fit."""
+
+    def _insert_image_features(
+        self,
+        image_features: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_length: int = 0,
+    ) -> dict[str, Any]:
+        """
+        Puts the image features at their `<image>` placeholders, or in front of the text if there are none.
+
+        Returns:
+            `dict`: `inputs_embeds` of shape `(batch_size, length, hidden_size)`; `input_ids` (`None` if only
+            `inputs_embeds` were given), `attention_mask`, `labels` of shape `(batch_size, length)`; `is_image`,
+            boolean, of the same shape; `num_added`, how many positions were put in front.
+        """
+        text: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
+        if input_ids is not None and input_ids.shape[:2] != text.shape[:2]:
+            raise ValueError(
+                f"inputs_embeds of shape {tuple(text.shape)} for input_ids of shape {tuple(input_ids.shape)}: one "
+                "embedding for each token was expected."
+            )
+        check_attention_mask(attention_mask, text, past_length)
+        if attention_mask is None:
+            attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+        is_image, num_added = self._placeholders(input_ids, inputs_embeds), 0
+        if inputs_embeds is None:
+            ids = input_ids if is_image is None else input_ids.masked_fill(is_image, 0)
+            inputs_embeds = self.get_input_embeddings()(ids)
+        if is_image is None:
+            num_added = self._num_in_front(image_features, len(text))
+            index = self.config.image_token_index
+            # A mask may also cover a cache, which comes first
+            past = attention_mask.shape[1] - text.shape[1]
+            is_image = _put_in_front(torch.zeros_like(attention_mask[:, past:]).bool(), num_added, True)
+            attention_mask = _put_in_front(attention_mask, num_added, 1, past)
+            inputs_embeds = _put_in_front(inputs_embeds, num_added, 0.0)
+            if input_ids is not None:
+                input_ids = _put_in_front(input_ids, num_added, -1 if index is None else index)
+            if labels is not None and not self.config.is_encoder_decoder:
+                labels = _put_in_front(labels, num_added, -100)
+        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        self._check_placeholders(is_image, image_features, inputs_embeds.shape[2])
+        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
+        if self.config.is_encoder_decoder:
+            # Relative positions: padding between image and text would move them apart
+            order = (attention_mask == 0).int().argsort(dim=1, stable=True)
+            attention_mask = attention_mask.gather(1, order)
+            inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds).to(inputs_embeds.device))
+        return {
+            "inputs_embeds": inputs_embeds,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "is_image": is_image,
+            "num_added": num_added,
+        }
+
+    def _num_in_front(self, image_features: torch.Tensor, batch_size: int) -> int:
+        """Return how many positions the images of each text take in front of it."""
+        num_images = image_features.shape[0]
+        if num_images % batch_size:
+            raise ValueError(
+                f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for each "
+                "text were expected. Let Blip2Processor make input_ids, or give one image a text."
+            )
+        return num_images // batch_size * image_features.shape[1]
+
+    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """Where `<image>` stands in the text, boolean, of shape `(batch_size, length)`; `None` if it has none."""
+        index = self.config.image_token_index
+        if input_ids is not None:
+            is_image = None if index is None else input_ids == index
+        else:
+            # A tokenizer may have given `<image>` an id beyond the embeddings
+            embeddings = self.get_input_embeddings()
+            has_embedding = index is not None and index < tuple(embeddings.weight.shape)[0]
+            is_image = None
+            if has_embedding:
+                placeholder = embeddings(torch.tensor(index, device=inputs_embeds.device)).to(inputs_embeds)
+                is_image = (inputs_embeds == placeholder).all(dim=-1)
+        # A compiled graph can't branch on values: there, Blip2Processor's placeholders are expected
+        if is_image is not None and (torch.compiler.is_compiling() or bool(is_image.any())):
+            return is_image
+        if input_ids is not None:
+            self._check_unknown_placeholders(input_ids)
+        return None
+
+    def _check_text_without_image(self, input_ids: torch.Tensor):
+        index = self.config.image_token_index
+        if index is None:
+            self._check_unknown_placeholders(input_ids)
+        if index is None or torch.compiler.is_compiling() or not bool((input_ids == index).any()):
+            return
+        raise ValueError(
+            f"input_ids have {int((input_ids == index).sum())} `<image>` placeholders (token id {index}), but no "
+            "image was given. Give pixel_values, image_embeds or image_features, or a text without `<image>`."
+        )
+
+    def _match_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Labels of the shape of `input_ids`: those of the text alone are filled up at the placeholders before it."""
+        if labels is None or input_ids is None or self.config.is_encoder_decoder or labels.shape == input_ids.shape:
+            return labels
+        front = input_ids[:, : input_ids.shape[1] - labels.shape[1]]
+        index = self.config.image_token_index
+        if labels.shape[1] > input_ids.shape[1] or index is None or not bool((front == index).all()):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} for input_ids of shape {tuple(input_ids.shape)}: a "
+                "decoder-only language model learns at the positions of input_ids. Make both with one "
+                "Blip2Processor call, whose is_encoder_decoder must be False."
+            )
+        return torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
+
+    def _check_labels_of_embeddings(self, labels: torch.Tensor, inputs_embeds: torch.Tensor):
+        if not self.config.is_encoder_decoder and labels.shape[1] != inputs_embeds.shape[1]:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} for inputs_embeds of shape {tuple(inputs_embeds.shape)}: one "
+                "label for each embedding was expected, -100 at images and at what is not learned."
+            )
+
+    def _check_unknown_placeholders(self, input_ids: torch.Tensor):
+        front = input_ids[:, : self.config.num_query_tokens]
+        if torch.compiler.is_compiling() or not 2 <= self.config.num_query_tokens == front.shape[1]:
+            return
+        if bool((front == front[0, 0]).all()) and int(front[0, 0]) != self.config.pad_token_id:
+            raise ValueError(
+                f"All texts begin with {front.shape[1]} tokens of id {int(front[0, 0])}, which look like placeholders "
+                f"of an image, but config.image_token_index is {self.config.image_token_index}. If a Blip2Processor "
+                "made them, set model.config.image_token_index = processor.image_token_id."
+            )
+
+    def _check_placeholders(self, is_image: torch.Tensor, image_features: torch.Tensor, width: int):
+        expected = image_features.shape[0] * image_features.shape[1]
+        if image_features.shape[2] != width:
+            raise ValueError(
+                f"image_features are {image_features.shape[2]} wide, the language model's embeddings {width}: "
+                "give what get_image_features(...).pooler_output returned."
+            )
+        if torch.compiler.is_compiling():
+            torch._assert_async(is_image.sum() == expected, "as many `<image>` placeholders as image features")
+            return
+        found = int(is_image.sum())
+        if found != expected:
+            raise ValueError(
+                f"The text has {found} `<image>` placeholders (token id {self.config.image_token_index}), but "
+                f"{image_features.shape[0]} images give {image_features.shape[1]} features each, {expected} in all. "
+                "Each image needs one `<image>` in the text given to Blip2Processor, whose num_query_tokens must be "
+                f"{image_features.shape[1]}."
+            )
+
+
+def _put_in_front(values: torch.Tensor, count: int, value: float, past: int = 0) -> torch.Tensor:
+    """Return `values` of shape `(batch_size, length, ...)` with `count` more positions behind the first `past`."""
+    front = values.new_full((len(values), count, *values.shape[2:]), value)
+    return torch.cat([values[:, :past], front, values[:, past:]], dim=1)
