@@ -121,7 +121,7 @@ class PipelineCaptioner:
             `do_sample=True, top_p=0.9, num_beams=1, max_new_tokens=30`.
 
     Raises:
-        ValueError: if `num_captions` is less than 1; where it is called, if it is given features.
+        ValueError: if `num_captions` is less than 1; in a call, if it is given features.
     """
 
     def __init__(self, pipe: Pipeline, num_captions: int = NUM_CAPTIONS, **generate_kwargs):

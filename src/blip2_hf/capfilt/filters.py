@@ -36,7 +36,7 @@ class RetrievalFilter:
             Most tokens of a caption; the rest is not read.
 
     Raises:
-        ValueError: if there is no such score; where it is called, if features or scores are not finite.
+        ValueError: if there is no such score; in a call, if features or scores are not finite.
 
     Example:
 

@@ -234,7 +234,7 @@ class _Ranking:
         columns = list(zip(*found, strict=True))
         arrays = self.pictures.columns(columns[-1]).combine_chunks().columns
         arrays += [pa.array(x, self.schema.field(name).type) for name, x in zip(ADDED, columns, strict=True)]
-        # Files that pictures are only named of would be missing where the result is moved to
+        # The result may be moved to where files that rows only name are missing
         return embed_table_storage(pa.Table.from_arrays(arrays, schema=self.schema))
 
 

@@ -151,12 +151,12 @@ class ResultFiles:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all files were there once."""
+        """Tell whether all files were there once."""
         return (self.folder / _DATA).is_dir()
 
     @property
     def place(self) -> Path:
-        """Where the files are now."""
+        """Return where the files are now."""
         return self.folder / (_DATA if self.is_finished else _UNFINISHED)
 
     def check_own(self):

@@ -17,18 +17,18 @@ ROW_NUMBER = "__row__"  # column of a part of a dataset: which row of the whole 
 
 
 def stable_hash(text: str) -> int:
-    """63 bits that are the same in every process and on every machine."""
+    """Return 63 bits that are the same in every process and on every machine."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seeded_generator(*parts: int) -> torch.Generator:
-    """A generator of its own for each tuple of integers, such as (seed, epoch, row)."""
+    """Return a generator of its own for each tuple of integers, such as (seed, epoch, row)."""
     return torch.Generator().manual_seed(stable_hash(repr(parts)))
 
 
 def get_column(row: Mapping, column: str) -> Any:
-    """The value of a column, or, where none has a name such as `json.caption`, of the field `caption` of `json`."""
+    """Return the value of a column or, if none is called `json.caption`, of the field `caption` of `json`."""
     if column in row:
         return row[column]
     value: Any = row
@@ -70,8 +70,8 @@ def check_id(value: Any, name: str, column: str) -> int | str:
 
 def select_columns(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
     """
-    The columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them, and can say
-    whose picture is broken. What is no dataset of `datasets`, or makes its rows on the fly, stays as it is.
+    Return the columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them, and can
+    say whose picture is broken. What is no dataset of `datasets`, or makes its rows on the fly, stays as it is.
     """
     names = column_names(dataset)
     if names is None:
@@ -86,7 +86,7 @@ def select_columns(dataset: Any, columns: Iterable[str], image_column: str | Non
 
 
 def column_names(dataset: Any) -> list[str] | None:
-    """Names of the columns, where they can be known without a row."""
+    """Return the names of the columns if they can be known without a row."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.column_names
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
@@ -96,7 +96,7 @@ def column_names(dataset: Any) -> list[str] | None:
 
 def open_image(value: Any, name: str) -> Image.Image:
     """
-    A picture of a row, of any kind that [`~image_loading.load_image`] takes, or a file that `datasets` refers to.
+    Open a picture of a row, of any kind that [`~image_loading.load_image`] takes, or a file that `datasets` refers to.
 
     Args:
         value:

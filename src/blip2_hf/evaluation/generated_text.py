@@ -81,7 +81,7 @@ class GeneratedTextMetrics:
 
         Args:
             token_ids (`np.ndarray` of shape `(num_texts, length)`):
-                New tokens, or labels; negative where there are none.
+                New tokens, or labels; negative if there are none.
 
         Returns:
             `list[str]`: their first lines.

@@ -38,7 +38,7 @@ class Ranking:
 
     def matrix(self, num_candidates: int, fill: float = float("-inf")) -> torch.Tensor:
         """
-        The scores of all candidates, those that were not found having `fill`.
+        Return the scores of all candidates, with `fill` for those that were not found.
 
         Args:
             num_candidates (`int`):
@@ -103,7 +103,7 @@ class EncodedTexts:
 
 
 def _in_eval_mode(method: Callable) -> Callable:
-    """Without dropout and without a graph; the model is left as it was."""
+    """Run a method without dropout and without a graph; the model is left as it was."""
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
@@ -167,7 +167,7 @@ class TwoStageRetrieval:
 
     @property
     def batch_size(self) -> int:
-        """How many images, texts or pairs the model takes at a time, now."""
+        """Return how many images, texts or pairs the model takes at a time, now."""
         return self._batch_size.size
 
     @_in_eval_mode
@@ -178,6 +178,8 @@ class TwoStageRetrieval:
         image_features: torch.Tensor | None = None,
     ) -> TwoStageRankings:
         r"""
+        Find texts for images and images for texts.
+
         Args:
             images (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, `datasets.Dataset` or \
 sequence of `torch.Tensor`):
@@ -197,7 +199,9 @@ sequence of `torch.Tensor`):
         if image_features is None:
             image_features = self.encode_images(images)
         if len(image_features) != len(images):
-            raise ValueError(f"There are {len(images)} images and {len(image_features)} image_features: as many.")
+            raise ValueError(
+                f"image_features has {len(image_features)} rows; {len(images)} were expected, one for each image."
+            )
         found = self.compare(image_features, texts.features)
         if self.k == 0:
             return found
@@ -214,6 +218,8 @@ sequence of `torch.Tensor`):
     @_in_eval_mode
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         r"""
+        Compute what images are compared with.
+
         Args:
             texts (`list[str]`):
                 The texts.
@@ -245,6 +251,8 @@ sequence of `torch.Tensor`):
     @_in_eval_mode
     def encode_images(self, images: torch.Tensor | datasets.Dataset | Sequence[torch.Tensor]) -> torch.Tensor:
         r"""
+        Compute what texts are compared with.
+
         Args:
             images (`torch.Tensor`, `datasets.Dataset` or sequence of `torch.Tensor`):
                 The tower's output.
@@ -268,7 +276,7 @@ sequence of `torch.Tensor`):
         self, image_features: torch.Tensor, text_features: torch.Tensor, k: int | None = None
     ) -> TwoStageRankings:
         r"""
-        By contrast alone.
+        Rank by contrast alone.
 
         Args:
             image_features (`torch.Tensor` of shape `(num_images, num_query_tokens, image_text_hidden_size)`):
@@ -301,7 +309,7 @@ sequence of `torch.Tensor`):
         pairs: torch.Tensor,
     ) -> torch.Tensor:
         r"""
-        The logit of "match" of any pairs, each image's keys and values computed once.
+        Compute the logit of "match" of any pairs, and each image's keys and values once.
 
         Args:
             images (`torch.Tensor`, `datasets.Dataset` or sequence of `torch.Tensor`):
@@ -351,7 +359,7 @@ sequence of `torch.Tensor`):
         return torch.cat(parts)
 
     def _read(self, images: Any, rows: Sequence[int]) -> torch.Tensor:
-        """The tower's output of some images, on the model's device."""
+        """Return the tower's output of some images, on the model's device."""
         if isinstance(images, torch.Tensor):
             embeds = images[list(rows)]
         elif isinstance(images, datasets.Dataset):
@@ -388,14 +396,14 @@ def _check_finite(values: torch.Tensor, what: str):
 
 
 def _ranked_anew(found: Ranking, matched: torch.Tensor) -> Ranking:
-    """By the logit of "match" plus the cosine."""
+    """Rank by the logit of "match" plus the cosine."""
     scores = found.scores + matched
     order = scores.argsort(dim=1, descending=True, stable=True)
     return Ranking(found.index.gather(1, order), scores.gather(1, order))
 
 
 def _groups(by_image: dict[int, list[int]], batch_size: int) -> list[list[int]]:
-    """Images that are matched together: they have as many texts each, and no more than a batch in all."""
+    """Return images that are matched together: they have as many texts each, and no more than a batch in all."""
     groups: list[list[int]] = []
     for image in sorted(by_image, key=lambda image: (len(by_image[image]), image)):
         count = len(by_image[image])

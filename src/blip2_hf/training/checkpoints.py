@@ -274,12 +274,13 @@ def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
 
 
 def _has_weights_alone(folder: Path) -> bool:
-    """With save_only_model neither the optimizer nor the state of the random numbers is there."""
+    """Tell whether a checkpoint is of save_only_model, without the optimizer and the state of the random numbers."""
     return (folder / TRAINER_STATE_NAME).exists() and not any(folder.glob("rng_state*.pth"))
 
 
 def _is_complete(folder: Path, step: int) -> bool:
-    """Process 0 writes the state of the training last; the others that of their random numbers before it or after."""
+    """Tell whether all files of a checkpoint are there."""
+    # Process 0 writes the state of the training last, the others that of their random numbers before it or after
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
