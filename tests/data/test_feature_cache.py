@@ -65,7 +65,7 @@ def cache(dataset, model, processor, folder, **options):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".arrow" or path.suffix == ".json"}
 
 
 def encode(image):
@@ -270,7 +270,7 @@ def test_arguments_that_do_not_fit(folder, dataset, model, processor, tmp_path):
             cache(dataset, model, processor, tmp_path, **options)
     for message, rows in {
         "no rows": dataset.select([]),
-        "takes a datasets.Dataset, got a IterableDataset": dataset.to_iterable_dataset(),
+        "datasets.Dataset was expected, got a IterableDataset": dataset.to_iterable_dataset(),
         "column 'image_embeds' already": dataset.rename_column("key", "image_embeds"),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from datasets.table import embed_table_storage
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..data.rows import stable_hash
+from ..data.rows import check_dataset, stable_hash
 from ..jobs.fingerprints import stable_repr
 from ..jobs.output import only_writer, share, tell_share
-from ..jobs.picture_inputs import load_ahead
+from ..jobs.picture_inputs import load_shards
 from .captioned_pictures import CaptionedPicture, CaptionedPictures
 from .captioners import Captioner, ModelCaptioner, PipelineCaptioner, propose_captions
 from .filters import CaptionFilter, RetrievalFilter
@@ -170,14 +169,7 @@ def _settings_of(function: Any) -> Any:
 
 
 def _check_arguments(dataset: Any, keep: int, batch_size: int, rows_per_shard: int):
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(
-            f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming."
-        )
-    if len(dataset) == 0:
-        raise ValueError("The dataset has no rows.")
-    if taken := [name for name in ADDED if name in dataset.column_names]:
-        raise ValueError(f"The dataset has a column {taken[0]!r} already. Rename it, or remove it.")
+    check_dataset(dataset, ADDED)
     if min(keep, batch_size, rows_per_shard) < 1:
         raise ValueError(
             f"keep={keep}, batch_size={batch_size}, rows_per_shard={rows_per_shard}: 1 at least was expected of each."
@@ -241,19 +233,12 @@ class _Ranking:
 def _write(
     files: ResultFiles, shards: Sequence[int], ranking: _Ranking, batch_size: int, num_workers: int, is_shown: bool
 ):
-    # A batch lies within one file, so that a file does not depend on where a run began
-    own_rows = [files.rows[shard] for shard in shards]
-    plan = [[rows[i : i + batch_size] for i in range(0, len(rows), batch_size)] for rows in own_rows]
-    batches = load_ahead(
-        ranking.pictures,
-        num_workers,
-        batch_sampler=[batch for batches in plan for batch in batches],
-        collate_fn=list,
-    )
-    with logging.tqdm(total=sum(map(len, own_rows)), unit="row", desc="CapFilt", disable=not is_shown) as bar:
-        for shard, own in zip(shards, plan, strict=True):
+    rows = [files.rows[shard] for shard in shards]
+    read = load_shards(ranking.pictures, rows, batch_size, num_workers, collate_fn=list)
+    with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="CapFilt", disable=not is_shown) as bar:
+        for shard, batches in zip(shards, read, strict=True):
             report = ShardReport()
-            files.write(shard, ranking.tables(islice(batches, len(own)), report, bar), report)
+            files.write(shard, ranking.tables(batches, report, bar), report)
 
 
 __all__ = ["capfilt_dataset"]

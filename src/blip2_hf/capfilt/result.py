@@ -16,6 +16,7 @@ from ..jobs.atomic_files import atomic_file, remove_leftovers, rename, write_jso
 from ..jobs.errors import MadeOtherwiseError, StateFileError
 from ..jobs.fingerprints import check_settings_file
 from ..jobs.output import check_still_there
+from ..jobs.picture_inputs import split_rows
 from .captioned_pictures import CaptionedPicture, bad_row, has_words
 from .ranking import RankedCaption
 
@@ -141,8 +142,7 @@ class ResultFiles:
     ):
         self.folder = folder
         self.schema = features.arrow_schema
-        starts = range(0, num_rows, rows_per_shard)
-        self.rows = [range(start, min(start + rows_per_shard, num_rows)) for start in starts]
+        self.rows = split_rows(num_rows, rows_per_shard)
         # As Dataset.push_to_hub names them: load_dataset takes nothing else in the folder for data
         self.names = [f"train-{shard:05d}-of-{len(self.rows):05d}.parquet" for shard in range(len(self.rows))]
         self.settings = settings | {"rows": num_rows, "rows_per_shard": rows_per_shard}

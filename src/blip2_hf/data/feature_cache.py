@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json
 from ..jobs.batch_size import BatchSize
 from ..jobs.fingerprints import check_settings_file, fingerprint, sampled_rows, sampled_weights, stable_repr
 from ..jobs.output import check_still_there, only_writer
-from ..jobs.picture_inputs import PictureBatch, PictureInput, load_ahead
+from ..jobs.picture_inputs import PictureBatch, PictureInput, load_shards, split_rows
 from ..jobs.state_files import read_json, read_whole
 from ..models.backbones import load_tower, measure_width
 from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
 from ..models.image_loading import ImageLoadError, check_reads_8_bit
 from ..models.modeling_vision import build_vision_model
-from .rows import open_image, seeded_generator, select_columns
+from .rows import check_dataset, open_image, seeded_generator, select_columns
 
 
 logger = logging.get_logger(__name__)
@@ -254,15 +253,7 @@ def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:
 
 
 def _check_arguments(dataset, views, transform, dtype, rows_per_shard, part_index, num_parts):
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(
-            f"cache_features takes a datasets.Dataset, got a {type(dataset).__name__}. datasets.load_dataset without "
-            "streaming=True, or datasets.Dataset.from_list, make one."
-        )
-    if len(dataset) == 0:
-        raise ValueError("The dataset has no rows.")
-    if taken := [name for name in (*FEATURE_COLUMNS, ROW) if name in dataset.column_names]:
-        raise ValueError(f"The dataset has a column {taken[0]!r} already. Rename it, or remove it.")
+    check_dataset(dataset, (*FEATURE_COLUMNS, ROW))
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} was expected.")
     if rows_per_shard < 1:
@@ -347,10 +338,7 @@ class _Shards:
         self.rows_at_once = max(1, batch_size // pictures.views)
         self.shape = list(self._run_tower(pixel_values[:1]).shape[1:])
         self.row_bytes = pictures.views * self.shape[0] * self.shape[1] * DTYPES[dtype].itemsize
-        self.rows = [
-            range(start, min(start + rows_per_shard, len(pictures)))
-            for start in range(0, len(pictures), rows_per_shard)
-        ]
+        self.rows = split_rows(len(pictures), rows_per_shard)
         self.paths = _shard_paths(folder, len(self.rows))
         features = {} if pictures.others is None else dict(pictures.others.features)
         features |= {
@@ -415,13 +403,11 @@ class _Shards:
 
     def write(self, missing: list[int], num_workers: int):
         """Compute and write the files that are missing."""
-        # A batch lies within one file, so that a file does not depend on where a run began
-        step = self.rows_at_once
-        plan = {s: [self.rows[s][i : i + step] for i in range(0, len(self.rows[s]), step)] for s in missing}
-        batches = load_ahead(self.pictures, num_workers, batch_sampler=[rows for own in plan.values() for rows in own])
-        with logging.tqdm(total=sum(len(self.rows[s]) for s in missing), unit="row", desc="Features") as progress:
-            for shard in missing:
-                _write_shard(self.paths[shard], self.schema, self._tables(islice(batches, len(plan[shard])), progress))
+        rows = [self.rows[shard] for shard in missing]
+        shards = load_shards(self.pictures, rows, self.rows_at_once, num_workers)
+        with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="Features") as progress:
+            for shard, batches in zip(missing, shards, strict=True):
+                _write_shard(self.paths[shard], self.schema, self._tables(batches, progress))
 
     def _tables(self, batches: Iterator[PictureBatch], progress) -> Iterator[pa.Table]:
         for batch in batches:

@@ -68,6 +68,19 @@ def check_id(value: Any, name: str, column: str) -> int | str:
         ) from None
 
 
+def check_dataset(dataset: Any, added: Iterable[str]):
+    """Refuse what is no dataset with rows, and one that has a column already which is to be added."""
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming; "
+            "datasets.Dataset.from_list makes one of other rows."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The dataset has no rows.")
+    if taken := [name for name in added if name in dataset.column_names]:
+        raise ValueError(f"The dataset has a column {taken[0]!r} already. Rename it, or remove it.")
+
+
 def select_columns(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
     """
     Return the columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them, and can
