@@ -1,15 +1,17 @@
 """
-Captions of JPEG files, pictures a second: `caption_dataset`, files and all, against transformers' own
-pipeline("image-text-to-text") with its own Blip2ForConditionalGeneration.
+Measure how many JPEG files `caption_dataset` captions a second, compared with transformers' own pipeline.
+
+The baseline is pipeline("image-text-to-text") with transformers' own Blip2ForConditionalGeneration.
 
     python benchmarks/captioning.py                  # a model of medium size, random weights, on a CPU thread
     python benchmarks/captioning.py --num-workers 2 --threads 4 --pictures 512 --batch-size 32 --repeats 1
     python benchmarks/captioning.py --device cuda --dtype bfloat16 --pictures 512 --batch-size 32 --num-workers 4
 
 Both have the same weights, image processor, prompt, batch size, number of worker processes and number of new tokens,
-and are given the paths of the same files. With 0 workers, ours decodes in a thread beside the model, theirs before it.
-Prints one line of JSON; a speed_ratio above 1 is in favour of this library. cpu_seconds are those of this process in
-the quickest run, which other jobs on the machine disturb less. Ends with an error if captions differ.
+and get the paths of the same files. Without workers, this library decodes in a thread beside the model, and
+transformers decodes before it. The output is one line of JSON. A speed_ratio above 1 means that this library is
+faster. cpu_seconds are those of this process in the fastest run, which other jobs on the machine disturb less. If
+captions differ, the benchmark ends with an error.
 """
 
 import argparse
@@ -51,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Of words that can be told apart in a caption."""
+    """Make a tokenizer of words that can be distinguished in a caption."""
     vocab = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", *PROMPT.split()])}
     vocab |= {f"word{i}": i for i in range(len(vocab), WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
@@ -63,7 +65,7 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def make_config() -> Blip2Config:
-    """The shape of ViT-S/14, a Q-Former as wide, a small OPT."""
+    """Make a configuration of ViT-S/14's shape, a Q-Former of the same width, and a small OPT."""
     width = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
     return Blip2Config(
         vision_config=Blip2VisionConfig(**width, num_hidden_layers=12, image_size=224),
@@ -90,7 +92,7 @@ def make_models(arguments: argparse.Namespace) -> dict[str, torch.nn.Module]:
     ours = Blip2ForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in ours.parameters():
-            # Large enough for pictures to have different captions
+            # Large enough that pictures have different captions
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.1)
     theirs = transformers.Blip2ForConditionalGeneration(config.to_transformers())
@@ -101,7 +103,7 @@ def make_models(arguments: argparse.Namespace) -> dict[str, torch.nn.Module]:
 
 
 def make_processors() -> dict[str, transformers.ProcessorMixin]:
-    # The one that needs no torchvision
+    # This one needs no torchvision
     image_processor = transformers.models.blip.image_processing_pil_blip.BlipImageProcessorPil(
         size={"height": 224, "width": 224}
     )
@@ -112,7 +114,7 @@ def make_processors() -> dict[str, transformers.ProcessorMixin]:
 
 
 def write_pictures(folder: Path, number: int, size: tuple[int, int]) -> list[Path]:
-    """Blurred noise: JPEG files about as large as photographs of that size."""
+    """Write blurred noise as JPEG files, which are about as large as photographs of that size."""
     paths = [folder / f"{i:06d}.jpg" for i in range(number)]
     for i, path in enumerate(paths):
         noise = np.random.default_rng(i).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
@@ -123,7 +125,7 @@ def write_pictures(folder: Path, number: int, size: tuple[int, int]) -> list[Pat
 
 
 class Rows(torch.utils.data.Dataset):
-    """What the pipeline is given: as a list it would take it for a chat."""
+    """The input of the pipeline, which would take a list for a chat."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -172,7 +174,7 @@ def main():
         cpu_seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         runs = {run.__name__: with_cpu_seconds(run, cpu_seconds[run.__name__]) for run in (ours, theirs)}
         for run in runs.values():
-            run()  # what is done once only
+            run()  # to warm up
         times = seconds_in_turn(runs, arguments.device, arguments.repeats)
     speeds = {name: round(arguments.pictures / seconds, 3) for name, seconds in times.items()}
     equal = sum(a == b for a, b in zip(captions["ours"], captions["theirs"], strict=True))
@@ -192,7 +194,7 @@ def main():
         "captions_distinct": len(set(captions["ours"])),
     }
     print(json.dumps(report))
-    # Rounding to fewer bits lets tokens of almost equal probability change places
+    # In lower precision, tokens of almost equal probability may change places
     if arguments.dtype == "float32" and equal < arguments.pictures:
         raise SystemExit("The captions differ.")
 

@@ -1,4 +1,4 @@
-"""What the benchmarks measure: time, work and memory of a step."""
+"""Time, FLOP and memory of a step, for the benchmarks."""
 
 import gc
 import os
@@ -26,7 +26,7 @@ def seconds(run: Callable, device: str) -> float:
 
 
 def seconds_in_turn(runs: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
-    """The median of each, one after the other, so that what disturbs the machine disturbs all alike."""
+    """Measure the median of each run, in turn, so that other jobs on the machine disturb all of them equally."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -35,7 +35,7 @@ def seconds_in_turn(runs: dict[str, Callable], device: str, repeats: int) -> dic
 
 
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some large matrix products."""
+    """Measure the FLOP/s of the fastest of ten large matrix products."""
     size = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     torch.matmul(a, b)
@@ -43,7 +43,7 @@ def matmul_peak(device: str, dtype: torch.dtype) -> float:
 
 
 def peak_memory(step: Callable, device: str) -> int:
-    """Bytes that a step needs at most, above what is there before it."""
+    """Measure the largest number of bytes that a step needs in addition to those before it."""
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -51,7 +51,7 @@ def peak_memory(step: Callable, device: str) -> int:
         step()
         return torch.cuda.max_memory_allocated() - before
     before = _resident("VmRSS")
-    # Linux: the high-water mark starts anew
+    # Linux resets the high-water mark
     Path("/proc/self/clear_refs").write_text("5")
     step()
     return _resident("VmHWM") - before
@@ -59,8 +59,9 @@ def peak_memory(step: Callable, device: str) -> int:
 
 def peak_memory_of_fresh_process(name: str) -> int:
     """
-    On a CPU: in a process in which memory that is freed goes back at once, so that the resident size tells. It runs
-    the same script with `--memory-of name`, which prints the number.
+    Measure [`peak_memory`] on a CPU in a fresh process, which returns freed memory to the system at once.
+
+    The process runs the same script with `--memory-of name`, which prints the number.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
     command = [sys.executable, *sys.argv, "--memory-of", name]

@@ -1,18 +1,19 @@
 """
-Re-ranking by matching (ITM): pairs of image and text a second.
+Measure how many pairs of image and text re-ranking by matching (ITM) scores a second.
 
     python benchmarks/retrieval.py                       # from stored features, on a CPU thread
     python benchmarks/retrieval.py --tower               # against transformers, which runs a ViT-L at each call
     python benchmarks/retrieval.py --device cuda --dtype bfloat16
 
-A BERT-base Q-Former with 32 queries matches each of a few images with k texts of about 12 tokens.
+A BERT-base Q-Former with 32 queries matches each of a few images with k texts of about 12 tokens. The baseline is
+transformers' Blip2ForImageTextRetrieval.
 
-Without --tower both start from stored features [257, 1408]. The baseline scores each pair as LAVIS does: transformers'
-Blip2ForImageTextRetrieval on the features, repeated for each of the k texts, padded to 35 tokens; a batch has an
-image's k pairs. With --tower the baseline is the same class as it can be used, on pixels, texts padded to their
-longest, a batch of pairs at a time; here the tower runs once an image, and its time is counted. The baseline is then
-timed on fewer pairs, for each costs the same. Scores are compared. Prints one line of JSON; a speed_ratio above 1 is
-in favour of this library.
+Without --tower both start from stored features [257, 1408]. The baseline scores each pair as LAVIS does: a batch has
+an image's k pairs, with the image's features repeated for each text, and texts padded to 35 tokens. With --tower both
+start from pixels. The baseline then pads texts to their longest, and runs the tower for each pair; this library runs
+it once an image, and its time is counted. With --tower the baseline is timed on fewer pairs because each pair costs
+the same. The scores of both are compared. The output is one line of JSON. A speed_ratio above 1 means that this
+library is faster.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def make_models(arguments: argparse.Namespace):
 
 
 def make_texts(count: int) -> list[list[int]]:
-    """Of 9 to 15 tokens, 12 on average, [CLS] and [SEP] included, in no order."""
+    """Make texts of 9 to 15 tokens, 12 on average, [CLS] and [SEP] included, in random order."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(9, 16, (count,), generator=generator).tolist()
     return [[101, *torch.randint(1000, 30000, (n - 2,), generator=generator).tolist(), 102] for n in lengths]

@@ -1,14 +1,14 @@
 """
-One step of stage 1, AdamW included: two passes of the Q-Former against the four that the authors' code makes.
+Measure a step of stage 1, AdamW included: two passes of the Q-Former against the four of the authors' code.
 
     python benchmarks/stage1.py                                     # on a CPU thread
     python benchmarks/stage1.py --device cuda --batch-size 256 --dtype bfloat16 [--compile]
 
 The two are timed in turn, on the same model and data: stored tower features [batch, 257, 1408], a Q-Former of
-BERT-base's size with 32 queries, captions of about 12 tokens, dropout 0.1. The four-pass computation, that of
-tests/helpers/naive_stage1.py, pads texts to 32 tokens, projects the image anew in each pass that reads it, and has
-AdamW as torch makes it by default. Prints one line of JSON; a speed_ratio above 1 and a memory_ratio below 1 are in
-favour of two passes.
+BERT-base's size with 32 queries, captions of about 12 tokens, dropout 0.1. The four passes are those of
+tests/helpers/naive_stage1.py. They pad texts to 32 tokens, project the image again in each pass that reads it, and use
+torch's default AdamW. The output is one line of JSON. A speed_ratio above 1 and a memory_ratio below 1 mean that two
+passes are better.
 """
 
 import argparse
@@ -40,14 +40,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_model(device: str) -> Blip2ForPreTraining:
-    """A BERT-base Q-Former that reads the features of EVA-CLIP ViT-g, without the tower itself."""
+    """Make a BERT-base Q-Former that reads the features of EVA-CLIP ViT-g, without the tower."""
     torch.manual_seed(0)
     config = Blip2Config(qformer_config=Blip2QFormerConfig(use_qformer_text_input=True), has_vision_tower=False)
     return Blip2ForPreTraining(config).to(device).train()
 
 
 def make_batch(batch_size: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Captions of 9 to 15 tokens, 12 on average, [CLS] and [SEP] included."""
+    """Make captions of 9 to 15 tokens, 12 on average, [CLS] and [SEP] included, and features."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.arange(batch_size) * 6 // max(batch_size - 1, 1) + 9
     length = int(lengths.max())
@@ -89,15 +89,17 @@ class Step:
 
 
 def peak_memory_of(step: Step) -> int:
-    """Bytes above parameters, gradients and the optimizer's state."""
+    """Measure the bytes in addition to parameters, gradients and the optimizer's state."""
     step(set_to_none=False)
     return peak_memory(lambda: step(set_to_none=False), step.device)
 
 
 def largest_difference(two: Step, four: Step) -> dict[str, float]:
     """
-    Of losses, and of gradients by their norms, without dropout and with the likeliest negatives. The gradient of a
-    key's bias is zero but for rounding, and is left out.
+    Compute the largest relative difference of losses, and of gradients by their norms.
+
+    Without dropout, and with the most likely negatives. The gradient of a key's bias is left out because it is zero
+    but for rounding.
     """
     model, draw = two.model.eval(), torch.multinomial
     torch.multinomial = lambda weights, *args: weights.argmax(-1, keepdim=True)

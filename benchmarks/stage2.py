@@ -1,15 +1,14 @@
 """
-One step of stage 2, AdamW included: against transformers' own Blip2ForConditionalGeneration, with the same weights and
-the same parts frozen.
+Measure a step of stage 2, AdamW included, compared with transformers' own Blip2ForConditionalGeneration.
 
-    python benchmarks/stage2.py                    # OPT-125M's shape, features given to both, on a CPU thread
-    python benchmarks/stage2.py --tower            # transformers runs a tower of ViT-g's shape; here it is stored
+    python benchmarks/stage2.py                    # OPT-125M's shape, stored features for both, on a CPU thread
+    python benchmarks/stage2.py --tower            # transformers runs a tower of ViT-g's shape; ours has its features
     python benchmarks/stage2.py --language-model opt-2.7b --device cuda --dtype bfloat16 --batch-size 64
 
-Both are given the same batch, padded to its own longest text, the same fused AdamW, the language model in eval mode. A
-BERT-base Q-Former with 32 queries and dropout 0.1 reads features [batch, 257, 1408]; captions have about 12 tokens.
-Prints one line of JSON; a speed_ratio above 1 and a memory_ratio below 1 are in favour of this library. Memory is that
-above the parameters, their gradients and AdamW's state.
+Both have the same weights and frozen parts, the same batch, padded to its longest text, the same fused AdamW, and the
+language model in eval mode. A BERT-base Q-Former with 32 queries and dropout 0.1 reads features [batch, 257, 1408];
+captions have about 12 tokens. The output is one line of JSON. A speed_ratio above 1 and a memory_ratio below 1 mean
+that this library is better. Memory is counted in addition to the parameters, their gradients and AdamW's state.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class StoredTower(nn.Module):
-    """In place of transformers' tower: gives stored features, through the LayerNorm that is trained."""
+    """Replaces transformers' tower: returns stored features after the trained LayerNorm."""
 
     def __init__(self, post_layernorm: nn.LayerNorm):
         super().__init__()
@@ -61,7 +60,7 @@ class StoredTower(nn.Module):
 
 def make_config(arguments: argparse.Namespace) -> Blip2Config:
     sizes = LANGUAGE_MODELS[arguments.language_model]
-    # Without dropout of its own: it is frozen
+    # Without dropout because it is frozen
     text_config = transformers.OPTConfig(
         **sizes, vocab_size=50272, word_embed_proj_dim=sizes["hidden_size"], dropout=0.0, attention_dropout=0.0
     )
@@ -76,7 +75,7 @@ def make_config(arguments: argparse.Namespace) -> Blip2Config:
 
 
 def make_ours(config: Blip2Config, dtype: torch.dtype) -> nn.Module:
-    """With the language model made in `dtype`: one of 2.7 billion parameters takes 11 GB in float32."""
+    """Make this library's model, with the language model in `dtype`: OPT-2.7B takes 11 GB in float32."""
     model = Blip2ForConditionalGeneration._from_config(config, dtype=dtype)
     for name, part in model.named_children():
         if name != "language_model":
@@ -85,7 +84,7 @@ def make_ours(config: Blip2Config, dtype: torch.dtype) -> nn.Module:
 
 
 def make_theirs(config: Blip2Config, with_tower: bool, language_model: nn.Module) -> nn.Module:
-    """Around the same language model, which neither of the two changes."""
+    """Make transformers' model around the same language model, which neither of the two changes."""
     config = copy.deepcopy(config)
     config.has_vision_tower = True
     config.vision_config.num_hidden_layers = 39 if with_tower else 0
@@ -114,7 +113,7 @@ def make_models(arguments: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def make_batch(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Captions of 9 to 15 tokens, 12 on average, the start and the end token included, behind their image."""
+    """Make captions of 9 to 15 tokens, 12 on average, with start and end token, behind their images."""
     generator = torch.Generator().manual_seed(0)
     size = arguments.batch_size
     lengths = torch.arange(size) * 6 // max(size - 1, 1) + 9
@@ -159,7 +158,7 @@ class Step:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """In training mode all the same: what is compared is what is timed."""
+    """Turn dropout off, but stay in training mode because that is what is timed."""
     places = [
         (module, name)
         for module in model.modules()
@@ -175,7 +174,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def gradients(step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss, and gradients by the names that both have, without dropout."""
+    """Compute the loss without dropout, and the gradients by the names that both models have."""
     step.optimizer.zero_grad()
     with without_dropout(step.model):
         loss = step.loss()
@@ -185,13 +184,13 @@ def gradients(step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def largest_difference(ours: Step, theirs: Step) -> dict[str, float]:
-    """Of losses, and of gradients by their norms; and what rounding of the features alone makes of theirs."""
+    """Compute the largest relative difference of losses and gradients, and that of theirs if features are rounded."""
     (our_loss, actual), (loss, expected) = gradients(ours), gradients(theirs)
     features = theirs.batch["pixel_values"]
     theirs.batch["pixel_values"] = features * (1 + 2e-7 * torch.randn_like(features))
     _, rounded = gradients(theirs)
     theirs.batch["pixel_values"] = features
-    # That of a key's bias is zero but for rounding
+    # Without the gradient of a key's bias, which is zero but for rounding
     names = [name for name in expected if not name.endswith("key.bias")]
 
     def largest(other: dict[str, torch.Tensor]) -> float:
@@ -215,7 +214,7 @@ def main():
         print(memory_of(Step(name, models.pop(name), batch, arguments)))
         return
     steps = {name: Step(name, model, batch, arguments) for name, model in models.items()}
-    # A tower of random weights gives other features than those that are stored
+    # With --tower there is nothing to compare: a random tower's features are not the stored ones
     difference = None if arguments.tower else largest_difference(*steps.values())
     results: dict[str, dict] = {}
     for name, step in steps.items():

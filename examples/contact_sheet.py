@@ -1,4 +1,4 @@
-"""Draw pictures with what a model said about them as one sheet, to be looked at."""
+"""Draw pictures and their captions as one sheet."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ INK, PALE, RIGHT, WRONG = "#2b2a27", "#8a857a", "#2e9e6b", "#cf5b4a"
 
 
 class Card(NamedTuple):
-    """A picture, what the model said about it, and the truth."""
+    """A picture, its generated caption, and the truth."""
 
     image: Image.Image
     caption: str
@@ -66,7 +66,7 @@ def draw_contact_sheet(title, subtitle, sections, columns=8):
 
 
 def draw_card(pen, x, y, width, height, card):
-    """The picture, below it the caption with its mark, and, where the caption is wrong, the truth in small."""
+    """Draw a picture with its caption, a mark, and, if the caption is wrong, the truth in small letters."""
     pen.panel(x, y, width, height)
     pen.picture(x + PADDING, y + PADDING, PICTURE, card.image)
     middle, top = x + width / 2, y + PADDING + PICTURE + 12
@@ -82,7 +82,7 @@ def draw_card(pen, x, y, width, height, card):
 
 
 class Pen:
-    """Draws on an image; lengths are in points, [`SCALE`] pixels each."""
+    """Draws on an image. Lengths are in points of [`SCALE`] pixels."""
 
     def __init__(self, image):
         self.image = image
@@ -96,7 +96,7 @@ class Pen:
         self.draw.text((x * SCALE, y * SCALE), text, color, self.font(size), anchor="ma" if center else "la")
 
     def wrap(self, text, size, width, most):
-        """Break a text into lines of at most `width`; what does not fit into `most` lines ends in an ellipsis."""
+        """Break a text into at most `most` lines of at most `width`. A text that is cut ends in an ellipsis."""
         font, lines = self.font(size), [""]
         for word in text.split():
             longer = f"{lines[-1]} {word}".strip()
@@ -123,7 +123,7 @@ class Pen:
         self.image.paste(image, (x * SCALE, y * SCALE))
 
     def mark(self, x, y, right, color):
-        """A tick or a cross, drawn, for the font has neither."""
+        """Draw a tick or a cross, because the font has neither."""
         strokes = [[(-4, 0), (-1, 3), (4, -3)]] if right else [[(-3, -3), (3, 3)], [(-3, 3), (3, -3)]]
         for stroke in strokes:
             points = [((x + dx) * SCALE, (y + dy) * SCALE) for dx, dy in stroke]

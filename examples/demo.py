@@ -1,15 +1,16 @@
 """
-Teach a small BLIP-2 the names of things, from two drawings of each, and let it caption a third that it has not seen.
+Teach a small BLIP-2 the names of things from two drawings of each, and let it caption a third drawing in a new style.
 
-A frozen DINOv2-small looks, a frozen SmolLM2-135M speaks, and a Q-Former between them learns in minutes on a CPU:
+The vision tower is a frozen DINOv2-small, the language model a frozen SmolLM2-135M. The Q-Former between them learns
+in minutes on a CPU:
 
-1. the frozen tower's features are computed once, several versions of each picture, and kept;
-2. stage 1: the Q-Former alone learns by contrast, matching and captioning (ITC, ITM, ITG);
-3. stage 2: the language model, frozen, reads the queries and has to write the name.
+1. The frozen tower's features of several versions of each picture are computed once, and stored.
+2. In stage 1 the Q-Former alone learns by contrast, matching and captioning (ITC, ITM, ITG).
+3. In stage 2 the frozen language model reads the queries and has to write the name.
 
     python examples/demo.py              # or: make demo
-    python examples/demo.py --retrain    # forget the trained model of the last run
-    python examples/demo.py --no-stage1  # stage 2 alone, to see what stage 1 is good for
+    python examples/demo.py --retrain    # replace the trained model of the last run
+    python examples/demo.py --no-stage1  # stage 2 alone, to see what stage 1 adds
 """
 
 import argparse
@@ -31,7 +32,7 @@ from real_assets import cache_folder, real_assets
 from tqdm import tqdm
 from transformers import AutoTokenizer, Trainer, TrainingArguments, pipeline
 
-# In transformers 5.17 the name in the package itself asks for torchvision
+# Not from transformers itself: in 5.17 that name needs torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
@@ -49,11 +50,11 @@ from blip2_hf.models.losses import image_text_similarity
 
 
 DATA = Path(__file__).parent / "data" / "emoji"
-# From two examples a frozen language model knows what it is to do with a picture that reads like a word
+# Two examples show the frozen language model what to do with a picture that reads like a word
 PROMPT = "dog: dog\nred apple: red apple\n<image>:"
 GROUPS = ("animal", "food-fruit", "food-vegetable", "food-prepared", "drink", "transport", "musical-instrument")
 LAYER, QUERIES = 9, 8
-# Parts of stage 1 that no pretrained weights start; they learn faster than the rest
+# Parts of stage 1 without pretrained weights, which learn faster than the rest
 NEW_PARTS = (
     "crossattention",
     "query_tokens",
@@ -74,14 +75,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stage1-steps", type=int, default=170, help="steps of the Q-Former alone")
     parser.add_argument("--stage2-steps", type=int, default=140, help="steps through the language model")
     parser.add_argument("--no-stage1", action="store_true", help="leave out stage 1")
-    parser.add_argument("--validate", action="store_true", help="test on Twemoji, learn from Noto: to choose settings")
+    parser.add_argument("--validate", action="store_true", help="learn from Noto, test on Twemoji, to choose settings")
     parser.add_argument("--hub", action="store_true", help="take the pretrained parts from the Hub")
-    parser.add_argument("--retrain", action="store_true", help="train again, although there is a trained model")
+    parser.add_argument("--retrain", action="store_true", help="train again, even if there is a trained model")
     return parser.parse_args()
 
 
 def load_pictures(arguments: argparse.Namespace, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Two drawings of each thing to learn from, a third, of another style, to be tested on."""
+    """Load two drawings of each thing for training, and a third in another style for the test."""
     files = {split: str(DATA / f"{split}.parquet") for split in ("train", "test")}
     pictures = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache_folder() / "datasets"))
     names = [
@@ -101,7 +102,7 @@ def load_pictures(arguments: argparse.Namespace, tokenizer) -> tuple[datasets.Da
 
 
 def stored_features(pictures: datasets.Dataset, assets, image_processor, views: int) -> datasets.Dataset:
-    """The frozen tower's output for some views of each picture, computed once."""
+    """Load the frozen tower's output for some views of each picture, and compute it first if it is not stored."""
     transform = RandomView()
     what = f"{pictures._fingerprint} {assets.vision_model} {image_processor.size} {views} {transform}"
     folder = cache_folder() / "features" / hashlib.sha256(what.encode()).hexdigest()[:16]
@@ -138,7 +139,7 @@ def train(model, pairs, collator, folder: Path, steps: int, batch_size: int, gro
 
 
 def train_stage1(model, features: datasets.Dataset, collator, arguments: argparse.Namespace):
-    """Contrast, matching and captioning; two drawings of one thing are no negatives of each other."""
+    """Train by contrast, matching and captioning. Two drawings of one thing are no negatives of each other."""
     new, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -150,7 +151,7 @@ def train_stage1(model, features: datasets.Dataset, collator, arguments: argpars
 
 @torch.no_grad()
 def evaluate_stage1(model, test_features: datasets.Dataset, processor, collator) -> dict[str, dict[str, float]]:
-    """Retrieval among the names by ITC and re-ranked by ITM, and the Q-Former's own captions (ITG)."""
+    """Evaluate retrieval among the names by ITC, re-ranking by ITM, and the Q-Former's own captions (ITG)."""
     model.eval()
     pairs = ImageTextPairs(test_features, text_column="name", id_column="name", train=False)
     batch = collator(list(pairs))
@@ -169,13 +170,13 @@ def evaluate_stage1(model, test_features: datasets.Dataset, processor, collator)
 
 
 def reranked_recall(model, batch: dict[str, torch.Tensor], similarity: torch.Tensor, candidates: int = 5) -> float:
-    """Share of images whose own text is the first of the most alike, by the ITM score of "match" and the cosine."""
+    """Compute the share of images whose own text is the first candidate by ITM's logit of "match" plus the cosine."""
     cosines, texts = similarity.topk(candidates, dim=1)
     scores = []
     for index in texts.unbind(dim=1):
         pairs = {name: batch[name][index] for name in ("input_ids", "attention_mask")}
         logits = model(image_embeds=batch["image_embeds"], **pairs).itm_logits
-        # The pairs that were given come first, then those with the negatives that the model draws
+        # The given pairs come first, then those with the negatives that the model draws
         scores.append(logits[: len(texts), 1])
     best = (torch.stack(scores, dim=1) + cosines).argmax(dim=1, keepdim=True)
     return (texts.gather(1, best)[:, 0] == torch.arange(len(texts))).double().mean().item()
@@ -184,8 +185,10 @@ def reranked_recall(model, batch: dict[str, torch.Tensor], similarity: torch.Ten
 @torch.no_grad()
 def start_projection(model, features: datasets.Dataset, tokenizer):
     """
-    Starts the projection, which stage 1 does not have, by least squares: from the queries of each training picture to
-    the mean word embedding of its name, in the spread of word embeddings. It takes a second, and no language model.
+    Initialise the projection, which stage 1 does not have, by least squares.
+
+    It maps the queries of each training picture to the mean word embedding of its name, and is scaled to the standard
+    deviation of word embeddings. This takes a second, and does not run the language model.
     """
     model.eval()
     pairs = ImageTextPairs(features, text_column="name", clean_text=False)
@@ -204,10 +207,10 @@ def start_projection(model, features: datasets.Dataset, tokenizer):
 
 
 def collate_names(rows: list[dict], processor, mixed: float = 0.5) -> dict[str, torch.Tensor]:
-    """The prompt and the name of each picture, the picture with up to `mixed` of another in it."""
+    """Collate prompts, names and features, and mix up to `mixed` of another picture's features into each picture's."""
     text = processor(text=[PROMPT] * len(rows), text_target=[row["text"] for row in rows], return_tensors="pt")
     embeds = torch.stack([row["image_embeds"] for row in rows]).float()
-    # Queries of pictures that it has not seen lie between those that it has: so do these, nearer to their own
+    # Because queries of new pictures lie between those of the training pictures
     own = 1 - mixed * torch.rand(len(rows), 1, 1)
     return {"image_embeds": own * embeds + (1 - own) * embeds.roll(1, dims=0), **text}
 
@@ -224,14 +227,11 @@ def train_stage2(model, features: datasets.Dataset, processor, arguments: argpar
 
 
 def trained_model(arguments: argparse.Namespace, folder: Path, assets, processor, train_features, test_features):
-    """
-    Trains and saves a model, unless the last run has saved one with the same settings. What stage 1 came to is saved
-    with it, and returned.
-    """
+    """Train and save a model, unless the last run did so with the same settings. Return the results of stage 1."""
     settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("output", "retrain")}
     last = json.loads((folder / "demo.json").read_text()) if (folder / "demo.json").exists() else {}
     if last.get("settings") == settings and not arguments.retrain:
-        print(f"\nThe model of the last run is there ({folder}); --retrain trains another.")
+        print(f"\nThe model of the last run is used ({folder}). --retrain trains another.")
         return last["rows"]
     model = Blip2ForPreTraining.from_encoders_pretrained(
         assets.vision_model,
@@ -239,13 +239,13 @@ def trained_model(arguments: argparse.Namespace, folder: Path, assets, processor
         vision_feature_layer=LAYER,
         num_query_tokens=QUERIES,
         load_vision_tower=False,
-        # In every layer, where the paper has it in every other one: it learns faster than it costs
+        # In every layer instead of every second one as in the paper: the faster learning outweighs the cost
         cross_attention_frequency=1,
-        # It costs a tenth of the time, and has not helped in so short a training
+        # Dropout takes a tenth of the time, and did not help in so short a training
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    # Half of the weights, and names of a hundred things are no reason to change them
+    # They are half of the weights, and a hundred names teach them little
     model.embeddings.word_embeddings.requires_grad_(False)
     qformer_processor = Blip2Processor(
         processor.image_processor, AutoTokenizer.from_pretrained(assets.text_encoder), num_query_tokens=QUERIES
@@ -276,7 +276,7 @@ def trained_model(arguments: argparse.Namespace, folder: Path, assets, processor
 def main():
     start, arguments = time.time(), parse_arguments()
     transformers.set_seed(0)
-    # MiniLM has no head for masked words: the report of what is missing says nothing here
+    # MiniLM has no head for masked words, so the report of missing weights says nothing
     transformers.logging.set_verbosity_error()
     print("The pretrained parts:")
     assets = real_assets(hub=arguments.hub)
@@ -284,14 +284,14 @@ def main():
     image_processor = with_image_size(AutoImageProcessor.from_pretrained(assets.vision_model), arguments.size)
     processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=QUERIES)
     pictures, test = load_pictures(arguments, tokenizer)
-    print(f"{len(pictures)} pictures of {arguments.concepts} things to learn from, {len(test)} to be tested on")
+    print(f"{len(pictures)} training pictures of {arguments.concepts} things, and {len(test)} test pictures")
     train_features = stored_features(pictures, assets, image_processor, arguments.views)
     test_features = stored_features(test, assets, image_processor, 1)
 
     folder = arguments.output / "model"
     rows = trained_model(arguments, folder, assets, processor, train_features, test_features)
     captioner = pipeline("image-to-text", model=str(folder))
-    print("\nCaptioning the pictures that it has not seen:")
+    print("\nCaptioning the test pictures:")
     images = (row["image"] for row in tqdm(test, unit="picture"))
     outputs = captioner(images, prompt=PROMPT, max_new_tokens=8, batch_size=16)
     # A name is one line
@@ -308,7 +308,7 @@ def main():
     print_table(rows, len(test))
     write_table(rows, len(test), arguments.output / "table.md")
     draw_sheet(test, captions, arguments.output / "captions.png")
-    print(f"\nThe table and the sheet: {arguments.output}/table.md, {arguments.output}/captions.png")
+    print(f"\nThe table and the pictures: {arguments.output}/table.md, {arguments.output}/captions.png")
     print(f"{time.time() - start:.0f} seconds in all")
 
 

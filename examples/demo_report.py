@@ -1,4 +1,4 @@
-"""What the demo says of its models: scores, a table, a sheet."""
+"""The report of the demo: scores, a table, and a sheet of pictures."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ COLUMNS = {
 
 
 def score(captions: list[str], truths: list[str]) -> dict[str, float]:
-    """Share of captions that are the name, and that share a word with it."""
+    """Compute the share of captions that are the name, and of those that share a word with it."""
     pairs = list(zip(captions, truths, strict=True))
     return {
         "exact": sum(caption == truth for caption, truth in pairs) / len(pairs),
@@ -28,7 +28,7 @@ def score(captions: list[str], truths: list[str]) -> dict[str, float]:
 
 
 def nearest_neighbours(train_features: datasets.Dataset, test_features: datasets.Dataset) -> list[str]:
-    """The name of the training picture that the frozen tower finds most alike (both sets centred): no learning."""
+    """Return the name of the nearest training picture in the frozen tower's features, both sets centred."""
 
     def directions(features: datasets.Dataset) -> torch.Tensor:
         pairs = ImageTextPairs(features, text_column="name", train=False)
@@ -41,15 +41,15 @@ def nearest_neighbours(train_features: datasets.Dataset, test_features: datasets
 
 
 def print_table(rows: dict[str, dict[str, float]], count: int):
-    print("\n" + "   ".join([f"{f'{count} drawings of a style not seen in training':44}", *COLUMNS.values()]))
+    print("\n" + "   ".join([f"{f'{count} drawings in a style not seen in training':44}", *COLUMNS.values()]))
     for name, values in rows.items():
         cells = [f"{values[key]:.1%}" if key in values else "-" for key in COLUMNS]
         print("   ".join([f"{name:44}", *(f"{c:>{len(t)}}" for c, t in zip(cells, COLUMNS.values(), strict=True))]))
 
 
 def write_table(rows: dict[str, dict[str, float]], count: int, file: Path):
-    """The same table in Markdown."""
-    lines = [[f"{count} drawings of a style not seen in training", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
+    """Write the same table in Markdown."""
+    lines = [[f"{count} drawings in a style not seen in training", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
     lines += [[name, *(f"{v[key]:.1%}" if key in v else "" for key in COLUMNS)] for name, v in rows.items()]
     file.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
@@ -58,7 +58,7 @@ def draw_sheet(test: datasets.Dataset, captions: list[str], file: Path):
     cards = [Card(row["image"], text, row["name"]) for row, text in zip(test, captions, strict=True)]
     right = sum(card.right for card in cards)
     note = f"{right} of {len(cards)} named exactly; the first {min(40, len(cards))} are here"
-    section = Section("Drawings of a style that it has not seen", note, cards[:40])
+    section = Section("Drawings in a style not seen in training", note, cards[:40])
     draw_contact_sheet("What is it?", "DINOv2-small, a Q-Former trained in minutes, SmolLM2-135M", [section]).save(
         file
     )

@@ -1,10 +1,12 @@
 """
-Questions about pictures of one coloured shape (easy-VQA, MIT licence), answered by a frozen DINOv2-small, a frozen
-SmolLM2-135M, and a Q-Former that learns to join the two: data, features, training and test in one command.
+Train and test a small BLIP-2 on questions about pictures of one coloured shape (easy-VQA, MIT licence).
 
-    python examples/easy_vqa.py          # on two CPU cores: about half an hour
+A Q-Former learns to join a frozen DINOv2-small and a frozen SmolLM2-135M. Data, features, training and test are one
+command:
 
-The training is `finetune_vqa.py`; the command is printed. What is there already is not made again.
+    python examples/easy_vqa.py          # about half an hour on two CPU cores
+
+The training is `finetune_vqa.py`, and its command is printed. What exists already is not made again.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from precision import fast_dtype
 from real_assets import cache_folder, download, real_assets, unpack
 from transformers import AutoTokenizer
 
-# In transformers 5.17 the name in the package itself asks for torchvision
+# Not from transformers itself: in 5.17 that name needs torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
@@ -34,16 +36,18 @@ SHAPES = ("circle", "triangle", "rectangle")
 
 
 def type_of(question: str, answer: str) -> str:
-    """What is asked for; of yes and no, what they are about."""
+    """Return the type of a question: shape, colour, or yes/no about one of these."""
     if answer in ("yes", "no"):
         return "yes/no, shape" if any(shape in question for shape in SHAPES) else "yes/no, colour"
     return "shape" if answer in SHAPES else "colour"
 
 
-def as_many_yes_as_no(rows: list[dict]) -> list[dict]:
+def balance_yes_and_no(rows: list[dict]) -> list[dict]:
     """
-    Leaves out of what is asked most: "no" is right for seven of eight colours, and a model that learns this first has
-    little left to learn a comparison from.
+    Leave out questions until each type has as many with "yes" as with "no".
+
+    "No" is right for seven of eight questions about a colour. A model that learns this first has little reason to
+    learn the comparison.
     """
     chosen = random.Random(0).sample(rows, len(rows))
     kept = []
@@ -57,7 +61,7 @@ def as_many_yes_as_no(rows: list[dict]) -> list[dict]:
 
 
 def make_data(folder: Path):
-    """Questions and pictures of the package's own splits, and a fortieth of the training pictures to validate on."""
+    """Write questions and pictures of the package's own splits. A fortieth of the training pictures is held out."""
     with tempfile.TemporaryDirectory() as work:
         source = unpack(download("easy_vqa", Path(work)), Path(work) / "wheel") / "easy_vqa" / "data"
         for split in ("train", "test"):
@@ -73,7 +77,7 @@ def make_data(folder: Path):
             for part in ("train", "validation") if split == "train" else ("test",):
                 chosen = [row for row in rows if part == "test" or (row["image"] % 40 == 0) == (part == "validation")]
                 if part == "train":
-                    chosen = as_many_yes_as_no(chosen)
+                    chosen = balance_yes_and_no(chosen)
                 datasets.Dataset.from_list(chosen).to_parquet(folder / FILES[part])
 
 
@@ -85,7 +89,7 @@ def make_features(folder: Path, assets, image_processor):
 
 
 def make_model(folder: Path, assets, image_processor):
-    """The parts joined, with nothing learned yet."""
+    """Join the pretrained parts, and save the untrained model."""
     tokenizer = AutoTokenizer.from_pretrained(assets.language_model)
     text_tokenizer = AutoTokenizer.from_pretrained(assets.text_encoder)
     processor = Blip2Processor(image_processor, tokenizer, text_tokenizer, num_query_tokens=4)
@@ -131,7 +135,7 @@ def main():
         "group_by": "type",
         "preset": "stage2",
         "image_size": SIZE,
-        # Small batches and short texts: faster than the fused kernels on a CPU
+        # For small batches and short texts on a CPU, faster than the fused kernels
         "attn_implementation": "eager",
         "bf16": dtype == torch.bfloat16,
         "language_model_dtype": str(dtype).removeprefix("torch."),

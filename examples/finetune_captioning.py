@@ -1,20 +1,20 @@
 """
-Fine-tunes a BLIP-2 to caption pictures (appendix of the paper).
+Fine-tune a BLIP-2 to caption pictures (appendix of the paper).
 
     python examples/finetune_captioning.py --model stage2 --data train.parquet --validation val.parquet \\
         --per_device_train_batch_size 16 --gradient_accumulation_steps 16 --bf16 --output_dir captioner
 
-    # On one small GPU: adapters in the language model alone, pictures of 224 pixels
+    # On one small GPU: adapters in the language model only, pictures of 224 pixels
     python examples/finetune_captioning.py --model Salesforce/blip2-opt-2.7b --preset lora_language_model \\
         --image_size 224 --learning_rate 1e-4 --bf16 ...
 
-The data have columns with a picture and a caption, or a list of captions, of which one is drawn each time. Validation
-counts all of them. With stored features, which need a frozen tower, add --preset stage2.
+The data have a column of pictures and a column of captions, or of lists of captions. Training draws one caption of a
+list each time; validation uses all of them. With stored features, which need a frozen tower, add --preset stage2.
 
-All options of transformers' `TrainingArguments` are there; their defaults are the paper's. It validates by generation
-after each epoch, and keeps the best checkpoint: that of the best word_f1, or of the best CIDEr-D with
---metric_for_best_model CIDEr-D. The same command, given again after a stop, goes on. Other models, data or settings
-are refused in the same output_dir; --overwrite deletes its checkpoints.
+The script takes all options of transformers' `TrainingArguments`, with the paper's values as defaults. It validates by
+generation after each epoch, and keeps the checkpoint with the best word_f1, or with the best CIDEr-D if
+--metric_for_best_model CIDEr-D is given. After a stop, the same command continues. Other models, data or settings are
+refused in the same output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
@@ -49,15 +49,17 @@ class CaptioningArguments:
     model: str = field(metadata={"help": "BLIP-2 after stage 2: folder or id on the Hub."})
     data: str = field(metadata={"help": "File, folder of features, or Hub id (:split behind it if it is not train)."})
     validation: str = field(metadata={"help": "Data to validate on, such as Hub id:validation."})
-    language_model_dtype: str = field(default="bfloat16", metadata={"help": "Of the language model."})
+    language_model_dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the language model."})
     prompt: str = field(default="a photo of", metadata={"help": "Text in front of the captions."})
     image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
     text_column: str = field(default="caption", metadata={"help": "Column of the captions, or of lists of them."})
     image_size: int = field(default=364, metadata={"help": "Side of the pictures, in pixels."})
-    max_length: int = field(default=40, metadata={"help": "Most tokens of prompt and caption."})
-    max_new_tokens: int = field(default=30, metadata={"help": "Most tokens of a caption that is generated."})
-    early_stopping_patience: int | None = field(default=None, metadata={"help": "Epochs without getting better."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
+    max_length: int = field(default=40, metadata={"help": "Largest number of tokens of prompt and caption."})
+    max_new_tokens: int = field(default=30, metadata={"help": "Largest number of tokens of a generated caption."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Epochs without improvement until a stop."}
+    )
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
 def make_pairs(options: CaptioningArguments, data: str, train: bool = False, seed: int = 0) -> ImageTextPairs:

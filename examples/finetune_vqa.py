@@ -1,18 +1,19 @@
 """
-Fine-tunes a BLIP-2 to answer questions about pictures (appendix of the paper).
+Fine-tune a BLIP-2 to answer questions about pictures (appendix of the paper).
 
     python examples/finetune_vqa.py --model stage2 --stage1 stage1 --data train.parquet --validation val.parquet \\
         --image_size 490 --vision_layer_decay 0.95 --per_device_train_batch_size 16 --gradient_accumulation_steps 8 \\
         --bf16 --output_dir vqa
 
-The data have columns with a picture, a question and an answer, or a list of answers, of which one is drawn each time.
-Validation and test count all of them, by VQA accuracy: the official protocol if every question has ten answers, else a
-match with one of them. Questions are cleaned as in evaluation (lower case, no full stops); answers stay as they are.
-With --stage1 the Q-Former reads the question too, with the feed-forward networks for text of stage 1. With stored
-features, which need a frozen tower, add --preset stage2. --group_by tells the accuracy for each value of a column.
+The data have columns of pictures, of questions, and of answers or lists of answers. Training draws one answer of a
+list each time; validation and test use all of them. The metric is VQA accuracy: by the official protocol if every
+question has ten answers, else a match with one of them. Questions are cleaned as in evaluation (lower case, no full
+stops), and answers stay as they are. With --stage1 the Q-Former reads the question too, through stage 1's feed-forward
+networks for text. With stored features, which need a frozen tower, add --preset stage2. --group_by prints the accuracy
+for each value of a column.
 
-All options of transformers' `TrainingArguments` are there; their defaults are the paper's. It validates by generation
-after each epoch, and keeps the best checkpoint. The same command, given again after a stop, goes on. Other models,
+The script takes all options of transformers' `TrainingArguments`, with the paper's values as defaults. It validates by
+generation after each epoch, and keeps the best checkpoint. After a stop, the same command continues. Other models,
 data or settings are refused in the same output_dir; --overwrite deletes its checkpoints.
 """
 
@@ -49,22 +50,24 @@ class VQAArguments:
     model: str = field(metadata={"help": "BLIP-2 after stage 2: folder or id on the Hub."})
     data: str = field(metadata={"help": "File, or Hub id (:split behind it if it is not train)."})
     validation: str = field(metadata={"help": "Data to validate on, such as Hub id:validation."})
-    stage1: str | None = field(default=None, metadata={"help": "Where the Q-Former's networks for text come from."})
-    test: str | None = field(default=None, metadata={"help": "Data for the last evaluation, in place of validation."})
-    images: str | None = field(default=None, metadata={"help": "Pictures or features of data, by number of the row."})
-    validation_images: str | None = field(default=None, metadata={"help": "Those of validation."})
-    test_images: str | None = field(default=None, metadata={"help": "Those of test."})
-    prompt: str = field(default="Question: {} Answer:", metadata={"help": "The question stands at {}."})
+    stage1: str | None = field(default=None, metadata={"help": "Stage 1 whose networks for text the Q-Former gets."})
+    test: str | None = field(default=None, metadata={"help": "Data for the last evaluation, instead of validation."})
+    images: str | None = field(default=None, metadata={"help": "Pictures or features of data, by row number."})
+    validation_images: str | None = field(default=None, metadata={"help": "Pictures or features of validation."})
+    test_images: str | None = field(default=None, metadata={"help": "Pictures or features of test."})
+    prompt: str = field(default="Question: {} Answer:", metadata={"help": "Prompt, with {} for the question."})
     image_column: str = field(default="image", metadata={"help": "Column of the pictures, or of rows of images."})
     question_column: str = field(default="question", metadata={"help": "Column of the questions."})
     answer_column: str = field(default="answer", metadata={"help": "Column of the answers."})
-    group_by: str | None = field(default=None, metadata={"help": "Column to tell the accuracy by."})
-    language_model_dtype: str = field(default="bfloat16", metadata={"help": "Of the frozen language model."})
+    group_by: str | None = field(default=None, metadata={"help": "Column whose values have an accuracy each."})
+    language_model_dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the frozen language model."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Such as sdpa, eager."})
     image_size: int = field(default=490, metadata={"help": "Side of the pictures, in pixels."})
-    max_new_tokens: int = field(default=10, metadata={"help": "Most tokens of an answer."})
-    early_stopping_patience: int | None = field(default=None, metadata={"help": "Epochs without getting better."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
+    max_new_tokens: int = field(default=10, metadata={"help": "Largest number of tokens of an answer."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Epochs without improvement until a stop."}
+    )
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
 def make_pairs(options: VQAArguments, data: str, images: str | None, transform=None, train: bool = False, seed=0):
@@ -93,7 +96,9 @@ def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForCondi
     processor = Blip2Processor.from_pretrained(options.model)
     if options.stage1 is not None:
         if (preset or "").startswith("lora"):
-            raise SystemExit("Adapters are saved without the networks of --stage1: attach and save these first.")
+            raise SystemExit(
+                "Adapters are saved without the networks of --stage1: attach these, and save the model first."
+            )
         model.attach_text_networks(options.stage1)
         processor.qformer_tokenizer = AutoTokenizer.from_pretrained(options.stage1)
     processor.image_processor = with_image_size(processor.image_processor, options.image_size)
@@ -102,7 +107,7 @@ def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForCondi
 
 
 def read_groups(options: VQAArguments) -> list[str]:
-    """Return what each question of the test (or the validation) has in the column --group_by."""
+    """Return the column --group_by of the test questions, or of the validation's."""
     if options.group_by is None:
         return []
     return list(map(str, load_rows(options.test or options.validation)[options.group_by]))
@@ -123,7 +128,7 @@ def main():
     }
     if options.test is not None:
         data["test"] = make_pairs(options, options.test, options.test_images)
-    groups = read_groups(options)  # a column that is not there is told before the training
+    groups = read_groups(options)  # before the training, because the column may not exist
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
     limit = model.config.qformer_config.max_position_embeddings
     collator = LanguageModelCollator(processor, max_positions=positions, max_qformer_positions=limit)
@@ -148,7 +153,7 @@ def main():
 
     name = "test" if "test" in data else "validation"
     test, test_metrics = data[name], metrics[name]
-    # By generation, whatever it was validated by
+    # By generation, even if validation was not
     trainer.args.predict_with_generate, trainer.compute_metrics = True, test_metrics
     output = trainer.predict(test, metric_key_prefix="test")
     trainer.log_metrics("test", output.metrics)

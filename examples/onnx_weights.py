@@ -1,7 +1,7 @@
-"""Read the weights of an ONNX file with numpy alone.
+"""Read the weights of an ONNX file with numpy only.
 
-An ONNX file is a protocol-buffer message, and a few of its fields are all that weights need, so a reader of a page
-spares the examples the `onnx` package. Format: https://onnx.ai/onnx/repo-docs/IR.html and onnx.proto.
+An ONNX file is a protocol-buffer message, and the weights are in a few of its fields. So the examples do not need the
+`onnx` package. Format: https://onnx.ai/onnx/repo-docs/IR.html and onnx.proto.
 """
 
 from pathlib import Path
@@ -23,11 +23,11 @@ def read_onnx_weights(path):
 
     Args:
         path (`str` or `Path`):
-            The file; its weights must be inside it.
+            The file. Its weights must be inside it.
 
     Returns:
-        `dict[str, np.ndarray]`: arrays under their PyTorch names, linear weights in PyTorch's orientation. An array
-        that has lost its name in the export (a folded constant) keeps the export's.
+        `dict[str, np.ndarray]`: arrays by their PyTorch names, linear weights in PyTorch's orientation. A folded
+        constant, which has no PyTorch name, has the name that the export gave it.
     """
     graph = next(value for field, value in fields(memoryview(Path(path).read_bytes())) if field == MODEL_GRAPH)
     weights, nodes = {}, []
@@ -38,7 +38,7 @@ def read_onnx_weights(path):
             nodes.append(list(fields(value)))
     for node in nodes:
         if text(node, NODE_OP_TYPE) == "MatMul":
-            # the export transposes a linear layer's weight and gives it a number; the node has the layer's name
+            # The export transposes a linear layer's weight and names it by a number; the node has the layer's name
             used = [bytes(value).decode() for field, value in node if field == NODE_INPUT]
             name = text(node, NODE_NAME).strip("/").replace("/", ".").removesuffix(".MatMul") + ".weight"
             weights.update({name: np.ascontiguousarray(weights.pop(i).T) for i in used if i in weights})
@@ -59,7 +59,7 @@ def text(found, number):
 
 
 def fields(message):
-    """Yield (field number, value) of a protocol-buffer message: an integer, or a view of the bytes."""
+    """Yield the (field number, value) pairs of a protocol-buffer message. A value is an integer or a view of bytes."""
     position = 0
     while position < len(message):
         key, position = varint(message, position)

@@ -1,4 +1,4 @@
-"""Further versions of a drawing, as another style might have made it: for training on few pictures."""
+"""Random versions of a drawing, for training on few pictures."""
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps
@@ -6,7 +6,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 class RandomView:
     """
-    The picture, mirrored or not, turned a little, nearer or farther, in other colours.
+    Mirrors a picture at random, rotates it a little, zooms, and changes its colours.
 
     Args:
         side (`int`, *optional*, defaults to 160):
@@ -16,7 +16,7 @@ class RandomView:
     def __init__(self, side: int = 160):
         self.side = side
 
-    def __repr__(self):  # cache_features notes by this what has made the features
+    def __repr__(self):  # cache_features writes this into the fingerprint of its features
         return f"RandomView({self.side})"
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:

@@ -1,9 +1,9 @@
 """
-Stage 1 of BLIP-2: a Q-Former learns from a frozen vision tower, by contrast, matching and captioning (ITC, ITM, ITG).
+Train stage 1 of BLIP-2: a Q-Former learns from a frozen vision tower by contrast, matching and captioning.
 
     python examples/pretrain_stage1.py --data pictures.parquet --vision_model facebook/dinov2-small --output_dir run
 
-    # In several processes, with the paper's batch and a tower whose output has been stored
+    # In several processes, with the paper's batch and stored features of the tower
     blip2-hf cache-features pictures.parquet --vision-model facebook/dinov2-small --output features
     accelerate launch examples/pretrain_stage1.py --data features --vision_model facebook/dinov2-small \\
         --per_device_train_batch_size 100 --bf16 --report_to tensorboard --output_dir run
@@ -12,11 +12,11 @@ Stage 1 of BLIP-2: a Q-Former learns from a frozen vision tower, by contrast, ma
     python examples/pretrain_stage1.py --data "shards/*.tar" --image_column jpg --text_column txt --streaming \\
         --validation held_out.tar ...
 
-Validation, by loss and by recall: --eval_strategy steps --eval_steps 1000, on held-out images.
+To validate on held-out images, by loss and recall: --eval_strategy steps --eval_steps 1000.
 
-All options of transformers' `TrainingArguments` are there; their defaults are the paper's. The same command, given
-again after a stop, goes on from the last checkpoint that is whole. Other models, data or settings are refused in the
-same output_dir; --overwrite deletes its checkpoints.
+The script takes all options of transformers' `TrainingArguments`, with the paper's values as defaults. After a stop,
+the same command continues from the last complete checkpoint. Other models, data or settings are refused in the same
+output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, HfArgumentParser
 
-# In transformers 5.17 the name in the package itself asks for torchvision
+# Not from transformers itself: in 5.17 that name needs torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor
@@ -56,15 +56,15 @@ class PretrainingArguments:
     image_size: int = field(default=224, metadata={"help": "Side of the pictures, in pixels."})
     image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
     text_column: str = field(default="caption", metadata={"help": "Column of the texts, or of lists of texts."})
-    id_column: str | None = field(default=None, metadata={"help": "Column that tells which rows show the same image."})
-    held_out: float = field(default=0.02, metadata={"help": "Share, or number, of images to validate on."})
-    validation: str | None = field(default=None, metadata={"help": "Data to validate on, in place of held_out."})
+    id_column: str | None = field(default=None, metadata={"help": "Column of ids: equal ones show the same image."})
+    held_out: float = field(default=0.02, metadata={"help": "Share or number of images to validate on."})
+    validation: str | None = field(default=None, metadata={"help": "Data to validate on, instead of held_out."})
     streaming: bool = field(default=False, metadata={"help": "Read the data as a stream."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
 def make_datasets(options: PretrainingArguments, seed: int):
-    """What is learned from, and what is held out: all rows of some images, or other data."""
+    """Return the training pairs, the validation pairs, and whether features are stored."""
     check_held_out(options.data, options.validation)
     check_feature_size(options.image_size, options.data, options.validation)
     rows = load_rows(options.data, streaming=options.streaming)

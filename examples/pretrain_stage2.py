@@ -1,21 +1,21 @@
 """
-Stage 2 of BLIP-2: a frozen language model learns to read the queries of a Q-Former that stage 1 has trained.
+Train stage 2 of BLIP-2: the Q-Former of stage 1 learns to write queries that a frozen language model reads.
 
     python examples/pretrain_stage2.py --stage1 stage1 --language_model HuggingFaceTB/SmolLM2-135M-Instruct \\
         --data pictures.parquet --output_dir stage2
 
-    # Encoder-decoders learn the rest of a text whose beginning they are given
+    # For an encoder-decoder: given the beginning of a text, it learns the rest
     python examples/pretrain_stage2.py --stage1 stage1 --language_model google/flan-t5-xl --bf16 --prefix_lm ...
 
-    # Another language model for a trained BLIP-2: the projection alone is aligned anew
+    # Another language model for a trained BLIP-2: only the projection is trained
     python examples/pretrain_stage2.py --stage1 stage2 --language_model Qwen/Qwen3-0.6B --preset projection ...
 
-Validation by generation while it trains: --eval_strategy steps --eval_steps 1000 --save_steps 1000, and for the best
-checkpoint, or a stop where it gets no better, --load_best_model_at_end --early_stopping_patience 3.
+To validate by generation: --eval_strategy steps --eval_steps 1000 --save_steps 1000. To keep the best checkpoint, and
+to stop without improvement, add --load_best_model_at_end --early_stopping_patience 3.
 
-All options of transformers' `TrainingArguments` are there; their defaults are the paper's. The same command, given
-again after a stop, goes on from the last checkpoint that is whole. Other models, data or settings are refused in the
-same output_dir; --overwrite deletes its checkpoints.
+The script takes all options of transformers' `TrainingArguments`, with the paper's values as defaults. After a stop,
+the same command continues from the last complete checkpoint. Other models, data or settings are refused in the same
+output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, HfArgumentParser
 
-# In transformers 5.17 the name in the package itself asks for torchvision
+# Not from transformers itself: in 5.17 that name needs torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
@@ -50,25 +50,27 @@ class PretrainingArguments:
     """Data and parts."""
 
     data: str = field(metadata={"help": "File, folder of features, or Hub id (:split behind it if it is not train)."})
-    stage1: str = field(metadata={"help": "BLIP-2 whose tower and Q-Former are taken: folder or id on the Hub."})
+    stage1: str = field(metadata={"help": "BLIP-2 with the tower and the Q-Former: folder or id on the Hub."})
     language_model: str = field(metadata={"help": "Any causal or sequence-to-sequence language model."})
-    vision_model: str | None = field(default=None, metadata={"help": "The tower, if stage1 has none in it."})
-    language_model_dtype: str = field(default="bfloat16", metadata={"help": "Of the frozen language model."})
-    prompt: str = field(default="", metadata={"help": "Text in front of what is to be written."})
-    prefix_lm: bool = field(default=False, metadata={"help": "Give the beginning of each text, learn the rest."})
+    vision_model: str | None = field(default=None, metadata={"help": "The tower, if stage1 has none."})
+    language_model_dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the frozen language model."})
+    prompt: str = field(default="", metadata={"help": "Text in front of the caption."})
+    prefix_lm: bool = field(default=False, metadata={"help": "Give the beginning of each text, and learn the rest."})
     image_size: int = field(default=224, metadata={"help": "Side of the pictures, in pixels."})
     image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
     text_column: str = field(default="caption", metadata={"help": "Column of the texts, or of lists of texts."})
-    max_length: int = field(default=32, metadata={"help": "Most tokens of a text."})
-    id_column: str | None = field(default=None, metadata={"help": "Column that tells which rows show the same image."})
-    held_out: float = field(default=0.02, metadata={"help": "Share, or number, of images to validate on."})
+    max_length: int = field(default=32, metadata={"help": "Largest number of tokens of a text."})
+    id_column: str | None = field(default=None, metadata={"help": "Column of ids: equal ones show the same image."})
+    held_out: float = field(default=0.02, metadata={"help": "Share or number of images to validate on."})
     streaming: bool = field(default=False, metadata={"help": "Read the data as a stream; nothing is held out."})
-    early_stopping_patience: int | None = field(default=None, metadata={"help": "Validations without getting better."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out, and list, rows that can't be learned."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Validations without improvement until a stop."}
+    )
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
 def make_datasets(options: PretrainingArguments, collator: LanguageModelCollator, seed: int):
-    """What is learned from, and what is held out: all rows of some images."""
+    """Return the training pairs, and pairs of all rows of some images that are held out."""
     check_feature_size(options.image_size, options.data)
     rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
@@ -88,7 +90,7 @@ def main():
     parser.set_defaults(predict_with_generate=True, metric_for_best_model="word_f1")
     options, arguments = parser.parse_args_into_dataclasses()
     if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
-        raise SystemExit("--early_stopping_patience: give --load_best_model_at_end and --eval_strategy steps too.")
+        raise SystemExit("--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps.")
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
         options.stage1,
         options.language_model,

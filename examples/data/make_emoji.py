@@ -1,10 +1,10 @@
-"""Make the picture-word data set of the examples: emoji in three openly licensed styles, with their Unicode names.
+"""Make the dataset of the examples: emoji in three openly licensed styles, with their Unicode names.
 
     python examples/data/make_emoji.py            # needs npm, to download; writes ./emoji/
 
 Each concept (a thing: animal, food, object, place ...) is drawn in each style, so there is a natural held-out set:
-train on two styles, test on the third. Sources and licences are in emoji/LICENSES.md. The same input gives the same
-bytes, given the same versions of Pillow, pyarrow and datasets.
+train on two styles, test on the third. Sources and licences are in emoji/LICENSES.md. With the same versions of
+Pillow, pyarrow and datasets, the same input gives the same bytes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 
 
 NAMES = "cldr-annotations-full@48.2.0"
-# style: (npm package, folder of the pictures in it); the sets of Apple and Facebook are not free to use
+# style: (npm package, folder of its pictures); the sets of Apple and Facebook are not free to use
 STYLES = {
     "noto": ("emoji-datasource-google@16.0.0", "img/google/64"),
     "twemoji": ("emoji-datasource-twitter@16.0.0", "img/twitter/64"),
@@ -31,14 +31,14 @@ STYLES = {
 }
 SPLITS = {"noto": "train", "twemoji": "train", "fluent": "test"}
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
-NOT_THINGS = ("sound", "lock", "place-map")  # signs, and things that differ by a small sign only
+NOT_THINGS = ("sound", "lock", "place-map")  # signs, and things that differ only by a small sign
 SIZE = 160  # larger pictures are scaled down to this
 
 
 def npm_pack(package, folder, *wanted):
-    """Download an npm package; returns `{path: bytes}` of the files under the `wanted` paths."""
+    """Download an npm package, and return `{path: bytes}` of the files under the `wanted` paths."""
     if not shutil.which("npm"):
-        sys.exit("The drawings are downloaded by npm, which was not found. It comes with Node.js.")
+        sys.exit("The drawings are downloaded by npm, which was not found. Install Node.js, which includes npm.")
     print(f"downloading {package} ...", flush=True)
     command = ["npm", "pack", "--silent", "--pack-destination", str(folder), package]
     packed = subprocess.run(command, capture_output=True, text=True)
@@ -51,7 +51,7 @@ def npm_pack(package, folder, *wanted):
 
 
 def find_picture(files, folder, emoji):
-    """Find an emoji's picture: packages disagree on whether the variation selector FE0F is part of the name."""
+    """Find an emoji's picture. Packages differ in whether the variation selector FE0F is part of the name."""
     code = emoji["unified"].lower()
     names = [code, code.replace("-fe0f", ""), (emoji["non_qualified"] or code).lower()]
     paths = [f"{folder}/{name}.{ending}" for name in names for ending in ("png", "webp")]
@@ -59,7 +59,7 @@ def find_picture(files, folder, emoji):
 
 
 def encode(data):
-    """On white, at most SIZE wide, as lossless WEBP if the picture was small, else as good as lossless."""
+    """Encode a picture as WEBP on white, at most SIZE wide: lossless if it was small, else almost lossless."""
     image = PILImage.open(io.BytesIO(data)).convert("RGBA")
     small = max(image.size) <= SIZE
     if not small:
@@ -71,7 +71,7 @@ def encode(data):
 
 
 def rows(packages, annotations):
-    """Yield a row for each concept and style, in Unicode's order; only concepts that every style has drawn."""
+    """Yield a row for each style of each concept that every style has, in Unicode's order."""
     table = json.loads(packages["noto"]["emoji.json"])
     for emoji in sorted(table, key=lambda e: e["sort_order"]):
         if emoji["category"] not in CATEGORIES or emoji["subcategory"] in NOT_THINGS or emoji.get("obsoleted_by"):

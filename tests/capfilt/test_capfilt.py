@@ -179,7 +179,8 @@ def test_a_picture_is_read_once_for_all_its_captions(rows, retriever, monkeypatc
         monkeypatch.setattr(model, name, count)
     scores = RetrievalFilter(*retriever, batch_size=4)([make_image(0), make_image(1)], [WORDS, WORDS[:3]])
     assert [len(row) for row in scores] == [7, 3]
-    assert seen == {"get_image_embeds": 2, "get_image_key_values": 2}
+    # Keys and values once for contrast, and once for matching with all captions
+    assert seen == {"get_image_embeds": 2, "get_image_key_values": 4}
 
 
 def test_what_is_stopped_goes_on_as_if_it_had_not_been(rows, captioner, retriever, tmp_path):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -143,7 +144,11 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
             attention_mask = attention_mask[:, :, : query.shape[2]].expand(-1, -1, query.shape[2], -1)
         name = self._attn_implementation(query, attention_mask, kwargs.get("output_attentions"))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        dropout = self.attention_dropout if self.training else 0.0
+        if name == "sdpa" and dropout > 0 and query.device.type == "cpu":
+            # No kernel for a CPU has dropout: the backward pass computes probabilities again, in place of three copies
+            attention_interface = partial(checkpoint, attention_interface, use_reentrant=False)
+        kwargs |= {"dropout": dropout, "scaling": self.scaling}
         output, probabilities = attention_interface(self, query, key, value, attention_mask, **kwargs)
         return output.reshape(*output.shape[:2], -1), probabilities
 
