@@ -8,7 +8,7 @@ from ._common import add_option, load_dataset
 
 
 def add_parser(commands: Any):
-    text = "Store what a frozen vision tower makes of the pictures of a data set, so that training never runs it."
+    text = "Store what a frozen vision tower makes of the pictures of a dataset, so that training never runs it."
     parser = commands.add_parser("cache-features", help=text, description=text)
     parser.set_defaults(run=_run)
     dtypes = ["bfloat16", "float16", "float32"]
@@ -16,8 +16,8 @@ def add_parser(commands: Any):
     add = partial(add_option, parser)
     add("data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub", metavar="DATA")
     add("--output", "where the features go; run again to go on", required=True, metavar="FOLDER")
-    add("--config", "configuration of the data set, where it has several")
-    add("--split", "split of the data set, also `train[:1000]`", default="train")
+    add("--config", "configuration of the dataset, where it has several")
+    add("--split", "split of the dataset, also `train[:1000]`", default="train")
     add("--image-column", "column of the pictures", default="image")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="BLIP-2 whose tower is taken: folder or id on the Hub")

@@ -42,8 +42,8 @@ def add_parser(commands: Any):
     add("--num-workers", "processes that decode pictures", type=int, default=2)
     add("--dtype", "without it those of the checkpoints", choices=["bfloat16", "float16", "float32"])
     add("--device", "such as cuda:1 or cpu; without it a GPU if there is one, its own for each process")
-    add("--config", "configuration of the data set, where it has several")
-    add("--split", "split of the data set, also `train[:1000]`", default="train")
+    add("--config", "configuration of the dataset, where it has several")
+    add("--split", "split of the dataset, also `train[:1000]`", default="train")
     add("--overwrite", "delete what is in the folder, and begin anew", action="store_true")
 
 

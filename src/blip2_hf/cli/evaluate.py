@@ -1,4 +1,4 @@
-"""`blip2-hf evaluate`: the paper's benchmarks, and data sets of one's own."""
+"""`blip2-hf evaluate`: the paper's benchmarks, and datasets of one's own."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ _TASKS = {
 
 
 def add_parser(commands: Any):
-    text = "Evaluate a model on the paper's benchmarks, or on a data set. Start it with accelerate for many processes."
+    text = "Evaluate a model on the paper's benchmarks, or on a dataset. Start it with accelerate for many processes."
     parser = commands.add_parser("evaluate", help=text, description=text)
     parser.set_defaults(run=_run)
 
@@ -133,7 +133,7 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
-    # One data set has no test split: to datasets it is one for training, whatever is in it
+    # A single file has no test split: `datasets` calls its rows train, whatever they are
     path = Path(options.data)
     split = options.split or ("train" if path.is_file() or (path / "state.json").is_file() else "test")
     rows = load_dataset(options.data, options.config, split)
@@ -174,7 +174,7 @@ def _scoring(options: argparse.Namespace, task: _Task, samples: Sequence[Any]) -
 
 
 def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
-    """What is asked and how; for it the model's configuration is enough."""
+    """Return what is asked and how, for which the model's configuration is enough."""
     from ..evaluation.benchmarks import check_preset
     from ..models.configuration_blip2 import Blip2Config
 
@@ -199,5 +199,5 @@ def _evaluate_retrieval(options: argparse.Namespace, task: _Task, samples: Seque
 
 
 def _shared(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments that all evaluations share."""
+    """Return the arguments that all evaluations share."""
     return {"image_size": options.image_size, "batch_size": options.batch_size, "num_workers": options.num_workers}

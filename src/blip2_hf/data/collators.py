@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from ..jobs.errors import shorten
 from ..models.image_loading import check_reads_8_bit
-from .bad_rows import NOTHING_TO_LEARN, TEXT_TOO_LONG, BadRowError, shorten
+from .bad_rows import NOTHING_TO_LEARN, TEXT_TOO_LONG, BadRowError
 
 
 class ImageTextCollator:
