@@ -34,7 +34,7 @@ def with_image_size(image_processor: Any, image_size: int | None) -> Any:
 
     ```python
     >>> processor.image_processor = with_image_size(processor.image_processor, 364)
-    >>> processor.save_pretrained(folder)  # what loads it sees the same
+    >>> processor.save_pretrained(folder)  # loading it gives the same size
     ```"""
     if image_size is None:
         return image_processor
@@ -54,7 +54,7 @@ def with_image_size(image_processor: Any, image_size: int | None) -> Any:
                 square["do_pad"] = False
             sized = type(image_processor).from_dict(settings | square)
         is_whole = _scales_whole_images(sized, image_size)
-    except Exception as error:  # image processors raise whatever they like
+    except Exception as error:  # image processors raise errors of any kind
         raise ValueError(_refusal(image_processor, image_size)) from error
     if not is_whole:
         raise ValueError(_refusal(image_processor, image_size))

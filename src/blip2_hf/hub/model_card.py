@@ -33,7 +33,7 @@ PIPELINE_TAGS = {
     "Blip2HfForImageTextRetrieval": "zero-shot-image-classification",
     "Blip2HfModel": "image-feature-extraction",
 }
-# Of the tasks of `blip2-hf evaluate`: task, id and name of the dataset, as model-index wants them
+# Task, id and name of the dataset of each `blip2-hf evaluate` task, as model-index expects them
 _BENCHMARKS = {
     "coco-caption": ("image-to-text", "coco", "COCO captions"),
     "nocaps": ("image-to-text", "nocaps", "NoCaps"),
@@ -44,9 +44,9 @@ _BENCHMARKS = {
     "flickr30k-retrieval": ("image-text-retrieval", "flickr30k", "Flickr30K"),
 }
 _TASK_TYPES = {"caption": "image-to-text", "vqa": "visual-question-answering", "retrieval": "image-text-retrieval"}
-# Fingerprints and what is in the repository anyway
+# Settings that a card does not show: fingerprints, and facts that the repository has anyway
 _SETTINGS_LEFT_OUT = ("weights", "samples", "image_processor", "model")
-# What stays in the metadata of a card that is written again
+# Metadata that stay when a card is written again
 _KEPT = ("license", "language", "datasets", "base_model")
 
 
@@ -235,7 +235,7 @@ def _metadata(
 
 
 def _base_models(model: Any) -> list[str]:
-    """Return the id of the model that this one was loaded from, or else those of its parts. Folders have none."""
+    """Return the id of the model that this one was loaded from, otherwise those of its parts. Folders have none."""
     config = model.config
     if is_hub_id(config.name_or_path):
         return [config.name_or_path]
@@ -301,7 +301,7 @@ def _text(
 
 
 def _result_rows(reports: list[dict[str, Any]], data: ModelCardData) -> list[tuple]:
-    """Return the rows of the table of results: those of the reports, or else those that the card had before."""
+    """Return the rows of the table of results: those of the reports, otherwise those that the card had before."""
     if not reports:
         old = data.eval_results or []
         return [(r.task_type, r.dataset_name, r.metric_type, _number(r.metric_value), r.metric_args) for r in old]

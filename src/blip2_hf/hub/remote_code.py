@@ -111,7 +111,7 @@ def is_of_this_package(model: Any) -> bool:
 
 
 def _class_name(model: Any) -> str:
-    # FSDP's `fully_shard` puts its own in front
+    # FSDP's `fully_shard` adds the prefix
     return type(model).__name__.removeprefix("FSDP")
 
 

@@ -130,7 +130,7 @@ def push_saved(
     """
     states = file_states(folder)
     saved = {name: Path(folder) / name for name, state in states.items() if before.get(name) != state}
-    # A processor has no options that change what is saved, and files in folders that were written before
+    # A processor is saved again, because it wrote a subfolder before `before` was read
     saved_now = None if parts_of(shared)[0] is None else saved
     return push(shared, repo_id or Path(folder).resolve().name, saved=saved_now, **options)
 

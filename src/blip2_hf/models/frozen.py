@@ -27,6 +27,13 @@ def cast_parameters(part: nn.Module, dtype: torch.dtype):
         parameter.data = parameter.data.to(dtype)
 
 
+def upcast_trained_parameters(model: nn.Module):
+    """Cast trained parameters in half precision to float32, because AdamW would lose small steps there."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
 def checkpoint_in_eval_mode(part: nn.Module):
     """
     Enable activation checkpointing in a frozen part. transformers checkpoints a layer only in training mode, but a

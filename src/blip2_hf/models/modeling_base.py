@@ -74,7 +74,7 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Custom code initialises without transformers' functions; taken for such, part of T5 would be left out
+        # transformers would skip part of T5's initialisation in a class that it takes for custom code
         return cls.is_remote_code()
 
     @torch.no_grad()
@@ -255,8 +255,6 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(num_images, features, vision hidden_size)`.
         """
-        if pixel_values.dim() == 5:
-            pixel_values = pixel_values.flatten(0, 1)
         return self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs).last_hidden_state
 
     def get_image_key_values(self, image_embeds: torch.Tensor) -> ImageKeyValues:
@@ -275,6 +273,8 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
         return self.qformer.project_image(image_embeds, self.vision_model.post_layernorm)
 
     def _run_tower(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs) -> ModelOutput:
+        if pixel_values.dim() == 5:
+            pixel_values = pixel_values.flatten(0, 1)
         needs_grad = pixel_values.requires_grad or not all(is_frozen(part) for part in self._tower_parts())
         with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
             return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
@@ -316,8 +316,6 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
             kwargs.pop(name, None)
         vision_outputs = None
         if image_embeds is None:
-            if pixel_values.dim() == 5:
-                pixel_values = pixel_values.flatten(0, 1)
             vision_outputs = self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs)
             image_embeds = vision_outputs.last_hidden_state
         elif image_embeds.dim() == 4:

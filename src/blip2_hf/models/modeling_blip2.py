@@ -358,7 +358,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
                 shift_labels = labels if self.config.is_encoder_decoder else _shift(labels)
             if skip_logits is None:
                 skip_logits = self.training and num_items_in_batch is not None
-            # Keys and values are for generation
+            # The cache is for generation
             inputs = {"use_cache": False, **text, **kwargs}
             loss, outputs = self._loss(inputs, shift_labels, num_items_in_batch, skip_logits)
         return Blip2ForConditionalGenerationModelOutput(

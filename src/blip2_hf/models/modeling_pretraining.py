@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .bert_weights import load_bert_with_head
 from .configuration_blip2 import Blip2Config
 from .distributed import GlobalBatch
+from .frozen import upcast_trained_parameters
 from .generation_qformer import Blip2QFormerGenerationMixin
 from .gradient_caching import GradientCachingMixin
 from .losses import (
@@ -175,9 +176,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
 
     def freeze(self) -> "Blip2ForPreTraining":
         super().freeze()
-        for parameter in self.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
+        upcast_trained_parameters(self)
         return self
 
     def get_output_embeddings(self) -> nn.Module:

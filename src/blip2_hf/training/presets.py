@@ -3,11 +3,11 @@
 import re
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..models.configuration_blip2 import public_class_name
+from ..models.frozen import upcast_trained_parameters
 from ..models.modeling_base import Blip2PreTrainedModel
 from ..models.modeling_pretraining import Blip2ForPreTraining
 
@@ -97,9 +97,7 @@ def train_only(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(PRESETS[preset]))
     model.freeze_unused_parameters()
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
+    upcast_trained_parameters(model)
     # Parts that are frozen now leave training mode, others return to it
     return model.train(model.training)
 
