@@ -654,7 +654,7 @@ def test_options_that_do_not_fit(folder, tmp_path, task, options, message):
     [
         ("retrieval", "headless", [], "headless lacks 2 weights .*A model for retrieval"),
         ("retrieval", "model", [], "Blip2ForImageTextRetrieval reads text with the Q-Former"),
-        ("caption", "retrieval", [], "'caption' is one for a language model, and this model has none"),
+        ("caption", "retrieval", [], "'caption' needs a language model, and this model has none"),
         ("caption", "nosuch", [], "nosuch"),
         ("caption", "model", ["--generate", "num_beam=2"], r"not used by the model: \['num_beam'\]"),
         # The folder has no weights: they are not asked for
