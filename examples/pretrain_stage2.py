@@ -90,7 +90,9 @@ def main():
     parser.set_defaults(predict_with_generate=True, metric_for_best_model="word_f1")
     options, arguments = parser.parse_args_into_dataclasses()
     if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
-        raise SystemExit("--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps.")
+        raise SystemExit(
+            "--early_stopping_patience needs a best model: give --load_best_model_at_end and --eval_strategy steps."
+        )
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
         options.stage1,
         options.language_model,
