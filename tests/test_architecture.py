@@ -18,7 +18,7 @@ ARROWS = [
     "cli convert jobs models",
     "cli export jobs models",
     "cli attention_maps models",
-    "training data",
+    "training data jobs models",
     "training hub models",
 ]
 ROOMS = {name for row in ARROWS for name in row.split()}

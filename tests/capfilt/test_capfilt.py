@@ -280,7 +280,7 @@ def test_the_command_and_what_it_says(rows, stage1_folder, captioner_folder, ret
         texts = {clean_caption(t) for t in processor.post_process_image_text_to_text(beams, inputs["input_ids"])}
         assert texts - {""} <= {clean_caption(candidate["text"]) for candidate in row["candidates"]}
         assert row["kept_captions"] == [row["candidates"][0]["text"]]
-    with pytest.raises(SystemExit, match="ranked otherwise.*captioner"):
+    with pytest.raises(SystemExit, match="made otherwise.*captioner"):
         run(tmp_path / "rows.parquet", *options, "--captioner", captioner_folder)
     with pytest.raises(SystemExit, match="give --captioner, or --num-captions 0"):
         run(tmp_path / "rows.parquet", *options)
@@ -480,13 +480,13 @@ def test_what_is_refused(rows, retriever, tmp_path):
     capfilt_dataset(rows, draw_words, count_letters, tmp_path / "out")
     before = shards(tmp_path / "out")
     for changed in ({"keep": 1}, {"min_score": 0.0}, {"seed": 1}, {"batch_size": 3}, {"rows_per_shard": 3}):
-        with pytest.raises(ValueError, match=f"ranked otherwise \\({next(iter(changed))}: "):
+        with pytest.raises(ValueError, match=f"made otherwise \\({next(iter(changed))}: "):
             capfilt_dataset(rows, draw_words, count_letters, tmp_path / "out", **changed)
-    with pytest.raises(ValueError, match="ranked otherwise \\(filter: "):
+    with pytest.raises(ValueError, match="made otherwise \\(filter: "):
         capfilt_dataset(rows, draw_words, caption_filter, tmp_path / "out")
-    with pytest.raises(ValueError, match="ranked otherwise \\(captioner: "):
+    with pytest.raises(ValueError, match="made otherwise \\(captioner: "):
         capfilt_dataset(rows, None, count_letters, tmp_path / "out")
-    with pytest.raises(ValueError, match="ranked otherwise \\(dataset: "):
+    with pytest.raises(ValueError, match="made otherwise \\(dataset: "):
         capfilt_dataset(rows.select([1, 0, *range(2, 7)]), draw_words, count_letters, tmp_path / "out")
     assert shards(tmp_path / "out") == before
     (tmp_path / "out" / "data" / "train-00000-of-00001.parquet").unlink()
@@ -505,7 +505,7 @@ def test_what_is_refused(rows, retriever, tmp_path):
 def test_what_a_stopped_run_has_begun_is_no_part_of_another_result(rows, tmp_path):
     def interrupted(pictures, captions):
         # What the first batch gave is in the file by then
-        monkey.setattr("blip2_hf.capfilt.files._GROUP_BYTES", 1)
+        monkey.setattr("blip2_hf.capfilt.result._GROUP_BYTES", 1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(pictures)
@@ -514,7 +514,10 @@ def test_what_a_stopped_run_has_begun_is_no_part_of_another_result(rows, tmp_pat
     calls = []
     with pytest.MonkeyPatch.context() as monkey, pytest.raises(KeyboardInterrupt):
         capfilt_dataset(rows, draw_words, interrupted, tmp_path / "out", batch_size=2)
-    assert len(calls) == 2 and len(list((tmp_path / "out" / ".unfinished").iterdir())) == 1
+    unfinished = tmp_path / "out" / ".unfinished"
+    assert len(calls) == 2 and not list(unfinished.iterdir())
+    # What a run of another machine has left, which was killed
+    (unfinished / ".blip2-hf-00000000-1-01234567.tmp").write_bytes(b"half a file")
     capfilt_dataset(rows, draw_words, count_letters, tmp_path / "out", rows_per_shard=4)
     assert sorted(shards(tmp_path / "out")) == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
     assert len(datasets.load_dataset(str(tmp_path / "out"), split="train")) == 6

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 
 import datasets
 import numpy as np
@@ -23,6 +24,7 @@ from blip2_hf.data import (
     read_cached_features,
 )
 from blip2_hf.data.rows import seeded_generator
+from blip2_hf.jobs.atomic_files import _machine
 from blip2_hf.models.image_loading import ImageLoadError
 
 
@@ -63,7 +65,7 @@ def cache(dataset, model, processor, folder, **options):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".arrow", ".json")}
 
 
 def encode(image):
@@ -165,7 +167,9 @@ def test_a_truncated_file_is_written_anew(folder, dataset, model, processor, tmp
     whole = contents(folder)
     for name in ("cache.json", "shard-00000-of-00004.arrow", "shard-00003-of-00004.arrow"):
         (tmp_path / name).write_bytes(whole[name])
-    (tmp_path / "shard-00001-of-00004.arrow.tmp").write_bytes(whole["shard-00001-of-00004.arrow"][:500])
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (tmp_path / f".blip2-hf-{_machine()}-{killed.pid}-01234567.tmp").write_bytes(b"half a file")
     with pytest.raises(FileNotFoundError, match="lacks 2 of 4 files .shard-00001-of-00004.arrow, shard-00002-of"):
         load_cached_features(tmp_path)
     cache(dataset, model, processor, tmp_path)
@@ -266,7 +270,7 @@ def test_arguments_that_do_not_fit(folder, dataset, model, processor, tmp_path):
             cache(dataset, model, processor, tmp_path, **options)
     for message, rows in {
         "no rows": dataset.select([]),
-        "takes a datasets.Dataset, got a IterableDataset": dataset.to_iterable_dataset(),
+        "datasets.Dataset was expected, got a IterableDataset": dataset.to_iterable_dataset(),
         "column 'image_embeds' already": dataset.rename_column("key", "image_embeds"),
     }.items():
         with pytest.raises(ValueError, match=message):

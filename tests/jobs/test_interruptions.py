@@ -6,15 +6,17 @@ gives what an undisturbed run gives.
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from faults import WRITE, Steps, run_apart
@@ -23,7 +25,12 @@ from tiny import make_image, make_image_processor, make_model, make_processor
 from train_stage1 import Processor
 
 from blip2_hf import Blip2Processor
+from blip2_hf.capfilt import ModelCaptioner, RetrievalFilter, capfilt_dataset
 from blip2_hf.captioning import FolderPictures, caption_dataset
+from blip2_hf.data import cache_features
+from blip2_hf.evaluation import CaptionSample, evaluate_captioning, evaluate_retrieval
+from blip2_hf.jobs.errors import StateFileError
+from blip2_hf.models.generation_presets import generation_preset
 from blip2_hf.search import SearchIndex
 from blip2_hf.search.store import Store
 
@@ -62,7 +69,7 @@ class Job:
 
 def files(folder: Path) -> dict[str, bytes]:
     """All files but locks."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -123,6 +130,53 @@ def index(world, **options) -> Job:
     )
 
 
+def samples(world) -> list[CaptionSample]:
+    """The pictures that can be read, each with a caption."""
+    paths = sorted(world.pictures.glob("[0-9].png"))
+    return [CaptionSample(str(path), path.name, [f"picture {path.stem}", "a bus"]) for path in paths]
+
+
+def rows(world) -> datasets.Dataset:
+    """All pictures, the broken one too, as rows with a caption."""
+    paths = sorted(map(str, world.pictures.glob("*.png")))
+    return datasets.Dataset.from_dict({"image": paths, "caption": [f"picture {i}" for i in range(len(paths))]})
+
+
+def evaluated_captions(world) -> Job:
+    model, processor = world.captioner
+    preset = replace(generation_preset("caption", model.config), generate_kwargs={"max_new_tokens": 3})
+    options = {"preset": preset, "batch_size": 1, "show_progress": False}
+    return Job(
+        lambda folder: evaluate_captioning(model, processor, samples(world), folder / "out", **options), files, 1
+    )
+
+
+def evaluated_retrieval(world) -> Job:
+    def run(folder: Path):
+        evaluate_retrieval(*world.retriever, samples(world), folder / "out", k=2, batch_size=2, show_progress=False)
+
+    # The tower's output of all pictures is one file, and of one its size is asked first
+    return Job(run, files, len(samples(world)) + 1)
+
+
+def features(world) -> Job:
+    def run(folder: Path):
+        options = {"rows_per_shard": 2, "batch_size": 1, "skip_broken": True}
+        cache_features(rows(world), *world.retriever, folder / "out", **options)
+
+    return Job(run, files, 2 + 1)
+
+
+def capfilt(world) -> Job:
+    def run(folder: Path):
+        captioner = ModelCaptioner(*world.captioner, num_captions=2, max_new_tokens=3)
+        options = {"rows_per_shard": 2, "batch_size": 1}
+        capfilt_dataset(rows(world), captioner, RetrievalFilter(*world.retriever), folder / "out", **options)
+
+    # The captioner and the filter look at each picture
+    return Job(run, files, 2 * 2)
+
+
 # Name, and what makes the job of the models and pictures of `world`
 JOBS: dict[str, Callable[[Any], Job]] = {
     "captions.jsonl": partial(captions, name="captions.jsonl"),
@@ -130,6 +184,10 @@ JOBS: dict[str, Callable[[Any], Job]] = {
     "captions as .txt": partial(captions, name="texts"),
     "index, updated": partial(index, store_embeds=True),
     "index, anew": partial(index, rebuild=True, approximate=True),
+    "evaluate captions": evaluated_captions,
+    "evaluate retrieval": evaluated_retrieval,
+    "cache features": features,
+    "capfilt": capfilt,
 }
 
 
@@ -260,3 +318,30 @@ def test_two_runs_at_once(job, undisturbed, tmp_path):
 
     assert run_with(job, folder, start_second) == (0, "")
     assert job.result(folder) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("evaluate captions", "parts/settings.json"),
+        ("evaluate captions", "parts/part-00000.jsonl"),
+        ("evaluate retrieval", "parts/contrast.pt"),
+        ("evaluate retrieval", "parts/pairs-*.npy"),
+        ("evaluate retrieval", "parts/features/cache.json"),
+        ("evaluate retrieval", "parts/features/shard-*.arrow"),
+        ("cache features", "cache.json"),
+        ("capfilt", "capfilt.json"),
+        ("capfilt", "data/train-00000-*.parquet"),
+    ],
+)
+def test_a_file_that_was_changed_is_named(name, pattern, world, tmp_path):
+    job = JOBS[name](world)
+    job.run(tmp_path)
+    (path,) = (tmp_path / job.output).glob(pattern)
+    before = path.read_bytes()
+    path.write_bytes(b"half\n")
+    with pytest.raises(StateFileError, match=f"^{re.escape(str(path))}.* can't be read") as error:
+        job.run(tmp_path)
+    assert "elete" in str(error.value)  # what to do
+    path.write_bytes(before)
+    job.run(tmp_path)

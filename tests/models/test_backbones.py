@@ -200,7 +200,7 @@ def test_features_are_stored_from_the_tower_of_another(tmp_path):
 def test_what_no_tower_is_taken_out_of_is_refused(model, tmp_path, bert):
     save(model(), tmp_path)
     for load_vision_tower in (True, False):
-        with pytest.raises(ValueError, match="out of which no vision tower is taken"):
+        with pytest.raises(ValueError, match="in which there is no known vision tower"):
             Blip2ForPreTraining.from_encoders_pretrained(tmp_path, bert, load_vision_tower=load_vision_tower)
 
 

@@ -392,7 +392,7 @@ def test_caches_that_do_not_fit_are_refused():
     behind[1, -3] = 0
     with pytest.raises(ValueError, match="padding_side='left'"):
         model.generate(pixel_values=pixel_values, **(both | {"attention_mask": behind}), cache=cache)
-    with pytest.raises(ValueError, match="does not go on from a cache"):
+    with pytest.raises(ValueError, match="cannot continue from a cache"):
         model.generate(pixel_values=pixel_values, **both, cache=cache, prompt_lookup_num_tokens=2)
 
 

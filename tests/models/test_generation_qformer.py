@@ -78,7 +78,7 @@ def test_prompts_padded_on_either_side_and_with_placeholders():
     ("ids", "mask", "message"),
     [
         ([[2, 10, 3], [2, 10, 3]], [[1, 1, 1], [0, 0, 0]], "Row 1 of input_ids has 0 tokens"),
-        ([[2, 10, 3], [3, 3, 3]], [[1, 1, 1], [1, 1, 0]], "Prompt 1 has no token but the one that ends a text"),
+        ([[2, 10, 3], [3, 3, 3]], [[1, 1, 1], [1, 1, 0]], "Prompt 1 has no token except the one that ends a text"),
         ([[2, 10, 3], [2, 10, 3]], [[1, 1], [1, 1]], r"attention_mask of shape \(2, 2\)"),
     ],
 )

@@ -372,7 +372,7 @@ def test_an_instruction_is_the_same_with_padding_on_either_side(name):
         ([[2, 5, 3], [2, 5, 3]], [[1, 1, 1], [0, 0, 0]], "Row 1 of qformer_input_ids has 0 tokens"),
         ([[2, 5, 3], [2, 64, 3]], None, "Row 1 of qformer_input_ids .* token id 64, beyond its vocabulary of 64"),
         ([[2, 5, 3], [2, 5, 3]], [[1, 1], [1, 1]], r"mask of shape \(2, 2\) for qformer_input_ids of shape \(2, 3\)"),
-        ([[5] * 41] * 2, None, "qformer_input_ids has 41 tokens, and the Q-Former 40 positions"),
+        ([[5] * 41] * 2, None, "qformer_input_ids has 41 tokens, but the Q-Former has 40 positions"),
         ([[5] * 4 + [2, 6, 3]] * 2, None, "4 tokens of id 5 in front, which look like those of an image"),
     ],
 )

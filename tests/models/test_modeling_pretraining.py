@@ -95,7 +95,7 @@ def test_one_pair_has_nothing_to_contrast_with():
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize(
     ("row", "length", "message"),
-    [(3, 0, "Row 3 of input_ids has 0 tokens"), (1, 1, "Row 1 of input_ids has 1 tokens, and at least 2")],
+    [(3, 0, "Row 3 of input_ids has 0 tokens"), (1, 1, "Row 1 of input_ids has 1 tokens, but at least 2")],
 )
 def test_a_text_with_nothing_to_learn_is_refused(row, length, message, chunk_size):
     model, inputs = make_stage1().train(), make_inputs()

@@ -160,9 +160,9 @@ def test_half_precision(folder):
 def test_what_does_not_fit(folder):
     classifier = pipeline(TASK, model=str(folder), device="cpu")
     for labels in ([], None, "cat"):
-        with pytest.raises(ValueError, match="candidate_labels is a list"):
+        with pytest.raises(ValueError, match="a list of one or more labels was expected"):
             classifier(make_image(), candidate_labels=labels)
-    with pytest.raises(ValueError, match="where the label goes.*'a picture'"):
+    with pytest.raises(ValueError, match="'a picture'.*where the label goes"):
         classifier(make_image(), candidate_labels=LABELS, hypothesis_template="a picture")
     with pytest.raises(ImageLoadError, match="missing.png"):
         classifier("missing.png", candidate_labels=LABELS)
@@ -234,7 +234,7 @@ def test_images_and_labels_given_in_other_ways(name):
     assert with_labels(image) == with_labels(images=image) == expected
     assert with_labels(image, candidate_labels=LABELS[:2]) == plain(image, LABELS[:2])
     assert with_labels(image) == expected
-    with pytest.raises(ValueError, match="candidate_labels is a list"):
+    with pytest.raises(ValueError, match="a list of one or more labels was expected"):
         plain(image)
     with pytest.raises(ValueError, match="without an images argument"):
         with_labels()

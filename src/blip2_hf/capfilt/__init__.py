@@ -4,7 +4,7 @@ from .captioners import ModelCaptioner, PipelineCaptioner, propose_captions
 from .filters import RetrievalFilter
 from .job import capfilt_dataset
 from .ranking import RankedCaption, kept_captions, rank_captions
-from .report import CapFiltCounts
+from .result import CapFiltCounts
 
 
 __all__ = [

@@ -8,11 +8,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pipelines.base import Pipeline
 from transformers.processing_utils import ProcessorMixin
 
-from ..captioning.captions import MAX_NEW_TOKENS, CaptionWriter
-from ..data.rows import stable_hash
+from ..captioning.captions import MAX_NEW_TOKENS
+from ..jobs.batch_size import BatchSize
+from ..jobs.fingerprints import model_settings
 from ..models.image_loading import check_reads_8_bit
 from ..models.modeling_pretraining import Blip2ForPreTraining
-from .settings import WithSettings, model_settings
 
 
 NUM_CAPTIONS, TOP_P = 10, 0.9  # the paper's number; nucleus sampling as BLIP has it
@@ -20,11 +20,10 @@ NUM_CAPTIONS, TOP_P = 10, 0.9  # the paper's number; nucleus sampling as BLIP ha
 Captioner = Callable[[list[Any]], Sequence[Sequence[str]]]
 
 
-class ModelCaptioner(WithSettings):
+class ModelCaptioner:
     r"""
-    Several captions of each picture by a BLIP-2 (section 3.4): sampled, unless `generate_kwargs` say otherwise. Where
-    the memory of the device does not do, pictures are captioned in halves; what is then sampled is not what it would
-    have been.
+    Several captions of each picture by a BLIP-2 (section 3.4): sampled, unless `generate_kwargs` say otherwise. If
+    memory runs out, pictures are captioned in halves; what is then sampled is not what it would have been.
 
     Args:
         model ([`Blip2ForConditionalGeneration`] or [`Blip2ForPreTraining`]):
@@ -60,10 +59,13 @@ class ModelCaptioner(WithSettings):
         self.processor = processor
         self.prompt = prompt
         self.generate_kwargs = _generation(num_captions, generate_kwargs)
-        self._writer: Any = _SeveralCaptionsWriter(model, processor, prompt, self.generate_kwargs)
+        self._batch_size = BatchSize()
+        self._tokens = processor(text=prompt or "", return_tensors="pt").to(model.device)
 
     def __call__(self, pictures: list[Any]) -> list[list[str]]:
         r"""
+        Caption pictures.
+
         Args:
             pictures (`list`):
                 Pictures (`PIL.Image.Image`), or what the tower made of them (`torch.Tensor` of shape
@@ -75,18 +77,36 @@ class ModelCaptioner(WithSettings):
         was_training = self.model.training
         self.model.eval()
         try:
-            return self._writer(picture_inputs(pictures, self.processor.image_processor))
+            inputs = picture_inputs(pictures, self.processor.image_processor)
+            return [texts for _, found in self._batch_size.run(self._write, inputs) for texts in found]
         finally:
             self.model.train(was_training)
 
+    def _write(self, inputs: torch.Tensor) -> list[list[str]]:
+        is_stage1 = isinstance(self.model, Blip2ForPreTraining)
+        names = ("input_ids", "attention_mask") if is_stage1 else self._tokens.keys()
+        prompt = {name: self._tokens[name].expand(len(inputs), -1) for name in names}
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        images = {"pixel_values" if inputs.dim() == 4 else "image_embeds": inputs}
+        generated = self.model.generate(**images, **prompt, **self.generate_kwargs)
+        if is_stage1:
+            # [DEC] and the prompt, without the [SEP] that the tokenizer puts behind it
+            is_prompt = self._tokens["input_ids"] != self.model.config.qformer_config.eos_token_id
+            texts = self.processor.post_process_image_text_to_text(generated[:, int(is_prompt.sum()) :])
+        else:
+            texts = self.processor.post_process_image_text_to_text(generated, input_ids=prompt["input_ids"])
+        count = self.generate_kwargs["num_return_sequences"]
+        return [texts[start : start + count] for start in range(0, len(texts), count)]
+
     def settings(self) -> dict[str, Any]:
+        """Return what the captions depend on."""
         model = model_settings(self.model, self.processor.image_processor)
         own = {} if isinstance(self.model, Blip2ForPreTraining) else self.model.generation_config.to_diff_dict()
         own.pop("transformers_version", None)
         return {**model, "prompt": self.prompt, "generation": own | self.generate_kwargs}
 
 
-class PipelineCaptioner(WithSettings):
+class PipelineCaptioner:
     r"""
     Several captions of each picture by a pipeline: sampled, unless `generate_kwargs` say otherwise.
 
@@ -101,7 +121,7 @@ class PipelineCaptioner(WithSettings):
             `do_sample=True, top_p=0.9, num_beams=1, max_new_tokens=30`.
 
     Raises:
-        ValueError: if `num_captions` is less than 1; where it is called, if it is given features.
+        ValueError: if `num_captions` is less than 1; in a call, if it is given features.
     """
 
     def __init__(self, pipe: Pipeline, num_captions: int = NUM_CAPTIONS, **generate_kwargs):
@@ -118,12 +138,14 @@ class PipelineCaptioner(WithSettings):
         return [[record["generated_text"] for record in records] for records in outputs]
 
     def settings(self) -> dict[str, Any]:
+        """Return what the captions depend on."""
         return {**model_settings(self.pipe.model, self.pipe.image_processor), "generation": self.generate_kwargs}
 
 
 def propose_captions(captioner: Captioner | None, pictures: list[Any], seed: int = 0) -> list[list[str]]:
     r"""
-    What a captioner writes about pictures, the same each time: PyTorch's generators are seeded, and left as they were.
+    Return what a captioner writes about pictures, the same each time: PyTorch's generators are seeded, and left as
+    they were.
 
     Args:
         captioner (`Callable`, *optional*):
@@ -156,36 +178,12 @@ def propose_captions(captioner: Captioner | None, pictures: list[Any], seed: int
     return [[text.strip() for text in texts] for texts in captions]
 
 
-def seed_of(seed: int, row: int) -> int:
-    """The seed of the pictures from a row on."""
-    return stable_hash(f"{seed}/{row}")
-
-
 def picture_inputs(pictures: list[Any], image_processor: Any) -> torch.Tensor:
-    """Pixels of shape `(pictures, channels, height, width)`, or features of `(pictures, features, width)`."""
+    """Return pixels of shape `(pictures, channels, height, width)`, or features of `(pictures, features, width)`."""
     if isinstance(pictures[0], torch.Tensor):
         return torch.stack(pictures)
     check_reads_8_bit(image_processor)
     return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-
-
-class _SeveralCaptionsWriter(CaptionWriter):
-    """Writes several captions of each picture, or of its features; halves batches that do not fit, as its base."""
-
-    def _write(self, inputs: torch.Tensor) -> list[list[str]]:
-        names = ("input_ids", "attention_mask") if isinstance(self.model, Blip2ForPreTraining) else self.prompt.keys()
-        prompt = {name: self.prompt[name].expand(len(inputs), -1) for name in names}
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        images = {"pixel_values" if inputs.dim() == 4 else "image_embeds": inputs}
-        generated = self.model.generate(**images, **prompt, **self.generate_kwargs)
-        if isinstance(self.model, Blip2ForPreTraining):
-            # [DEC] and the prompt, without the [SEP] that the tokenizer puts behind it
-            is_prompt = self.prompt["input_ids"] != self.model.config.qformer_config.eos_token_id
-            texts = self.processor.post_process_image_text_to_text(generated[:, int(is_prompt.sum()) :])
-        else:
-            texts = self.processor.post_process_image_text_to_text(generated, input_ids=prompt["input_ids"])
-        count = self.generate_kwargs["num_return_sequences"]
-        return [texts[start : start + count] for start in range(0, len(texts), count)]
 
 
 def _generation(num_captions: int, generate_kwargs: dict[str, Any]) -> dict[str, Any]:

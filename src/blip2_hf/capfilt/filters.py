@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers.processing_utils import ProcessorMixin
 
+from ..jobs.fingerprints import model_settings
 from ..models.losses import image_text_similarity
 from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 from ..retrieval.two_stage import TwoStageRetrieval
 from .captioners import picture_inputs
-from .settings import WithSettings, model_settings
 
 
 SCORES = ("sum", "itm", "itc")
@@ -18,7 +18,7 @@ SCORES = ("sum", "itm", "itc")
 CaptionFilter = Callable[[list[Any], list[list[str]]], Sequence[Sequence[float]]]
 
 
-class RetrievalFilter(WithSettings):
+class RetrievalFilter:
     r"""
     Scores of captions by a model for retrieval. A picture goes through the tower once, and its keys and values are
     computed once, however many captions it has; a caption of several pictures is read once for contrast.
@@ -36,7 +36,7 @@ class RetrievalFilter(WithSettings):
             Most tokens of a caption; the rest is not read.
 
     Raises:
-        ValueError: if there is no such score; where it is called, if features or scores are not finite.
+        ValueError: if there is no such score; in a call, if features or scores are not finite.
 
     Example:
 
@@ -65,6 +65,8 @@ class RetrievalFilter(WithSettings):
 
     def __call__(self, pictures: list[Any], captions: list[list[str]]) -> list[list[float]]:
         r"""
+        Score captions of pictures.
+
         Args:
             pictures (`list`):
                 Pictures (`PIL.Image.Image`), or what the tower made of them (`torch.Tensor` of shape
@@ -102,6 +104,7 @@ class RetrievalFilter(WithSettings):
             self.model.train(was_training)
 
     def settings(self) -> dict[str, Any]:
+        """Return what the scores depend on."""
         model = model_settings(self.model, self.processor.image_processor)
         return {**model, "score": self.score, "max_length": self.retrieval.max_length}
 

@@ -1,10 +1,9 @@
-"""CapFilt over a data set: file by file, what is there already stays, each process takes its share."""
+"""CapFilt over a dataset: file by file, what is there already stays, each process takes its share."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ from datasets.table import embed_table_storage
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..jobs.picture_inputs import leave_interrupts_to_the_parent
-from .captioners import Captioner, propose_captions, seed_of
-from .files import ResultFiles
-from .filters import CaptionFilter
+from ..data.rows import check_dataset, stable_hash
+from ..jobs.fingerprints import stable_repr
+from ..jobs.output import only_writer, share, tell_share
+from ..jobs.picture_inputs import load_shards
+from .captioned_pictures import CaptionedPicture, CaptionedPictures
+from .captioners import Captioner, ModelCaptioner, PipelineCaptioner, propose_captions
+from .filters import CaptionFilter, RetrievalFilter
 from .ranking import RankedCaption, kept_captions, rank_captions
-from .report import CapFiltCounts, ShardReport
-from .rows import CaptionedPicture, CaptionedPictures
-from .settings import settings_of
+from .result import CapFiltCounts, ResultFiles, ShardReport
 
 
 ADDED = {
@@ -55,12 +55,12 @@ def capfilt_dataset(
     overwrite: bool = False,
 ) -> CapFiltCounts:
     r"""
-    Captions and filters a data set (CapFilt, as in section 3.4): a captioner proposes captions of each picture, a
-    filter ranks them together with those that the picture came with, the first `keep` stay. It may be stopped, or
+    Caption and filter a dataset (CapFilt, as in section 3.4): a captioner proposes captions of each picture, a filter
+    ranks them together with those that the picture came with, the first `keep` stay. The job may be stopped, or
     killed, and run again: finished files are kept, and the result is the same. In several processes
     (`accelerate launch`, `torchrun`) each takes its share of the files.
 
-    The result is a data set of Parquet files, `datasets.load_dataset(folder)`, with the columns of `dataset` and
+    The result is a dataset of Parquet files, `datasets.load_dataset(folder)`, with the columns of `dataset` and
 
     - `kept_captions` (`list[str]`): what is kept, the best first; [`ImageTextPairs`] with
       `text_column="kept_captions"` draws one of them each time;
@@ -73,7 +73,7 @@ def capfilt_dataset(
     Args:
         dataset (`datasets.Dataset`):
             Rows with a picture or, in its place, the features that [`~data.cache_features`] stored, of which the
-            first view is read. They are told from those of another data set by their number, columns and 32 of them.
+            first view is read. They are told from those of another dataset by their number, columns and 32 of them.
         captioner (`Callable`, *optional*):
             [`ModelCaptioner`], [`PipelineCaptioner`], or any function from a list of pictures to a list of captions
             for each. `None` proposes nothing: the filter ranks the captions that are there.
@@ -106,7 +106,9 @@ def capfilt_dataset(
         [`CapFiltCounts`].
 
     Raises:
-        ValueError: if the arguments do not fit, or the folder holds captions that were ranked otherwise.
+        ValueError: if the arguments do not fit, if the folder holds captions that were ranked otherwise, or if another
+            run is writing to it.
+        OSError: if files are gone at the end, as when the folder was deleted meanwhile.
 
     Example:
 
@@ -122,8 +124,8 @@ def capfilt_dataset(
     pictures = CaptionedPictures(dataset, image_column, text_column)
     settings = {
         **pictures.describe(),
-        "captioner": settings_of(captioner),
-        "filter": settings_of(caption_filter),
+        "captioner": _settings_of(captioner),
+        "filter": _settings_of(caption_filter),
         "keep": keep,
         "min_score": min_score,
         "batch_size": batch_size,
@@ -131,48 +133,52 @@ def capfilt_dataset(
     }
     features = datasets.Features({**dataset.features, **ADDED})
     files = ResultFiles(Path(folder), features, len(dataset), rows_per_shard, settings)
+    ranking = _Ranking(pictures, captioner, caption_filter, keep, min_score, seed, files.schema)
     state = PartialState(cpu=not torch.accelerator.is_available())
-    files.check_own()
-    if overwrite and state.is_main_process:
-        files.clear()
-    state.wait_for_everyone()
+    with only_writer(files.folder / ".lock", files.folder, state):
+        files.check_own()
+        if overwrite and state.is_main_process:
+            files.clear()
+        state.wait_for_everyone()
+        _rank_missing(files, ranking, batch_size, num_workers, state)
+        return files.report().counts
+
+
+def _rank_missing(files: ResultFiles, ranking: "_Ranking", batch_size: int, num_workers: int, state: PartialState):
+    """Write the files that are not there yet, each process a share of them, and make them a dataset."""
     files.check()
     missing = files.missing()
     # All are to see the same files before the first of them changes one
     state.wait_for_everyone()
     if state.is_main_process:
         files.prepare()
-        _announce(files, len(dataset), len(missing), state.num_processes)
+        _announce(files, len(ranking.pictures), len(missing), state)
     state.wait_for_everyone()
-    ranking = _Ranking(pictures, captioner, caption_filter, keep, min_score, seed, files.schema)
-    share = missing[state.process_index :: state.num_processes]
-    _write(files, share, ranking, batch_size, num_workers, is_shown=state.is_main_process)
+    _write(files, share(missing, state), ranking, batch_size, num_workers, is_shown=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process:
         tqdm.write(files.finish(), file=sys.stderr)
     state.wait_for_everyone()
-    return files.report().counts
+
+
+def _settings_of(function: Any) -> Any:
+    """Return the settings of a captioner or a filter, and of any other function its name."""
+    if isinstance(function, (ModelCaptioner, PipelineCaptioner, RetrievalFilter)):
+        return function.settings()
+    return None if function is None else stable_repr(function)
 
 
 def _check_arguments(dataset: Any, keep: int, batch_size: int, rows_per_shard: int):
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(
-            f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming."
-        )
-    if len(dataset) == 0:
-        raise ValueError("The data set has no rows.")
-    if taken := [name for name in ADDED if name in dataset.column_names]:
-        raise ValueError(f"The data set has a column {taken[0]!r} already. Rename it, or remove it.")
+    check_dataset(dataset, ADDED)
     if min(keep, batch_size, rows_per_shard) < 1:
         raise ValueError(
             f"keep={keep}, batch_size={batch_size}, rows_per_shard={rows_per_shard}: 1 at least was expected of each."
         )
 
 
-def _announce(files: ResultFiles, rows: int, missing: int, processes: int):
-    shares = "" if processes == 1 else f" in {processes} processes, of which this one shows its share"
+def _announce(files: ResultFiles, rows: int, missing: int, state: PartialState):
     to_write = f"files to write: {missing:,} of {len(files.names):,}"
-    tqdm.write(f"{rows:,} rows, {to_write}{shares} ({files.folder})", file=sys.stderr)
+    tqdm.write(f"{rows:,} rows, {to_write}{tell_share(state)} ({files.folder})", file=sys.stderr)
 
 
 class _Ranking:
@@ -211,38 +217,28 @@ class _Ranking:
     def _rank(self, batch: list[CaptionedPicture]) -> list[list[RankedCaption]]:
         readable = [row for row in batch if row.bad is None]
         pictures = [row.picture for row in readable]
-        proposals = propose_captions(self.captioner, pictures, seed_of(self.seed, batch[0].name.number))
+        proposals = propose_captions(self.captioner, pictures, stable_hash(f"{self.seed}/{batch[0].name.number}"))
         ranked = iter(rank_captions(self.caption_filter, pictures, [row.originals for row in readable], proposals))
         return [next(ranked) if row.bad is None else [] for row in batch]
 
     def _table(self, found: list[tuple[list[str], list[dict[str, Any]], int]]) -> pa.Table:
-        """Kept captions, candidates and numbers of rows, behind the columns of these rows."""
+        """Return kept captions, candidates and numbers of rows, behind the columns of these rows."""
         columns = list(zip(*found, strict=True))
         arrays = self.pictures.columns(columns[-1]).combine_chunks().columns
         arrays += [pa.array(x, self.schema.field(name).type) for name, x in zip(ADDED, columns, strict=True)]
-        # Files that pictures are only named of would be missing where the result is moved to
+        # The result may be moved to where files that rows only name are missing
         return embed_table_storage(pa.Table.from_arrays(arrays, schema=self.schema))
 
 
 def _write(
-    files: ResultFiles, shards: list[int], ranking: _Ranking, batch_size: int, num_workers: int, is_shown: bool
+    files: ResultFiles, shards: Sequence[int], ranking: _Ranking, batch_size: int, num_workers: int, is_shown: bool
 ):
-    # A batch lies within one file, so that a file does not depend on where a run began
-    own_rows = [files.rows[shard] for shard in shards]
-    plan = [[rows[i : i + batch_size] for i in range(0, len(rows), batch_size)] for rows in own_rows]
-    loader = torch.utils.data.DataLoader(
-        ranking.pictures,
-        batch_sampler=[batch for batches in plan for batch in batches],
-        collate_fn=list,
-        num_workers=num_workers,
-        worker_init_fn=leave_interrupts_to_the_parent,
-        generator=torch.Generator(),  # the global one is left alone
-    )
-    with logging.tqdm(total=sum(map(len, own_rows)), unit="row", desc="CapFilt", disable=not is_shown) as bar:
-        batches = iter(loader)
-        for shard, own in zip(shards, plan, strict=True):
+    rows = [files.rows[shard] for shard in shards]
+    read = load_shards(ranking.pictures, rows, batch_size, num_workers, collate_fn=list)
+    with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="CapFilt", disable=not is_shown) as bar:
+        for shard, batches in zip(shards, read, strict=True):
             report = ShardReport()
-            files.write(shard, ranking.tables(islice(batches, len(own)), report, bar), report)
+            files.write(shard, ranking.tables(batches, report, bar), report)
 
 
 __all__ = ["capfilt_dataset"]

@@ -35,7 +35,7 @@ def rank_captions(
     proposals: Sequence[Sequence[str]],
 ) -> list[list[RankedCaption]]:
     r"""
-    Ranks captions of each picture. The filter reads them as training does, cleaned by [`~data.clean_caption`]; what is
+    Rank captions of each picture. The filter reads them as training does, cleaned by [`~data.clean_caption`]; what is
     then the same is scored once, and counts as an original if one of them is. What is then empty is left out.
 
     Args:
@@ -74,7 +74,7 @@ def rank_captions(
 
 def kept_captions(ranked: Sequence[RankedCaption], keep: int = 2, min_score: float | None = None) -> list[str]:
     r"""
-    The first captions of a ranking.
+    Return the first captions of a ranking.
 
     Args:
         ranked (`list[RankedCaption]`):
@@ -91,7 +91,7 @@ def kept_captions(ranked: Sequence[RankedCaption], keep: int = 2, min_score: flo
 
 
 def _candidates(originals: Sequence[str], proposals: Sequence[str]) -> dict[str, tuple[str, bool]]:
-    """By what the filter reads of them: the first text of those that are read alike, and whether it is an original."""
+    """Return texts, and whether they are originals, by what the filter reads of them; the first of several."""
     found: dict[str, tuple[str, bool]] = {}
     for texts, is_original in ((originals, True), (proposals, False)):
         for text in texts:

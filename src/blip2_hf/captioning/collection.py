@@ -1,6 +1,5 @@
 """Captions of a whole collection: what is there already stays, each process takes its share of the rest."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from ..jobs.errors import CollectionError
-from ..jobs.fingerprints import model_fingerprint
+from ..jobs.fingerprints import model_settings
 from ..jobs.output import only_writer, share, tell_share
 from ..jobs.state_files import as_json
 from ..models.image_loading import check_reads_8_bit
@@ -181,9 +180,7 @@ def _settings(
     settings = {
         **pictures.describe(),
         "model": model.name_or_path,
-        "weights": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "image_processor": json.loads(processor.image_processor.to_json_string()),
+        **model_settings(model, processor.image_processor),
         "prompt": prompt,
         "generation": generation,
     }

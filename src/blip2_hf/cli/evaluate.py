@@ -139,7 +139,7 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
-    # One dataset has no test split: to datasets it is one for training, whatever is in it
+    # A single file has no test split: `datasets` calls its rows train, whatever they are
     path = Path(options.data)
     split = options.split or ("train" if path.is_file() or (path / "state.json").is_file() else "test")
     rows = load_dataset(options.data, options.config, split)

@@ -1,4 +1,4 @@
-"""Data for training: pictures with texts, batches of them, and the vision tower's features, computed once."""
+"""Data for training: images with texts, batches of them, and the vision tower's features, computed once."""
 
 from .bad_rows import BadRow, BadRowError, check_pairs, leave_out_bad_rows, report_bad_rows
 from .callbacks import SetEpochCallback

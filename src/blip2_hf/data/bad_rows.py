@@ -1,6 +1,5 @@
 """Rows that can't be learned from: errors that name them, a check before training, a report."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,9 @@ import torch.distributed as dist
 from PIL import Image
 from transformers.utils import logging
 
+from ..jobs.atomic_files import atomic_file
+from ..jobs.errors import printable
+from ..jobs.state_files import json_line
 from ..models.image_loading import ImageLoadError
 
 
@@ -29,7 +31,6 @@ ID_MISSING = "id missing"
 NOTHING_TO_LEARN = "nothing to learn"
 
 _LONGEST_PATH = 256  # characters; a longer string is a picture in base64
-_LONGEST_VALUE = 80  # characters of a value that a message shows
 _SHOWN = 5  # rows that a report tells of
 
 
@@ -39,11 +40,11 @@ class RowName(str):
 
     Args:
         number (`int`):
-            Number of the row in its data set.
+            Number of the row in its dataset.
         file (`str`, *optional*):
             Where the row comes from.
         source (`str`, *optional*):
-            Name of the data set.
+            Name of the dataset.
     """
 
     number: int
@@ -60,7 +61,7 @@ class RowName(str):
 
     @property
     def at_start(self) -> str:
-        """The name at the start of a sentence; `capitalize` would change the file."""
+        """Return the name at the start of a sentence; `capitalize` would change the file."""
         return f"R{self[1:]}"
 
 
@@ -105,7 +106,7 @@ class BadRow:
 
     Args:
         row (`int`):
-            Number of the row in the data set.
+            Number of the row in the dataset.
         file (`str`, *optional*):
             Path or address of the picture, or shard and key of a row of WebDataset.
         reason (`str`):
@@ -122,7 +123,7 @@ class BadRow:
 
 def check_pairs(pairs: "ImageTextPairs", collator: Callable | None = None, show_progress: bool = True) -> list[BadRow]:
     r"""
-    Reads every row once, as the present epoch has it, to find those that training would stop at. Lengths are those of
+    Read every row once, as the present epoch has it, to find those that training would stop at. Lengths are those of
     the text, and of the split, that this epoch draws.
 
     Args:
@@ -157,7 +158,7 @@ def check_pairs(pairs: "ImageTextPairs", collator: Callable | None = None, show_
 
 def report_bad_rows(bad: Sequence[BadRow], path: str | os.PathLike | None = None) -> str:
     r"""
-    Says how many rows of which kind are bad, and why the first few are.
+    Say how many rows of which kind are bad, and why the first few are.
 
     Args:
         bad (`list[BadRow]`):
@@ -169,12 +170,9 @@ def report_bad_rows(bad: Sequence[BadRow], path: str | os.PathLike | None = None
         `str`: the report.
     """
     if path is not None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may write the same list
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in bad))
-        os.replace(temporary, path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.writelines(json_line(asdict(row)) for row in bad)
     if not bad:
         return "No bad rows."
     lines = [f"{len(bad):,} bad {'row' if len(bad) == 1 else 'rows'}: {count_kinds(Counter(r.kind for r in bad))}."]
@@ -188,7 +186,8 @@ def leave_out_bad_rows(
     pairs: "ImageTextPairs", collator: Callable | None = None, path: str | os.PathLike | None = None
 ) -> "ImageTextPairs":
     r"""
-    [`check_pairs`], a printed [`report_bad_rows`], and what is left. Of several processes the first one reports.
+    Leave out the rows that [`check_pairs`] finds, and print [`report_bad_rows`]. Of several processes the first one
+    prints.
 
     Args:
         pairs ([`ImageTextPairs`]):
@@ -209,20 +208,14 @@ def leave_out_bad_rows(
 
 
 def count_kinds(counts: Counter) -> str:
-    """Such as `3 text empty, 1 picture missing`."""
+    """Return a text such as `3 text empty, 1 picture missing`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
 
 
-def shorten(value: Any) -> str:
-    """What a message shows of a value."""
-    shown = repr(value)
-    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
-
-
 def find_file(row: Mapping, picture: Any) -> str | None:
-    """Where a row comes from: shard and key of WebDataset, or the path or address of its picture, if it is known."""
+    """Return where a row comes from: shard and key of WebDataset, or path or address of its picture, if known."""
     if row.get("__key__") is not None:
-        return _printable("::".join(str(row[name]) for name in ("__url__", "__key__") if row.get(name) is not None))
+        return printable("::".join(str(row[name]) for name in ("__url__", "__key__") if row.get(name) is not None))
     if isinstance(picture, Image.Image):
         picture = getattr(picture, "filename", None)
     elif isinstance(picture, Mapping):
@@ -230,9 +223,4 @@ def find_file(row: Mapping, picture: Any) -> str | None:
     if not isinstance(picture, (str, os.PathLike)):
         return None
     path = str(picture)
-    return _printable(path) if 0 < len(path) <= _LONGEST_PATH and not path.startswith("data:") else None
-
-
-def _printable(path: str) -> str:
-    """Return a path that can be printed, also if its bytes are not UTF-8."""
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return printable(path) if 0 < len(path) <= _LONGEST_PATH and not path.startswith("data:") else None

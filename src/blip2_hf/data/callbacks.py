@@ -1,4 +1,4 @@
-"""What `Trainer` has to tell a data set."""
+"""A callback that tells a dataset which epoch it is."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,16 @@ from .pairs import ImageTextPairs
 class SetEpochCallback(TrainerCallback):
     """
     Calls `set_epoch` of the [`ImageTextPairs`] that a `Trainer` trains on, also inside a `ConcatDataset` or `Subset`.
-    accelerate does so only where no sampler takes the call: not in several processes, and not in the first epoch after
-    a resumption.
+    accelerate only does so if no sampler takes the call: not in several processes, and not in the first epoch after a
+    resumption.
     """
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         sources = [] if train_dataloader is None else [p.source for p in _pairs_inside(train_dataloader.dataset)]
         if len(set(sources)) < len(sources):
             raise ValueError(
-                f"{len(sources)} ImageTextPairs are joined, and images of one can't be told from those of another: "
-                "give each its name, ImageTextPairs(..., source=...)."
+                f"{len(sources)} ImageTextPairs are joined, but their image ids can't be told apart: give each a "
+                "name, ImageTextPairs(..., source=...)."
             )
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):

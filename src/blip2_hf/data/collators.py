@@ -1,12 +1,13 @@
-"""Rows to batches."""
+"""Collators, which make batches of rows."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..jobs.errors import shorten
 from ..models.image_loading import check_reads_8_bit
-from .bad_rows import NOTHING_TO_LEARN, TEXT_TOO_LONG, BadRowError, shorten
+from .bad_rows import NOTHING_TO_LEARN, TEXT_TOO_LONG, BadRowError
 
 
 class ImageTextCollator:
@@ -33,19 +34,21 @@ class ImageTextCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         r"""
+        Make a batch.
+
         Args:
             rows (`list[dict]`):
                 Items with `image` or `image_embeds`, `text` and `image_id`.
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values` of shape `(batch_size, channels, height, width)`, or
-            `image_embeds` of shape `(batch_size, features, width)` in the type that was stored; `input_ids` and
+            `image_embeds` of shape `(batch_size, features, width)` in the stored dtype; `input_ids` and
             `attention_mask` of shape `(batch_size, length)`; `image_ids` of shape `(batch_size,)`. The last three are
             `int64`.
 
         Raises:
-            ValueError: if rows lack something, or mix pictures and features, or features differ in shape or type, or
-                the image processor takes pictures for floats in [0, 1] (`do_rescale=False`).
+            ValueError: if rows lack a field, or mix images and features, or features differ in shape or dtype, or
+                the image processor expects floats in [0, 1] (`do_rescale=False`).
         """
         batch = _stack_images(rows, self.processor)
         _check_names(rows, "text", "image_id")
@@ -57,7 +60,7 @@ class ImageTextCollator:
             max_length=self.max_length,
             return_attention_mask=True,
             return_token_type_ids=False,
-            # A caption that spells a special token, such as <image>, has no say
+            # A caption that spells a special token, such as <image>, is text
             split_special_tokens=True,
             return_tensors="pt",
         )
@@ -68,8 +71,7 @@ class ImageTextCollator:
 class LanguageModelCollator:
     r"""
     Makes a batch for [`Blip2ForConditionalGeneration`] of the items of [`ImageTextPairs`] or [`ImageTextStream`]. The
-    picture stands in front of the prompt, `text` behind it, with the end token. Prompts and pictures have the label
-    -100.
+    image stands in front of the prompt, `text` after it, with the end token. Prompts and images have the label -100.
 
     A prompt or text that spells a special token, such as `<image>` or `</s>`, is text.
 
@@ -77,14 +79,14 @@ class LanguageModelCollator:
         processor ([`Blip2Processor`]):
             The model's. If it has a `qformer_tokenizer`, the Q-Former reads the prompt too.
         max_length (`int`, *optional*):
-            Most tokens of prompt and text, for an encoder-decoder of each of them; pictures are not counted. What is
-            cut is the end of the text, never the end token. `None` cuts nothing.
+            Most tokens of prompt and text together, or of each for an encoder-decoder; images are not counted. The end
+            of the text is cut, never the end token. `None` cuts nothing.
         max_positions (`int`, *optional*):
-            Positions of the language model, for queries (if `processor.num_query_tokens` is set), prompt and text: a
-            row that needs more is an error. `None`, for models without such a limit, does not look.
+            Positions of the language model, for queries (if `processor.num_query_tokens` is set), prompt and text. A
+            row that needs more is an error. `None`, for models without such a limit, checks nothing.
         max_qformer_positions (`int`, *optional*):
             Positions of a Q-Former that reads the prompt, for its tokens alone: queries take none. A row that needs
-            more is an error. `None` does not look.
+            more is an error. `None` checks nothing.
 
     Example:
 
@@ -108,6 +110,8 @@ class LanguageModelCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         r"""
+        Make a batch.
+
         Args:
             rows (`list[dict]`):
                 Items with `image` or `image_embeds`, `text` and, if there are any, `prompt` and `row`, by
@@ -115,21 +119,21 @@ class LanguageModelCollator:
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values` of shape `(batch_size, channels, height, width)`, or
-            `image_embeds` of shape `(batch_size, features, width)` in the type that was stored; `input_ids` and
+            `image_embeds` of shape `(batch_size, features, width)` in the stored dtype; `input_ids` and
             `attention_mask` of shape `(batch_size, length)`; `labels` of the same shape or, for an encoder-decoder,
             of shape `(batch_size, target_length)`; `qformer_input_ids` and `qformer_attention_mask` of shape
             `(batch_size, instruction_length)`, if the Q-Former reads text.
 
         Raises:
             BadRowError: if a row needs more positions than there are, or is cut until nothing is left to learn.
-            ValueError: if rows lack something, or mix pictures and features, or features differ in shape or type, or
-                the image processor takes pictures for floats in [0, 1] (`do_rescale=False`).
+            ValueError: if rows lack a field, or mix images and features, or features differ in shape or dtype, or
+                the image processor expects floats in [0, 1] (`do_rescale=False`).
         """
         return _stack_images(rows, self.processor) | self._encode_texts(rows)
 
     def check(self, row: dict[str, Any]):
         r"""
-        Whether a batch can be made of a row, whose picture is not looked at.
+        Refuse a row of which no batch can be made. Its image is not looked at.
 
         Args:
             row (`dict`):
@@ -155,9 +159,9 @@ class LanguageModelCollator:
         return dict(batch)
 
     def _with_placeholder(self, prompt: str) -> str:
-        """The prompt behind its picture: stored features have placeholders too."""
+        """Return the prompt with the mark of its image in front, because stored features have placeholders too."""
         token = self.processor.image_token
-        # The processor would take a mark inside the prompt for the place of a picture
+        # The processor would take a mark inside the prompt for the place of an image
         prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
         return prompt if self.processor.num_query_tokens is None else token + prompt
 
@@ -166,21 +170,21 @@ class LanguageModelCollator:
         positions = batch["attention_mask"].sum(dim=1)
         if self.processor.is_encoder_decoder:
             positions = torch.maximum(positions, num_labels)
-        of_prompts = batch.get("qformer_attention_mask", torch.zeros_like(batch["attention_mask"])).sum(dim=1)
-        lengths = torch.stack([positions, num_labels, of_prompts], dim=1).tolist()
-        for i, (row, (length, count, of_prompt)) in enumerate(zip(rows, lengths, strict=True)):
+        prompt_lengths = batch.get("qformer_attention_mask", torch.zeros_like(batch["attention_mask"])).sum(dim=1)
+        lengths = torch.stack([positions, num_labels, prompt_lengths], dim=1).tolist()
+        for i, (row, (length, count, prompt_length)) in enumerate(zip(rows, lengths, strict=True)):
             name = row.get("row", f"row {i} of the batch")
-            if self.max_qformer_positions is not None and of_prompt > self.max_qformer_positions:
+            if self.max_qformer_positions is not None and prompt_length > self.max_qformer_positions:
                 raise BadRowError(
-                    f"{name} has a prompt of {of_prompt} tokens, for which the Q-Former has "
-                    f"{self.max_qformer_positions} positions. Give a max_length of no more than that, to cut long "
-                    "prompts, or leave the row out: check_pairs finds all such rows.",
+                    f"{name} has a prompt of {prompt_length} tokens, but the Q-Former has "
+                    f"{self.max_qformer_positions} positions. Give a max_length of at most that, to cut long prompts, "
+                    "or leave the row out: check_pairs finds all such rows.",
                     name,
                     TEXT_TOO_LONG,
                 )
             if self.max_positions is not None and length > self.max_positions:
                 raise BadRowError(
-                    f"{name} takes {length} positions, of which the model has {self.max_positions}. Give a smaller "
+                    f"{name} takes {length} positions, but the model has {self.max_positions}. Give a smaller "
                     "max_length than that, to cut long texts, or leave the row out: check_pairs finds all such rows.",
                     name,
                     TEXT_TOO_LONG,
@@ -189,7 +193,7 @@ class LanguageModelCollator:
             if count <= 1:
                 raise BadRowError(
                     f"{name} has nothing left to learn: max_length={self.max_length} cuts all of its text, "
-                    f"{shorten(row['text'])}, behind the prompt {shorten(row.get('prompt', ''))}. Allow more, or "
+                    f"{shorten(row['text'])}, after the prompt {shorten(row.get('prompt', ''))}. Allow more, or "
                     "leave the row out: check_pairs finds all such rows.",
                     name,
                     NOTHING_TO_LEARN,
@@ -197,34 +201,34 @@ class LanguageModelCollator:
 
 
 def _stack_images(rows: Sequence[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
-    """`pixel_values` or `image_embeds` of a batch."""
+    """Return `pixel_values` or `image_embeds` of a batch."""
     with_features = sum("image_embeds" in row for row in rows)
     if with_features == 0:
         if any("image" not in row for row in rows):
-            raise ValueError(f"Rows without 'image' and 'image_embeds'. {_EXPECTED}")
+            raise ValueError(f"Some rows have neither 'image' nor 'image_embeds'. {_EXPECTED}")
         check_reads_8_bit(processor.image_processor)
-        pictures = processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
-        return {"pixel_values": pictures["pixel_values"]}
+        inputs = processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
+        return {"pixel_values": inputs["pixel_values"]}
     if with_features < len(rows):
         raise ValueError(
-            f"{with_features} of the {len(rows)} rows of a batch have features, the others pictures. Store the "
-            "features of all, with cache_features, or of none."
+            f"{with_features} of the {len(rows)} rows of a batch have features, the others images. Store the features "
+            "of all rows with cache_features, or of none."
         )
     features = [row["image_embeds"] for row in rows]
     kinds = {(tuple(f.shape), str(f.dtype)) for f in features}
     if len(kinds) > 1:
         found = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds))
-        raise ValueError(f"The features of a batch differ ({found}). One tower, size and dtype have to make all.")
+        raise ValueError(f"The features of a batch differ ({found}). Make all with the same tower, size and dtype.")
     return {"image_embeds": torch.stack(features)}
 
 
 def _check_names(rows: Sequence[dict[str, Any]], *names: str):
     missing = [name for name in names if any(name not in row for row in rows)]
     if missing:
-        raise ValueError(f"Rows without {missing[0]!r}. {_EXPECTED}")
+        raise ValueError(f"Some rows have no {missing[0]!r}. {_EXPECTED}")
 
 
 _EXPECTED = (
-    "Items of ImageTextPairs or ImageTextStream were expected; in Trainer, set remove_unused_columns=False, or it "
-    "takes what the model does not name out of them."
+    "Items of ImageTextPairs or ImageTextStream were expected. In Trainer, set remove_unused_columns=False, or it "
+    "removes fields that the model does not name."
 )

@@ -1,13 +1,10 @@
 """The output of a frozen vision tower, computed once and stored: training then never runs the tower."""
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,17 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from ..jobs.fingerprints import sampled_weights
+from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json
+from ..jobs.batch_size import BatchSize
+from ..jobs.fingerprints import check_settings_file, fingerprint, sampled_rows, sampled_weights, stable_repr
+from ..jobs.output import check_still_there, only_writer
+from ..jobs.picture_inputs import PictureBatch, PictureInput, load_shards, split_rows
+from ..jobs.state_files import read_json, read_whole
 from ..models.backbones import load_tower, measure_width
 from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
 from ..models.image_loading import ImageLoadError, check_reads_8_bit
 from ..models.modeling_vision import build_vision_model
-from .rows import open_image, seeded_generator, select_columns
+from .rows import check_dataset, open_image, seeded_generator, select_columns
 
 
 logger = logging.get_logger(__name__)
@@ -35,8 +37,9 @@ ROW = "image_embeds_row"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _DESCRIPTION = "cache.json"
-_SAMPLES = 32  # rows that a fingerprint looks at
 _LARGEST_ARRAY = 2**31 - 1  # bytes of one binary array of Arrow
+_LONGEST_WAIT = 60  # seconds, for another process that writes the description
+_UNREADABLE = "Restore it, or delete the folder, and run cache_features again."
 
 
 class VisionTower(nn.Module):
@@ -67,6 +70,8 @@ class VisionTower(nn.Module):
 
     def get_image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""
+        Compute what the tower makes of images.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
                 Images.
@@ -96,9 +101,9 @@ def cache_features(
     num_parts: int = 1,
 ) -> Path:
     r"""
-    Stores what the vision tower makes of each picture, in files that [`load_cached_features`] opens. It can be stopped
-    and run again: finished files are kept, and the result is the same to the byte. Before it begins it tells how much
-    disk space it needs.
+    Store what the vision tower makes of each picture, in files that [`load_cached_features`] opens. The job can be
+    stopped, or killed, and run again: finished files are kept, and the result is the same to the byte. Before it
+    begins it tells how much disk space it needs.
 
     A row of the result has the other columns of `dataset`, and `image_embeds` (the bytes, little-endian, of an array
     of shape `image_embeds_shape`, `[views, features, width]`, and type `image_embeds_dtype`), and
@@ -106,7 +111,7 @@ def cache_features(
 
     Args:
         dataset (`datasets.Dataset`):
-            Rows with a picture. They are told from those of another data set by their number, their columns and 32
+            Rows with a picture. They are told from those of another dataset by their number, their columns and 32
             of them.
         model ([`Blip2PreTrainedModel`] or [`VisionTower`]):
             Whose `get_image_embeds` is stored. It computes on the device and in the dtype that it is on and in.
@@ -123,7 +128,7 @@ def cache_features(
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             `"bfloat16"`, `"float16"` or `"float32"`: the type that is stored.
         batch_size (`int`, *optional*, defaults to 32):
-            Number of pictures that the tower takes at a time.
+            Number of pictures that the tower takes at a time. It is halved if memory runs out.
         rows_per_shard (`int`, *optional*, defaults to 1000):
             Rows of a file: what is computed again after an interruption.
         seed (`int`, *optional*, defaults to 0):
@@ -140,20 +145,23 @@ def cache_features(
         `Path`: `folder`.
 
     Raises:
-        ValueError: if the arguments do not fit, or `folder` holds features that were made otherwise.
-        OSError: if the disk has too little space.
+        ValueError: if the arguments do not fit, if `folder` holds features that were made otherwise, or if another
+            run is writing the same part of them.
+        OSError: if the disk has too little space, or files are gone at the end.
         ImageLoadError: if a picture can't be read; the message names its row.
     """
-    _check_arguments(dataset, image_column, views, transform, dtype, part_index, num_parts)
+    _check_arguments(dataset, views, transform, dtype, rows_per_shard, part_index, num_parts)
     image_processor = processor.image_processor if isinstance(processor, ProcessorMixin) else processor
     check_reads_8_bit(image_processor)
     pictures = _Views(dataset, image_column, image_processor, views, transform, seed, skip_broken)
     was_training = model.training
     model.eval()
     try:
-        shards = _Shards(Path(folder), pictures, model, dtype, rows_per_shard)
-        missing = shards.prepare(part_index, num_parts, batch_size)
-        shards.write(missing, model, batch_size, num_workers)
+        shards = _Shards(Path(folder), pictures, model, dtype, rows_per_shard, batch_size)
+        with only_writer(shards.folder / f".part-{part_index}-of-{num_parts}.lock", shards.folder):
+            own = range(part_index, len(shards.rows), num_parts)
+            shards.write(shards.prepare(own), num_workers)
+            check_still_there([shards.folder / _DESCRIPTION, *(shards.paths[shard] for shard in own)], shards.folder)
     finally:
         model.train(was_training)
     return shards.folder
@@ -161,14 +169,14 @@ def cache_features(
 
 def load_cached_features(folder: str | os.PathLike) -> datasets.Dataset:
     r"""
-    Opens what [`cache_features`] has written. Nothing is read before it is used: the files are mapped into memory.
+    Open what [`cache_features`] has written. Nothing is read before it is used: the files are mapped into memory.
 
     Args:
         folder (`str` or `os.PathLike`):
             The folder.
 
     Returns:
-        `datasets.Dataset`: one row for each of the data set's, in its order; `push_to_hub` shares it.
+        `datasets.Dataset`: one row for each of the dataset's, in its order; `push_to_hub` shares it.
 
     Raises:
         FileNotFoundError: if there are no features, or files of them are missing.
@@ -176,14 +184,15 @@ def load_cached_features(folder: str | os.PathLike) -> datasets.Dataset:
     folder = Path(folder)
     if not (folder / _DESCRIPTION).exists():
         raise FileNotFoundError(f"{folder} has no {_DESCRIPTION}, so no features. Write them with cache_features.")
-    paths = _shard_paths(folder, json.loads((folder / _DESCRIPTION).read_text())["num_shards"])
+    paths = _shard_paths(folder, read_json(folder / _DESCRIPTION, _UNREADABLE)["num_shards"])
     if missing := [path.name for path in paths if not path.exists()]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise FileNotFoundError(
             f"{folder} lacks {len(missing)} of {len(paths)} files ({names}). Run cache_features with the same "
             "arguments: it writes those that are missing."
         )
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
+    advice = "Delete it, and run cache_features with the same arguments, which writes it anew."
+    return datasets.concatenate_datasets([read_whole(path, _open_shard, advice) for path in paths])
 
 
 def check_feature_size(image_size: int, *data: str | os.PathLike | None):
@@ -202,7 +211,7 @@ def check_feature_size(image_size: int, *data: str | os.PathLike | None):
     """
     for name in filter(None, data):
         path = Path(name) / _DESCRIPTION
-        sides = json.loads(path.read_text())["pixel_values"][1:] if path.exists() else []
+        sides = read_json(path, _UNREADABLE)["pixel_values"][1:] if path.exists() else []
         if set(sides) - {image_size}:
             made_of = "x".join(map(str, sides))
             raise ValueError(
@@ -213,8 +222,8 @@ def check_feature_size(image_size: int, *data: str | os.PathLike | None):
 
 def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:
     r"""
-    The features of one view, without a copy: the tensor lies in the memory of the row, which may be a file that is
-    mapped into it, and is not to be written to.
+    Return the features of one view, without a copy: the tensor lies in the memory of the row, which may be a file that
+    is mapped into it, and is not to be written to.
 
     Args:
         row (`Mapping`):
@@ -243,18 +252,12 @@ def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:
     return torch.from_dlpack(array).view(dtype).view(length, width)
 
 
-def _check_arguments(dataset, image_column, views, transform, dtype, part_index, num_parts):
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(
-            f"cache_features takes a datasets.Dataset, got a {type(dataset).__name__}. datasets.load_dataset without "
-            "streaming=True, or datasets.Dataset.from_list, make one."
-        )
-    if len(dataset) == 0:
-        raise ValueError("The data set has no rows.")
-    if taken := [name for name in (*FEATURE_COLUMNS, ROW) if name in dataset.column_names]:
-        raise ValueError(f"The data set has a column {taken[0]!r} already. Rename it, or remove it.")
+def _check_arguments(dataset, views, transform, dtype, rows_per_shard, part_index, num_parts):
+    check_dataset(dataset, (*FEATURE_COLUMNS, ROW))
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} was expected.")
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard={rows_per_shard}: at least 1 was expected.")
     if views < 1 or (views > 1 and transform is None):
         raise ValueError(
             f"views={views} without a transform: the first view is the picture itself, each further one needs a "
@@ -281,14 +284,13 @@ class _Views(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | None]:
+    def __getitem__(self, row: int) -> PictureInput:
         try:
             image = self.image(row)
         except ImageLoadError as error:
             if not self.skip_broken:
                 raise
-            logger.warning(f"Left out: {error}")
-            return row, None
+            return row, str(error)
         images = [image]
         for view in range(1, self.views):
             images.append(self.transform(image, seeded_generator(self.seed, row, view)))
@@ -298,45 +300,45 @@ class _Views(torch.utils.data.Dataset):
         return open_image(self.images[row][self.image_column], f"row {row}")
 
     def first(self) -> torch.Tensor:
-        """Input for the first row whose picture can be read, of shape `(views, channels, height, width)`."""
+        """Return the input for the first readable picture, of shape `(views, channels, height, width)`."""
         for row in range(len(self)):
-            if (pixel_values := self[row][1]) is not None:
+            if isinstance(pixel_values := self[row][1], torch.Tensor):
                 return pixel_values
         raise ImageLoadError(f"None of the {len(self)} pictures can be read.")
 
     def columns(self, rows: Sequence[int]) -> pa.Table | None:
-        """The other columns of some rows."""
+        """Return the other columns of some rows."""
         return None if self.others is None else self.others[list(rows)]
 
-    def fingerprint(self) -> str:
-        """A hash of some rows, as they are read: it does not depend on where their files lie."""
-        digest = hashlib.blake2b(digest_size=16)
-        for row in sorted({len(self) * sample // _SAMPLES for sample in range(_SAMPLES)}):
+    def sampled(self) -> Iterator[bytes]:
+        """Yield some rows as they are read, which does not depend on where their files lie."""
+        for row in sampled_rows(len(self)):
             try:
                 image = self.image(row)
-                digest.update(repr((row, image.size)).encode() + image.tobytes())
+                yield repr((row, image.size)).encode() + image.tobytes()
             except ImageLoadError:
                 if not self.skip_broken:
                     raise
             if (columns := self.columns([row])) is not None:
-                digest.update(repr(columns.to_pylist()).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+                yield repr(columns.to_pylist()).encode("utf-8", "surrogatepass")
 
 
 class _Shards:
     """The files of a cache, and what makes them."""
 
-    def __init__(self, folder: Path, pictures: _Views, model: nn.Module, dtype: str, rows_per_shard: int):
+    def __init__(
+        self, folder: Path, pictures: _Views, model: nn.Module, dtype: str, rows_per_shard: int, batch_size: int
+    ):
         pixel_values = pictures.first()
         self.folder = folder
         self.pictures = pictures
+        self.model = model
         self.dtype = dtype
-        self.shape = list(_run_tower(model, pixel_values[:1], 1).shape[1:])
+        self.batch_size = BatchSize(batch_size)
+        self.rows_at_once = max(1, batch_size // pictures.views)
+        self.shape = list(self._run_tower(pixel_values[:1]).shape[1:])
         self.row_bytes = pictures.views * self.shape[0] * self.shape[1] * DTYPES[dtype].itemsize
-        self.rows = [
-            range(start, min(start + rows_per_shard, len(pictures)))
-            for start in range(0, len(pictures), rows_per_shard)
-        ]
+        self.rows = split_rows(len(pictures), rows_per_shard)
         self.paths = _shard_paths(folder, len(self.rows))
         features = {} if pictures.others is None else dict(pictures.others.features)
         features |= {
@@ -346,10 +348,10 @@ class _Shards:
             ROW: datasets.Value("int64"),
         }
         self.schema = datasets.Features(features).arrow_schema
-        description = {
+        self.description = {
             "rows": len(pictures),
             "columns": list(features),
-            "dataset": pictures.fingerprint(),
+            "dataset": fingerprint(pictures.sampled()),
             "image_column": pictures.image_column,
             "tower": model.config.vision_config.model_type,
             "tower_weights": _tower_fingerprint(model),
@@ -359,33 +361,27 @@ class _Shards:
             "features": self.shape,
             "dtype": dtype,
             "views": pictures.views,
-            # The address of a function differs from run to run
-            "transform": re.sub(r" at 0x[0-9a-f]+", "", repr(pictures.transform)) if pictures.views > 1 else None,
+            "transform": stable_repr(pictures.transform) if pictures.views > 1 else None,
             "seed": pictures.seed,
             "skip_broken": pictures.skip_broken,
             "rows_per_shard": rows_per_shard,
             "num_shards": len(self.rows),
         }
-        self.description = json.loads(json.dumps(description))
 
-    def prepare(self, part_index: int, num_parts: int, batch_size: int) -> list[int]:
-        """Opens the folder, and tells which files are to be written."""
-        if self._rows_at_once(batch_size) * self.row_bytes > _LARGEST_ARRAY:
-            raise ValueError(f"batch_size={batch_size}: the features of a batch exceed 2 GB. Lower it.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def prepare(self, own: Sequence[int]) -> list[int]:
+        """Open the folder, and return which of a process's own files are to be written."""
+        if self.rows_at_once * self.row_bytes > _LARGEST_ARRAY:
+            raise ValueError(f"batch_size={self.batch_size.size}: the features of a batch exceed 2 GB. Lower it.")
         path = self.folder / _DESCRIPTION
         if not path.exists():
-            temporary = path.with_name(f"{path.name}.{part_index}.tmp")
-            temporary.write_text(json.dumps(self.description, indent=2))
-            os.replace(temporary, path)
-        found = json.loads(path.read_text())
-        if different := [name for name in self.description if found.get(name) != self.description[name]]:
-            details = "; ".join(f"{name}: {found.get(name)} there, {self.description[name]} now" for name in different)
-            raise ValueError(
-                f"{self.folder} holds features that were made otherwise ({details}). Give the same arguments to go "
-                "on with them, or another folder."
-            )
-        missing = [s for s in range(part_index, len(self.rows), num_parts) if not self.paths[s].exists()]
+            # Of parts that start at the same time one writes what the others compare with
+            with only_writer(self.folder / ".lock", self.folder, wait=_LONGEST_WAIT):
+                if not path.exists():
+                    write_json(path, self.description)
+        advice = "Give the same arguments to go on with the features in it, or another folder."
+        check_settings_file(path, self.description, self.folder, advice)
+        remove_leftovers(self.folder)
+        missing = [shard for shard in own if not self.paths[shard].exists()]
         self._check_space(missing)
         return missing
 
@@ -405,33 +401,30 @@ class _Shards:
                 "some, or store fewer views, or a smaller dtype, or on another disk."
             )
 
-    def write(self, missing: list[int], model: nn.Module, batch_size: int, num_workers: int):
-        """Computes and writes the files that are missing."""
-        step = self._rows_at_once(batch_size)
-        # A batch lies within one file, so that a file does not depend on where a run began
-        plan = {s: [self.rows[s][i : i + step] for i in range(0, len(self.rows[s]), step)] for s in missing}
-        loader = torch.utils.data.DataLoader(
-            self.pictures,
-            batch_sampler=[batch for batches in plan.values() for batch in batches],
-            collate_fn=_stack,
-            num_workers=num_workers,
-            generator=torch.Generator(),  # the global one is left alone
+    def write(self, missing: list[int], num_workers: int):
+        """Compute and write the files that are missing."""
+        rows = [self.rows[shard] for shard in missing]
+        shards = load_shards(self.pictures, rows, self.rows_at_once, num_workers)
+        with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="Features") as progress:
+            for shard, batches in zip(missing, shards, strict=True):
+                _write_shard(self.paths[shard], self.schema, self._tables(batches, progress))
+
+    def _tables(self, batches: Iterator[PictureBatch], progress) -> Iterator[pa.Table]:
+        for batch in batches:
+            for error in batch.errors.values():
+                logger.warning(f"Left out: {error}")
+            if batch.pixel_values is not None:
+                features = self._run_tower(batch.pixel_values).to(DTYPES[self.dtype])
+                yield self._table(batch.readable, features.unflatten(0, (-1, self.pictures.views)))
+            progress.update(len(batch.numbers))
+
+    @torch.no_grad()
+    def _run_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return what is stored of pictures, on the CPU, of shape `(num_images, features, width)`."""
+        parts = self.batch_size.run(
+            lambda part: self.model.get_image_embeds(part.to(self.model.device)).cpu(), pixel_values
         )
-        with logging.tqdm(total=sum(len(self.rows[s]) for s in missing), unit="row", desc="Features") as progress:
-            batches = iter(loader)
-            for shard in missing:
-                tables = self._tables(islice(batches, len(plan[shard])), model, batch_size, progress)
-                _write_shard(self.paths[shard], self.schema, tables)
-
-    def _rows_at_once(self, batch_size: int) -> int:
-        return max(1, batch_size // self.pictures.views)
-
-    def _tables(self, batches: Iterator, model: nn.Module, batch_size: int, progress) -> Iterator[pa.Table]:
-        for num_rows, rows, pixel_values in batches:
-            if rows:
-                features = _run_tower(model, pixel_values, batch_size).to(DTYPES[self.dtype])
-                yield self._table(rows, features.unflatten(0, (-1, self.pictures.views)))
-            progress.update(num_rows)
+        return torch.cat([features for _, features in parts])
 
     def _table(self, rows: list[int], features: torch.Tensor) -> pa.Table:
         if list(features.shape[2:]) != self.shape:
@@ -456,34 +449,14 @@ class _Shards:
         return pa.Table.from_arrays(columns, schema=self.schema)
 
 
-def _stack(items: list[tuple[int, torch.Tensor | None]]) -> tuple[int, list[int], torch.Tensor | None]:
-    """Number of rows; those whose picture could be read; their pictures, view after view."""
-    readable = [(row, pixel_values) for row, pixel_values in items if pixel_values is not None]
-    shapes = {tuple(pixel_values.shape[1:]) for _, pixel_values in readable}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"The image processor made pictures of several sizes, {sorted(shapes)}, in rows {items[0][0]} to "
-            f"{items[-1][0]}. Let it make them of one."
-        )
-    pixel_values = torch.cat([pixel_values for _, pixel_values in readable]) if readable else None
-    return len(items), [row for row, _ in readable], pixel_values
-
-
-@torch.no_grad()
-def _run_tower(model: nn.Module, pixel_values: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Features of pictures, on the CPU, of shape `(num_images, features, width)`."""
-    return torch.cat([model.get_image_embeds(part.to(model.device)).cpu() for part in pixel_values.split(batch_size)])
-
-
 def _write_shard(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]):
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            for table in tables:
-                writer.write_table(table)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+def _open_shard(path: Path) -> datasets.Dataset:
+    return datasets.Dataset.from_file(str(path))
 
 
 def _shard_paths(folder: Path, num_shards: int) -> list[Path]:
@@ -491,12 +464,10 @@ def _shard_paths(folder: Path, num_shards: int) -> list[Path]:
 
 
 def _tower_fingerprint(model: nn.Module) -> str:
-    """A hash of a tower's configuration and of some values of each weight; the LayerNorm behind it may be trained."""
+    """Return a hash of a tower's configuration and weights, without the LayerNorm behind it, which may be trained."""
     config = model.vision_model.config.to_dict()
     ignored = {"architectures", "dtype", "transformers_version"}
     config = {name: value for name, value in config.items() if name[0] != "_" and name not in ignored}
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, sample in sampled_weights(model.vision_model):
-        if not name.startswith("post_layernorm."):
-            digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
+    weights = sampled_weights(model.vision_model)
+    parts = [name.encode() + x.numpy().tobytes() for name, x in weights if not name.startswith("post_layernorm.")]
+    return fingerprint([json.dumps(config, sort_keys=True, default=str).encode(), *parts])

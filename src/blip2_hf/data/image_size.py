@@ -1,4 +1,4 @@
-"""The size of the pictures that a tower sees: all of each picture, as a square."""
+"""The size of the images that a tower sees: the whole of each image, as a square."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 
-_TOLERANCE = 0.1  # of the range of values: what is cut off or padded differs by far more, resampling by less
+_TOLERANCE = 0.1  # of the range of values: crops and padding differ by far more, resampling by less
 
 
 def with_image_size(image_processor: Any, image_size: int | None) -> Any:
     r"""
-    Make an image processor that scales the whole picture to a square, whatever its shape, and cuts nothing off. Image
-    processors of CLIP and DINOv2 crop the middle otherwise; if only `size` is set, they go on to do so.
+    Make an image processor that scales the whole of any image to a square and cuts nothing off. Image processors of
+    CLIP and DINOv2 otherwise crop the middle, even if their `size` is set.
 
-    Mean, standard deviation and resampling stay. An image processor that can't do without a crop (ConvNeXt's, timm's)
-    gives way to [`~transformers.BlipImageProcessor`] with the same ones.
+    Mean, standard deviation and resampling stay. An image processor that always crops (ConvNeXt's, timm's) is replaced
+    by [`~transformers.BlipImageProcessor`] with the same ones.
 
     Args:
         image_processor (`BaseImageProcessor`):
@@ -28,18 +28,18 @@ def with_image_size(image_processor: Any, image_size: int | None) -> Any:
         `BaseImageProcessor`: the new image processor.
 
     Raises:
-        ValueError: if this kind of image processor does not make squares of whole pictures.
+        ValueError: if this kind of image processor does not make squares of whole images.
 
     Example:
 
     ```python
     >>> processor.image_processor = with_image_size(processor.image_processor, 364)
-    >>> processor.save_pretrained(folder)  # what loads it sees the same
+    >>> processor.save_pretrained(folder)  # loading it gives the same size
     ```"""
     if image_size is None:
         return image_processor
     if image_size < 1:
-        raise ValueError(f"image_size={image_size}: the side of a picture, in pixels, was expected.")
+        raise ValueError(f"image_size={image_size}: the side of an image, in pixels, was expected.")
     settings = image_processor.to_dict()
     square: dict[str, Any] = {"size": {"height": image_size, "width": image_size}}
     try:
@@ -53,8 +53,8 @@ def with_image_size(image_processor: Any, image_size: int | None) -> Any:
             if settings.get("do_pad"):
                 square["do_pad"] = False
             sized = type(image_processor).from_dict(settings | square)
-        is_whole = _sees_the_whole(sized, image_size)
-    except Exception as error:  # image processors raise whatever they like
+        is_whole = _scales_whole_images(sized, image_size)
+    except Exception as error:  # image processors raise errors of any kind
         raise ValueError(_refusal(image_processor, image_size)) from error
     if not is_whole:
         raise ValueError(_refusal(image_processor, image_size))
@@ -62,7 +62,7 @@ def with_image_size(image_processor: Any, image_size: int | None) -> Any:
 
 
 def own_image_size(image_processor: Any) -> dict[str, int]:
-    """Return the size of what an image processor makes of a picture."""
+    """Return the size of the images that an image processor returns."""
     is_cropped = getattr(image_processor, "do_center_crop", None)
     size = image_processor.crop_size if is_cropped else image_processor.size
     return {name: value for name, value in dict(size).items() if value is not None}
@@ -76,7 +76,7 @@ def _timm_settings(data_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sees_the_whole(image_processor: Any, image_size: int) -> bool:
+def _scales_whole_images(image_processor: Any, image_size: int) -> bool:
     """Return whether a wide ramp from dark to bright gives the same values as a square one."""
     ramp = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).convert("RGB")
     pictures = [ramp.resize((4 * image_size, image_size)), ramp.resize((image_size, image_size))]

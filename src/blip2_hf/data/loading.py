@@ -1,4 +1,4 @@
-"""Data sets by the name that a user gives, and images held out of them."""
+"""Datasets by the name that a user gives, and images held out of them."""
 
 import math
 import os
@@ -16,11 +16,14 @@ from .rows import ROW_NUMBER, check_id, get_column, select_columns
 
 
 _BUILDERS = {  # of `datasets`, by the ending of a file
-    **{f".{name}": name for name in ("arrow", "csv", "json", "parquet")},
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
     ".jsonl": "json",
+    ".parquet": "parquet",
     ".tar": "webdataset",
 }
-# What `cache_features` and `Dataset.save_to_disk` leave in a folder
+# Files that `cache_features` and `Dataset.save_to_disk` write into a folder
 _MARKS = ("cache.json", "dataset_info.json")
 
 
@@ -28,24 +31,24 @@ def load_rows(
     data: str | os.PathLike, split: str = "train", streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
     r"""
-    Load rows: from a file (parquet, json, csv, arrow, WebDataset's tar; `*` stands for any characters), a folder that
-    [`cache_features`] or `Dataset.save_to_disk` wrote, or a data set of the Hub.
+    Load rows for training: from a file (parquet, json, csv, arrow, WebDataset's tar; `*` stands for any characters), a
+    folder that [`cache_features`] or `Dataset.save_to_disk` wrote, or a dataset of the Hub.
 
     Args:
         data (`str` or `os.PathLike`):
-            Its name. That of a data set of the Hub, or of another folder, may have a split behind it, or a
-            configuration and a split: `"me/ds:validation"`, `"me/ds:train[:1000]"`, `"me/ds:english:validation"`. A
-            path that exists is that path.
+            Name of the file, the folder or the dataset. The name of a dataset of the Hub, or of another folder, may
+            end in a split, or in a configuration and a split: `"me/ds:validation"`, `"me/ds:train[:1000]"`,
+            `"me/ds:english:validation"`. A path that exists is always taken as a path.
         split (`str`, *optional*, defaults to `"train"`):
-            Of a data set whose name has none behind it; of files a part, such as `"train[:1000]"`.
+            Split of a dataset whose name ends in none, or a part of files, such as `"train[:1000]"`.
         streaming (`bool`, *optional*, defaults to `False`):
-            Whether the rows are read one after the other.
+            Whether to read the rows one after the other.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` with `streaming`.
 
     Raises:
-        ValueError: if a split is given of what has no splits, or a file has another ending.
+        ValueError: if a split is given for data without splits, or a file has an unknown ending.
     """
     name, config, split = _read_name(str(data), split)
     path = Path(name)
@@ -65,41 +68,41 @@ def load_rows(
 
 def check_held_out(data: str | os.PathLike, *held_out: str | os.PathLike | None):
     r"""
-    Whether data to validate on are others than those to learn from, as far as their names tell.
+    Refuse to validate on the data to learn from, as far as their names tell.
 
     Args:
         data (`str` or `os.PathLike`):
-            What is learned from, as [`load_rows`] takes it.
+            Name of the data to learn from, as in [`load_rows`].
         held_out (`str` or `os.PathLike`, *optional*):
-            What is not.
+            Names of data to validate or test on.
 
     Raises:
-        ValueError: if a name means the very same data.
+        ValueError: if both are the same data.
     """
     for other in held_out:
         if other is not None and _same_name(other) == _same_name(data):
             raise ValueError(
                 f"{str(other)!r} was given to validate or test on, which is what is learned from, {str(data)!r}. Give "
-                "other data; a split of a data set of the Hub stands behind its name, such as me/data:validation."
+                "other data. The name of a dataset of the Hub may end in a split, such as me/data:validation."
             )
 
 
 def _same_name(data: str | os.PathLike) -> tuple[str, str | None, str]:
-    """What is equal for all names of one data set."""
+    """Return a key that is equal for all names of one dataset."""
     name, config, split = _read_name(str(data), "train")
     return os.path.realpath(name) if os.path.exists(name) else name, config, split
 
 
 def _read_name(data: str, split: str) -> tuple[str, str | None, str]:
-    """Name, configuration and split of a data set: `name:configuration:split`, `name:split` or the name alone."""
-    # The colon of a protocol has slashes behind it
+    """Split `name:configuration:split`, `name:split` or a name alone into name, configuration and split."""
+    # The colon of a protocol has slashes after it
     name, *ends = re.split(r":(?!//)", data, maxsplit=1)
     if not ends or Path(data).exists() or Path(data).suffix in _BUILDERS:
         return data, None, split
     path = Path(name)
     if path.is_file() or path.suffix in _BUILDERS or any((path / mark).exists() for mark in _MARKS):
         raise ValueError(
-            f"{data!r} has {ends[0]!r} behind {name!r}, which has no splits: a data set of the Hub, or a folder of "
+            f"{data!r} has {ends[0]!r} after {name!r}, which has no splits: a dataset of the Hub, or a folder with "
             "files of several splits, was expected. Give the name alone."
         )
     config, _, rest = ends[0].partition(":")
@@ -111,8 +114,8 @@ def hold_out(
     rows: datasets.Dataset, share: float, id_column: str | None = None, seed: int = 0
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     r"""
-    Split rows into those to learn from and those of some images that are held out. Both parts have a column `__row__`
-    with the numbers of their rows in `rows`, by which [`ImageTextPairs`] names them.
+    Split rows into those to learn from and those of some held-out images. Both parts have a column `__row__` with the
+    numbers of their rows in `rows`, by which [`ImageTextPairs`] names them.
 
     Args:
         rows (`datasets.Dataset`):
@@ -120,8 +123,8 @@ def hold_out(
         share (`float`):
             Share of the images, or their number if it is 1 or more.
         id_column (`str`, *optional*):
-            Column that tells which rows show the same image: integers or strings. `None`: each row is an image of its
-            own.
+            Column of integers or strings that are equal for rows of the same image. `None`: each row has an image of
+            its own.
         seed (`int`, *optional*, defaults to 0):
             Seed of the choice.
 
@@ -130,9 +133,9 @@ def hold_out(
 
     Raises:
         ValueError: if `share` is neither a share nor a number of images, or leaves none to learn from, or a row has no
-            id, or one that is neither an integer nor a string.
+            id, or an id that is neither an integer nor a string.
     """
-    # Ids tell nothing if no image is held out
+    # Ids are not needed if no image is held out
     ids: Sequence[Any] = range(len(rows)) if id_column is None or share == 0 else _read_ids(rows, id_column)
     images = sorted(set(ids))
     count = _count_held_out(share, len(images))
@@ -164,8 +167,8 @@ def _count_held_out(share: float, num_images: int) -> int:
     count = int(share if share >= 1 else share * num_images)
     if count and count >= num_images:
         raise ValueError(
-            f"{count} images are to be held out, but the data have {num_images}, and one at least is to be learned "
-            "from. Hold out fewer, or give other data to validate on."
+            f"{count} images are to be held out, but the data have {num_images}, and at least one has to remain to "
+            "learn from. Hold out fewer, or give other data to validate on."
         )
     return count
 
@@ -175,9 +178,9 @@ def _with_row_numbers(rows: datasets.Dataset) -> datasets.Dataset:
         numbers = rows.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER]
         if len(set(numbers)) == len(numbers):
             return rows
-        # Parts of several data sets that were put together
+        # Parts of several datasets that were put together
         rows = rows.remove_columns(ROW_NUMBER)
-    # A column that is added takes the format away
+    # Adding a column removes the format
     form = rows.format
     columns = [*form["columns"], ROW_NUMBER]
     rows = rows.add_column(ROW_NUMBER, np.arange(len(rows)))

@@ -1,10 +1,8 @@
 """Pictures and texts for training, one pair a row: data sets with a length, and streams."""
 
 import copy
-import hashlib
 import itertools
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +15,8 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from transformers.utils import logging
 
+from ..jobs.errors import shorten
+from ..jobs.fingerprints import fingerprint, sampled_rows, stable_repr
 from ..models.image_loading import ImageLoadError
 from ..models.processing_blip2 import IMAGE_TOKEN
 from .bad_rows import (
@@ -32,7 +32,6 @@ from .bad_rows import (
     RowName,
     count_kinds,
     find_file,
-    shorten,
 )
 from .feature_cache import EMBEDS, FEATURE_COLUMNS, ROW, SHAPE, read_cached_features
 from .rows import (
@@ -49,8 +48,6 @@ from .text import clean_caption, clean_question, split_prefix
 
 
 logger = logging.get_logger(__name__)
-
-_SAMPLES = 32  # rows that a fingerprint looks at
 
 
 class _Pairs:
@@ -439,15 +436,11 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         Returns:
             `str`: 32 hexadecimal digits, the same wherever the files of the data set lie.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        for rows in (self.dataset, [] if self.images is None else self.images):
-            for number in sorted({len(rows) * sample // _SAMPLES for sample in range(_SAMPLES)} if len(rows) else ()):
-                row = _read_row(rows, number)
-                values = {n: v.to_pybytes() if isinstance(v, pa.Buffer) else v for n, v in row.items()}
-                # The address of a picture that is in memory differs from run to run
-                content = re.sub(r" at 0x[0-9a-f]+", "", repr((len(rows), number, values)))
-                digest.update(content.encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        return fingerprint(
+            _row_bytes(rows, number)
+            for rows in (self.dataset, [] if self.images is None else self.images)
+            for number in sampled_rows(len(rows))
+        )
 
     def _picture_row(self, row: Mapping, number: int) -> tuple[Mapping, int]:
         if self.images is None:
@@ -656,6 +649,12 @@ def _select(dataset: Any, columns: Iterable[str], image_column: str | None) -> A
     known = column_names(dataset) or []
     origin = [name for name in ("__key__", "__url__", ROW_NUMBER) if name in known]
     return select_columns(dataset, [*columns, *origin], image_column)
+
+
+def _row_bytes(rows: Any, number: int) -> bytes:
+    """Return a row as it is stored, and how many there are."""
+    values = {n: v.to_pybytes() if isinstance(v, pa.Buffer) else v for n, v in _read_row(rows, number).items()}
+    return stable_repr((len(rows), number, values)).encode("utf-8", "surrogatepass")
 
 
 def _read_row(rows: Any, number: int) -> Mapping:

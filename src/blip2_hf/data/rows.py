@@ -1,4 +1,4 @@
-"""Rows of data sets of every kind: their columns, their pictures, and the randomness that belongs to each."""
+"""Rows of datasets of every kind: their columns, their pictures, and the randomness that belongs to each."""
 
 import hashlib
 import operator
@@ -13,22 +13,22 @@ from PIL import Image
 from ..models.image_loading import as_load_error, load_image
 
 
-ROW_NUMBER = "__row__"  # column of a part of a data set: which row of the whole each row is
+ROW_NUMBER = "__row__"  # column of a part of a dataset: which row of the whole each row is
 
 
 def stable_hash(text: str) -> int:
-    """63 bits that are the same in every process and on every machine."""
+    """Return 63 bits that are the same in every process and on every machine."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seeded_generator(*parts: int) -> torch.Generator:
-    """A generator of its own for each tuple of integers, such as (seed, epoch, row)."""
+    """Return a generator of its own for each tuple of integers, such as (seed, epoch, row)."""
     return torch.Generator().manual_seed(stable_hash(repr(parts)))
 
 
 def get_column(row: Mapping, column: str) -> Any:
-    """The value of a column, or, where none has a name such as `json.caption`, of the field `caption` of `json`."""
+    """Return the value of a column or, if none is called `json.caption`, of the field `caption` of `json`."""
     if column in row:
         return row[column]
     value: Any = row
@@ -68,17 +68,30 @@ def check_id(value: Any, name: str, column: str) -> int | str:
         ) from None
 
 
+def check_dataset(dataset: Any, added: Iterable[str]):
+    """Refuse what is no dataset with rows, and one that has a column already which is to be added."""
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming; "
+            "datasets.Dataset.from_list makes one of other rows."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The dataset has no rows.")
+    if taken := [name for name in added if name in dataset.column_names]:
+        raise ValueError(f"The dataset has a column {taken[0]!r} already. Rename it, or remove it.")
+
+
 def select_columns(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
     """
-    The columns of a data set that are read, with pictures as they are stored: `open_image` decodes them, and can say
-    whose picture is broken. What is no data set of `datasets`, or makes its rows on the fly, stays as it is.
+    Return the columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them, and can
+    say whose picture is broken. What is no dataset of `datasets`, or makes its rows on the fly, stays as it is.
     """
     names = column_names(dataset)
     if names is None:
         return dataset
     wanted = [column if column in names else column.split(".")[0] for column in columns]
     if missing := [name for name in wanted if name not in names]:
-        raise ValueError(f"The data set has no column {missing[0]!r}; its columns are {sorted(names)}.")
+        raise ValueError(f"The dataset has no column {missing[0]!r}; its columns are {sorted(names)}.")
     dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
     if image_column is not None and isinstance(dataset.features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
@@ -86,7 +99,7 @@ def select_columns(dataset: Any, columns: Iterable[str], image_column: str | Non
 
 
 def column_names(dataset: Any) -> list[str] | None:
-    """Names of the columns, where they can be known without a row."""
+    """Return the names of the columns if they can be known without a row."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.column_names
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
@@ -96,7 +109,7 @@ def column_names(dataset: Any) -> list[str] | None:
 
 def open_image(value: Any, name: str) -> Image.Image:
     """
-    A picture of a row, of any kind that [`~image_loading.load_image`] takes, or a file that `datasets` refers to.
+    Open a picture of a row, of any kind that [`~image_loading.load_image`] takes, or a file that `datasets` refers to.
 
     Args:
         value:

@@ -12,14 +12,14 @@ _WORD = re.compile(r"\S+")
 
 def clean_caption(text: str, max_words: int = 50) -> str:
     """
-    A caption as LAVIS trains on it: lower case, ``. ! " ( ) * # : ; ~`` turned into spaces, runs of white space into
-    one space. A prompt goes in front of it afterwards.
+    Clean a caption as LAVIS does: lower case, ``. ! " ( ) * # : ; ~`` turned into spaces, runs of white space into one
+    space. A prompt is put in front afterwards.
 
     Args:
         text (`str`):
             The caption.
         max_words (`int`, *optional*, defaults to 50):
-            Number of words that are kept.
+            Number of words to keep.
 
     Returns:
         `str`: the caption; empty if nothing but punctuation was given.
@@ -30,14 +30,14 @@ def clean_caption(text: str, max_words: int = 50) -> str:
 
 def clean_question(text: str, max_words: int = 50) -> str:
     """
-    A question as LAVIS trains on it: lower case, ``. ! " ( ) * # : ; ~`` deleted, white space left as it is but for
+    Clean a question as LAVIS does: lower case, ``. ! " ( ) * # : ; ~`` deleted, white space left as it is except for
     spaces at the end.
 
     Args:
         text (`str`):
             The question.
         max_words (`int`, *optional*, defaults to 50):
-            Number of words that are kept.
+            Number of words to keep.
 
     Returns:
         `str`: the question.
@@ -47,17 +47,17 @@ def clean_question(text: str, max_words: int = 50) -> str:
 
 def split_prefix(text: str, generator: torch.Generator) -> tuple[str, str]:
     """
-    Splits a text in front of a random word, each with the same probability: what an encoder reads, and what the
-    decoder writes after it.
+    Split a text in front of a random word into a prefix for an encoder and a suffix for a decoder. Each word has the
+    same probability.
 
     Args:
         text (`str`):
             The text.
         generator (`torch.Generator`):
-            Where all randomness comes from.
+            Source of all randomness.
 
     Returns:
-        `tuple[str, str]`: prefix, which may be empty, and suffix, which has a word at least, without the white space
+        `tuple[str, str]`: prefix, which may be empty, and suffix, which has at least one word, without the white space
         between them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The paper's augmentation of training pictures."""
+"""The paper's augmentation of training images."""
 
 import math
 
@@ -6,19 +6,19 @@ import torch
 from PIL import Image
 
 
-_TRIES = 10  # to find a crop inside the picture, before the largest one in its middle is taken
+_TRIES = 10  # to find a crop inside the image, before the largest one in its middle is taken
 
 
 class RandomResizedCropAndFlip:
     r"""
-    Cuts a part of random area, shape and place out of a picture, scales it to a square, and mirrors it half the time:
-    what the paper does to training pictures. Areas and shapes are drawn as torchvision's RandomResizedCrop draws them.
+    Cuts a part of random area, shape and place out of an image, scales it to a square, and mirrors it half the time,
+    as the paper does with training images. Areas and shapes are drawn as in torchvision's RandomResizedCrop.
 
     Args:
         size (`int`):
             Side of the square, in pixels.
         scale (`tuple[float, float]`, *optional*, defaults to `(0.5, 1.0)`):
-            Smallest and largest area of the part, as fractions of the picture's.
+            Smallest and largest area of the part, as fractions of the image's.
         ratio (`tuple[float, float]`, *optional*, defaults to `(3 / 4, 4 / 3)`):
             Smallest and largest width of the part over its height.
         flip (`float`, *optional*, defaults to 0.5):
@@ -31,7 +31,7 @@ class RandomResizedCropAndFlip:
 
     ```python
     >>> augment = RandomResizedCropAndFlip(224)
-    >>> picture = augment(picture, torch.Generator().manual_seed(0))
+    >>> image = augment(image, torch.Generator().manual_seed(0))
     ```"""
 
     def __init__(
@@ -42,7 +42,7 @@ class RandomResizedCropAndFlip:
         flip: float = 0.5,
     ):
         if size < 1:
-            raise ValueError(f"size={size}: the side of a picture, in pixels, was expected.")
+            raise ValueError(f"size={size}: the side of an image, in pixels, was expected.")
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale={scale}: (smallest, largest) within (0, 1] was expected.")
         if not 0 < ratio[0] <= ratio[1]:
@@ -59,14 +59,16 @@ class RandomResizedCropAndFlip:
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
         r"""
+        Augment an image.
+
         Args:
             image (`PIL.Image.Image`):
-                The picture.
+                The image.
             generator (`torch.Generator`):
-                Where all randomness comes from.
+                Source of all randomness.
 
         Returns:
-            `PIL.Image.Image`: of `size` by `size` pixels, the mode that was given.
+            `PIL.Image.Image`: of `size` by `size` pixels, in the same mode.
         """
         left, top, width, height = self.draw_box(*image.size, generator)
         box = (left, top, left + width, top + height)
@@ -76,13 +78,13 @@ class RandomResizedCropAndFlip:
 
     def draw_box(self, width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         r"""
-        Draws the part of a picture.
+        Draw the part of an image to cut out.
 
         Args:
             width, height (`int`):
-                Size of the picture.
+                Size of the image.
             generator (`torch.Generator`):
-                Where all randomness comes from.
+                Source of all randomness.
 
         Returns:
             `tuple[int, int, int, int]`: left, top, width and height.

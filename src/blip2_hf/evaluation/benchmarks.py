@@ -1,6 +1,5 @@
 """Captioning and visual question answering, scored (section 4 of the paper), in one process or several."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any
 from accelerate import PartialState
 
 from ..data.text import clean_question
+from ..jobs.output import only_writer
 from ..models.generation_presets import GenerationPreset, generation_preset
 from .answer_protocols import ANSWER_PROTOCOLS, answer_scorer, check_protocol
 from .metrics import caption_metrics
 from .prediction_store import PredictionStore
-from .report import write_report
+from .report import read_results, write_report
 from .samples import (
     OVERALL,
     CaptionSample,
@@ -37,7 +37,7 @@ def evaluate_captioning(
     **kwargs,
 ) -> dict[str, Any]:
     r"""
-    Captions pictures, and scores the captions: CIDEr-D, BLEU and ROUGE-L, for all pictures and for each group of them.
+    Caption pictures and score the captions: CIDEr-D, BLEU and ROUGE-L, for all pictures and for each group of them.
     All processes of accelerate call it together, and share the pictures.
 
     Args:
@@ -61,8 +61,9 @@ def evaluate_captioning(
         `dict`: what results.json holds, in all processes.
 
     Raises:
-        ValueError: if `output` holds predictions that other settings made, if two samples have the same id, or if
-            arguments do not fit.
+        ValueError: if `output` holds predictions that other settings made, if another run is writing to it, if two
+            samples have the same id, or if arguments do not fit.
+        OSError: if files are gone at the end, as when `output` was deleted meanwhile.
         ImageLoadError: if a picture can't be read.
     """
     preset = _preset(preset, model, samples)
@@ -125,8 +126,10 @@ def evaluate_vqa(
         `dict`: what results.json holds, in all processes.
 
     Raises:
-        ValueError: if `output` holds predictions that other settings made, if two samples have the same id, or if
-            arguments do not fit, such as a protocol for ten annotators with fewer than four.
+        ValueError: if `output` holds predictions that other settings made, if another run is writing to it, if two
+            samples have the same id, or if arguments do not fit, such as a protocol for ten annotators with fewer than
+            four.
+        OSError: if files are gone at the end, as when `output` was deleted meanwhile.
         ImageLoadError: if a picture can't be read.
         ImportError: if `lemmatize=True`, and spaCy or its model is not installed.
     """
@@ -189,31 +192,32 @@ def _evaluate(
     _check_prompts(samples, prompts, preset.prompt, processor.tokenizer)
     state = PartialState(cpu=model.device.type == "cpu")
     settings = prediction_settings(model, processor, preset, samples, image_size)
-    store = PredictionStore(Path(output) / "parts", settings, state)
-    texts, batch_size = predict_texts(
-        model, processor, samples, prompts, preset.generate_kwargs, store, image_size=image_size, **kwargs
-    )
-    if state.is_main_process:
-        groups = _groups(samples)
-        scored = {group: [n for n in numbers if references[n]] for group, numbers in groups.items()}
-        write_report(
-            output,
-            task,
-            model,
-            {"preset": preset.name, **settings, **((scoring or {}) if any(scored.values()) else {})},
-            [submit(sample, text) for sample, text in zip(samples, texts, strict=True)],
-            {
-                group: score([texts[n] for n in numbers], [references[n] for n in numbers])
-                for group, numbers in scored.items()
-                if numbers
-            },
-            {group: len(numbers) for group, numbers in groups.items()},
-            {group: len(numbers) for group, numbers in scored.items()},
-            [sample_id(sample) for sample, own in zip(samples, references, strict=True) if not own],
-            {"num_processes": state.num_processes, "batch_size": batch_size},
+    with only_writer(Path(output) / ".lock", output, state):
+        store = PredictionStore(Path(output) / "parts", settings, state)
+        texts, batch_size = predict_texts(
+            model, processor, samples, prompts, preset.generate_kwargs, store, image_size=image_size, **kwargs
         )
-    state.wait_for_everyone()
-    return json.loads((Path(output) / "results.json").read_text(encoding="utf-8"))
+        if state.is_main_process:
+            groups = _groups(samples)
+            scored = {group: [n for n in numbers if references[n]] for group, numbers in groups.items()}
+            write_report(
+                output,
+                task,
+                model,
+                {"preset": preset.name, **settings, **((scoring or {}) if any(scored.values()) else {})},
+                [submit(sample, text) for sample, text in zip(samples, texts, strict=True)],
+                {
+                    group: score([texts[n] for n in numbers], [references[n] for n in numbers])
+                    for group, numbers in scored.items()
+                    if numbers
+                },
+                {group: len(numbers) for group, numbers in groups.items()},
+                {group: len(numbers) for group, numbers in scored.items()},
+                [sample_id(sample) for sample, own in zip(samples, references, strict=True) if not own],
+                {"num_processes": state.num_processes, "batch_size": batch_size},
+            )
+        state.wait_for_everyone()
+        return read_results(output)
 
 
 def _check_prompts(samples: Sequence[Sample], prompts: Sequence[str], template: str, tokenizer: Any):
@@ -228,7 +232,7 @@ def _check_prompts(samples: Sequence[Sample], prompts: Sequence[str], template: 
 
 
 def _groups(samples: Sequence[Sample]) -> dict[str, list[int]]:
-    """Numbers of the samples of each group, and of all."""
+    """Return the numbers of the samples of each group, and of all."""
     groups: dict[str, list[int]] = {}
     for number, sample in enumerate(samples):
         if sample.group is not None:

@@ -50,7 +50,7 @@ class GeneratedTextMetrics:
         processor ([`Blip2Processor`]):
             The processor of the model.
         pairs ([`~data.ImageTextPairs`], *optional*):
-            The very data set that is evaluated, whose texts are the references.
+            The very dataset that is evaluated, whose texts are the references.
         score (`Callable`, *optional*):
             `score(predictions, references)` returns a `dict` of scores that are added, such as
             [`~metrics.caption_metrics`] (`CIDEr-D`, `BLEU-4`, ...) and [`score_answers`] (`vqa_accuracy`). It is given
@@ -69,7 +69,7 @@ class GeneratedTextMetrics:
 
     def __init__(self, processor: Any, pairs: ImageTextPairs | None = None, score: Callable | None = None):
         if score is not None and pairs is None:
-            raise ValueError("score needs all references: give the data set that is evaluated as pairs.")
+            raise ValueError("score needs all references: give the dataset that is evaluated as pairs.")
         self.processor = processor
         self.score = score
         self.references = None if pairs is None else pairs.references()
@@ -81,7 +81,7 @@ class GeneratedTextMetrics:
 
         Args:
             token_ids (`np.ndarray` of shape `(num_texts, length)`):
-                New tokens, or labels; negative where there are none.
+                New tokens, or labels; negative if there are none.
 
         Returns:
             `list[str]`: their first lines.
@@ -100,7 +100,7 @@ class GeneratedTextMetrics:
         if len(predictions) != len(references):
             raise ValueError(
                 f"There are {len(predictions)} predictions, but {len(references)} rows in the pairs of these metrics. "
-                "Each data set that is evaluated needs GeneratedTextMetrics of its own."
+                "Each dataset that is evaluated needs GeneratedTextMetrics of its own."
             )
         scores = {"exact_match": exact_match(predictions, references), "word_f1": word_f1(predictions, references)}
         return scores if self.score is None else scores | self.score(predictions, self.references_as_written)

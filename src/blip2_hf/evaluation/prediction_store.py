@@ -1,18 +1,24 @@
 """Predictions on the disk as they come: an interrupted evaluation goes on, in any number of processes."""
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from ..jobs.atomic_files import remove_leftovers, write_json
+from ..jobs.fingerprints import check_settings_file
+from ..jobs.output import raise_lost
+from ..jobs.state_files import appended_lines, read_json_lines
+
 
 class PredictionStore:
     r"""
     A folder with settings.json, which says what makes the predictions, and a file of lines for each process. All
-    processes of a run open it together. As long as there are no predictions, the settings may change.
+    processes of a run open it together, and no other run does. As long as there are no predictions, the settings may
+    change.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -37,63 +43,35 @@ class PredictionStore:
     ):
         self.folder = Path(folder)
         self.state = state
-        self.settings = json.loads(json.dumps(settings))
-        self.path = self.folder / f"part-{state.process_index:05d}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(self.path)
-        self._check_settings(results)
+        path = self.folder / "settings.json"
+        if state.is_main_process:
+            remove_leftovers(self.folder)
+            if not any(file.stat().st_size for pattern in results for file in self.folder.glob(pattern)):
+                write_json(path, settings)
+        state.wait_for_everyone()
+        advice = "Give the same settings to go on with the predictions in it, or another folder."
+        check_settings_file(path, settings, self.folder, advice)
         state.wait_for_everyone()
 
-    def _check_settings(self, results: Sequence[str]):
-        path = self.folder / "settings.json"
-        if self.state.is_main_process:
-            has_begun = any(file.stat().st_size for pattern in results for file in self.folder.glob(pattern))
-            if not (has_begun and path.exists()):
-                write_json(path, self.settings)
-        self.state.wait_for_everyone()
-        found = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in self.settings | found if found.get(name) != self.settings.get(name)]
-        if names:
-            details = "; ".join(f"{name}: {found.get(name)} there, {self.settings.get(name)} now" for name in names)
-            raise ValueError(
-                f"{self.folder} holds predictions that were made otherwise ({details}). Give the same settings to go "
-                "on with them, or another folder."
-            )
-
     def read(self) -> dict[int, Any]:
-        """All predictions that are there, by number; no process writes before all have read."""
+        """Return all predictions that are there, by number; no process writes before all have read."""
         found: dict[int, Any] = {}
         for path in sorted(self.folder.glob("part-*.jsonl")):
-            content = path.read_bytes()
-            for line in content[: content.rfind(b"\n") + 1].splitlines():
-                found.update([json.loads(line)])
+            found.update(read_json_lines(path, "Delete it: what it holds is predicted again."))
         self.state.wait_for_everyone()
         return found
 
-    def write(self, predictions: Mapping[int, Any]):
-        """Adds predictions, by number, to the file of this process."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps([number, value]) + "\n" for number, value in predictions.items())
+    def read_all(self, count: int) -> list[Any]:
+        """Return the predictions of samples 0 to `count` - 1, all of which were written."""
+        found = self.read()
+        if missing := sum(number not in found for number in range(count)):
+            raise_lost(self.folder, f"{missing:,} of {count:,} predictions are not there any more")
+        return [found[number] for number in range(count)]
 
-
-def write_json(path: Path, content: Any):
-    """Writes a file that is never there in part."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str):
-    """Writes a file that is never there in part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _cut_torn_line(path: Path):
-    """Takes away what a run that was killed has left of a line."""
-    if path.exists():
-        content = path.read_bytes()
-        with open(path, "r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+    def open(self) -> AbstractContextManager[Callable[[list], None]]:
+        """Open the file of this process for `add([number, prediction])`."""
+        return appended_lines(self.folder / f"part-{self.state.process_index:05d}.jsonl")
 
 
 __all__ = ["PredictionStore"]

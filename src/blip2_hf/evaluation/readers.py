@@ -1,4 +1,4 @@
-"""The paper's benchmarks, from the files that their authors publish, and data sets by the names of their columns."""
+"""The paper's benchmarks, from the files that their authors publish, and datasets by the names of their columns."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.bad_rows import shorten
 from ..data.rows import column_names, get_column, select_columns
+from ..jobs.errors import shorten
 from .samples import (
     CaptionSample,
     QuestionSample,
@@ -26,7 +26,7 @@ def read_karpathy(
     annotations: str | os.PathLike, images: str | os.PathLike, split: str = "test"
 ) -> list[CaptionSample]:
     r"""
-    Captions of COCO or Flickr30K in Karpathy's split.
+    Read captions of COCO or Flickr30K in Karpathy's split.
 
     Args:
         annotations (`str` or `os.PathLike`):
@@ -70,7 +70,7 @@ def read_karpathy(
 
 def read_nocaps(annotations: str | os.PathLike, images: str | os.PathLike) -> list[CaptionSample]:
     r"""
-    NoCaps, with the domain as the group.
+    Read NoCaps, with the domain as the group.
 
     Args:
         annotations (`str` or `os.PathLike`):
@@ -113,7 +113,7 @@ def read_vqa(
     questions: str | os.PathLike, images: str | os.PathLike, annotations: str | os.PathLike | None = None
 ) -> list[QuestionSample]:
     r"""
-    VQAv2 or OK-VQA, with the type of the answer as the group.
+    Read VQAv2 or OK-VQA, with the type of the answer as the group.
 
     Args:
         questions (`str` or `os.PathLike`):
@@ -155,7 +155,7 @@ def read_vqa(
 
 
 def _read_answers(annotations: str | os.PathLike) -> dict[Any, tuple[list[str], str | None]]:
-    """Answers and their type, by question."""
+    """Read answers and their type, by question."""
     answers: dict[Any, tuple[list[str], str | None]] = {}
     for where, entry in _entries(_read_json(annotations), "annotations", annotations):
         question_id = _field(entry, "question_id", where, check_id)
@@ -171,7 +171,7 @@ def _read_answers(annotations: str | os.PathLike) -> dict[Any, tuple[list[str], 
 
 def read_gqa(questions: str | os.PathLike, images: str | os.PathLike) -> list[QuestionSample]:
     r"""
-    GQA.
+    Read GQA.
 
     Args:
         questions (`str` or `os.PathLike`):
@@ -205,11 +205,11 @@ def read_caption_rows(
     rows: Any, image_column: str = "image", caption_column: str = "caption", id_column: str | None = None
 ) -> list[CaptionSample]:
     r"""
-    Captions in a data set.
+    Read captions in a dataset.
 
     Args:
         rows (`datasets.Dataset` or `Sequence[Mapping]`):
-            The data set.
+            The dataset.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures.
         caption_column (`str`, *optional*, defaults to `"caption"`):
@@ -244,11 +244,11 @@ def read_question_rows(
     group_column: str | None = None,
 ) -> list[QuestionSample]:
     r"""
-    Questions in a data set.
+    Read questions in a dataset.
 
     Args:
         rows (`datasets.Dataset` or `Sequence[Mapping]`):
-            The data set.
+            The dataset.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures.
         question_column (`str`, *optional*, defaults to `"question"`):
@@ -293,9 +293,9 @@ def read_question_rows(
 
 
 def _read_rows(rows: Any, image_column: str, columns: list[str | None]) -> Iterator[tuple[RowImage, Mapping]]:
-    """The picture of each row, as it is stored, and the row's columns that are named."""
+    """Yield the picture of each row, as it is stored, and the row's columns that are named."""
     if len(rows) == 0:
-        raise ValueError("The data set has no rows.")
+        raise ValueError("The dataset has no rows.")
     if column_names(rows) is not None:
         rows = rows.with_format(None)  # a tensor is no id, and no text
     pictures = select_columns(rows, [image_column], image_column)
@@ -320,7 +320,7 @@ def _value(values: Mapping, column: str, row: int, check: Callable[[Any, str], N
 
 
 def _texts(values: Mapping, column: str, row: int) -> list[str]:
-    """One text, several, or several records with `answer`, as a list."""
+    """Return one text, several, or several records with `answer`, as a list."""
     value, name = _value(values, column, row), f"row {row}, column {column!r}"
     if not isinstance(value, (list, tuple)):
         check_text(value, name)
@@ -344,7 +344,7 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, whose last field of a name would else take the place of the others."""
+    """Return an object of JSON, and refuse one in which a name stands twice: its last field would hide the others."""
     content = dict(fields)
     if len(content) < len(fields):
         name = Counter(name for name, _ in fields).most_common(1)[0][0]
@@ -353,7 +353,7 @@ def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entries(content: Any, name: str, path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    """The entries of a list, each with what errors call it."""
+    """Yield the entries of a list, each with what errors call it."""
     for number, entry in enumerate(_field(content, name, path, check_list)):
         yield f"{path}, {name}[{number}]", entry
 
@@ -376,7 +376,7 @@ class _Pictures:
         self.missing: list[str] = []
 
     def find(self, *names: str | Path) -> str:
-        """Path of the first of some names of a picture that is there."""
+        """Return the path of the first of some names of a picture that is there."""
         for name in names:
             if (self.folder / name).is_file():
                 return str(self.folder / name)

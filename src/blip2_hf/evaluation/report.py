@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: results.json, table.md and the predictions."""
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 import transformers
 
 from .. import __version__
-from .prediction_store import write_json, write_text
+from ..jobs.atomic_files import remove_leftovers, write_text
+from ..jobs.output import check_still_there
+from ..jobs.state_files import read_json
 from .samples import OVERALL
 
 
@@ -28,9 +31,9 @@ def write_report(
     num_scored: dict[str, int],
     without_references: list[int | str],
     run: dict[str, Any],
-) -> dict[str, Any]:
+):
     r"""
-    Writes `predictions.json`, `table.md` and, when all else is there, `results.json`.
+    Write `predictions.json`, `table.md` and, when all else is there, `results.json`.
 
     Args:
         output (`str` or `os.PathLike`):
@@ -53,9 +56,6 @@ def write_report(
             Ids of the others.
         run (`dict`):
             How the predictions were made, where they do not depend on it.
-
-    Returns:
-        `dict`: what results.json holds.
     """
     folder = Path(output)
     results = {
@@ -68,10 +68,22 @@ def write_report(
         "settings": {"model": model.config.name_or_path, **settings},
         "run": {"device": str(model.device), **run, "versions": versions()},
     }
-    write_json(folder / "predictions.json", predictions)
+    remove_leftovers(folder)
+    write_text(folder / "predictions.json", _to_json(predictions))
     write_text(folder / "table.md", make_table(results))
-    write_json(folder / "results.json", results)
-    return results
+    write_text(folder / "results.json", _to_json(results))
+
+
+def read_results(output: str | os.PathLike) -> dict[str, Any]:
+    """Return what results.json holds, and see that all that was written is there."""
+    folder = Path(output)
+    names = ("parts/settings.json", "predictions.json", "table.md", "results.json")
+    check_still_there([folder / name for name in names], folder)
+    return read_json(folder / "results.json", "Run the same command again, which writes it anew.")
+
+
+def _to_json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _title(task: str, settings: dict[str, Any]) -> str:
@@ -102,7 +114,7 @@ def make_table(results: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Return the versions of what computes."""
     return {
         "blip2_hf": __version__,
         "torch": torch.__version__,
@@ -112,4 +124,4 @@ def versions() -> dict[str, str]:
     }
 
 
-__all__ = ["make_table", "write_report"]
+__all__ = ["make_table", "read_results", "write_report"]

@@ -5,6 +5,7 @@ import torch
 from transformers.trainer_utils import EvalPrediction
 
 from ..models.losses import image_text_similarity
+from ..retrieval.two_stage import Ranking, TwoStageRankings
 
 
 def retrieval_recall(similarity: torch.Tensor, is_match: torch.Tensor, k: tuple[int, ...] = (1, 5, 10)) -> dict:
@@ -22,19 +23,15 @@ def retrieval_recall(similarity: torch.Tensor, is_match: torch.Tensor, k: tuple[
     Returns:
         `dict[str, float]`: `image_to_text_r1`, `text_to_image_r1` and so on, between 0 and 1.
     """
-    recall = {}
-    directions = {"image_to_text": (similarity, is_match), "text_to_image": (similarity.T, is_match.T)}
-    for name, (scores, right) in directions.items():
-        ranked = right.gather(1, scores.argsort(dim=1, descending=True, stable=True))[right.any(dim=1)]
-        for count in k:
-            recall[f"{name}_r{count}"] = ranked[:, :count].any(dim=1).double().mean().item()
-    return recall
+    best = [scores.sort(dim=1, descending=True, stable=True) for scores in (similarity, similarity.T)]
+    return TwoStageRankings(*(Ranking(ranked.indices, ranked.values) for ranked in best)).recall(is_match, k)
 
 
 def contrastive_retrieval_metrics(prediction: EvalPrediction) -> dict[str, float]:
     r"""
-    `compute_metrics` of a `Trainer` for [`Blip2ForPreTraining`]: retrieval by ITC alone, over all held-out data. Needs
-    `label_names=["image_ids"]`, as [`~training.Stage1Arguments`] has it: rows with the same id are texts of one image.
+    Compute the recall of retrieval by ITC alone, over all held-out data: `compute_metrics` of a `Trainer` for
+    [`Blip2ForPreTraining`]. It needs `label_names=["image_ids"]`, as [`~training.Stage1Arguments`] has it: rows with
+    the same id are texts of one image.
 
     Args:
         prediction ([`~transformers.EvalPrediction`]):

@@ -1,28 +1,28 @@
 """Retrieval between pictures and texts, scored (section 4.4 of the paper), in one process or several."""
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import find_executable_batch_size
 from transformers.utils import logging
 
 from ..data.feature_cache import cache_features, load_cached_features
 from ..data.image_size import own_image_size, with_image_size
 from ..data.text import clean_caption
+from ..jobs.atomic_files import atomic_file
 from ..jobs.batch_size import first_batch_size
-from ..jobs.fingerprints import model_fingerprint
+from ..jobs.fingerprints import model_settings
+from ..jobs.output import check_still_there, only_writer, share
+from ..jobs.state_files import read_whole
 from ..retrieval.two_stage import EncodedTexts, TwoStageRankings, TwoStageRetrieval
 from .prediction_store import PredictionStore
-from .report import write_report
+from .report import read_results, write_report
 from .samples import (
     OVERALL,
     CaptionSample,
@@ -38,6 +38,7 @@ from .samples import (
 _RECALL_AT = (1, 5, 10)
 _RESULTS = ("features/*.arrow", "contrast.pt", "pairs-*.npy")
 _IMAGES_PER_BLOCK = 20  # whose pairs are matched again after an interruption
+_UNREADABLE = "Delete it, and run the same command again, which computes it anew."
 
 
 def evaluate_retrieval(
@@ -53,7 +54,7 @@ def evaluate_retrieval(
     show_progress: bool = True,
 ) -> dict[str, Any]:
     r"""
-    Finds the captions of pictures among all captions, and the pictures of captions: contrast finds the first `k`,
+    Find the captions of pictures among all captions, and the pictures of captions: contrast finds the first `k`,
     matching ranks them. Captions are written as LAVIS writes them ([`~data.clean_caption`]). All processes of
     accelerate call it together, and share the pictures.
 
@@ -76,8 +77,8 @@ def evaluate_retrieval(
         image_size (`int`, *optional*):
             Side of the square that pictures are scaled to. Without it, the image processor's own size.
         batch_size (`int`, *optional*):
-            How many pictures, texts or pairs the model takes at a time. Without it, 128, or 16 on a CPU. It is lowered
-            where memory runs out.
+            How many pictures, texts or pairs the model takes at a time. Without it, 128, or 16 on a CPU. It is halved
+            if memory runs out.
         num_workers (`int`, *optional*, defaults to 0):
             Processes that load pictures.
         show_progress (`bool`, *optional*, defaults to `True`):
@@ -89,8 +90,9 @@ def evaluate_retrieval(
         `k` is less than 10, and than the number of candidates, only those up to `k` are told.
 
     Raises:
-        ValueError: if `output` holds what other settings made, if two samples have the same id or picture, or if no
-            sample has a caption.
+        ValueError: if `output` holds what other settings made, if another run is writing to it, if two samples have
+            the same id or picture, or if no sample has a caption.
+        OSError: if files are gone at the end, as when `output` was deleted meanwhile.
         ImageLoadError: if a picture can't be read.
     """
     if not samples:
@@ -104,33 +106,30 @@ def evaluate_retrieval(
     start = batch_size or first_batch_size(model.device)
     retrieval = _SharedRetrieval(model, tokenizer, k, start, show_progress=show_progress and state.is_main_process)
     settings = _settings(retrieval, image_processor, samples, texts)
-    retrieval.store = PredictionStore(Path(output) / "parts", settings, state, _RESULTS)
-    images = _tower_outputs(model, image_processor, samples, retrieval.store, start, num_workers)
-    image_features, encoded = retrieval.encode(images, texts)
-    if k == 0:
-        rankings = retrieval.compare(image_features, encoded.features, k=max(_RECALL_AT))
-    else:
-        rankings = retrieval(images, encoded, image_features)
-    if state.is_main_process:
-        without = [sample.image_id for sample in samples if not sample.captions]
-        write_report(
-            output,
-            task,
-            model,
-            {**settings, "k": k},
-            _first_ten(rankings, samples, texts),
-            {OVERALL: rankings.recall(_matches(samples), _RECALL_AT)},
-            {OVERALL: len(samples)},
-            {OVERALL: len(samples) - len(without)},
-            without,
-            {"num_processes": state.num_processes, "batch_size": retrieval.batch_size},
-        )
-    state.wait_for_everyone()
-    return json.loads((Path(output) / "results.json").read_text(encoding="utf-8"))
+    with only_writer(Path(output) / ".lock", output, state):
+        retrieval.store = PredictionStore(Path(output) / "parts", settings, state, _RESULTS)
+        images = _tower_outputs(model, image_processor, samples, retrieval.store, start, num_workers)
+        rankings = retrieval.rank(images, texts)
+        if state.is_main_process:
+            without = [sample.image_id for sample in samples if not sample.captions]
+            write_report(
+                output,
+                task,
+                model,
+                {**settings, "k": k},
+                _first_ten(rankings, samples, texts),
+                {OVERALL: rankings.recall(_matches(samples), _RECALL_AT)},
+                {OVERALL: len(samples)},
+                {OVERALL: len(samples) - len(without)},
+                without,
+                {"num_processes": state.num_processes, "batch_size": retrieval.batch_size},
+            )
+        state.wait_for_everyone()
+        return read_results(output)
 
 
 def _texts(samples: Sequence[CaptionSample], image_token: str) -> list[str]:
-    """All captions, as they are read."""
+    """Return all captions, as they are read."""
     texts = []
     for number, sample in enumerate(samples):
         for caption in sample.captions:
@@ -148,14 +147,12 @@ def _texts(samples: Sequence[CaptionSample], image_token: str) -> list[str]:
 def _settings(
     retrieval: TwoStageRetrieval, image_processor: Any, samples: Sequence[CaptionSample], texts: Sequence[str]
 ) -> dict[str, Any]:
-    """What features and scores of pairs depend on: not `k`, which only says of which pairs."""
+    """Return what features and scores of pairs depend on: not `k`, which only says of which pairs."""
     model = retrieval.model
     return {
-        "weights": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **model_settings(model, image_processor),
         "max_length": retrieval.max_length,
         "image_size": own_image_size(image_processor),
-        "image_processor": json.loads(image_processor.to_json_string()),
         "num_samples": len(samples),
         "num_texts": len(texts),
         "samples": samples_fingerprint(samples, texts),
@@ -170,7 +167,7 @@ def _tower_outputs(
     batch_size: int,
     num_workers: int,
 ) -> datasets.Dataset:
-    """The tower's output for each picture, on the disk: each process computes a share of the files."""
+    """Return the tower's output for each picture, on the disk: each process computes a share of the files."""
     state = store.state
     folder = store.folder / "features"
     if state.is_main_process and not any(folder.glob("*.arrow")):
@@ -178,33 +175,28 @@ def _tower_outputs(
         (folder / "cache.json").unlink(missing_ok=True)
     state.wait_for_everyone()
     rows, column = _image_rows(samples)
-
-    @find_executable_batch_size(starting_batch_size=batch_size)
-    def compute(batch_size: int) -> Path:
-        return cache_features(
-            rows,
-            model,
-            image_processor,
-            folder,
-            image_column=column,
-            dtype=str(model.dtype).removeprefix("torch."),
-            batch_size=batch_size,
-            rows_per_shard=100,
-            num_workers=num_workers,
-            part_index=state.process_index,
-            num_parts=state.num_processes,
-        )
-
-    compute()
+    cache_features(
+        rows,
+        model,
+        image_processor,
+        folder,
+        image_column=column,
+        dtype=str(model.dtype).removeprefix("torch."),
+        batch_size=batch_size,
+        rows_per_shard=100,
+        num_workers=num_workers,
+        part_index=state.process_index,
+        num_parts=state.num_processes,
+    )
     state.wait_for_everyone()
     return load_cached_features(folder)
 
 
 def _image_rows(samples: Sequence[CaptionSample]) -> tuple[datasets.Dataset, str]:
-    """The pictures as a data set, one row each, and their column."""
+    """Return the pictures as a dataset, one row each, and their column."""
     images = [sample.image for sample in samples]
     first = images[0]
-    # Samples may come from several data sets
+    # Samples may come from several datasets
     is_one = all(isinstance(x, RowImage) and x.rows is first.rows and x.column == first.column for x in images)
     if is_one and isinstance(first.rows, datasets.Dataset):
         return first.rows.select([image.row for image in images]), first.column
@@ -217,71 +209,54 @@ class _SharedRetrieval(TwoStageRetrieval):
 
     store: PredictionStore
 
-    def encode(self, images: datasets.Dataset, texts: list[str]) -> tuple[torch.Tensor, EncodedTexts]:
-        """Features of images and texts. One process computes them, so that all have the same candidates."""
+    def rank(self, images: datasets.Dataset, texts: list[str]) -> TwoStageRankings:
+        """Return what finds what: by contrast alone with `k=0`."""
+        image_features, encoded = self._encode(images, texts)
+        if self.k == 0:
+            return self.compare(image_features, encoded.features, k=max(_RECALL_AT))
+        return self(images, encoded, image_features)
+
+    def _encode(self, images: datasets.Dataset, texts: list[str]) -> tuple[torch.Tensor, EncodedTexts]:
+        """Return features of images and texts. One process computes them, so that all have the same candidates."""
         path = self.store.folder / "contrast.pt"
         if self.store.state.is_main_process and not path.exists():
-
-            @find_executable_batch_size(starting_batch_size=self.batch_size)
-            def compute(batch_size: int) -> dict[str, Any]:
-                self.batch_size = batch_size
-                encoded = self.encode_texts(texts)
-                features = {"image_features": self.encode_images(images), "text_features": encoded.features}
-                return {**features, "input_ids": encoded.input_ids, "batch_size": batch_size}
-
-            _write(path, partial(torch.save, compute()))
+            encoded = self.encode_texts(texts)
+            features = {"image_features": self.encode_images(images), "text_features": encoded.features}
+            with atomic_file(path) as file:
+                torch.save({**features, "input_ids": encoded.input_ids, "batch_size": self.batch_size}, file)
         self.store.state.wait_for_everyone()
-        found = torch.load(path)
-        # Where memory has run out, it has done so in one process
-        self.batch_size = min(self.batch_size, found["batch_size"])
+        found = read_whole(path, torch.load, _UNREADABLE)
+        # If memory has run out, it has done so in one process
+        self._batch_size.size = min(self.batch_size, found["batch_size"])
         return found["image_features"], EncodedTexts(found["input_ids"], found["text_features"])
 
     def match(self, images: Any, input_ids: list[list[int]], pairs: torch.Tensor) -> torch.Tensor:
-        """Block by block, each by one process."""
+        """Return the scores of pairs, block by block, each by one process."""
         sizes = torch.unique_consecutive(pairs[:, 0] // _IMAGES_PER_BLOCK, return_counts=True)[1]
         blocks = {self._path(block): block for block in pairs.split(sizes.tolist())}
-        state = self.store.state
-        mine = list(blocks.items())[state.process_index :: state.num_processes]
+        mine = share(list(blocks.items()), self.store.state)
         done = sum(len(block) for path, block in mine if path.exists())
-        bar = logging.tqdm(
-            total=sum(len(block) for _, block in mine),
-            initial=done,
-            desc="Pairs",
-            unit="pair",
-            disable=not self.show_progress,
-        )
+        total = sum(len(block) for _, block in mine)
+        is_hidden = not self.show_progress
         self.show_progress = False  # of each block
-        match = super().match
-
-        @find_executable_batch_size(starting_batch_size=self.batch_size)
-        def compute(batch_size: int):
-            self.batch_size = batch_size
+        with logging.tqdm(total=total, initial=done, desc="Pairs", unit="pair", disable=is_hidden) as bar:
             for path, block in mine:
                 if not path.exists():
-                    scores = match(images, input_ids, block).numpy()
-                    _write(path, partial(np.save, arr=scores))
+                    scores = super().match(images, input_ids, block).numpy()
+                    with atomic_file(path) as file:
+                        np.save(file, scores)
                     bar.update(len(block))
-
-        with bar:
-            compute()
-        state.wait_for_everyone()
-        return torch.cat([torch.from_numpy(np.load(path)) for path in blocks])
+        self.store.state.wait_for_everyone()
+        check_still_there(blocks, self.store.folder)
+        return torch.cat([torch.from_numpy(read_whole(path, np.load, _UNREADABLE)) for path in blocks])
 
     def _path(self, block: torch.Tensor) -> Path:
         digest = hashlib.blake2b(block.numpy().tobytes(), digest_size=8).hexdigest()
         return self.store.folder / f"pairs-{int(block[0, 0]):06d}-{digest}.npy"
 
 
-def _write(path: Path, write: Callable[[BinaryIO], Any]):
-    """Writes a file that is never there in part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)
-
-
 def _matches(samples: Sequence[CaptionSample]) -> torch.Tensor:
-    """Which pictures and captions belong together."""
+    """Return which pictures and captions belong together."""
     owners = [number for number, sample in enumerate(samples) for _ in sample.captions]
     is_match = torch.zeros(len(samples), len(owners), dtype=torch.bool)
     is_match[owners, range(len(owners))] = True
@@ -289,7 +264,7 @@ def _matches(samples: Sequence[CaptionSample]) -> torch.Tensor:
 
 
 def _first_ten(rankings: TwoStageRankings, samples: Sequence[CaptionSample], texts: list[str]) -> dict[str, list]:
-    """What is found first, in words and ids."""
+    """Return what is found first, in words and ids."""
     captions, images = rankings.image_to_text.index[:, :10].tolist(), rankings.text_to_image.index[:, :10].tolist()
     return {
         "image_to_text": [

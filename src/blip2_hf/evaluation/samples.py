@@ -1,6 +1,7 @@
 """What a model is evaluated on: a picture, what it is asked, and what people wrote."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -9,23 +10,22 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.bad_rows import shorten
 from ..data.rows import open_image
+from ..jobs.errors import shorten
+from ..jobs.fingerprints import fingerprint, sampled_rows
 
 
 OVERALL = "overall"  # the group of all samples
-
-_OPENED = 32  # pictures that a fingerprint looks at
 
 
 @dataclass(frozen=True)
 class RowImage:
     r"""
-    A picture in a row of a data set, which is read when it is needed.
+    A picture in a row of a dataset, which is read when it is needed.
 
     Args:
         rows (`datasets.Dataset` or `Sequence[Mapping]`):
-            The data set.
+            The dataset.
         row (`int`):
             Number of the row.
         column (`str`):
@@ -79,7 +79,7 @@ class QuestionSample:
         image (`str` or [`RowImage`]):
             Path of the picture, or anything else that [`~image_loading.load_image`] takes.
         image_id (`int` or `str`):
-            Its name in the data set.
+            Its name in the dataset.
         question_id (`int` or `str`):
             The question's name in the output, which no other sample has.
         question (`str`):
@@ -179,7 +179,7 @@ def sample_id(sample: Sample) -> int | str:
 
 
 def picture_key(sample: Sample) -> Hashable:
-    """Return a key that is equal for samples about one picture: its path, its row in a data set, or its object."""
+    """Return a key that is equal for samples about one picture: its path, its row in a dataset, or its object."""
     image = sample.image
     if isinstance(image, RowImage):
         return id(image.rows), image.row, image.column
@@ -187,7 +187,7 @@ def picture_key(sample: Sample) -> Hashable:
 
 
 def open_sample_image(sample: Sample) -> Image.Image:
-    """The picture of a sample, mode RGB."""
+    """Return the picture of a sample, mode RGB."""
     image = sample.image
     if isinstance(image, RowImage):
         return open_image(image.rows[image.row][image.column], f"row {image.row}")
@@ -199,22 +199,22 @@ def samples_fingerprint(samples: Sequence[Sample], texts: Sequence[str] = ()) ->
     Return a hash of what a model is given: the pictures, files by their paths and some of them by what they show, and
     texts. Ids, references and groups have a part in the output alone.
     """
-    digest = hashlib.blake2b(digest_size=16)
     pictures: dict[Hashable, bytes] = {}
     for sample in samples:
         key = picture_key(sample)
         if key not in pictures:
             pictures[key] = _picture_digest(sample)
-        digest.update(pictures[key])
-    for text in texts:
-        digest.update(json.dumps(text).encode())
-    for number in sorted({len(samples) * opened // _OPENED for opened in range(_OPENED)}):
-        digest.update(_pixels(samples[number]))
-    return digest.hexdigest()
+    return fingerprint(
+        itertools.chain(
+            (pictures[picture_key(sample)] for sample in samples),
+            (json.dumps(text).encode() for text in texts),
+            (_pixels(samples[number]) for number in sampled_rows(len(samples))),
+        )
+    )
 
 
 def _picture_digest(sample: Sample) -> bytes:
-    """A hash of a picture: of the path of a file, else of all there is."""
+    """Return a hash of a picture: of the path of a file, otherwise of all there is."""
     value = sample.image
     if isinstance(value, RowImage):
         value = value.rows[value.row][value.column]

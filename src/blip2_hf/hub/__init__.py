@@ -1,4 +1,4 @@
-"""Sharing on the Hub: the code that a model needs where this package is not installed, the card, one commit."""
+"""Sharing on the Hub: the code that a model needs without this package, the model card, and pushes in one commit."""
 
 from .model_card import write_model_card
 from .remote_code import is_of_this_package, write_code, write_code_and_card

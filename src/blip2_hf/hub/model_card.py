@@ -33,7 +33,7 @@ PIPELINE_TAGS = {
     "Blip2HfForImageTextRetrieval": "zero-shot-image-classification",
     "Blip2HfModel": "image-feature-extraction",
 }
-# Of the tasks of `blip2-hf evaluate`: task, id and name of the dataset, as model-index wants them
+# Task, id and name of the dataset of each `blip2-hf evaluate` task, as model-index expects them
 _BENCHMARKS = {
     "coco-caption": ("image-to-text", "coco", "COCO captions"),
     "nocaps": ("image-to-text", "nocaps", "NoCaps"),
@@ -44,9 +44,9 @@ _BENCHMARKS = {
     "flickr30k-retrieval": ("image-text-retrieval", "flickr30k", "Flickr30K"),
 }
 _TASK_TYPES = {"caption": "image-to-text", "vqa": "visual-question-answering", "retrieval": "image-text-retrieval"}
-# Fingerprints and what is in the repository anyway
+# Settings that a card does not show: fingerprints, and facts that the repository has anyway
 _SETTINGS_LEFT_OUT = ("weights", "samples", "image_processor", "model")
-# What stays in the metadata of a card that is written again
+# Metadata that stay when a card is written again
 _KEPT = ("license", "language", "datasets", "base_model")
 
 
@@ -64,11 +64,11 @@ def write_model_card(
     tags: str | Sequence[str] | None = None,
 ) -> Path:
     r"""
-    Write the model card, README.md, into a folder, from what is known. What is not known is left out.
+    Write the model card, README.md, into a folder. Facts that are not known are left out.
 
     A card that you have written or changed is left alone. A card that this function wrote is written again if
-    something is said here, or if the model's class or the weights in the folder have changed. Its metadata stay unless
-    the arguments say otherwise. The results of other weights go.
+    a fact is given here, or if the model's class or the weights in the folder have changed. Its metadata stay unless
+    the arguments say otherwise. The results of other weights are removed.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -76,7 +76,7 @@ def write_model_card(
         model ([`Blip2PreTrainedModel`] or a [`~peft.PeftModel`] of one):
             The model.
         repo_id (`str`, *optional*):
-            Name of the repository; that of the folder if it is not given.
+            Name of the repository. Defaults to the name of the folder.
         license (`str`, *optional*):
             Identifier of the licence, such as `"apache-2.0"`.
         language (`str` or `list[str]`, *optional*):
@@ -84,11 +84,11 @@ def write_model_card(
         datasets (`str` or `list[str]`, *optional*):
             Ids of the datasets that the model was trained on.
         base_model (`str` or `list[str]`, *optional*):
-            Ids of the models that it was made of. If it is not given, those that its configuration names: the model
-            that was fine-tuned, or the vision tower and the language model.
+            Ids of the models that it was made of. Defaults to those that its configuration names: the model that was
+            fine-tuned, or the vision tower and the language model.
         results (`str`, `os.PathLike`, `dict`, or a list of them, *optional*):
             The results.json of `blip2-hf evaluate`, or what it holds: `task`, `scores` and `settings`, and `dataset`
-            (its id) and `split`. Results on a dataset that has no id are in the text, but not in `model-index`.
+            (its id) and `split`. Results on a dataset without an id are in the text but not in `model-index`.
         training (`Mapping`, *optional*):
             Names and values of the training's settings.
         tags (`str` or `list[str]`, *optional*):
@@ -98,7 +98,7 @@ def write_model_card(
         `Path`: the card.
 
     Raises:
-        ValueError: if `results` are not what was expected.
+        ValueError: if `results` lack `task` or `scores`.
     """
     path = Path(folder) / CARD_NAME
     name = Path(folder).resolve().name if repo_id is None else repo_id
@@ -135,7 +135,7 @@ def write_model_card(
 
 def check_facts(facts: Mapping[str, Any]):
     r"""
-    Check what a card is to say, before anything is written.
+    Check the facts for a card before anything is written.
 
     Args:
         facts (`Mapping`):
@@ -143,18 +143,18 @@ def check_facts(facts: Mapping[str, Any]):
 
     Raises:
         TypeError: if there is no such argument.
-        ValueError: if `results` are not what was expected.
+        ValueError: if `results` lack `task` or `scores`.
     """
     known = [name for name in inspect.signature(write_model_card).parameters if name not in _NO_FACTS]
     unknown = sorted(set(facts) - set(known))
     if unknown:
-        raise TypeError(f"A card has no place for {', '.join(unknown)}. It takes {', '.join(known)}.")
+        raise TypeError(f"A model card has no place for {', '.join(unknown)}. It takes {', '.join(known)}.")
     for report in _as_list(facts.get("results")):
         _read_results(report)
 
 
 def is_ours(card: str) -> bool:
-    """Tell whether this library wrote the card, and nobody has changed it."""
+    """Return whether this library wrote the card and nobody has changed it."""
     text, _, mark = card.replace("\r\n", "\n").rpartition(_MARK)
     digest, *rest = mark.split(", ")
     return digest == _digest(text) and len(rest) == 2 and mark.endswith(_MARK_END)
@@ -213,7 +213,7 @@ def _is_adapter(model: Any) -> bool:
 def _metadata(
     model: Any, name: str, facts: dict[str, Any], reports: list[dict[str, Any]], old: ModelCardData
 ) -> ModelCardData:
-    # A model that was loaded from the repository it goes to is not made of itself
+    # A model that was loaded from the repository to which it goes is not made of itself
     base_models = [base for base in _as_list(facts.get("base_model")) if base != name]
     base_models = base_models or [base for base in _base_models(_bare_model(model)) if base != name]
     evaluations = [result for report in reports for result in _evaluations(report)]
@@ -235,7 +235,7 @@ def _metadata(
 
 
 def _base_models(model: Any) -> list[str]:
-    """Return the id of the model that this one was loaded from, or else those of its parts. Folders have none."""
+    """Return the id of the model that this one was loaded from, otherwise those of its parts. Folders have none."""
     config = model.config
     if is_hub_id(config.name_or_path):
         return [config.name_or_path]
@@ -249,7 +249,7 @@ def _read_results(results: str | os.PathLike | Mapping) -> dict[str, Any]:
     report = results if isinstance(results, Mapping) else json.loads(Path(results).read_text(encoding="utf-8"))
     if not isinstance(report, Mapping) or not {"task", "scores"} <= set(report):
         found = sorted(map(str, report)) if isinstance(report, Mapping) else type(report).__name__
-        raise ValueError(f"results are those of `blip2-hf evaluate`, with `task` and `scores`, but got {found}.")
+        raise ValueError(f"results of `blip2-hf evaluate` were expected, with `task` and `scores`, but got {found}.")
     task, settings = report["task"], report.get("settings") or {}
     task_type, benchmark, dataset_name = _BENCHMARKS.get(task, (_TASK_TYPES.get(task, task), None, None))
     dataset = report.get("dataset") or benchmark
@@ -301,7 +301,7 @@ def _text(
 
 
 def _result_rows(reports: list[dict[str, Any]], data: ModelCardData) -> list[tuple]:
-    """Return the rows of the table of results: those of the reports, or else those that the card had before."""
+    """Return the rows of the table of results: those of the reports, otherwise those that the card had before."""
     if not reports:
         old = data.eval_results or []
         return [(r.task_type, r.dataset_name, r.metric_type, _number(r.metric_value), r.metric_args) for r in old]

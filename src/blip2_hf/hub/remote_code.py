@@ -1,4 +1,4 @@
-"""The code next to a model: the files of models/ that it needs where this package is not installed."""
+"""The code next to a model: the files of models/ that it needs without this package."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from transformers.processing_utils import ProcessorMixin
 from .model_card import write_model_card
 
 
-# Of each model: what it is to the Auto classes, by module, as _registration.py tells them
+# The Auto classes that load each model, and the class that each loads, as in _registration.py
 _AUTO_CLASSES = {
     "Blip2HfForConditionalGeneration": {
         "AutoModelForImageTextToText": "modeling_blip2.Blip2HfForConditionalGeneration",
@@ -35,7 +35,7 @@ _AUTO_CLASSES_OF_ALL = {
     "AutoModel": "modeling_base.Blip2HfModel",
 }
 PROCESSOR = "processing_blip2.Blip2HfProcessor"
-# Of each Auto class: the pipelines of its models, and the Auto classes that these load with
+# The pipelines for the models of each Auto class, and the Auto classes with which the pipelines load models
 _PIPELINES = {
     "AutoModelForImageTextToText": {
         "image-to-text": ("pipeline_blip2.ImageToTextPipeline", ["AutoModelForImageTextToText"]),
@@ -55,9 +55,9 @@ _PIPELINES = {
 
 def write_code(folder: str | os.PathLike, shared: Any):
     r"""
-    Completes a folder that `save_pretrained` has written, so that `AutoModel...`, `AutoProcessor` and `pipeline` load
-    it with `trust_remote_code=True` where this package is not installed: puts the source files next to the weights,
-    and `auto_map` and `custom_pipelines` into config.json and processor_config.json.
+    Put the source files next to the weights that `save_pretrained` has written, and `auto_map` and `custom_pipelines`
+    into config.json and processor_config.json. `AutoModel...`, `AutoProcessor` and `pipeline` then load the folder
+    with `trust_remote_code=True` without this package.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -72,9 +72,10 @@ def write_code(folder: str | os.PathLike, shared: Any):
     model, processor = parts_of(shared)
     if model is shared and not is_of_this_package(model):
         raise ValueError(
-            f"{_class_name(model)} is none of {', '.join(_AUTO_CLASSES)}, whose code this package can put next to the "
-            "weights. For a class of your own, call its register_for_auto_class, and save without with_code or push "
-            "with transformers.PreTrainedModel.push_to_hub(model, repo_id)."
+            f"{_class_name(model)} is none of the classes whose code this package can put next to the weights "
+            f"({', '.join(_AUTO_CLASSES).replace('Blip2Hf', 'Blip2')}). For a class of your own, call its "
+            "register_for_auto_class, and save without with_code, or push with "
+            "transformers.PreTrainedModel.push_to_hub(model, repo_id)."
         )
     references: list[str] = []
     if type(processor).__name__ == "Blip2HfProcessor":
@@ -90,7 +91,7 @@ def write_code(folder: str | os.PathLike, shared: Any):
 
 
 def write_code_and_card(folder: str | os.PathLike, shared: Any):
-    """What `save_pretrained(folder, with_code=True)` adds: [`write_code`], and a card if there is none."""
+    """Write the code (see [`write_code`]), and a card if there is none: what `with_code=True` does."""
     write_code(folder, shared)
     model, _ = parts_of(shared)
     if is_of_this_package(model):
@@ -98,29 +99,29 @@ def write_code_and_card(folder: str | os.PathLike, shared: Any):
 
 
 def parts_of(shared: Any) -> tuple[Any, Any]:
-    """`(model, processor)`: of a pipeline both, otherwise the one that it is."""
+    """Return `(model, processor)`, both of a pipeline; otherwise one of them is `None`."""
     if isinstance(shared, Pipeline):
         return shared.model, shared.processor
     return (None, shared) if isinstance(shared, ProcessorMixin) else (shared, None)
 
 
 def is_of_this_package(model: Any) -> bool:
-    """Whether the model's class is one of this package, and not derived from one."""
+    """Return whether the model's class is one of this package and not derived from one."""
     return _class_name(model) in _AUTO_CLASSES
 
 
 def _class_name(model: Any) -> str:
-    # FSDP's `fully_shard` puts its own in front
+    # FSDP's `fully_shard` adds the prefix
     return type(model).__name__.removeprefix("FSDP")
 
 
 def _auto_map(model: Any) -> dict[str, str]:
-    # The pipelines take models of other libraries too, whose code is not ours to share
+    # Empty for models of other libraries, which the pipelines take too: their code is not ours to share
     return {**_AUTO_CLASSES_OF_ALL, **_AUTO_CLASSES[_class_name(model)]} if is_of_this_package(model) else {}
 
 
 def _pipelines(shared: Any, model: Any) -> dict[str, dict[str, Any]]:
-    """The entry `custom_pipelines` of config.json."""
+    """Return the entry `custom_pipelines` of config.json."""
     tasks = {task: entry for name in _auto_map(model) for task, entry in _PIPELINES.get(name, {}).items()}
     if not is_of_this_package(model):
         name = type(shared).__name__
@@ -133,7 +134,7 @@ def _pipelines(shared: Any, model: Any) -> dict[str, dict[str, Any]]:
 
 
 def source_files(references: list[str]) -> list[Path]:
-    """The files of the modules of `module.Class` references, and all that these import from this package."""
+    """Return the files of the modules in `module.Class` references, and of all that they import from this package."""
     files = set()
     for module in {reference.partition(".")[0] for reference in references}:
         path = importlib.import_module(f"blip2_hf.models.{module}").__file__

@@ -14,7 +14,7 @@ from .model_card import CARD_NAME, check_facts, is_ours, write_model_card
 from .remote_code import PROCESSOR, all_source_names, is_of_this_package, parts_of, source_files, write_code
 
 
-# Weights at the top of a repository, whole or in shards, of which from_pretrained takes the first kind that it finds
+# Weights at the top of a repository, in one file or in shards: from_pretrained takes the first kind that it finds
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # Files that former versions of this package put next to a model
 _FORMER_SOURCES = {
@@ -42,44 +42,44 @@ def push(
     **facts,
 ) -> CommitInfo:
     r"""
-    Pushes a model, a processor or a pipeline with its code and, but for a processor, a card. All files go into one
-    commit: what breaks off leaves the repository as it was, and what has not changed is not sent again. Weights in
+    Push a model, a processor or a pipeline with its code and, except for a processor, a card. All files go into one
+    commit: a push that breaks off leaves the repository as it was, and unchanged files are not sent again. Weights in
     other files than those of the new model, and code that it does not need, are deleted from the repository.
 
     Args:
         shared ([`Blip2PreTrainedModel`], [`Blip2Processor`] or one of the pipelines):
-            What is pushed.
+            The object to push.
         repo_id (`str`):
-            Name of the repository, which is made if there is none.
+            Name of the repository, which is created if it does not exist.
         commit_message (`str`, *optional*), commit_description (`str`, *optional*):
-            Those of the commit.
+            Message and description of the commit.
         private (`bool`, *optional*):
-            Whether a repository that is made is private. The account's own default if it is not given.
+            Whether a new repository is private. Defaults to the account's own setting.
         token (`str` or `bool`, *optional*):
-            The token. That of `hf auth login` if it is not given.
+            The token. Defaults to that of `hf auth login`.
         revision (`str`, *optional*):
-            The branch, which is made if there is none; `main` if it is not given.
+            The branch, which is created if it does not exist. Defaults to `main`.
         create_pr (`bool`, *optional*, defaults to `False`):
-            Whether to open a pull request in place of a commit.
+            Whether to open a pull request instead of committing to the branch.
         max_shard_size (`int` or `str`, *optional*):
             Largest size of a file of weights.
         saved (`dict[str, Path]`, *optional*):
-            Files that `save_pretrained` has written, by their names in the repository. If it is not given, they are
-            written now.
+            Files that `save_pretrained` has written, by their names in the repository. By default they are written
+            now.
         facts:
-            What the card is to say: see [`~model_card.write_model_card`].
+            Facts for the card (see [`~model_card.write_model_card`]).
 
     Returns:
-        [`~huggingface_hub.CommitInfo`]: the commit, or the last one where nothing has changed.
+        [`~huggingface_hub.CommitInfo`]: the commit, or the last one if nothing has changed.
 
     Raises:
         TypeError: if the card has no place for one of `facts`.
-        ValueError: if `results` are not what was expected.
+        ValueError: if `results` lack `task` or `scores`.
     """
     api = HfApi(token=token)
     model, _ = parts_of(shared)
     if not is_of_this_package(model) and facts:
-        raise TypeError(f"{', '.join(sorted(facts))}: there is a card with a BLIP-2 model of this package alone.")
+        raise TypeError(f"{', '.join(sorted(facts))}: only a BLIP-2 model of this package has a card. Leave them out.")
     check_facts(facts)
     with tempfile.TemporaryDirectory() as folder:
         if saved is None:
@@ -111,32 +111,32 @@ def push_saved(
     shared: Any, folder: str | os.PathLike, before: dict[str, tuple[int, int]], repo_id: str | None, **options
 ) -> CommitInfo:
     r"""
-    Pushes what `save_pretrained` has just written into a folder, whatever else is there.
+    Push the files that `save_pretrained` has just written into a folder, and no others in it.
 
     Args:
         shared ([`Blip2PreTrainedModel`], [`Blip2Processor`] or one of the pipelines):
-            What was saved.
+            The object that was saved.
         folder (`str` or `os.PathLike`):
             The folder.
         before (`dict[str, tuple[int, int]]`):
-            What [`file_states`] said of it before.
+            The [`file_states`] of the folder before.
         repo_id (`str`, *optional*):
-            Name of the repository; that of the folder if it is not given.
+            Name of the repository. Defaults to that of the folder.
         options:
-            Those of [`push`].
+            Arguments of [`push`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: the commit.
     """
     states = file_states(folder)
     saved = {name: Path(folder) / name for name, state in states.items() if before.get(name) != state}
-    # A processor has no options that change what is saved, and files in folders that were written before
+    # A processor is saved again, because it wrote a subfolder before `before` was read
     saved_now = None if parts_of(shared)[0] is None else saved
     return push(shared, repo_id or Path(folder).resolve().name, saved=saved_now, **options)
 
 
 def file_states(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
-    """Of each file in a folder, by name: what changes when it is written again."""
+    """Return, for each file in a folder, numbers that change when it is written again."""
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     stats = {path.relative_to(folder).as_posix(): path.stat() for path in files}
     return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
@@ -146,8 +146,8 @@ def fetch_card(
     folder: str | os.PathLike, repo_id: str, *, revision: str | None = None, token: str | bool | None = None
 ):
     r"""
-    Puts the card of a repository into a folder. One that is there gives way only if this library wrote it and
-    the repository's is yours.
+    Put the card of a repository into a folder. A card in the folder is replaced only if this library wrote it and the
+    repository's card is yours.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -155,9 +155,9 @@ def fetch_card(
         repo_id (`str`):
             Name of the repository.
         revision (`str`, *optional*):
-            Its branch; `main` if it is not given.
+            Its branch. Defaults to `main`.
         token (`str` or `bool`, *optional*):
-            The token. That of `hf auth login` if it is not given.
+            The token. Defaults to that of `hf auth login`.
 
     Raises:
         OSError: if the repository can't be read.
@@ -165,7 +165,7 @@ def fetch_card(
     try:
         path = HfApi(token=token).hf_hub_download(repo_id, CARD_NAME, revision=revision, force_download=True)
     except LocalEntryNotFoundError:
-        # There may be a card: the Hub has not answered
+        # The Hub has not answered, and may have a card
         raise
     except EntryNotFoundError:
         return
@@ -180,7 +180,7 @@ def _additions(folder: Path) -> list[CommitOperationAdd]:
 
 
 def _stale_files(there: list[str], additions: list[CommitOperationAdd]) -> list[CommitOperationDelete]:
-    """Of the files of a repository: other weights than those of the new model, and code that nothing there needs."""
+    """Return deletions of weights that are not of the new model, and of code that nothing in the repository needs."""
     needed = {addition.path_in_repo for addition in additions}
     if "processor_config.json" in there:
         needed |= {path.name for path in source_files([PROCESSOR])}

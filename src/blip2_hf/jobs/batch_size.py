@@ -1,5 +1,6 @@
 """How many items a model takes at a time: as many as its memory allows."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,9 @@ class BatchSize:
             The number to begin with. Without it, all items at a time.
     """
 
-    def __init__(self, size: int | None = None):
+    def __init__(self, size: int = sys.maxsize):
+        if size < 1:
+            raise ValueError(f"batch_size={size}: at least 1 was expected.")
         self.size = size
 
     def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[tuple[Any, Any]]:
@@ -48,7 +51,7 @@ class BatchSize:
         """
         done = 0
         while done < len(items):
-            part = items[done:] if self.size is None else items[done : done + self.size]
+            part = items[done : done + self.size]
             try:
                 result = function(part)
             except RuntimeError as error:
@@ -60,6 +63,28 @@ class BatchSize:
                 continue
             # Only here, where the error is gone, does nothing hold the tensors of the batch
             self._halve(len(part))
+
+    def fit(self, function: Callable[[int], Any]) -> Any:
+        r"""
+        Call a function with the number, until memory takes it.
+
+        Args:
+            function (`Callable`):
+                Computes with no more items at a time than it is given.
+
+        Returns:
+            what `function` returns.
+
+        Raises:
+            RuntimeError: if memory does not even take one item.
+        """
+        while True:
+            try:
+                return function(self.size)
+            except RuntimeError as error:
+                if self.size == 1 or not _is_lack_of_memory(error):
+                    raise
+            self._halve(self.size)
 
     def _halve(self, failed: int):
         from accelerate.utils.memory import clear_device_cache

@@ -1,5 +1,10 @@
 """Errors of jobs. Each message says what was given, what was expected and what to do."""
 
+from typing import Any
+
+
+_LONGEST_VALUE = 80  # characters of a value that a message shows
+
 
 class CollectionError(ValueError):
     """A collection of pictures, or an output, that does not fit."""
@@ -24,3 +29,9 @@ class StateFileError(ValueError):
 def printable(text: str) -> str:
     """Return a text that can be printed, also if names of files in it are not Unicode."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def shorten(value: Any) -> str:
+    """Return what a message shows of a value."""
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."

@@ -1,20 +1,21 @@
 """What results depend on: short hashes of models and data, and the one comparison of settings."""
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import MadeOtherwiseError
+from .errors import MadeOtherwiseError, shorten
 from .state_files import as_json, read_json
 
 
 _SAMPLED_ROWS = 32
 _SAMPLED_VALUES = 32  # of each weight, at least
-_LONGEST_VALUE = 80  # characters of a value that a message shows
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:
@@ -28,6 +29,20 @@ def fingerprint(parts: Iterable[bytes]) -> str:
 def sampled_rows(num_rows: int) -> list[int]:
     """Return the numbers of 32 rows, or of all if there are fewer, by which data is told from other data."""
     return sorted({num_rows * sample // _SAMPLED_ROWS for sample in range(_SAMPLED_ROWS)}) if num_rows else []
+
+
+def stable_repr(value: Any) -> str:
+    """Return the `repr` of a value without addresses in memory, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def model_settings(model: torch.nn.Module, image_processor: Any) -> dict[str, Any]:
+    """Return what tells a model from others: the weights, not the name, because a model may move."""
+    return {
+        "weights": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "image_processor": json.loads(image_processor.to_json_string()),
+    }
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -108,9 +123,4 @@ def _differences(name: str, found: Any, given: Any) -> list[str]:
     if isinstance(found, Mapping) and isinstance(given, Mapping):
         pairs = {key: (found.get(key), given.get(key)) for key in sorted({*found, *given})}
         return [f"{name}: {text}" for key, (a, b) in pairs.items() if a != b for text in _differences(key, a, b)]
-    return [f"{name}: {_shorten(found)} there, {_shorten(given)} now"]
-
-
-def _shorten(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
+    return [f"{name}: {shorten(found)} there, {shorten(given)} now"]

@@ -19,7 +19,9 @@ logger = logging.get_logger(__name__)
 
 
 @contextlib.contextmanager
-def only_writer(lock: str | os.PathLike, output: Any, state: "PartialState | None" = None) -> Iterator[None]:
+def only_writer(
+    lock: str | os.PathLike, output: Any, state: "PartialState | None" = None, wait: float = 0
+) -> Iterator[None]:
     r"""
     Keep other runs from an output. The system lifts the lock if the process is killed.
 
@@ -30,6 +32,8 @@ def only_writer(lock: str | os.PathLike, output: Any, state: "PartialState | Non
             The output, for the message.
         state ([`~accelerate.PartialState`], *optional*):
             The processes of this run, all of which call this: the first one locks.
+        wait (`float`, *optional*, defaults to 0):
+            Seconds to wait for another run.
 
     Raises:
         OutputInUseError: in all processes, if another run is writing to the output.
@@ -39,7 +43,7 @@ def only_writer(lock: str | os.PathLike, output: Any, state: "PartialState | Non
     is_mine = [True]
     if state is None or state.is_main_process:
         try:
-            file.acquire(timeout=0)
+            file.acquire(timeout=wait)
         except Timeout:
             is_mine = [False]
         except NotImplementedError:

@@ -1,5 +1,6 @@
 """Pictures for a model, in batches: what can't be read stops nothing."""
 
+import itertools
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -151,6 +152,35 @@ def load_ahead(dataset: Dataset, num_workers: int, **kwargs) -> Iterator:
         **{"collate_fn": collate_pictures, **kwargs},
     )
     return iter(loader) if num_workers else _in_a_thread(loader)
+
+
+def split_rows(num_rows: int, rows_per_shard: int) -> list[range]:
+    """Return the rows of each shard, a file that is written whole and not computed again after an interruption."""
+    return [range(start, min(start + rows_per_shard, num_rows)) for start in range(0, num_rows, rows_per_shard)]
+
+
+def load_shards(
+    dataset: Dataset, shards: Sequence[range], batch_size: int, num_workers: int, **kwargs
+) -> Iterator[Iterator]:
+    r"""
+    Read a dataset shard by shard. A batch lies within one shard, so that a shard does not depend on where a run began.
+
+    Args:
+        dataset (`Dataset`):
+            The dataset.
+        shards (`list[range]`):
+            The rows of each shard.
+        batch_size (`int`):
+            Rows of a batch.
+        num_workers (`int`), kwargs:
+            Those of [`load_ahead`].
+
+    Returns:
+        iterator of an iterator of batches for each shard, which is read to its end before the next one is asked for.
+    """
+    plan = [[rows[i : i + batch_size] for i in range(0, len(rows), batch_size)] for rows in shards]
+    batches = load_ahead(dataset, num_workers, batch_sampler=list(itertools.chain(*plan)), **kwargs)
+    return (itertools.islice(batches, len(own)) for own in plan)
 
 
 def _in_a_thread(items: Iterable) -> Iterator:

@@ -1,4 +1,4 @@
-"""Reading what an earlier run wrote: JSON, and lines of JSON that a process was killed over."""
+"""Reading what an earlier run wrote: JSON, lines of JSON that a process was killed over, and other formats."""
 
 import contextlib
 import json
@@ -53,6 +53,33 @@ def read_json_lines(path: str | os.PathLike, advice: str) -> Iterator[Any]:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 yield _parse(line, f"{path}, line {number}", advice, kind=object)
+
+
+def read_whole(path: str | os.PathLike, read: Callable[[Path], Any], advice: str) -> Any:
+    r"""
+    Read a file of another format.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        read (`Callable`):
+            Reads it, such as `numpy.load`.
+        advice (`str`):
+            What to do if it can't be read, a sentence.
+
+    Returns:
+        what `read` returns.
+
+    Raises:
+        StateFileError: if it can't be read. The message names it.
+        FileNotFoundError: if there is no such file.
+    """
+    try:
+        return read(Path(path))
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # each format has errors of its own
+        raise StateFileError(f"{path} can't be read ({error}): it was cut off or changed. {advice}") from error
 
 
 @contextlib.contextmanager

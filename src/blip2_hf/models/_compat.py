@@ -1,4 +1,4 @@
-"""Keys and values, which transformers calls `cache` from 5.24 on, and `past_key_values` before."""
+"""The cache of keys and values, which transformers names `cache` from 5.24 on and `past_key_values` before."""
 
 from dataclasses import fields
 
@@ -11,7 +11,7 @@ CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field 
 
 
 def cached_length(cache: Cache | None) -> int | None:
-    """Return how many positions a cache holds; `None` for the states of a recurrent model, which have none."""
+    """Return the number of positions in a cache; `None` for the states of a recurrent model, which have none."""
     if cache is None:
         return 0
     try:

@@ -1,4 +1,4 @@
-"""The Q-Former's start from a BERT (section 3.1)."""
+"""Initialisation of the Q-Former from a BERT (section 3.1)."""
 
 import os
 from typing import Any
@@ -22,7 +22,7 @@ def load_bert(text_encoder: str | os.PathLike | PreTrainedModel) -> PreTrainedMo
         given = str(text_encoder)
     bert = getattr(model, "bert", model)
     if bert.config.model_type != "bert":
-        raise ValueError(f"A Q-Former starts from a BERT, but {given} is a {bert.config.model_type!r} model.")
+        raise ValueError(f"A Q-Former starts from a BERT, but {given} is of type {bert.config.model_type!r}.")
     return bert
 
 
@@ -39,7 +39,7 @@ def load_bert_with_head(text_encoder: str | os.PathLike | PreTrainedModel) -> tu
 
 
 def qformer_config_from_bert(bert_config, **kwargs) -> Blip2QFormerConfig:
-    """Return the configuration of a Q-Former of the sizes of a BERT; keyword arguments overrule."""
+    """Return the configuration of a Q-Former with the sizes of a BERT. Keyword arguments override them."""
     names = (
         "vocab_size",
         "hidden_size",
@@ -53,7 +53,7 @@ def qformer_config_from_bert(bert_config, **kwargs) -> Blip2QFormerConfig:
         "layer_norm_eps",
         "pad_token_id",
     )
-    # BERT has no [DEC]; who adds it to the vocabulary says so
+    # BERT has no [DEC]: the caller that adds it gives its id
     fields = {name: getattr(bert_config, name) for name in names} | {"bos_token_id": None}
     return Blip2QFormerConfig(**(fields | kwargs))
 
@@ -61,15 +61,15 @@ def qformer_config_from_bert(bert_config, **kwargs) -> Blip2QFormerConfig:
 @torch.no_grad()
 def copy_bert_weights(bert: PreTrainedModel, qformer: PreTrainedModel, embeddings: nn.Module | None = None):
     """
-    Copy the weights of a BERT into a Q-Former of the same sizes. Token types have no place in a Q-Former.
+    Copy the weights of a BERT into a Q-Former of the same sizes, except those of token types, which it lacks.
 
     Args:
         bert ([`~transformers.BertModel`]):
-            Where they come from.
+            The source.
         qformer ([`Blip2QFormerModel`]):
-            Where they go: self-attention, and the feed-forward networks, those for queries as copies.
+            The target. Its feed-forward networks for queries start as copies of those for text.
         embeddings (`Blip2TextEmbeddings`, *optional*):
-            Text embeddings; rows beyond BERT's vocabulary keep what they have.
+            Text embeddings. Rows beyond BERT's vocabulary are not changed.
     """
     qformer.layernorm.load_state_dict(bert.embeddings.LayerNorm.state_dict())
     for source, target in zip(bert.encoder.layer, qformer.encoder.layer, strict=True):

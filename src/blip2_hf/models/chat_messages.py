@@ -1,4 +1,4 @@
-"""Messages of a chat, with pictures in them, as text with image tokens and the pictures beside it."""
+"""Messages of a chat with images in them, as text with image tokens and a list of the images."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -10,46 +10,46 @@ IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 def messages_to_text(messages: Iterable, image_token: str) -> tuple[list[dict], list]:
     r"""
-    Writes each message's parts as one text, which is what chat templates of language models take.
+    Write the parts of each message as one text, because chat templates of language models take text.
 
     Args:
         messages (iterable of `dict`, dataclasses or pydantic models):
             With `role` and `content`: a string, or a list of parts such as `{"type": "text", "text": ...}` and
             `{"type": "image", "image": ...}` (or `url`, `path`, `base64`, or OpenAI's `image_url`).
         image_token (`str`):
-            What stands for a picture.
+            The token that stands for an image.
 
     Returns:
-        `tuple[list[dict], list]`: the messages with text as their content, and the pictures in their order.
+        `tuple[list[dict], list]`: the messages with text as their content, and the images in their order.
 
     Raises:
-        ValueError: if a part is neither text nor a picture.
-        TypeError: if a message is no mapping and cannot be made one.
+        ValueError: if a part is neither text nor an image.
+        TypeError: if a message is not a mapping and cannot be converted to one.
     """
     flat, images = [], []
     for message in map(_as_dict, messages):
         content = message.get("content") or ""
         if not isinstance(content, str):
             parts = [_as_dict(part) for part in content]
-            images += [picture for part in parts for picture in _pictures(part)]
+            images += [image for part in parts for image in _images(part)]
             content = "".join(part.get("text", "") if part["type"] == "text" else image_token for part in parts)
         flat.append(message | {"content": content})
     return flat, images
 
 
-def _pictures(part: dict) -> list:
-    """The picture of a part, if it names one: a template may leave it to the `images` of the call."""
+def _images(part: dict) -> list:
+    """Return the image of a part in a list, which is empty if the part leaves it to the `images` of the call."""
     if part["type"] not in ("text", "image", "image_url"):
         raise ValueError(
-            f"A message has a part of type {part['type']!r}; 'text' and 'image' (with 'image', 'url', 'path' or "
-            "'base64') and 'image_url' are understood."
+            f"A message has a part of type {part['type']!r}: 'text', 'image' (with 'image', 'url', 'path' or "
+            "'base64') or 'image_url' was expected."
         )
     found = [part[key] for key in IMAGE_KEYS if part["type"] != "text" and part.get(key) is not None][:1]
-    return [picture["url"] if isinstance(picture, Mapping) else picture for picture in found]
+    return [image["url"] if isinstance(image, Mapping) else image for image in found]
 
 
 def _as_dict(value: Any) -> dict:
-    """A message or part without its empty fields: templates take a key that is there for one that is filled."""
+    """Return a message or part without its empty fields, because templates only test whether a key is there."""
     if isinstance(value, Mapping):
         fields = value
     elif dataclasses.is_dataclass(value):
@@ -58,6 +58,7 @@ def _as_dict(value: Any) -> dict:
         fields = value.model_dump()
     else:
         raise TypeError(
-            f"Messages and their parts are dicts, dataclasses or pydantic models; got {type(value).__name__} {value!r}"
+            f"A message, or a part of one, is {value!r} of type {type(value).__name__}: a dict, a dataclass or a "
+            "pydantic model was expected."
         )
     return {key: item for key, item in fields.items() if item is not None}

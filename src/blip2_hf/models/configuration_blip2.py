@@ -1,8 +1,8 @@
 """
 Configurations of BLIP-2: the vision tower, the Q-Former, and the two joined with a language model.
 
-transformers looks some classes up by name alone and finds its own `Blip2...` first. So the classes here, and those of
-the models and of the processor, are named `Blip2Hf...`, and `Blip2...` is what everybody calls them.
+transformers looks some classes up by name alone and finds its own `Blip2...` first. The classes here, and those
+of the models and of the processor, are therefore named `Blip2Hf...`, with `Blip2...` as their public names.
 """
 
 import copy
@@ -33,7 +33,7 @@ class Blip2HfVisionConfig(PreTrainedConfig):
         intermediate_size (`int`, *optional*, defaults to 6144):
             Width of the hidden layer of each MLP.
         num_hidden_layers (`int`, *optional*, defaults to 39):
-            Number of blocks that are kept.
+            Number of blocks.
         num_attention_heads (`int`, *optional*, defaults to 16):
             Number of attention heads of each block.
         image_size (`int`, *optional*, defaults to 224):
@@ -49,8 +49,8 @@ class Blip2HfVisionConfig(PreTrainedConfig):
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of the attention weights.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
-            Share of samples for which a branch of the last block is left out in training, where the tower is trained;
-            it rises evenly from 0 at the first block (stochastic depth, arXiv 1603.09382).
+            Probability of dropping a branch of the last block for a sample, if the tower is trained. It rises evenly
+            from 0 at the first block (stochastic depth, arXiv 1603.09382).
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal distribution that weights start from.
         qkv_bias (`bool`, *optional*, defaults to `True`):
@@ -83,7 +83,7 @@ class Blip2HfVisionConfig(PreTrainedConfig):
 
     @classmethod
     def clip_vit_l(cls, **kwargs) -> "Blip2VisionConfig":
-        """CLIP ViT-L/14 without its last block: the paper's smaller tower. Keyword arguments overrule its sizes."""
+        """Return CLIP ViT-L/14 without its last block, the paper's smaller tower. Keyword arguments override sizes."""
         sizes = {
             "hidden_size": 1024,
             "intermediate_size": 4096,
@@ -133,7 +133,7 @@ class Blip2HfQFormerConfig(PreTrainedConfig):
         bos_token_id (`int`, *optional*, defaults to 30522):
             Token id of `[DEC]`, which starts a text that is generated.
         eos_token_id (`int`, *optional*):
-            Token id of `[SEP]`, which ends a text: 102 where the vocabulary is that of bert-base-uncased.
+            Token id of `[SEP]`, which ends a text: 102 if the vocabulary is that of bert-base-uncased.
         cross_attention_frequency (`int`, *optional*, defaults to 2):
             Every how many layers, from the first, the queries attend to the image.
         encoder_hidden_size (`int`, *optional*, defaults to 1408):
@@ -180,7 +180,7 @@ class Blip2HfConfig(PreTrainedConfig):
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
             [`Blip2VisionConfig`] (the default), or that of any model of `AutoModel` that returns patch features or a
-            feature map. Of a two-tower configuration (CLIP, SigLIP) the vision part is taken.
+            feature map. From a two-tower configuration (CLIP, SigLIP), the vision part is taken.
         qformer_config (`Blip2QFormerConfig` or `dict`, *optional*):
             Configuration of the Q-Former. Its `encoder_hidden_size` follows the tower.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -190,7 +190,7 @@ class Blip2HfConfig(PreTrainedConfig):
         image_text_hidden_size (`int`, *optional*, defaults to 256):
             Width of the space in which images and texts are compared.
         image_token_index (`int`, *optional*):
-            Token id of `<image>`. `None`: the queries stand in front of the text and nothing marks them.
+            Token id of `<image>`. `None`: the queries stand in front of the text, without placeholders.
         vision_feature_layer (`int`, *optional*):
             Index into the tower's `hidden_states` (0: the embeddings, -1: the last layer). `None`: the tower's
             `last_hidden_state`.
@@ -267,7 +267,7 @@ class Blip2HfConfig(PreTrainedConfig):
         if self.text_config is not None:
             text = self.text_config.get_text_config(decoder=True)
             self.is_encoder_decoder = self.text_config.is_encoder_decoder
-            # A field that some configurations leave out
+            # Some configurations lack this field
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
             for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
                 if getattr(self, name) is None:
@@ -283,14 +283,14 @@ class Blip2HfConfig(PreTrainedConfig):
         if model_type not in (cls.model_type, TRANSFORMERS_MODEL_TYPE):
             raise ValueError(
                 f"{pretrained_model_name_or_path} is of type {model_type!r}: a BLIP-2 was expected. `blip2-hf "
-                "convert` makes one of an InstructBLIP."
+                "convert` turns an InstructBLIP into one."
             )
         if model_type == TRANSFORMERS_MODEL_TYPE:
             config_dict = cls.from_transformers(TransformersBlip2Config.from_dict(config_dict)).to_dict()
         return config_dict, kwargs
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dict, without the folders that its parts were loaded from."""
+        """Return the configuration as a dict, without the names of folders that its parts were loaded from."""
         output = super().to_dict()
         for name in self.sub_configs:
             if output.get(name) is not None:
@@ -300,19 +300,19 @@ class Blip2HfConfig(PreTrainedConfig):
     @classmethod
     def from_transformers(cls, config: TransformersBlip2Config) -> "Blip2Config":
         """
-        The configuration of a checkpoint of transformers' own BLIP-2 (model_type `blip-2`).
+        Return the configuration of a checkpoint of transformers' own BLIP-2 (model_type `blip-2`).
 
         Args:
             config ([`~transformers.Blip2Config`]):
                 transformers' configuration.
 
         Returns:
-            [`Blip2Config`]: the same model. `post_layernorm_eps` is transformers' `layer_norm_eps`, so that the
-            numbers are the same, not the authors' 1e-5.
+            [`Blip2Config`]: the same model. Its `post_layernorm_eps` is transformers' `layer_norm_eps` and not the
+            authors' 1e-5, so that the outputs are the same.
         """
         return cls(
             vision_config=vision_config_from_blip(config.vision_config),
-            qformer_config=Blip2QFormerConfig(**_own_fields(config.qformer_config, Blip2QFormerConfig)),
+            qformer_config=Blip2QFormerConfig(**_shared_fields(config.qformer_config, Blip2QFormerConfig)),
             text_config=copy.deepcopy(config.text_config),
             num_query_tokens=config.num_query_tokens,
             image_text_hidden_size=config.image_text_hidden_size,
@@ -324,7 +324,7 @@ class Blip2HfConfig(PreTrainedConfig):
 
     def to_transformers(self) -> TransformersBlip2Config:
         """
-        The configuration of the same model in transformers' own BLIP-2 (model_type `blip-2`).
+        Return the configuration of the same model in transformers' own BLIP-2 (model_type `blip-2`).
 
         Returns:
             [`~transformers.Blip2Config`]: transformers' configuration.
@@ -333,7 +333,9 @@ class Blip2HfConfig(PreTrainedConfig):
             ValueError: if the tower has no counterpart there.
         """
         if not self.has_vision_tower:
-            raise ValueError("transformers' BLIP-2 has its tower in it: call attach_vision_tower first.")
+            raise ValueError(
+                "This model has no vision tower, which transformers needs: call attach_vision_tower first."
+            )
         vision = self.vision_config
         is_own = vision.model_type == Blip2VisionConfig.model_type
         if not is_own or vision.use_pre_layernorm:
@@ -347,9 +349,9 @@ class Blip2HfConfig(PreTrainedConfig):
                 "transformers' BLIP-2 has no vision_feature_layer: it always takes the tower's last layer."
             )
         sub_configs = {
-            "vision_config": TransformersBlip2VisionConfig(**_own_fields(vision, TransformersBlip2VisionConfig)),
+            "vision_config": TransformersBlip2VisionConfig(**_shared_fields(vision, TransformersBlip2VisionConfig)),
             "qformer_config": TransformersBlip2QFormerConfig(
-                **_own_fields(self.qformer_config, TransformersBlip2QFormerConfig)
+                **_shared_fields(self.qformer_config, TransformersBlip2QFormerConfig)
             ),
         }
         text_config = copy.deepcopy(self.text_config)
@@ -370,6 +372,11 @@ class Blip2HfConfig(PreTrainedConfig):
 Blip2Config = Blip2HfConfig
 
 
+def public_class_name(instance: object) -> str:
+    """Return the name by which users know the class of an object: `Blip2...`, not `Blip2Hf...`."""
+    return type(instance).__name__.replace("Blip2Hf", "Blip2")
+
+
 def is_tower_of_blip(config: PreTrainedConfig) -> bool:
     """Return whether a configuration is that of the tower of transformers' BLIP, BLIP-2 or InstructBLIP."""
     return config.model_type in ("blip_vision_model", "blip_2_vision_model", "instructblip_vision_model")
@@ -387,22 +394,22 @@ def vision_config_from_blip(config: PreTrainedConfig) -> Blip2VisionConfig:
     Returns:
         [`Blip2VisionConfig`].
     """
-    fields = _own_fields(config, Blip2VisionConfig) | {"post_layernorm_eps": config.layer_norm_eps}
+    fields = _shared_fields(config, Blip2VisionConfig) | {"post_layernorm_eps": config.layer_norm_eps}
     return Blip2VisionConfig(**fields, dtype=config.dtype)
 
 
 def tower_hidden_size(vision_config: PreTrainedConfig, vision_feature_layer: int | None = None) -> int | None:
     """
-    Width of the features that a vision tower returns, as its configuration tells it.
+    Return the width of a vision tower's features, as far as its configuration tells it.
 
     Args:
         vision_config (`PreTrainedConfig`):
             Configuration of the tower.
         vision_feature_layer (`int`, *optional*):
-            Index into the tower's `hidden_states`; their widths differ in a tower with stages (ConvNeXt).
+            Index into the tower's `hidden_states`, whose widths differ in a tower with stages (ConvNeXt).
 
     Returns:
-        `int` or `None`: the width; `None` where only the model knows it (timm).
+        `int` or `None`: the width; `None` if only the model knows it (timm).
     """
     if hidden_sizes := getattr(vision_config, "hidden_sizes", None):
         return ([hidden_sizes[0], *hidden_sizes])[-1 if vision_feature_layer is None else vision_feature_layer]
@@ -427,7 +434,7 @@ def _sub_config(config: dict | PreTrainedConfig | None, default: type[PreTrained
 
 
 def _drop_folder_names(config: dict[str, Any]):
-    """A folder means nothing on another machine, and may say whose this one is."""
+    """Remove names of folders, which mean nothing on another machine and may reveal a user's name."""
     if config.get("_name_or_path") and not is_hub_id(config["_name_or_path"]):
         config["_name_or_path"] = ""
     for value in config.values():
@@ -436,11 +443,11 @@ def _drop_folder_names(config: dict[str, Any]):
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether the name is that of a repository on the Hub, `owner/name`, and of no folder here."""
+    """Return whether a name is a repository's on the Hub, `owner/name`, and not a folder's here."""
     return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
-def _own_fields(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> dict[str, Any]:
-    """The values of those fields of `config` that the configuration class `kind` declares too."""
+def _shared_fields(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Return the values of those fields of `config` that the configuration class `kind` declares too."""
     names = set(kind.__annotations__) & set(type(config).__annotations__)
     return {name: getattr(config, name) for name in names if name not in ("model_type", "base_config_key")}

@@ -1,4 +1,4 @@
-"""Rows of tensors across the processes of a data-parallel run, with the gradients that flow through them."""
+"""Gathering rows of tensors across the processes of a data-parallel run, with gradients."""
 
 import bisect
 import itertools
@@ -13,15 +13,15 @@ from torch.nn.functional import pad
 @dataclass
 class GlobalBatch:
     r"""
-    How the rows of a batch lie across processes: those of process 0 first.
+    The distribution of a batch's rows over processes, those of process 0 first.
 
     Args:
         rows (`list[int]`):
-            How many rows each process has.
+            Number of rows of each process.
         rank (`int`):
-            This process.
+            Rank of this process.
         length (`int`):
-            Length of the longest text, over all processes.
+            Length of the longest text of all processes.
     """
 
     rows: list[int]
@@ -30,7 +30,7 @@ class GlobalBatch:
 
     @classmethod
     def of(cls, rows: int, length: int, device: torch.device) -> "GlobalBatch":
-        """That of `rows` texts of `length` in this process; asks the others, where there are any."""
+        """Return the global batch to which this process adds `rows` texts of `length`; ask the other processes."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls([rows], 0, length)
         sizes = torch.tensor([[rows, length]], device=device)
@@ -49,13 +49,13 @@ class GlobalBatch:
 
     @property
     def start(self) -> int:
-        """Index of this process's first row."""
+        """Return the index of this process's first row."""
         return sum(self.rows[: self.rank])
 
     def mean_share(self, num_items: torch.Tensor) -> torch.Tensor:
         """
-        Number of items that the sum over this process's items is divided by, for the mean over processes to be the
-        mean over all items: what data parallelism takes of losses and gradients.
+        Return the divisor of the sum over this process's items that makes the mean over processes, which data
+        parallelism takes of losses and gradients, the mean over all items.
 
         Args:
             num_items (`torch.Tensor` of shape `()`):
@@ -68,11 +68,11 @@ class GlobalBatch:
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """
-        The rows of all processes; gradients flow back to the process that a row comes from.
+        Return the rows of all processes. Gradients flow back to the process that a row comes from.
 
         Args:
             tensor (`torch.Tensor` of shape `(rows of this process, ...)`):
-                Of the same trailing shape in every process.
+                Its trailing shape is the same in every process.
 
         Returns:
             `torch.Tensor` of shape `(size, ...)`.
@@ -80,20 +80,20 @@ class GlobalBatch:
         return tensor if self.world_size == 1 else _Gather.apply(tensor, self.rows, self.rank)
 
     def gather_padded(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[`~GlobalBatch.gather`] of tensors of shape `(rows, length, ...)` whose lengths differ between processes."""
-        behind = (0, 0) * (tensor.dim() - 2) + (0, self.length - tensor.shape[1])
-        return self.gather(pad(tensor, behind))
+        """Gather tensors of shape `(rows, length, ...)` whose lengths differ between processes."""
+        padding = (0, 0) * (tensor.dim() - 2) + (0, self.length - tensor.shape[1])
+        return self.gather(pad(tensor, padding))
 
     def fetch(self, tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """
-        Some rows of all processes: none travels that is not asked for, and none twice to the same process if `index`
-        has it once. Gradients flow back to the process that a row comes from.
+        Return some rows of all processes. Only requested rows are sent, once for each time that `index` has them.
+        Gradients flow back to the process that a row comes from.
 
         Args:
             tensor (`torch.Tensor` of shape `(rows of this process, ...)`):
-                Of the same trailing shape in every process.
+                Its trailing shape is the same in every process.
             index (`torch.LongTensor` of shape `(num_rows,)`):
-                Which of the `size` rows this process wants: no more than the largest number of rows of a process.
+                The rows, out of `size`, that this process requests: at most the largest number of rows of a process.
 
         Returns:
             `torch.Tensor` of shape `(num_rows, ...)`.
@@ -127,7 +127,7 @@ class _Fetch(Function):
         to_send = [[row - start for row in of_one if start <= row < start + rows[rank]] for of_one in wanted]
         ends = list(itertools.accumulate(rows))
         owners = [bisect.bisect_right(ends, row) for row in wanted[rank]]
-        # What comes from a process lies together
+        # Rows from the same process arrive next to each other
         order = sorted(range(len(owners)), key=owners.__getitem__)
         place = torch.tensor(order, dtype=torch.long, device=index.device).argsort()
         own = torch.tensor([row for of_one in to_send for row in of_one], dtype=torch.long, device=index.device)
@@ -149,7 +149,7 @@ class _Fetch(Function):
 
 
 def _all_gather_index(index: torch.Tensor, length: int) -> list[list[int]]:
-    """What each process asks for, at most `length` rows, on the CPU."""
+    """Return the rows that each process requests, at most `length`, on the CPU."""
     padded = pad(index, (0, length - len(index)), value=-1)
     gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, padded)

@@ -1,4 +1,4 @@
-"""Frozen parts of a model: which they are, their type, and activation checkpointing in them."""
+"""Frozen parts of a model: which they are, their dtype, and activation checkpointing in them."""
 
 from functools import partial
 
@@ -8,29 +8,37 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def is_frozen(part: nn.Module) -> bool:
-    """Whether no parameter of a part is trained."""
+    """Return whether no parameter of a part is trained."""
     return not any(parameter.requires_grad for parameter in part.parameters())
 
 
 def cast_parameters(part: nn.Module, dtype: torch.dtype):
     """
-    Gives the parameters of a frozen part another type. `part.to(dtype)` would also round what is computed in float32
-    whatever the type of the parameters, such as the frequencies of rotary positions.
+    Cast the parameters of a frozen part. `part.to(dtype)` would also round buffers that stay in float32 for every
+    dtype of the parameters, such as the frequencies of rotary positions.
 
     Args:
         part (`nn.Module`):
             The part.
         dtype (`torch.dtype`):
-            The type.
+            The new dtype.
     """
     for parameter in part.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
+def upcast_trained_parameters(model: nn.Module):
+    """Cast trained parameters in half precision to float32, because AdamW would lose small steps there."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
 def checkpoint_in_eval_mode(part: nn.Module):
     """
-    Lets activation checkpointing act on a frozen part. transformers checkpoints a layer only in training mode, which a
-    frozen part is not in, for its dropout must be off: the flag of the layers alone is set, and taken back inside.
+    Enable activation checkpointing in a frozen part. transformers checkpoints a layer only in training mode, but a
+    frozen part stays in eval mode because its dropout must be off. So only the flag of each layer is set to training
+    mode, and it is reset while the layer runs.
 
     Args:
         part (`nn.Module`):

@@ -18,9 +18,15 @@ from ._compat import CACHE_NAME, CACHE_NAMES, cached_length
 from .text_inputs import check_attention_mask
 
 
-# What has transformers draft tokens and verify them, in arguments of `generate` or in a generation config
-_DRAFTERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
-# Families whose positions or states count padding in front of a text
+# Settings of assisted decoding, in arguments of `generate` or in a generation config
+_ASSISTED_DECODING = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "speculation_type",
+)
+# Model types whose positions or states also count padding in front of a text
 _READ_PADDING = ("git", "roformer", "rwkv")
 
 
@@ -45,25 +51,25 @@ class Blip2GenerationMixin(GenerationMixin):
         **generate_kwargs,
     ) -> torch.Tensor | ModelOutput:
         r"""
-        Writes text about images: [`~transformers.GenerationMixin.generate`] of the language model, after one pass
-        through the tower and the Q-Former, whatever the number of beams or of returned sequences.
+        Generate text about images: [`~transformers.GenerationMixin.generate`] of the language model, after one pass
+        through the tower and the Q-Former for any number of beams and returned sequences.
 
         Args:
             pixel_values, input_ids, attention_mask, image_embeds, image_features, qformer_input_ids, \
 qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
-                As in `forward`. Prompts may be padded on either side. [`Blip2Processor`] gives `input_ids` for images
-                without text too: what its tokenizer begins each text with. If they are not given, the text starts
-                from `config.bos_token_id`.
+                As in `forward`. Prompts may be padded on either side. [`Blip2Processor`] also makes `input_ids` for
+                images without text: the tokens with which its tokenizer begins each text. Without `input_ids`, the
+                text starts from `config.bos_token_id`.
             inputs (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Another name for `input_ids`.
             labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                What `Seq2SeqTrainer` passes along: a decoder-only model is not shown what it has to write.
+                Passed by `Seq2SeqTrainer`. A decoder-only model does not see tokens of `input_ids` that have a label.
             skip_logits (`bool`, *optional*):
-                Passed along too; it says nothing here.
+                Passed by [`~training.Blip2Trainer`], without effect here.
             generate_kwargs (`dict`):
-                Those of [`~transformers.GenerationMixin.generate`]. With a cache (`cache` or `past_key_values`), all
-                of the text is given, and what the cache holds is not read again; padding then stands in front. If
-                `config.image_token_index` is `None`, the image is given again too, best as `image_features`.
+                Arguments of [`~transformers.GenerationMixin.generate`]. With a cache (`cache` or `past_key_values`),
+                give the whole text, padded in front: the part that the cache holds is not read again. If
+                `config.image_token_index` is `None`, give the image again too, best as `image_features`.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`, or a `ModelOutput` with it as
@@ -82,7 +88,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
             qformer_attention_mask=qformer_attention_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        cache, generate_kwargs = self._checked(generate_kwargs, image_features is not None)
+        cache, generate_kwargs = self._prepare_generate_kwargs(generate_kwargs, image_features is not None)
         # The language model was made before the generation config of a checkpoint was read
         _generating_part(self.language_model).generation_config = self.generation_config
         if image_features is None:
@@ -101,9 +107,11 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
             _check_prompt_with_cache(prompt["attention_mask"], cache, prompt["num_added"])
         return self._generate_after_prompt(input_ids, _pad_left(prompt), generate_kwargs)
 
-    def _checked(self, generate_kwargs: dict[str, Any], has_image: bool) -> tuple[Cache | None, dict[str, Any]]:
-        """The cache, and the arguments of `generate` for the language model; what would go wrong there is refused."""
-        # PEFT replaces this method, by which alone its virtual tokens come into generation
+    def _prepare_generate_kwargs(
+        self, generate_kwargs: dict[str, Any], has_image: bool
+    ) -> tuple[Cache | None, dict[str, Any]]:
+        """Return the cache and the arguments of the language model's `generate`; refuse what would go wrong there."""
+        # PEFT adds its virtual tokens by replacing this method of the model alone
         adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
         for adapter in (getattr(part, "active_peft_config", None) for part in (adapted, self.language_model)):
             if adapter is not None and adapter.is_prompt_learning:
@@ -115,23 +123,25 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if name not in CACHE_NAMES}
         cache = caches[0] if caches else None
         if cache is not None:
-            # By the name that this version of transformers has for it
+            # Under the name that this version of transformers has for it
             generate_kwargs[CACHE_NAME] = cache
             length = cached_length(cache)
             if length is None:
                 raise ValueError(
-                    "A cache of recurrent states alone does not tell what it has read. Give all of the text without a "
-                    "cache."
+                    "A cache of recurrent states alone does not tell how much text it has read. Give the whole text "
+                    "without a cache."
                 )
-            if length and self._drafts(generate_kwargs):
-                raise ValueError("Assisted decoding does not go on from a cache: leave one of the two out.")
+            if length and self._is_assisted(generate_kwargs):
+                raise ValueError("Assisted decoding cannot continue from a cache: leave out one of the two.")
         assistant_model = generate_kwargs.get("assistant_model")
         if isinstance(assistant_model, Blip2GenerationMixin):
-            # It has no eyes: it continues the text without the image
+            # The assistant continues the text without the image
             generate_kwargs["assistant_model"] = assistant_model.language_model
         if self.config.is_encoder_decoder:
             if has_image and assistant_model is not None:
-                raise ValueError("Assisted decoding with an assistant_model needs a decoder-only language model.")
+                raise ValueError(
+                    "assistant_model needs a decoder-only language model; this one is an encoder-decoder."
+                )
             if self._setting("guidance_scale", generate_kwargs) not in (None, 1):
                 raise ValueError("guidance_scale needs a decoder-only language model; this one is an encoder-decoder.")
         return cache, generate_kwargs
@@ -139,23 +149,23 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
     def _generate_without_image(
         self, input_ids, inputs_embeds, attention_mask, cache: Cache | None, generate_kwargs: dict[str, Any]
     ) -> torch.Tensor | ModelOutput:
-        """Generation if there is no image, or if it is in the cache already."""
+        """Generate without an image, or with one that is in the cache already."""
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         past_length = 0 if cache is None or self.config.is_encoder_decoder else cached_length(cache)
         if input_ids is not None:
             check_attention_mask(attention_mask, input_ids, past_length)
             if attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]:
-                # GenerationMixin reads the mask so: only what follows the cache was given
+                # As in GenerationMixin, a longer mask means that input_ids are only what follows the cache
                 past_length = 0
             self._check_text_without_image(input_ids[:, past_length:])
             if input_ids.shape[1] == 0:
-                raise ValueError("There is neither an image nor a token to go on from: give one of them.")
+                raise ValueError("There is neither an image nor a token to continue: give one of them.")
         if past_length and input_ids is not None:
             index = self.config.image_token_index
             if index is None:
                 raise ValueError(
                     "A cache was given without an image, and this model has no `<image>` placeholders (config."
-                    "image_token_index is None) that tell where the cache has one. Give the image again, best as "
+                    "image_token_index is None) that tell where the cache holds one. Give the image again, best as "
                     "image_features, or set model.config.image_token_index = processor.image_token_id."
                 )
             if attention_mask is None:
@@ -171,11 +181,11 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
     def _generate_after_prompt(
         self, input_ids: torch.Tensor | None, prompt: dict[str, Any], generate_kwargs: dict[str, Any]
     ) -> torch.Tensor | ModelOutput:
-        """Generation with a decoder-only model: the new tokens follow `input_ids`, as the caller gave them."""
+        """Generate with a decoder-only model: the new tokens follow `input_ids`, as the caller gave them."""
         self._check_padding(prompt["attention_mask"])
         text = {name: prompt[name] for name in ("inputs_embeds", "attention_mask")}
         if input_ids is None:
-            # As GenerationMixin does it: the new tokens alone, and penalties that see no prompt
+            # As in GenerationMixin: the new tokens alone, and penalties that see no prompt
             input_ids = prompt["attention_mask"].new_zeros(len(prompt["attention_mask"]), 0)
         else:
             text["input_ids"] = self._readable_prompt(prompt)
@@ -187,8 +197,8 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         if generate_kwargs.get("streamer") is not None and length:
             generate_kwargs["streamer"] = _PromptStreamer(generate_kwargs["streamer"], input_ids)
         language_model = _with_embedded_text(self.language_model)
-        if self._drafts(generate_kwargs):
-            language_model = _with_drafts(language_model, prompt["is_image"][0, :length])
+        if self._is_assisted(generate_kwargs):
+            language_model = _with_assisted_decoding(language_model, prompt["is_image"][0, :length])
         outputs = language_model.generate(**text, **generate_kwargs)
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         repeats = sequences.shape[0] // input_ids.shape[0]
@@ -203,8 +213,8 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         pad, eos = self.config.pad_token_id, self.config.eos_token_id
         if pad not in (eos if isinstance(eos, list) else [eos]) and bool((input_ids[:, 0] == pad).any()):
             raise ValueError(
-                "Texts begin with padding, and no attention_mask was given. With a cache it is expected, over all of "
-                "the text: that of the turns before, and ones for what is new."
+                "Texts begin with padding, but no attention_mask was given. With a cache, give it for the whole text: "
+                "that of the earlier turns, then ones for the new tokens."
             )
 
     def _check_padding(self, attention_mask: torch.Tensor | None):
@@ -214,12 +224,12 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
             return
         if bool((attention_mask[:, 0] == 0).any()):
             raise ValueError(
-                f"Texts of different lengths were given, and language models of type {model_type!r} read the padding "
-                "in front of the shorter ones. Give texts of one length, or one at a time."
+                f"Texts of different lengths were given, but language models of type {model_type!r} read the padding "
+                "in front of the shorter ones. Give texts of one length, or one text at a time."
             )
 
     def _with_longer_limits(self, generate_kwargs: dict[str, Any], added: int) -> dict[str, Any]:
-        """Limits of length count what the caller gave and gets; the images that were put in front come on top."""
+        """Add the images that were put in front to the limits of length, which count only the caller's tokens."""
         limits: dict[str, Any] = {}
         for name, by_new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             limit = self._setting(name, generate_kwargs)
@@ -239,11 +249,11 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         values = [generate_kwargs.get(name), *(getattr(config, name, None) for config in configs)]
         return next((value for value in values if value is not None), None)
 
-    def _drafts(self, generate_kwargs: dict[str, Any]) -> bool:
-        return any(self._setting(name, generate_kwargs) for name in _DRAFTERS)
+    def _is_assisted(self, generate_kwargs: dict[str, Any]) -> bool:
+        return any(self._setting(name, generate_kwargs) for name in _ASSISTED_DECODING)
 
     def _start_tokens(self, image_features: torch.Tensor) -> torch.Tensor:
-        """`input_ids` for images without text: their placeholders, where there is such a token, and a first token."""
+        """Return `input_ids` for images without text: placeholders, if there is such a token, and a first token."""
         start = self.config.bos_token_id
         if start is None and self.config.is_encoder_decoder:
             # An empty text, as an encoder-decoder's tokenizer makes it
@@ -256,8 +266,8 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
 
     def _readable_prompt(self, prompt: dict[str, Any]) -> torch.Tensor:
         """
-        `input_ids` with a token of the text in place of each placeholder, whose id may lie beyond the vocabulary: what
-        repetition penalties and their like find in the prompt is then the text's tokens alone.
+        Return `input_ids` with a token of the text in place of each placeholder, whose id may lie beyond the
+        vocabulary. Repetition penalties and the like then find only tokens of the text in the prompt.
         """
         is_text = prompt["attention_mask"].bool() & ~prompt["is_image"]
         first = prompt["input_ids"].gather(1, is_text.int().argmax(dim=1, keepdim=True))
@@ -267,7 +277,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
 
 
 class _PromptStreamer(BaseStreamer):
-    """Gives a streamer the prompt as the caller wrote it, then all that follows."""
+    """A streamer that is given the prompt as the caller wrote it, then all that follows."""
 
     def __init__(self, streamer: BaseStreamer, input_ids: torch.Tensor):
         self.streamer = streamer
@@ -282,14 +292,14 @@ class _PromptStreamer(BaseStreamer):
 
 
 def _generating_part(language_model: nn.Module) -> Any:
-    """The model inside wrappers of PEFT and torch.compile, whose methods GenerationMixin calls."""
+    """Return the model inside wrappers of PEFT and torch.compile, whose methods GenerationMixin calls."""
     return next(part for part in language_model.modules() if isinstance(part, GenerationMixin))
 
 
 def _with_embedded_text(language_model: PreTrainedModel) -> PreTrainedModel:
     """
-    The language model, or, for one call, a view of it that shares all weights: GenerationMixin gives embedded text to
-    those alone that name it in `prepare_inputs_for_generation`, and some pass it along without naming it.
+    Return the language model, or a view of it for one call that shares all weights: GenerationMixin only gives
+    embedded text to models that name it in `prepare_inputs_for_generation`, but some pass it on without naming it.
     """
     part = _generating_part(language_model)
     prepare_inputs = part.prepare_inputs_for_generation
@@ -302,8 +312,8 @@ def _with_embedded_text(language_model: PreTrainedModel) -> PreTrainedModel:
         )
         if is_first_iteration and inputs.get("inputs_embeds") is None:
             raise ValueError(
-                f"{type(part).__name__} does not generate from embedded text, in which the image stands: "
-                "another language model was expected (docs/guide.md lists those that do not work)."
+                f"{type(part).__name__} does not generate from embedded text, which holds the image. Choose another "
+                "language model (docs/guide.md lists those that do not work)."
             )
         return inputs
 
@@ -312,10 +322,11 @@ def _with_embedded_text(language_model: PreTrainedModel) -> PreTrainedModel:
     return view
 
 
-def _with_drafts(language_model: PreTrainedModel, is_image: torch.Tensor) -> PreTrainedModel:
+def _with_assisted_decoding(language_model: PreTrainedModel, is_image: torch.Tensor) -> PreTrainedModel:
     """
-    The language model for one call of assisted decoding, sharing all weights: drafts are made from the text alone, and
-    the first of them is embedded behind the prompt. `is_image` of shape `(length,)` tells the prompt's image features.
+    Return a view of the language model for one call of assisted decoding, which shares all weights: drafts are made
+    from the text alone, and the first draft is embedded after the prompt. `is_image` of shape `(length,)` marks the
+    image features in the prompt.
     """
     part = _generating_part(language_model)
     view, prepare_inputs, get_generator = (
@@ -353,8 +364,8 @@ def _with_drafts(language_model: PreTrainedModel, is_image: torch.Tensor) -> Pre
 
 def _with_text_alone(generate_kwargs: dict[str, Any], is_image: torch.Tensor) -> dict[str, Any]:
     """
-    Lets the caller's own functions see the text as it was given, if images were put in front of it. `is_image` of
-    shape `(batch_size, length)` tells where they stand in the prompt.
+    Let the caller's own functions see the text as it was given, if images were put in front of it. `is_image` of shape
+    `(batch_size, length)` marks the images in the prompt.
     """
 
     def text_of(input_ids: torch.Tensor) -> torch.Tensor:
@@ -368,7 +379,7 @@ def _with_text_alone(generate_kwargs: dict[str, Any], is_image: torch.Tensor) ->
     def wrap(function: Callable) -> Callable:
         if isinstance(function, MaxLengthCriteria):
             return MaxLengthCriteria(function.max_length + added, function.max_position_embeddings)
-        # transformers' own find tokens of the text alone in the prompt, and replace what generate makes of their type
+        # transformers' own only find tokens of the text anyway, and generate recognises them by their type
         return function if type(function).__module__.startswith("transformers.") else on_text(function)
 
     added, own = int(is_image[0].sum()), {}
@@ -402,18 +413,18 @@ def _check_prompt_with_cache(attention_mask: torch.Tensor, cache: Cache, num_add
     if length <= past_length:
         raise ValueError(
             f"A cache of {past_length} positions and a prompt of {length} (images and text) were given: with a cache, "
-            "the whole text is expected, what the cache holds and what is new."
+            "the whole text is expected, the part that the cache holds and the new part."
         )
     mask = attention_mask[:, num_added:].bool()
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise ValueError(
             "With a cache, padding is expected in front of each text (padding_side='left'), as in the cache; "
-            "attention_mask has zeros behind tokens."
+            "attention_mask has zeros after tokens."
         )
 
 
 def _pad_left(prompt: dict[str, Any]) -> dict[str, Any]:
-    """The same prompts with all their padding in front, where generation wants it."""
+    """Return the same prompts with all their padding in front, as generation expects it."""
     order = prompt["attention_mask"].bool().int().argsort(dim=1, stable=True)
     names = [name for name in ("input_ids", "attention_mask", "is_image") if prompt[name] is not None]
     embeds = prompt["inputs_embeds"]

@@ -1,4 +1,4 @@
-"""The paper's settings of generation, by name: prompt, limits, search, and the size of the pictures."""
+"""The paper's settings of generation, by name: prompt, limits, search, and the size of the images."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,15 +11,14 @@ class GenerationPreset:
 
     Args:
         name (`str`):
-            Its name.
+            Name of the preset.
         prompt (`str`):
-            What the model goes on from. The question stands at `{}`, where there is one.
+            Text that the model continues, with `{}` in the place of a question.
         generate_kwargs (`dict`):
-            Arguments of `generate`. Lengths are those of new text, for decoder-only language models and for
-            encoder-decoders alike.
+            Arguments of `generate`. Lengths count new text alone, for any language model.
         image_size (`int`):
-            Side of the paper's pictures, in pixels. A checkpoint's own image processor has the size that the model was
-            trained with, which comes before this one.
+            Side of the paper's images, in pixels. The size in a checkpoint's own image processor, with which the model
+            was trained, takes precedence.
     """
 
     name: str
@@ -29,65 +28,22 @@ class GenerationPreset:
 
     @property
     def asks(self) -> bool:
-        """Whether there is a question."""
+        """Return whether the prompt asks a question."""
         return "{}" in self.prompt
 
 
-# Beams and prompts are the paper's (section 4 and appendix). It is silent on lengths: they are those of LAVIS, whose
-# `min_len` and `max_len` count a start token. Its `min_len=8` is 7 tokens of text, and its `min_len=1` none.
+# Beams and prompts are the paper's (section 4 and appendix). Lengths are those of LAVIS, because the paper gives none.
+# LAVIS's `min_len` and `max_len` count a start token: its `min_len=8` is 7 tokens of text, and its `min_len=1` none.
+_BEAM_SEARCH = {"num_beams": 5, "do_sample": False, "length_penalty": 1.0, "repetition_penalty": 1.0}
 _PRESETS = {
     preset.name: preset
     for preset in (
+        GenerationPreset("caption", "a photo of", _BEAM_SEARCH | {"max_new_tokens": 30, "min_new_tokens": 7}, 364),
+        GenerationPreset("nocaps", "a photo of", _BEAM_SEARCH | {"max_new_tokens": 80, "min_new_tokens": 9}, 364),
         GenerationPreset(
-            "caption",
-            "a photo of",
-            {
-                "num_beams": 5,
-                "do_sample": False,
-                "length_penalty": 1.0,
-                "repetition_penalty": 1.0,
-                "max_new_tokens": 30,
-                "min_new_tokens": 7,
-            },
-            364,
+            "vqa", "Question: {} Answer:", _BEAM_SEARCH | {"length_penalty": -1.0, "max_new_tokens": 10}, 224
         ),
-        GenerationPreset(
-            "nocaps",
-            "a photo of",
-            {
-                "num_beams": 5,
-                "do_sample": False,
-                "length_penalty": 1.0,
-                "repetition_penalty": 1.0,
-                "max_new_tokens": 80,
-                "min_new_tokens": 9,
-            },
-            364,
-        ),
-        GenerationPreset(
-            "vqa",
-            "Question: {} Answer:",
-            {
-                "num_beams": 5,
-                "do_sample": False,
-                "length_penalty": -1.0,
-                "repetition_penalty": 1.0,
-                "max_new_tokens": 10,
-            },
-            224,
-        ),
-        GenerationPreset(
-            "vqa-finetuned",
-            "Question: {} Answer:",
-            {
-                "num_beams": 5,
-                "do_sample": False,
-                "length_penalty": 1.0,
-                "repetition_penalty": 1.0,
-                "max_new_tokens": 10,
-            },
-            490,
-        ),
+        GenerationPreset("vqa-finetuned", "Question: {} Answer:", _BEAM_SEARCH | {"max_new_tokens": 10}, 490),
     )
 }
 _ENCODER_DECODER_PROMPTS = {"vqa": "Question: {} Short answer:"}
@@ -97,7 +53,7 @@ PRESET_NAMES = tuple(_PRESETS)
 
 def generation_preset(name: str, model_config: Any) -> GenerationPreset:
     r"""
-    The paper's settings for a model.
+    Return the paper's settings for a model.
 
     Args:
         name (`str`):
@@ -119,9 +75,9 @@ def generation_preset(name: str, model_config: Any) -> GenerationPreset:
     >>> model.generate(**inputs, **preset.generate_kwargs)
     ```"""
     if name not in _PRESETS:
-        raise ValueError(f"There is no preset {name!r}. Those of the paper are {', '.join(PRESET_NAMES)}.")
+        raise ValueError(f"There is no preset {name!r}: one of {', '.join(PRESET_NAMES)} was expected.")
     if model_config.text_config is None:
-        raise ValueError(f"The preset {name!r} is one for a language model, and this model has none.")
+        raise ValueError(f"The preset {name!r} needs a language model, and this model has none.")
     preset = _PRESETS[name]
     prompt = preset.prompt
     if model_config.text_config.is_encoder_decoder:

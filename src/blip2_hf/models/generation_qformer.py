@@ -1,4 +1,4 @@
-"""Generation with the Q-Former alone: it captions, as image-grounded text generation taught it (section 3.2, ITG)."""
+"""Captions from the Q-Former alone, as it learned them by image-grounded text generation (section 3.2, ITG)."""
 
 from typing import Any
 
@@ -12,11 +12,12 @@ from transformers.utils import ModelOutput
 
 from ._compat import CACHE_NAME
 from .modeling_qformer import Blip2QFormerModel, QFormerTextCache
+from .text_inputs import check_one_image_input
 
 
 class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):
     """
-    The text side of a Q-Former as a language model whose text sees the queries; a view of the model's own modules.
+    The text side of a Q-Former as a language model whose text sees the queries. It shares the model's own modules.
 
     Args:
         qformer ([`Blip2QFormerModel`]):
@@ -24,7 +25,7 @@ class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):
         embeddings (`nn.Module`):
             Text embeddings.
         lm_head (`nn.Module`):
-            From hidden states to scores of tokens.
+            Head from hidden states to scores of tokens.
     """
 
     base_model_prefix = ""
@@ -43,7 +44,7 @@ class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask: torch.Tensor | None = None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        # The mask of a plain decoder may have come of it, and here the text also sees the queries
+        # super() may have made the mask of a plain decoder, but here the text also sees the queries
         return {**inputs, "attention_mask": attention_mask}
 
     def forward(
@@ -58,11 +59,13 @@ class Blip2QFormerDecoder(PreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         r"""
+        Compute scores of the next tokens.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, new_length)`):
-                What follows the text of `cache`.
+                The tokens that follow the text of `cache`.
             attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
-                0 at padding, for all of the text.
+                0 at padding, for the whole text.
             query_key_values (`torch.Tensor` of shape `(batch_size, layers, 2, heads, num_query_tokens, head_dim)`):
                 Keys and values of the queries in the self-attention.
             cache, past_key_values (`Cache`, *optional*):
@@ -103,7 +106,7 @@ class Blip2QFormerGenerationMixin:
         **generate_kwargs,
     ) -> torch.Tensor | ModelOutput:
         r"""
-        Writes captions, without a language model. The image is read once, whatever the number of tokens and beams.
+        Generate captions without a language model. The image is read once for any number of tokens and beams.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
@@ -111,11 +114,11 @@ class Blip2QFormerGenerationMixin:
             image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
                 In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
             input_ids, attention_mask (`torch.Tensor` of shape `(num_images, prompt_length)`, *optional*):
-                How each text begins, as the tokenizer gives it: [DEC] takes the place of [CLS], and [SEP] falls away.
+                Beginning of each text, as the tokenizer gives it: [CLS] is replaced by [DEC], and [SEP] is removed.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 Whether position embeddings are interpolated to the size of the images.
             generate_kwargs (`dict`):
-                Those of [`~transformers.GenerationMixin.generate`].
+                Arguments of [`~transformers.GenerationMixin.generate`].
 
         Returns:
             `torch.LongTensor` of shape `(num_images * num_return_sequences, length)`, or a `ModelOutput` with it as
@@ -125,8 +128,7 @@ class Blip2QFormerGenerationMixin:
         Raises:
             ValueError: if it is not known which token ends a text, or there is not one prompt for each image.
         """
-        if (pixel_values is None) == (image_embeds is None):
-            raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
+        check_one_image_input(pixel_values, image_embeds)
         if image_embeds is None:
             image_embeds = self.get_image_embeds(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         config = self.config.qformer_config
@@ -142,8 +144,10 @@ class Blip2QFormerGenerationMixin:
             attention_mask = torch.ones_like(input_ids)
         else:
             if len(input_ids) != len(image_embeds):
-                raise ValueError(f"{len(image_embeds)} images and {len(input_ids)} prompts: give one for each image.")
-            input_ids, attention_mask = self._prompt(input_ids, attention_mask, eos_token_id)
+                raise ValueError(
+                    f"{len(image_embeds)} images and {len(input_ids)} prompts: give one prompt for each image."
+                )
+            input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, eos_token_id)
         training = self.training
         self.eval()
         try:
@@ -161,7 +165,7 @@ class Blip2QFormerGenerationMixin:
             self.train(training)
 
     def _query_key_values(self, image_embeds: torch.Tensor) -> torch.Tensor:
-        """Keys and values of the queries in every layer's self-attention."""
+        """Compute keys and values of the queries in every layer's self-attention."""
         cache = DynamicCache()
         self.qformer(
             query_embeds=self.query_tokens(len(image_embeds)),
@@ -171,13 +175,15 @@ class Blip2QFormerGenerationMixin:
         key_values: list[Any] = [(layer.keys, layer.values) for layer in cache.layers]
         return torch.stack([torch.stack(pair, dim=1) for pair in key_values], dim=1)
 
-    def _prompt(self, input_ids, attention_mask, eos_token_id: int | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return [DEC] and the prompt, padding in front of those that are shorter than others."""
-        input_ids, attention_mask = self._texts(input_ids, attention_mask)
+    def _prepare_prompt(
+        self, input_ids, attention_mask, eos_token_id: int | list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return [DEC] and the prompt, with padding in front of shorter ones."""
+        input_ids, attention_mask = self._prepare_texts(input_ids, attention_mask)
         is_token = ~torch.isin(input_ids, torch.tensor(eos_token_id, device=input_ids.device)) & attention_mask.bool()
         if not bool(is_token.any(dim=1).all()):
             row = int(is_token.any(dim=1).int().argmin())
-            raise ValueError(f"Prompt {row} has no token but the one that ends a text: [CLS] first was expected.")
+            raise ValueError(f"Prompt {row} has no token except the one that ends a text: [CLS] first was expected.")
         order = is_token.int().argsort(dim=1, stable=True)
         order = order[:, -int(is_token.sum(dim=1).max()) :]
         input_ids, is_token = input_ids.gather(1, order), is_token.gather(1, order)

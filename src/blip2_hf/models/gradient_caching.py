@@ -16,18 +16,18 @@ class GradientCachingMixin:
 
     def gradient_caching_enable(self, chunk_size: int):
         r"""
-        Let a contrastive batch be larger than memory: features of all pairs are computed first, without a graph, and
-        the graph then chunk by chunk, in the backward pass. Losses and gradients are those of the whole batch.
+        Let a contrastive batch be larger than memory. The features of all pairs are computed without a graph. The
+        graph is computed in the backward pass, chunk by chunk. Losses and gradients are those of the whole batch.
 
         Args:
             chunk_size (`int`):
-                How many pairs have a graph at a time.
+                Number of pairs that have a graph at the same time.
 
         Raises:
             ValueError: if `chunk_size` is less than 1.
         """
         if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}: it is a number of pairs, at least 1.")
+            raise ValueError(f"chunk_size is {chunk_size}: a number of pairs, at least 1, was expected.")
         self.gradient_caching_chunk_size = chunk_size
 
     def gradient_caching_disable(self):
@@ -42,7 +42,7 @@ class GradientCachingMixin:
         return torch.cat([checkpoint(run, chunk, use_reentrant=False) for chunk in chunks])
 
     def _losses_by_chunks(self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs) -> dict[str, Any]:
-        """Compute what `_losses` does, with the passes of each chunk under a checkpoint."""
+        """Compute what `_losses` computes, with the passes of each chunk under a checkpoint."""
         run = partial(checkpoint, use_reentrant=False)
         size: int = self.gradient_caching_chunk_size
         chunks = [slice(start, start + size) for start in range(0, len(input_ids), size)]
@@ -64,7 +64,7 @@ class GradientCachingMixin:
         negative_ids, negative_mask = (tensor[negatives["negative_text_index"]] for tensor in (all_ids, all_masks))
 
         def match(image_embeds, drawn_embeds, rows):
-            # Looked up inside: what goes into a checkpoint is kept
+            # Selected inside, because the inputs of a checkpoint are kept in memory
             negative_embeds = drawn_embeds[image_index[rows]]
             images, negative_images = (
                 self.get_image_key_values(embeds) for embeds in (image_embeds[rows], negative_embeds)
@@ -73,7 +73,7 @@ class GradientCachingMixin:
             masks = attention_mask[rows], negative_mask[rows]
             return self._second_pass(images, negative_images, texts, masks[0], negative_texts, masks[1])
 
-        # Three thirds a chunk, as in the whole batch
+        # Each chunk has three thirds (pairs, negative images, negative texts), which are joined third by third
         matched = [run(match, image_embeds, drawn_embeds, rows).chunk(3) for rows in chunks]
         itm_logits = torch.cat([chunk[third] for third in range(3) for chunk in matched])
         num_items = batch.mean_share(attention_mask[:, 1:].ne(0).sum())

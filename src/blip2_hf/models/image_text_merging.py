@@ -1,4 +1,4 @@
-"""Where the features of images stand in the text of a language model."""
+"""Merging of image features into the text of a language model."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .text_inputs import check_attention_mask
 
 
 class Blip2ImageTextMergingMixin:
-    """Merging of image features and text of [`Blip2ForConditionalGeneration`], and checks that both fit."""
+    """Merging of image features and text in [`Blip2ForConditionalGeneration`], and checks that they fit."""
 
     def _insert_image_features(
         self,
@@ -20,12 +20,12 @@ class Blip2ImageTextMergingMixin:
         past_length: int = 0,
     ) -> dict[str, Any]:
         """
-        Puts the image features at their `<image>` placeholders, or in front of the text if there are none.
+        Put the image features at their `<image>` placeholders, or in front of the text if there are none.
 
         Returns:
             `dict`: `inputs_embeds` of shape `(batch_size, length, hidden_size)`; `input_ids` (`None` if only
             `inputs_embeds` were given), `attention_mask`, `labels` of shape `(batch_size, length)`; `is_image`,
-            boolean, of the same shape; `num_added`, how many positions were put in front.
+            boolean, of the same shape; `num_added`, the number of positions that were put in front.
         """
         text: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
         if input_ids is not None and input_ids.shape[:2] != text.shape[:2]:
@@ -56,7 +56,7 @@ class Blip2ImageTextMergingMixin:
         self._check_placeholders(is_image, image_features, inputs_embeds.shape[2])
         inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
         if self.config.is_encoder_decoder:
-            # Relative positions: padding between image and text would move them apart
+            # Positions are relative, and padding between image and text would move them apart
             order = (attention_mask == 0).int().argsort(dim=1, stable=True)
             attention_mask = attention_mask.gather(1, order)
             inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds).to(inputs_embeds.device))
@@ -70,17 +70,17 @@ class Blip2ImageTextMergingMixin:
         }
 
     def _num_in_front(self, image_features: torch.Tensor, batch_size: int) -> int:
-        """Return how many positions the images of each text take in front of it."""
+        """Return the number of positions that the images of each text take in front of it."""
         num_images = image_features.shape[0]
         if num_images % batch_size:
             raise ValueError(
-                f"{num_images} images for {batch_size} texts without `<image>` placeholders: as many images for each "
-                "text were expected. Let Blip2Processor make input_ids, or give one image a text."
+                f"{num_images} images for {batch_size} texts without `<image>` placeholders: the same number for each "
+                "text was expected. Let Blip2Processor make input_ids, or give one image for each text."
             )
         return num_images // batch_size * image_features.shape[1]
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
-        """Where `<image>` stands in the text, boolean, of shape `(batch_size, length)`; `None` if it has none."""
+        """Return where the text has `<image>`, boolean, of shape `(batch_size, length)`, or `None` if it has none."""
         index = self.config.image_token_index
         if input_ids is not None:
             is_image = None if index is None else input_ids == index
@@ -111,16 +111,16 @@ class Blip2ImageTextMergingMixin:
         )
 
     def _match_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Labels of the shape of `input_ids`: those of the text alone are filled up at the placeholders before it."""
+        """Return labels of the shape of `input_ids`, with -100 at placeholders before the text that has labels."""
         if labels is None or input_ids is None or self.config.is_encoder_decoder or labels.shape == input_ids.shape:
             return labels
         front = input_ids[:, : input_ids.shape[1] - labels.shape[1]]
         index = self.config.image_token_index
         if labels.shape[1] > input_ids.shape[1] or index is None or not bool((front == index).all()):
             raise ValueError(
-                f"labels of shape {tuple(labels.shape)} for input_ids of shape {tuple(input_ids.shape)}: a "
-                "decoder-only language model learns at the positions of input_ids. Make both with one "
-                "Blip2Processor call, whose is_encoder_decoder must be False."
+                f"labels of shape {tuple(labels.shape)} for input_ids of shape {tuple(input_ids.shape)}: for a "
+                "decoder-only language model, the same shape was expected. Make both with one Blip2Processor call, "
+                "whose is_encoder_decoder must be False."
             )
         return torch.cat([labels.new_full(front.shape, -100), labels], dim=1)
 
@@ -128,7 +128,7 @@ class Blip2ImageTextMergingMixin:
         if not self.config.is_encoder_decoder and labels.shape[1] != inputs_embeds.shape[1]:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} for inputs_embeds of shape {tuple(inputs_embeds.shape)}: one "
-                "label for each embedding was expected, -100 at images and at what is not learned."
+                "label for each embedding was expected, -100 at images and at tokens that are not learned."
             )
 
     def _check_unknown_placeholders(self, input_ids: torch.Tensor):
@@ -163,6 +163,6 @@ class Blip2ImageTextMergingMixin:
 
 
 def _put_in_front(values: torch.Tensor, count: int, value: float, past: int = 0) -> torch.Tensor:
-    """Return `values` of shape `(batch_size, length, ...)` with `count` more positions behind the first `past`."""
+    """Return `values` of shape `(batch_size, length, ...)` with `count` more positions after the first `past`."""
     front = values.new_full((len(values), count, *values.shape[2:]), value)
     return torch.cat([values[:, :past], front, values[:, past:]], dim=1)

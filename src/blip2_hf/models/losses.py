@@ -8,19 +8,19 @@ def language_modeling_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """
-    Language-modelling loss of stage 2 (section 3.3): the negative log-likelihood of the text given the image.
+    Compute the language-modelling loss of stage 2 (section 3.3): the negative log-likelihood of text given an image.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
-            Scores, each at the position that predicts the label at the same index.
+            Scores, each at the position that predicts the label of the same index.
         labels (`torch.Tensor` of shape `(batch_size, length)`):
-            Token ids; -100 is not learned.
+            Token ids. -100 is ignored.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Number of labels in the whole batch, over accumulation steps and processes: what `Trainer` passes.
 
     Returns:
-        `torch.Tensor` of shape `()`, in float32 at least: the mean over labels, or their sum over
-        `num_items_in_batch`; 0 if there are none.
+        `torch.Tensor` of shape `()`, in float32 at least: the sum over labels, divided by `num_items_in_batch` or
+        otherwise by their number; 0 if there are no labels.
     """
     labels = labels.to(logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -31,7 +31,7 @@ def language_modeling_loss(
 
 def image_text_similarity(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
     """
-    Similarity of images and texts (section 3.2, ITC): the highest of the cosines of an image's queries with a text.
+    Compute similarities of images and texts (section 3.2, ITC): the highest cosine of an image's queries with a text.
 
     Args:
         image_features (`torch.Tensor` of shape `(num_images, num_query_tokens, dim)`):
@@ -42,7 +42,7 @@ def image_text_similarity(image_features: torch.Tensor, text_features: torch.Ten
     Returns:
         `torch.Tensor` of shape `(num_images, num_texts)`.
     """
-    # In half precision near similarities would be the same
+    # Half precision would round close similarities to the same number
     with torch.autocast(image_features.device.type, enabled=False):
         return (image_features @ text_features.T).amax(dim=1)
 
@@ -55,8 +55,9 @@ def image_text_contrastive_loss(
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    Image-text contrastive loss, ITC (section 3.2): each image is to find its text among those of the batch, and each
-    text its image. All that match share the target evenly, and `label_smoothing` of it is spread over everything.
+    Compute the image-text contrastive loss, ITC (section 3.2): each image has to find its text among those of the
+    batch, and each text its image. All matches of a row share the target probability evenly, except for
+    `label_smoothing` of it, which is spread evenly over the whole row.
 
     Args:
         logits_per_image (`torch.Tensor` of shape `(batch_size, num_texts)`):
@@ -64,11 +65,11 @@ def image_text_contrastive_loss(
         logits_per_text (`torch.Tensor` of shape `(batch_size, num_images)`):
             Similarities of texts with all images, over the temperature.
         is_match (`torch.BoolTensor` of shape `(batch_size, num_texts)`):
-            Which pairs belong together. Every row has one.
+            Which pairs belong together, at least one in every row.
         label_smoothing (`float`, *optional*, defaults to 0.1):
             As in [`torch.nn.functional.cross_entropy`].
         num_items (`torch.Tensor` or `int`, *optional*):
-            What the sum over rows is divided by. Their number, if it is not given.
+            Divisor of the sum over rows, by default their number.
 
     Returns:
         `torch.Tensor` of shape `()`: the mean of both directions.
@@ -83,14 +84,14 @@ def image_text_contrastive_loss(
 @torch.no_grad()
 def draw_hard_negatives(logits: torch.Tensor, is_match: torch.Tensor) -> torch.Tensor:
     """
-    Draws one hard negative for each row (section 3.2, ITM): a pair that does not belong together is drawn the more
-    often, the more alike it looks.
+    Draw one hard negative for each row (section 3.2, ITM): a candidate that does not match, with a probability that
+    grows with its similarity.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_candidates)`):
             Similarities over the temperature.
         is_match (`torch.BoolTensor` of shape `(batch_size, num_candidates)`):
-            Which pairs belong together, and so are no negatives. A row in which all do is given one of them.
+            Which pairs belong together. They are drawn only in a row without any other.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size,)`: index of the candidate.
@@ -104,15 +105,15 @@ def image_text_matching_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """
-    Image-text matching loss, ITM (section 3.2): do image and text belong together?
+    Compute the image-text matching loss, ITM (section 3.2): do image and text belong together?
 
     Args:
         logits (`torch.Tensor` of shape `(num_pairs, 2)`):
             Scores of no (0) and yes (1), each the mean over queries of a linear map of the query.
         labels (`torch.LongTensor` of shape `(num_pairs,)`):
-            1 where they do, -100 where it is not asked.
+            1 for pairs that belong together, 0 for others. -100 is ignored.
         num_items (`torch.Tensor` or `int`, *optional*):
-            What the sum over pairs is divided by. Their number, if it is not given.
+            Divisor of the sum over pairs, by default the number of those that are not ignored.
 
     Returns:
         `torch.Tensor` of shape `()`: the cross-entropy.
@@ -128,7 +129,8 @@ def image_grounded_text_generation_loss(
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    Image-grounded text generation loss, ITG (section 3.2): the next token, from the queries and the tokens before it.
+    Compute the image-grounded text generation loss, ITG (section 3.2): the next token has to be predicted from the
+    queries and the tokens before it.
 
     Args:
         logits (`torch.Tensor` of shape `(num_labels, vocab_size)`):
@@ -138,7 +140,7 @@ def image_grounded_text_generation_loss(
         label_smoothing (`float`, *optional*, defaults to 0.1):
             As in [`torch.nn.functional.cross_entropy`]. The paper does not mention it; the authors' code has it.
         num_items (`torch.Tensor` or `int`, *optional*):
-            What the sum over labels is divided by. Their number, if it is not given.
+            Divisor of the sum over labels, by default their number.
 
     Returns:
         `torch.Tensor` of shape `()`: the cross-entropy.

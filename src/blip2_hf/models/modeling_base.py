@@ -1,4 +1,4 @@
-"""What all BLIP-2 models share, and the image side alone: a vision tower, learned queries, a Q-Former."""
+"""The base class of all BLIP-2 models, and the image side alone: a vision tower, learned queries, a Q-Former."""
 
 import copy
 import os
@@ -11,18 +11,18 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ._compat import CACHE_NAMES
-from ._hub_mixin import SharedOnHub
-from .backbones import blank_picture, load_tower, load_tower_config, measure_width
+from ._hub_mixin import HubMixin
+from .backbones import blank_image, load_tower, load_tower_config, measure_width
 from .bert_weights import copy_bert_weights, load_bert, qformer_config_from_bert
-from .configuration_blip2 import Blip2Config, TransformersBlip2Config, tower_hidden_size
+from .configuration_blip2 import Blip2Config, TransformersBlip2Config, public_class_name, tower_hidden_size
 from .frozen import is_frozen
 from .modeling_qformer import Blip2QFormerModel, Blip2TextEmbeddings, ImageKeyValues
 from .modeling_vision import build_vision_model
-from .text_inputs import check_texts, pad_right
+from .text_inputs import check_one_image_input, check_texts, pad_right
 
 
 class Blip2QueryTokens(nn.Module):
-    """The learned queries: a module of their own, so that PEFT and FSDP can hold them."""
+    """The learned queries, in a module of their own so that PEFT and FSDP can hold them."""
 
     def __init__(self, config: Blip2Config):
         super().__init__()
@@ -32,8 +32,8 @@ class Blip2QueryTokens(nn.Module):
         return self.weight.expand(batch_size, -1, -1)
 
 
-class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
-    """What all BLIP-2 models share: initialisation, frozen parts, transformers' own format, and sharing on the Hub."""
+class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
+    """Base class of BLIP-2 models: initialisation, frozen parts, transformers' own format, and sharing on the Hub."""
 
     config: Blip2Config
     config_class = Blip2Config
@@ -45,14 +45,14 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = list(CACHE_NAMES)
-    # Kept in float32 when the model is loaded in float16, and out of quantisation: it is what is trained
+    # Kept in float32 if the model is loaded in float16, and not quantised, because these parts are trained
     _keep_in_fp32_modules = ["query_tokens", "qformer"]
-    # What transformers' own BLIP-2 has no place for, and the class of its that takes the rest, if the names differ
+    # Parts that transformers' own BLIP-2 lacks, and the name of its class if it differs
     _parts_not_in_transformers: tuple[str, ...] = ()
     _class_in_transformers: str | None = None
 
     def _build_image_side(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
-        """The tower, the queries and the Q-Former, under the names that transformers' BLIP-2 gives them."""
+        """Build the tower, the queries and the Q-Former, under the names that transformers' BLIP-2 gives them."""
         qformer_config = config.qformer_config
         if vision_model is not None:
             config.vision_config = vision_model.config
@@ -64,7 +64,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """`torch.device`: where inputs go: that of the weights or, if accelerate offloads them, of the computation."""
+        """Return the device of inputs: that of the weights or, if accelerate offloads them, of the computation."""
         device = super().device
         if device.type != "meta":
             return device
@@ -74,7 +74,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # For code that does not initialise through transformers' functions; it would leave out part of T5's
+        # transformers would skip part of T5's initialisation in a class that it takes for custom code
         return cls.is_remote_code()
 
     @torch.no_grad()
@@ -88,8 +88,8 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         r"""
-        Loads a checkpoint of this library or of transformers' own BLIP-2 (model_type `blip-2`), and freezes what
-        [`~Blip2PreTrainedModel.freeze`] names. Arguments are those of
+        Load a checkpoint of this library or of transformers' own BLIP-2 (model_type `blip-2`), and freeze the parts
+        that [`~Blip2PreTrainedModel.freeze`] names. Arguments are those of
         [`~transformers.PreTrainedModel.from_pretrained`].
         """
         if isinstance(config, TransformersBlip2Config):
@@ -114,27 +114,20 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             transformers_compatible (`bool`, *optional*, defaults to `False`):
                 Whether to write a checkpoint that plain transformers loads as its own BLIP-2.
             args, kwargs:
-                Those of [`~transformers.PreTrainedModel.save_pretrained`], and `with_code` (`bool`, defaults to
+                Arguments of [`~transformers.PreTrainedModel.save_pretrained`], and `with_code` (`bool`, defaults to
                 `False`): whether to put the code next to the weights, so that `AutoModel...` and `pipeline` load the
-                folder with `trust_remote_code=True` where this package is not installed, and a model card if there
-                is none.
+                folder with `trust_remote_code=True` without this package, and a model card if there is none.
 
         Raises:
             ValueError: if `transformers_compatible` and the tower is not a [`Blip2VisionModel`] of EVA-CLIP's shape,
-                or with `with_code` or `push_to_hub`; if the model would not load as it is (see
+                or with `with_code` or `push_to_hub`; if the saved model would not load (see
                 [`~Blip2PreTrainedModel.check_that_it_can_be_saved`]).
         """
         self.check_that_it_can_be_saved()
         kwargs.setdefault("save_original_format", False)
         if not transformers_compatible:
             return super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.pop("with_code", None):
-            raise ValueError("with_code: what plain transformers loads (transformers_compatible) needs no code.")
-        if kwargs.pop("push_to_hub", None):
-            raise ValueError(
-                "push_to_hub does not go with transformers_compatible. Save without it, then upload the folder: "
-                "huggingface_hub.upload_folder(repo_id=..., folder_path=...)."
-            )
+        self._check_transformers_compatible(kwargs.pop("with_code", None), kwargs.pop("push_to_hub", None))
         kwargs["with_code"] = False
         config = self.config
         state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
@@ -144,16 +137,15 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         try:
             self.config = config.to_transformers()
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-            # The name of this class, which super() wrote, says nothing there
-            name = self._class_in_transformers or type(self).__name__.replace("Blip2Hf", "Blip2")
-            self.config.architectures = [name]
+            # super() wrote the name of this class, which transformers does not know
+            self.config.architectures = [self._class_in_transformers or public_class_name(self)]
             self.config.save_pretrained(save_directory)
         finally:
             self.config = config
 
     def check_that_it_can_be_saved(self):
         """
-        Refuse what would not load as it is.
+        Refuse a model that would not load again once it is saved.
 
         Raises:
             ValueError: if a model in 4 bits has run on a CPU.
@@ -162,24 +154,24 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             # bitsandbytes packs a weight for the CPU, rounds its scales to bfloat16, and cannot undo that
             if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", None) is not None:
                 raise ValueError(
-                    f"This model in 4 bits has run on a CPU, where bitsandbytes has rounded the scales of {name}: "
-                    "other weights would be saved. Load it again, and save it before it runs."
+                    f"This 4-bit model has run on a CPU, and bitsandbytes has rounded the scales of {name} there: "
+                    "other weights would be saved. Load the model again, and save it before it runs."
                 )
 
     def attach_vision_tower(self, vision_model: str | os.PathLike | PreTrainedModel) -> "Blip2PreTrainedModel":
         r"""
-        Puts a tower into a model that was made without (`has_vision_tower=False`): one that learned from the tower's
-        stored output. The LayerNorm after the tower stays.
+        Put a tower into a model that was made without one (`has_vision_tower=False`) and trained on the tower's stored
+        output. The LayerNorm after the tower stays.
 
         Args:
             vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
-                The tower that the output came from.
+                The tower that computed the stored output.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: if the tower has another shape than that which the model was made for, or lacks weights.
+            ValueError: if the tower has another shape than the one that the model was made for, or lacks weights.
         """
         tower = load_tower(vision_model)
         expected, given = self.config.vision_config, tower.config
@@ -187,7 +179,10 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         differing = [name for name in names if getattr(expected, name, None) != getattr(given, name, None)]
         if differing:
             wanted, found = ({name: getattr(c, name, None) for name in differing} for c in (expected, given))
-            raise ValueError(f"This model was made for a tower of {wanted}, but the one given has {found}.")
+            raise ValueError(
+                f"This model was made for a tower with {wanted}, but the given one has {found}. Give the tower that "
+                "computed the stored output."
+            )
         layernorm = self.vision_model.post_layernorm
         self.config.has_vision_tower = True
         self.vision_model = build_vision_model(self.config, tower.to(layernorm.weight.device))
@@ -196,8 +191,8 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
 
     def freeze(self) -> "Blip2PreTrainedModel":
         """
-        Freezes the vision tower, except the LayerNorm after it, and the language model, as in both of the paper's
-        stages. Undone by `requires_grad_(True)` on the part that is to be trained.
+        Freeze the vision tower, except the LayerNorm after it, and the language model, as in both stages of the paper.
+        To train such a part, call its `requires_grad_(True)`.
 
         Returns:
             The model.
@@ -212,23 +207,23 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
     def freeze_unused_parameters(self):
         """
         Freeze the parameters that the loss does not depend on, because `DistributedDataParallel` would wait for their
-        gradients: the parts of a tower that its features do not come from (blocks behind `vision_feature_layer`,
-        poolers, mask tokens), and what the Q-Former's last layer makes of an instruction.
+        gradients: parts of a tower that its features do not depend on (blocks after `vision_feature_layer`, poolers,
+        mask tokens), and the network for instructions in the Q-Former's last layer.
         """
         trained = [p for part in self._tower_parts() for p in part.parameters() if p.requires_grad]
         if not trained:
             return
-        picture, training = blank_picture(self.config.vision_config, trained[0]), self.vision_model.training
+        image, training = blank_image(self.config.vision_config, trained[0]), self.vision_model.training
         self.vision_model.eval()
         with torch.enable_grad():
-            features = self.get_image_embeds(picture)
+            features = self.get_image_embeds(image)
             gradients = torch.autograd.grad(features.float().sum(), trained, allow_unused=True)
         self.vision_model.train(training)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
 
     def frozen_parts(self) -> list[nn.Module]:
-        """The parts without a parameter that is trained: they stay in eval mode."""
+        """Return the parts without a trained parameter, which stay in eval mode."""
         return [part for part in self._freezable_parts() if is_frozen(part)]
 
     def _freezable_parts(self) -> list[nn.Module]:
@@ -248,8 +243,8 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs
     ) -> torch.Tensor:
         r"""
-        The vision tower's output, before the LayerNorm that follows it: what can be computed once and stored, while
-        the tower is frozen, and given to any of the models as `image_embeds`.
+        Compute the vision tower's output, before the LayerNorm that follows it. If the tower is frozen, the output can
+        be stored, and given to any of the models as `image_embeds`.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
@@ -260,14 +255,12 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(num_images, features, vision hidden_size)`.
         """
-        if pixel_values.dim() == 5:
-            pixel_values = pixel_values.flatten(0, 1)
         return self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs).last_hidden_state
 
     def get_image_key_values(self, image_embeds: torch.Tensor) -> ImageKeyValues:
         r"""
-        Compute what the Q-Former reads of images: keys and values of each cross-attention. Once they are computed,
-        an image can be read with any number of texts (see [`~Blip2ForImageTextRetrieval.get_matching_logits`]).
+        Compute the keys and values of images for each cross-attention of the Q-Former. They serve any number of texts
+        about an image (see [`~Blip2ForImageTextRetrieval.get_matching_logits`]).
 
         Args:
             image_embeds (`torch.Tensor` of shape `(num_images, num_features, vision hidden_size)`):
@@ -280,6 +273,8 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
         return self.qformer.project_image(image_embeds, self.vision_model.post_layernorm)
 
     def _run_tower(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs) -> ModelOutput:
+        if pixel_values.dim() == 5:
+            pixel_values = pixel_values.flatten(0, 1)
         needs_grad = pixel_values.requires_grad or not all(is_frozen(part) for part in self._tower_parts())
         with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
             return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
@@ -315,15 +310,12 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             ValueError: if not exactly one of `pixel_values` and `image_embeds` is given, or the Q-Former is given an
                 instruction and reads no text.
         """
-        if (pixel_values is None) == (image_embeds is None):
-            raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
+        check_one_image_input(pixel_values, image_embeds)
         for name in ("input_ids", "attention_mask"):
-            # Blip2Processor makes them for images alone too, and an image's features do not depend on them
+            # Blip2Processor makes them even for images alone, and an image's features do not depend on them
             kwargs.pop(name, None)
         vision_outputs = None
         if image_embeds is None:
-            if pixel_values.dim() == 5:
-                pixel_values = pixel_values.flatten(0, 1)
             vision_outputs = self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs)
             image_embeds = vision_outputs.last_hidden_state
         elif image_embeds.dim() == 4:
@@ -333,7 +325,7 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
             query_embeds, attention_mask = self._add_instruction(
                 query_embeds, qformer_input_ids, qformer_attention_mask
             )
-            # Nobody reads what comes out at the instruction
+            # The outputs at the instruction are not used
             output_length = self.config.num_query_tokens
         qformer_outputs = self.qformer(
             query_embeds=query_embeds,
@@ -347,7 +339,10 @@ class Blip2PreTrainedModel(SharedOnHub, PreTrainedModel):
 
     def _add_instruction(self, query_embeds, input_ids, attention_mask):
         if not self.config.qformer_config.use_qformer_text_input:
-            raise ValueError("qformer_input_ids were given, but this Q-Former reads no text (use_qformer_text_input).")
+            raise ValueError(
+                "qformer_input_ids were given, but this Q-Former reads no text (use_qformer_text_input=False): leave "
+                "them out."
+            )
         input_ids, attention_mask = pad_right(input_ids, attention_mask, "qformer_input_ids")
         check_texts(input_ids, attention_mask, self.config, "qformer_input_ids")
         query_mask = attention_mask.new_ones(query_embeds.shape[:2])
@@ -391,6 +386,8 @@ class Blip2HfModel(Blip2PreTrainedModel):
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
+        Compute the output queries of images.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
                 Images.
@@ -432,7 +429,7 @@ def image_side_from_parts(
     image_text_hidden_size: int = 256,
     **qformer_kwargs,
 ) -> Blip2PreTrainedModel:
-    """A tower, or what its configuration tells of it, and a Q-Former that starts from BERT."""
+    """Build the image side from a tower, or from its configuration, and a Q-Former that starts from BERT."""
     tower, bert = load_tower(vision_model) if load_vision_tower else None, load_bert(text_encoder)
     vision_config = load_tower_config(vision_model) if tower is None else tower.config
     width = tower_hidden_size(vision_config, vision_feature_layer)

@@ -38,7 +38,7 @@ class Blip2ForConditionalGenerationModelOutput(Seq2SeqLMOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
-            Language-modelling loss: the mean over labels, or their sum over `num_items_in_batch`.
+            Language-modelling loss: the sum over labels, divided by `num_items_in_batch` or by their number.
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of the next token, at the positions of `input_ids` (or of `decoder_input_ids`).
         cache (`Cache`, *optional*):
@@ -46,11 +46,11 @@ class Blip2ForConditionalGenerationModelOutput(Seq2SeqLMOutput):
         hidden_states, attentions, decoder_hidden_states, decoder_attentions, cross_attentions (`tuple`, *optional*):
             Those of the language model.
         encoder_last_hidden_state (`torch.Tensor`, *optional*):
-            Output of the language model's encoder, where it has one.
+            Output of the language model's encoder, if it has one.
         vision_outputs (`ModelOutput`, *optional*):
-            Output of the vision tower, where it has run.
+            Output of the vision tower, if it has run.
         qformer_outputs (`ModelOutput`, *optional*):
-            Output of the Q-Former, where it has run.
+            Output of the Q-Former, if it has run.
         language_model_outputs (`ModelOutput`, *optional*):
             All that the language model returned.
     """
@@ -70,8 +70,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
     BLIP-2 for captioning, visual question answering and stage-2 training (section 3.3): the Q-Former's output queries,
     projected to the language model's width, stand in the text as soft visual prompts.
 
-    Images stand where `input_ids` have `config.image_token_index` (`num_query_tokens` of them for each image), or, if
-    they have none, in front of the text, one image a sample.
+    Images stand where `input_ids` have `config.image_token_index` (`num_query_tokens` of them for each image). Without
+    such placeholders, images are put in front of the text, one image for each sample.
 
     The vision tower and the language model are frozen: they are in eval mode, and the tower runs without autograd.
 
@@ -115,11 +115,11 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
             config.text_config = language_model.config
         else:
             language_model = language_model_class(config.text_config).from_config(config.text_config)
-        # Of the embeddings, which in some models (OPT-350m) are narrower than the hidden states
+        # Width of the embeddings, which in some models (OPT-350m) are narrower than the hidden states
         width: int = tuple(language_model.get_input_embeddings().weight.shape)[1]
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.language_model = language_model
-        # PEFT asks the whole model how its layers are quantised
+        # PEFT asks the whole model whether its layers are quantised
         for name in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
             if getattr(language_model, name, False):
                 setattr(self, name, True)
@@ -133,13 +133,13 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
 
     def check_that_it_can_be_saved(self):
         """
-        Refuse what would not load as it is.
+        Refuse a model that would not load again once it is saved.
 
         Raises:
-            ValueError: if the language model was quantised on its own, or a model in 4 bits has run on a CPU.
+            ValueError: if the language model was quantised on its own, or a 4-bit model has run on a CPU.
         """
         super().check_that_it_can_be_saved()
-        # Set by transformers on what it has quantised
+        # transformers sets this on models that it has quantised
         quantizers = [getattr(part, "hf_quantizer", None) for part in (self, self.language_model)]
         if quantizers[0] is None and quantizers[1] is not None:
             raise ValueError(
@@ -190,8 +190,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         **kwargs,
     ) -> tuple | BaseModelOutputWithVisionQformerOutputs:
         r"""
-        The Q-Former's output queries in the language model's space. Compute them once, and give them to `forward` or
-        `generate` as `image_features`, however many questions there are about an image.
+        Compute the Q-Former's output queries in the language model's space. `forward` and `generate` take them as
+        `image_features`, for any number of questions about an image.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
@@ -199,7 +199,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
             image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
                 In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
             qformer_input_ids (`torch.Tensor` of shape `(num_images, text_length)`, *optional*):
-                An instruction for the Q-Former, where it reads text (`use_qformer_text_input`).
+                An instruction for the Q-Former, if it reads text (`use_qformer_text_input`).
             qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, *optional*):
                 0 at its padding.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
@@ -207,11 +207,12 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
 
         Returns:
             `BaseModelOutputWithVisionQformerOutputs`: `pooler_output` of shape
-            `(num_images, num_query_tokens, language model hidden_size)` is what the language model is given;
+            `(num_images, num_query_tokens, language model hidden_size)` is the input of the language model;
             `last_hidden_state` is the tower's output; `vision_outputs` and `qformer_outputs` are the parts'.
 
         Raises:
-            ValueError: if not one of `pixel_values` and `image_embeds` is given, or the Q-Former reads no text.
+            ValueError: if not exactly one of `pixel_values` and `image_embeds` is given, or there is an instruction
+                but the Q-Former reads no text.
         """
         image_embeds, vision_outputs, qformer_outputs = self.encode_image(
             pixel_values,
@@ -235,7 +236,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         return self.language_projection(queries.to(weight.dtype) if weight.is_floating_point() else queries)
 
     def _image_features(self, image_features, pixel_values, image_embeds, **kwargs):
-        """`(image_features, outputs of the parts)`: as given, or computed; `(None, None)` without an image."""
+        """Return `(image_features, outputs of the parts)`, given or computed; `(None, None)` without an image."""
         given = [x is not None for x in (image_features, pixel_values, image_embeds)]
         if sum(given) > 1:
             raise ValueError("Give only one of pixel_values, image_embeds and image_features.")
@@ -281,6 +282,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | Blip2ForConditionalGenerationModelOutput:
         r"""
+        Compute scores of the next token and, with labels, the loss.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)` or \
 `(batch_size, images_each, channels, height, width)`, *optional*):
@@ -295,26 +298,26 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
                 In place of both: the projected queries (see [`~Blip2ForConditionalGeneration.get_image_features`]).
             qformer_input_ids, qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, \
 *optional*):
-                An instruction for the Q-Former, where it reads text.
+                An instruction for the Q-Former, if it reads text.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embedded text, in place of `input_ids`. Images stand where it equals the embedding of `<image>`, or
                 in front of it; without an image, it may hold image features already.
             position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions; made from `attention_mask` if they are not given.
             encoder_outputs (`ModelOutput`, *optional*):
-                Those of the language model's encoder, in place of all that goes into it.
+                Outputs of the language model's encoder, in place of its inputs.
             decoder_input_ids, decoder_attention_mask (`torch.Tensor` of shape `(batch_size, target_length)`, \
 *optional*):
                 For an encoder-decoder; made from `labels` if they are not given.
             labels (`torch.Tensor` of shape `(batch_size, sequence_length)` or `(batch_size, target_length)`, \
 *optional*):
-                What to learn: of the shape of `input_ids` (or of the text alone, without the placeholders before it),
-                or, for an encoder-decoder, the target. -100 is ignored.
+                Token ids to learn; -100 is ignored. For a decoder-only language model, of the shape of `input_ids` or
+                of the text without the placeholders before it. For an encoder-decoder, the target.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 Whether position embeddings are interpolated to the size of the images.
             skip_logits (`bool`, *optional*):
-                Whether the loss alone is wanted: scores are then computed at labels, some at a time, and `logits` is
-                `None`. If it is not given: in the training steps of `Trainer`, which passes `num_items_in_batch`.
+                Whether to compute scores at labels alone, for the loss, and return `None` as `logits`. Defaults to
+                `True` in training steps of `Trainer`, which passes `num_items_in_batch`, and to `False` otherwise.
             kwargs:
                 Passed to the language model.
 
@@ -355,7 +358,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
                 shift_labels = labels if self.config.is_encoder_decoder else _shift(labels)
             if skip_logits is None:
                 skip_logits = self.training and num_items_in_batch is not None
-            # Keys and values are for generation
+            # The cache is for generation
             inputs = {"use_cache": False, **text, **kwargs}
             loss, outputs = self._loss(inputs, shift_labels, num_items_in_batch, skip_logits)
         return Blip2ForConditionalGenerationModelOutput(
@@ -380,8 +383,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         if input_ids is None and inputs_embeds is None:
             if labels is not None and not self.config.is_encoder_decoder:
                 raise ValueError(
-                    f"labels of shape {tuple(labels.shape)} were given without input_ids, in which a decoder-only "
-                    "language model reads what it learns. Blip2Processor(images, text_target=...) makes both."
+                    f"labels of shape {tuple(labels.shape)} were given without input_ids, from which a decoder-only "
+                    "language model learns. Blip2Processor(images, text_target=...) makes both."
                 )
             input_ids = self._start_tokens(image_features)
         merged = self._insert_image_features(
@@ -394,13 +397,13 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         self, stage1: "str | os.PathLike | Blip2PreTrainedModel"
     ) -> "Blip2ForConditionalGeneration":
         r"""
-        Lets the Q-Former read the question too, as in the paper's fine-tuning for VQA (appendix): the feed-forward
-        networks for text, which stage 2 does without, and the word embeddings come from stage 1. All else stays; they
-        are trained where the Q-Former is.
+        Let the Q-Former read the question too, as in the paper's fine-tuning for VQA (appendix). The word embeddings
+        and the feed-forward networks for text, which stage 2 does without, are copied from stage 1. They are trained
+        if the Q-Former is. Everything else stays.
 
         Args:
             stage1 (`str`, `os.PathLike` or [`Blip2ForPreTraining`]):
-                The model of stage 1 from which this one came.
+                The stage-1 model from which this one was made.
 
         Returns:
             The model.
@@ -411,10 +414,12 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         source: Any = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)
         given, own = source.config.qformer_config, self.config.qformer_config
         if not given.use_qformer_text_input:
-            raise ValueError(f"{stage1} has no feed-forward networks for text: the checkpoint of stage 1 has.")
+            raise ValueError(f"{stage1} has no feed-forward networks for text. Give the checkpoint of stage 1.")
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "cross_attention_frequency")
         if differing := [name for name in sizes if getattr(given, name) != getattr(own, name)]:
-            raise ValueError(f"stage1 has another Q-Former: {', '.join(differing)} differ.")
+            raise ValueError(
+                f"The Q-Former of stage1 differs in {', '.join(differing)}: give the stage-1 model of this one."
+            )
         own.use_qformer_text_input, own.vocab_size = True, given.vocab_size
         own.max_position_embeddings = given.max_position_embeddings
         for layer, trained in zip(self.qformer.encoder.layer, source.qformer.encoder.layer, strict=True):
@@ -423,7 +428,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         self.embeddings = Blip2TextEmbeddings(own)
         self.embeddings.load_state_dict(source.embeddings.state_dict())
         self.embeddings.to(like).train(self.training).requires_grad_(like.requires_grad)
-        # As in a model that is made with them: the states of an optimizer go by the order of the weights
+        # In the order of a model that is made with them, because an optimizer's states go by the order of weights
         for name in ("qformer", "language_projection", "language_model"):
             self._modules[name] = self._modules.pop(name)
         self.freeze_unused_parameters()
@@ -436,13 +441,13 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         num_items_in_batch: torch.Tensor | int | None,
         skip_logits: bool,
     ) -> tuple[torch.Tensor, ModelOutput]:
-        """Return the loss, `shift_labels` being what each position predicts, and the language model's outputs."""
+        """Return the loss and the language model's outputs. `shift_labels` are what each position predicts."""
         if skip_logits and self.accepts_logits_to_keep and not torch.compiler.is_compiling():
-            # The head is as wide as the vocabulary: it runs at the positions at which some row has a label
+            # The head, as wide as the vocabulary, runs only at positions at which some row has a label
             positions = shift_labels.ne(-100).any(dim=0).nonzero().squeeze(1)
             given = (inputs.get(name) for name in ("decoder_input_ids", "inputs_embeds", "input_ids"))
             length = next(text.shape[1] for text in given if text is not None)
-            # On the CPU, from where any device is indexed: the head may be on another one than the labels
+            # On the CPU, because the head may be on another device than the labels
             inputs = inputs | {"logits_to_keep": (positions + length - shift_labels.shape[1]).cpu()}
             shift_labels = shift_labels[:, positions]
         outputs = self.language_model(**inputs, return_dict=True)
@@ -474,33 +479,33 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         **qformer_kwargs,
     ) -> "Blip2ForConditionalGeneration":
         r"""
-        Joins a language model to a trained Q-Former and its tower, or to a tower and a Q-Former that starts from BERT.
+        Join a language model to a trained Q-Former and its tower, or to a tower and a Q-Former that starts from BERT.
 
         Args:
             stage1 (`str`, `os.PathLike` or a BLIP-2 model, *optional*):
                 A BLIP-2 whose tower, queries and Q-Former are taken: a [`Blip2ForPreTraining`], or a
-                [`Blip2ForConditionalGeneration`] with another language model, to which its Q-Former is aligned anew
-                (see [`~training.train_only`]). The tower is shared with it.
+                [`Blip2ForConditionalGeneration`] whose Q-Former is to be aligned to another language model (see
+                [`~training.train_only`]). Its tower is shared, not copied.
             language_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
                 Any causal or sequence-to-sequence language model.
             vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
-                Without `stage1`, or for one that has no tower: any tower of `AutoModel`, or a model that has one in it
+                Without `stage1`, or if it has no tower: any tower of `AutoModel`, or a model that has one in it
                 (CLIP, SigLIP, LLaVA, BLIP-2).
             text_encoder (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*):
                 Without `stage1`: any BERT, from which the Q-Former starts.
             image_token_index (`int`, *optional*):
-                Token id of `<image>`. Taken from the language model's tokenizer where `language_model` is a folder or
-                an id: the id that [`Blip2Processor`] gives it.
+                Token id of `<image>`. If `language_model` is a folder or an id, it defaults to the id that
+                [`Blip2Processor`] gives `<image>` in the language model's tokenizer.
             vision_feature_layer (`int`, *optional*):
                 Without `stage1`: index into the tower's `hidden_states`.
             num_query_tokens (`int`, *optional*):
                 Without `stage1`: number of queries, 32 if it is not given.
             instruction_aware (`bool`, *optional*):
                 Whether the Q-Former reads the question or instruction, next to the queries (appendix; InstructBLIP),
-                with the feed-forward networks for text of stage 1 (or of BERT). If it is not given: if that of a
-                [`Blip2ForConditionalGeneration`] does.
+                with the feed-forward networks for text of stage 1 (or of BERT). Defaults to `True` if `stage1` is a
+                [`Blip2ForConditionalGeneration`] whose Q-Former does.
             language_model_kwargs (`dict`, *optional*):
-                For loading the language model: `dtype`, `quantization_config` (8 or 4 bits), `device_map`.
+                Arguments for loading the language model: `dtype`, `quantization_config` (8 or 4 bits), `device_map`.
             qformer_kwargs (`dict`):
                 Without `stage1`: fields of [`Blip2QFormerConfig`], such as `cross_attention_frequency`.
 
@@ -526,7 +531,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         own = {"vision_feature_layer": vision_feature_layer, "num_query_tokens": num_query_tokens, **qformer_kwargs}
         if stage1 is not None and any(value is not None for value in own.values()):
             given = sorted(name for name, value in own.items() if value is not None)
-            raise ValueError(f"{', '.join(given)}: stage1 has its own; they go with vision_model and text_encoder.")
+            raise ValueError(f"{', '.join(given)}: stage1 has its own. Leave them out, or leave out stage1.")
         if image_token_index is None and isinstance(language_model, (str, os.PathLike)):
             image_token_index = image_token_id(AutoTokenizer.from_pretrained(language_model))
         language_model = load_language_model(language_model, **(language_model_kwargs or {}))
@@ -539,7 +544,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         else:
             image_side = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)
             _attach_tower_if_missing(image_side, vision_model)
-        # Copies: a configuration sets the attention implementation of the parts that it is made of
+        # A copy, because a configuration sets the attention implementation of the parts that it is made of
         source = copy.deepcopy(image_side.config)
         config = Blip2Config(
             vision_config=source.vision_config,
@@ -556,7 +561,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         for name, part in model.named_children():
             if name in ("query_tokens", "qformer", "embeddings"):
                 trained = getattr(image_side, name)
-                # Stage 1 has feed-forward networks for text; without instructions they have nothing to do
+                # Not strict, because without instructions the networks for text of stage 1 are left out
                 part.to(next(trained.parameters())).load_state_dict(trained.state_dict(), strict=False)
         return model.freeze().eval()
 
@@ -581,7 +586,7 @@ LANGUAGE_MODEL_OUTPUTS = (
 def _position_ids(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Return positions that count tokens and not padding, as `generate` makes them."""
+    """Return positions that count tokens but not padding, as `generate` makes them."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return None
     length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
@@ -589,15 +594,15 @@ def _position_ids(
 
 
 def _shift(labels: torch.Tensor) -> torch.Tensor:
-    """What each position predicts: the label of the next one."""
+    """Return the label that each position predicts, which is that of the next one."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def _reads_instructions(source: Blip2Config, instruction_aware: bool | None) -> bool:
-    """Whether the Q-Former is to read instructions, with the feed-forward networks for text that it has."""
+    """Return whether the Q-Former is to read instructions, with the feed-forward networks for text that it has."""
     has_text_networks = source.qformer_config.use_qformer_text_input
     if instruction_aware is None:
-        # Stage 1 has no language model, and reads captions
+        # The Q-Former of stage 1, which has no language model, reads captions
         return has_text_networks and source.text_config is not None
     if instruction_aware and not has_text_networks:
         raise ValueError(
@@ -609,7 +614,7 @@ def _reads_instructions(source: Blip2Config, instruction_aware: bool | None) -> 
 
 def _attach_tower_if_missing(stage1: Blip2PreTrainedModel, vision_model):
     if stage1.config.has_vision_tower and vision_model is not None:
-        raise ValueError("vision_model: stage1 has its own tower.")
+        raise ValueError("vision_model was given, but stage1 has its own tower: leave vision_model out.")
     if not stage1.config.has_vision_tower:
         if vision_model is None:
             raise ValueError("stage1 was trained from stored features and has no tower: give its vision_model.")

@@ -1,4 +1,4 @@
-"""What the models of stage 1 and of retrieval share: features of images and texts, and scores of pairs."""
+"""The base class of the models of stage 1 and of retrieval: features of images and texts, and scores of pairs."""
 
 import torch
 from torch import nn
@@ -26,12 +26,12 @@ class Blip2Temperature(nn.Module):
 
 
 class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
-    """What the models that compare images with texts share: their heads, features and scores."""
+    """Base class of the models that compare images with texts: their heads, features and scores."""
 
     _parts_not_in_transformers = ("temperature",)
 
     def _build_image_text_heads(self, config: Blip2Config):
-        # In float32 whatever the rest is made in: in half precision near scores would be the same
+        # In float32 for any dtype of the rest, because half precision rounds close scores to the same number
         sizes, dtype = (config.qformer_config.hidden_size, config.image_text_hidden_size), torch.float32
         self.vision_projection = nn.Linear(*sizes, dtype=dtype)
         self.text_projection = nn.Linear(*sizes, dtype=dtype)
@@ -52,7 +52,7 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        # transformers sets the vocab_size of a language model's configuration
+        # transformers sets vocab_size in a language model's configuration only
         self.config.qformer_config.vocab_size = embeddings.num_embeddings
         return embeddings
 
@@ -65,7 +65,7 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
-        What texts are compared with.
+        Compute the features of images, with which texts are compared.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
@@ -100,7 +100,7 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
-        What images are compared with.
+        Compute the features of texts, with which images are compared.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`):
@@ -111,9 +111,9 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` of shape
             `(num_texts, image_text_hidden_size)`, the projected [CLS], each of length 1; `last_hidden_state` of shape
-            `(num_texts, text_length, hidden_size)`, padding behind the texts.
+            `(num_texts, text_length, hidden_size)`, with padding after the texts.
         """
-        input_ids, attention_mask = self._texts(input_ids, attention_mask)
+        input_ids, attention_mask = self._prepare_texts(input_ids, attention_mask)
         embeds = self.embeddings(input_ids=input_ids)
         outputs = self.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask, **kwargs)
         first = outputs.last_hidden_state[:, 0].to(self.text_projection.weight.dtype)
@@ -134,8 +134,8 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         r"""
-        Do image and text belong together (ITM)? Each image is matched with as many texts as the others, next to one
-        another: with `num_images` images, text `i` goes with image `i // (num_pairs / num_images)`.
+        Score whether image and text belong together (ITM). Each image is matched with the same number of texts, which
+        follow each other: text `i` goes with image `i // (num_pairs / num_images)`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(num_pairs, text_length)`):
@@ -153,14 +153,14 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
             `torch.Tensor` of shape `(num_pairs, 2)`: scores of no and yes, in float32 at least.
 
         Raises:
-            ValueError: if images are not given in one form, or their number does not divide that of the texts.
+            ValueError: if images are not given in exactly one form, or their number does not divide that of the texts.
         """
         return self._match(input_ids, attention_mask, image_key_values, image_embeds, pixel_values, **kwargs)[0]
 
     def _match(self, input_ids, attention_mask, image_key_values, image_embeds, pixel_values, **kwargs):
-        """`(logits, outputs of the Q-Former)`."""
+        """Return `(logits, outputs of the Q-Former)`."""
         if sum(given is not None for given in (image_key_values, image_embeds, pixel_values)) != 1:
-            raise ValueError("Give one of image_key_values, image_embeds and pixel_values.")
+            raise ValueError("Give exactly one of image_key_values, image_embeds and pixel_values.")
         if pixel_values is not None:
             image_embeds = self.get_image_embeds(pixel_values)
         if image_key_values is None:
@@ -168,17 +168,17 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         num_images = len(image_key_values[0][0])
         if len(input_ids) % num_images:
             raise ValueError(
-                f"There are {len(input_ids)} texts for {num_images} images: as many texts for each image were "
-                "expected. For all pairs, call the model itself; for others, repeat the texts."
+                f"There are {len(input_ids)} texts for {num_images} images: the same number of texts for each image "
+                "was expected. For all pairs, call the model itself; for others, repeat the texts."
             )
-        input_ids, attention_mask = self._texts(input_ids, attention_mask)
+        input_ids, attention_mask = self._prepare_texts(input_ids, attention_mask)
         query_length = self.config.num_query_tokens
         embeds = self.embeddings(input_ids=input_ids, query_embeds=self.query_tokens(len(input_ids)))
         mask = torch.cat([attention_mask.new_ones(len(attention_mask), query_length), attention_mask], dim=1)
         outputs = self.qformer(
             query_embeds=embeds,
             query_length=query_length,
-            # Without padding everything sees everything
+            # Without padding, everything attends to everything
             attention_mask=None if bool(mask.all()) else mask,
             encoder_key_values=image_key_values,
             output_length=query_length,
@@ -187,13 +187,13 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         return self._matching_logits(outputs.last_hidden_state), outputs
 
     def _matching_logits(self, queries: torch.Tensor) -> torch.Tensor:
-        """The mean over queries of what the head says of each."""
+        """Return the mean over queries of the matching head's scores."""
         return upcast_to_float32(self.itm_head(queries.to(self.itm_head.weight.dtype)).mean(dim=1))
 
-    def _texts(
+    def _prepare_texts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, min_length: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same texts without placeholders of images, all their padding behind them."""
+        """Return the same texts without placeholders of images, with all padding after them."""
         image_token = self.config.image_token_index
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -209,7 +209,7 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
 
 
 def l2_normalize(features: torch.Tensor) -> torch.Tensor:
-    """Scale features to length 1, in float32 at least: half precision rounds similar similarities to the same."""
+    """Scale features to length 1, in float32 at least because half precision rounds close similarities alike."""
     return normalize(upcast_to_float32(features), dim=-1)
 
 

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .bert_weights import load_bert_with_head
 from .configuration_blip2 import Blip2Config
 from .distributed import GlobalBatch
+from .frozen import upcast_trained_parameters
 from .generation_qformer import Blip2QFormerGenerationMixin
 from .gradient_caching import GradientCachingMixin
 from .losses import (
@@ -28,17 +29,18 @@ from .losses import (
 from .modeling_base import Blip2PreTrainedModel, image_side_from_parts
 from .modeling_image_text import Blip2ImageTextPreTrainedModel, l2_normalize, upcast_to_float32
 from .modeling_qformer import ImageKeyValues, block_attention_mask
+from .text_inputs import check_one_image_input
 
 
 @dataclass
 class Blip2ForPreTrainingOutput(ModelOutput):
     r"""
-    Output of [`Blip2ForPreTraining`]. `world_size` batches make the global one; without torch.distributed it is the
-    batch.
+    Output of [`Blip2ForPreTraining`]. The global batch is that of all processes; without torch.distributed it is the
+    batch itself.
 
     Args:
         loss (`torch.Tensor` of shape `()`):
-            The sum of the three.
+            Sum of the three losses.
         loss_itc, loss_itm, loss_itg (`torch.Tensor` of shape `()`):
             Image-text contrastive, image-text matching and image-grounded text generation loss. Their mean over
             processes is the loss of the global batch.
@@ -50,7 +52,7 @@ class Blip2ForPreTrainingOutput(ModelOutput):
             Scores of no and yes: for the pairs, for a negative image with each text, for a negative text with each
             image.
         itg_logits (`torch.Tensor` of shape `(num_labels, vocab_size)`):
-            Scores of the next token where there is one, row by row. Not kept with gradient caching.
+            Scores of the next token at positions that have one, row by row. Not returned with gradient caching.
         negative_image_index, negative_text_index (`torch.LongTensor` of shape `(batch_size,)`):
             Which image of the global batch was drawn for each text, and which text for each image.
         image_features (`torch.Tensor` of shape `(batch_size, num_query_tokens, image_text_hidden_size)`):
@@ -58,7 +60,8 @@ class Blip2ForPreTrainingOutput(ModelOutput):
         text_features (`torch.Tensor` of shape `(batch_size, image_text_hidden_size)`):
             Projected [CLS] of the texts, of length 1.
         hidden_states, attentions, cross_attentions (`tuple[torch.Tensor]`, *optional*):
-            Those of the first pass, over `[queries | text with [CLS] | text with [DEC]]`. Not with gradient caching.
+            Those of the first pass, over `[queries | text with [CLS] | text with [DEC]]`. Not returned with gradient
+            caching.
     """
 
     loss: torch.Tensor | None = None
@@ -81,8 +84,8 @@ class Blip2ForPreTrainingOutput(ModelOutput):
 @dataclass
 class _Texts:
     """
-    Embedded texts, all padding behind them: as they are, and with [DEC] in place of [CLS]. `labels` are the tokens to
-    be written, `label_index` the position before each, counted over all rows.
+    Embedded texts, with all padding after them: as they are (`embeds`), and with [DEC] in place of [CLS]
+    (`decoder_embeds`). `labels` are the tokens to predict, `label_index` the position before each, over all rows.
     """
 
     embeds: torch.Tensor
@@ -101,9 +104,9 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
     `[queries | text with [CLS] | text with [DEC]]` under a block mask, for ITC and ITG, and one over pairs of image
     and text, for ITM, with hard negatives drawn from the similarities of the first.
 
-    In several processes, the texts and images of all of them are contrasted, and negatives are drawn from all of them;
-    gradients flow through what is gathered. The mean over processes of losses and gradients, which data parallelism
-    takes, is that of the whole batch in one process.
+    In several processes, the texts and images of all of them are contrasted, and negatives are drawn from all of them.
+    Gradients flow between processes. Data parallelism takes the mean over processes of losses and gradients, which is
+    that of the whole batch in one process.
 
     Args:
         config ([`Blip2Config`]):
@@ -129,7 +132,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
     _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\."]
     _parts_not_in_transformers = ("temperature", "lm_head")
     _class_in_transformers = "Blip2ForImageTextRetrieval"
-    # What is trained stays in float32, also where the rest is bfloat16; patterns, for towers use the same names inside
+    # Trained parts stay in float32 if the rest is bfloat16. Patterns, because towers use the same names inside
     _keep_in_fp32_modules = None
     _keep_in_fp32_modules_strict = [
         *Blip2PreTrainedModel._keep_in_fp32_modules,
@@ -141,7 +144,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         "lm_head",
         "temperature",
     ]
-    # Each loss is a mean of its own over the batch: Trainer is to average them over accumulation steps
+    # Trainer averages the loss over accumulation steps, because each loss is a mean over the batch already
     accepts_loss_kwargs = False
 
     def __init__(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
@@ -156,7 +159,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
                 f"qformer_config.bos_token_id, the id of [DEC], is {qformer_config.bos_token_id} in a vocabulary of "
                 f"{qformer_config.vocab_size}: add [DEC] to the vocabulary and give its id."
             )
-        # The head for ITG has the word embeddings for its weight, as BERT's has
+        # The head for ITG shares its weight with the word embeddings, as in BERT
         config.tie_word_embeddings = True
         super().__init__(config)
         self._build_image_side(config, vision_model)
@@ -173,9 +176,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
 
     def freeze(self) -> "Blip2ForPreTraining":
         super().freeze()
-        for parameter in self.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
+        upcast_trained_parameters(self)
         return self
 
     def get_output_embeddings(self) -> nn.Module:
@@ -198,6 +199,8 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | Blip2ForPreTrainingOutput:
         r"""
+        Compute the three losses of stage 1, or features and similarities alone.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
                 Images.
@@ -209,11 +212,11 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
                 0 at padding, which may stand on either side. Each text has two tokens at least.
             image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Which image it is: pairs of the same image share the target of ITC and are no negatives of each other,
-                in all processes. All images differ, if it is not given. A pair without a negative in the batch counts
-                for matching as it is, without one.
+                Id of each image. Pairs with the same id, in all processes, share the target of ITC and are no
+                negatives of each other. By default all images differ. A pair without a negative in the batch enters
+                ITM without one.
             return_loss (`bool`, *optional*, defaults to `True`):
-                Whether the losses are computed, or only features and similarities, of the pairs of this process.
+                Whether to compute the losses, or only features and similarities of the pairs of this process.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 Whether position embeddings are interpolated to the size of the images.
             kwargs:
@@ -223,24 +226,25 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             [`Blip2ForPreTrainingOutput`].
 
         Raises:
-            ValueError: if there is nothing to contrast with: a batch, over all processes, of one pair; if a text has
-                fewer than two tokens, or tokens that the Q-Former does not know.
+            ValueError: if the batches of all processes have one pair in all, which leaves nothing to contrast with; if
+                a text has fewer than two tokens, or tokens that the Q-Former does not know.
         """
-        if (pixel_values is None) == (image_embeds is None):
-            raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
+        check_one_image_input(pixel_values, image_embeds)
         if image_embeds is None:
             image_embeds = self._image_embeds_by_chunks(pixel_values, interpolate_pos_encoding)
         if input_ids is None or len(input_ids) != len(image_embeds):
-            given = "none" if input_ids is None else str(len(input_ids))
-            raise ValueError(f"There are {len(image_embeds)} images and {given} texts: give input_ids, one text each.")
+            given = "no" if input_ids is None else len(input_ids)
+            raise ValueError(
+                f"There are {len(image_embeds)} images and {given} texts: give input_ids with one text for each image."
+            )
         if not return_loss:
-            # Of this process alone: others may be doing something else
+            # Of this process alone, because others may be doing something else
             image_features = self.get_image_features(image_embeds=image_embeds, return_dict=True).pooler_output
             text_features = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
             own = GlobalBatch([len(input_ids)], rank=0, length=input_ids.shape[1])
             return Blip2ForPreTrainingOutput(**self._compare(own, image_features, text_features))
-        # ITG writes what follows the first token
-        input_ids, attention_mask = self._texts(input_ids, attention_mask, min_length=2)
+        # ITG predicts the tokens after the first
+        input_ids, attention_mask = self._prepare_texts(input_ids, attention_mask, min_length=2)
         batch = GlobalBatch.of(len(input_ids), input_ids.shape[1], input_ids.device)
         is_match = self._matches(batch, image_ids, input_ids.device)
         if batch.size == 1:
@@ -257,7 +261,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
 
     @staticmethod
     def _matches(batch: GlobalBatch, image_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """`(batch_size, global_batch_size)`: which pairs are of the same image."""
+        """Return which pairs are of the same image, of shape `(batch_size, global_batch_size)`."""
         if image_ids is None:
             own = torch.arange(batch.start, batch.start + batch.rows[batch.rank], device=device)
             return own[:, None] == torch.arange(batch.size, device=device)
@@ -265,7 +269,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         return image_ids[:, None] == batch.gather(image_ids)
 
     def _losses(self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs) -> dict[str, Any]:
-        """Compute what the output holds, but for the sum of the losses."""
+        """Compute all fields of the output except the sum of the losses."""
         texts = self._embed_texts(input_ids, attention_mask)
         images = self.get_image_key_values(image_embeds)
         image_features, text_features, itg_logits, passed = self._first_pass(images, texts, **kwargs)
@@ -292,7 +296,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         }
 
     def _embed_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Texts:
-        """One look-up for both copies of the texts: the gradient of a vocabulary is large."""
+        """Embed both copies of the texts in one look-up, because the gradient of the vocabulary is large."""
         length = input_ids.shape[1]
         dec = torch.full_like(input_ids[:, :1], self.config.qformer_config.bos_token_id)
         positions = torch.arange(length + 1, device=input_ids.device) % length
@@ -306,7 +310,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
     def _first_pass(
         self, images: ImageKeyValues, texts: _Texts, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ModelOutput]:
-        """`(image_features, text_features, itg_logits, outputs)` of queries and both copies of the text."""
+        """Run queries and both copies of the text: `(image_features, text_features, itg_logits, outputs)`."""
         query_length, text_length = self.config.num_query_tokens, texts.embeds.shape[1]
         outputs = self.qformer(
             query_embeds=torch.cat([self.query_tokens(len(texts.embeds)), texts.embeds, texts.decoder_embeds], dim=1),
@@ -345,13 +349,13 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         }
 
     def _fetch_images(self, batch: GlobalBatch, image_embeds: torch.Tensor, index: torch.Tensor) -> ImageKeyValues:
-        """Keys and values of images of any process: the tower's output travels, once to each process that drew it."""
+        """Compute keys and values of images of any process, to which only the tower's output is sent."""
         unique, inverse = index.unique(return_inverse=True)
         return _select(self.get_image_key_values(batch.fetch(image_embeds, unique)), inverse)
 
     @staticmethod
     def _gather_texts(batch: GlobalBatch, input_ids: torch.Tensor, attention_mask: torch.Tensor):
-        """The texts of all processes: a few numbers each."""
+        """Gather the token ids and masks of the texts of all processes."""
         return batch.gather_padded(torch.stack([input_ids, attention_mask], dim=2)).unbind(2)
 
     def _fetch_texts(self, batch, input_ids, attention_mask, index) -> tuple[torch.Tensor, torch.Tensor]:
@@ -367,7 +371,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         negative_embeds: torch.Tensor,
         negative_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """`itm_logits` of the pairs, of negative images with the texts, and of the images with negative texts."""
+        """Return `itm_logits` of the pairs, of negative images with the texts, and of images with negative texts."""
         query_length = self.config.num_query_tokens
         embeds = _cat_padded([text_embeds, text_embeds, negative_embeds])
         mask = _cat_padded([text_mask, text_mask, negative_mask])
@@ -383,7 +387,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
     @staticmethod
     def _pair_losses(batch, compared, itm_logits, is_match) -> dict[str, torch.Tensor]:
         share = batch.size / batch.world_size
-        # Own pairs, then negative images and negative texts, where a pair has any
+        # Pairs, then negative images and negative texts, which are ignored if a pair has none
         negatives = is_match.all(dim=1).long() * -100
         labels = torch.cat([torch.ones_like(negatives), negatives, negatives])
         return {
@@ -407,13 +411,13 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         **qformer_kwargs,
     ) -> "Blip2ForPreTraining":
         r"""
-        Where stage 1 begins: a tower that stays as it is, and a Q-Former that starts from BERT.
+        Make a model for stage 1 from a tower, which stays as it is, and a BERT, from which the Q-Former starts.
 
         Args:
             vision_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
                 Any tower of `AutoModel`, or a model that has one in it (CLIP, SigLIP, LLaVA, BLIP-2).
             text_encoder (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`]):
-                Any BERT. Its masked-language-modelling head, where it has one, starts the head for ITG. [DEC] is the
+                Any BERT. Its masked-language-modelling head, if it has one, starts the head for ITG. [DEC] is the
                 token after those of its tokenizer: `tokenizer.add_special_tokens({"bos_token": "[DEC]"})`.
             vision_feature_layer (`int`, *optional*):
                 Index into the tower's `hidden_states`.
@@ -422,7 +426,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             image_text_hidden_size (`int`, *optional*, defaults to 256):
                 Width of the space in which images and texts are compared.
             load_vision_tower (`bool`, *optional*, defaults to `True`):
-                `False` leaves the tower out, for training from its stored output alone (see
+                `False` leaves the tower out, to train from its stored output alone (see
                 [`~Blip2PreTrainedModel.attach_vision_tower`]).
             qformer_kwargs (`dict`):
                 Fields of [`Blip2QFormerConfig`], such as `cross_attention_frequency`.
@@ -466,7 +470,7 @@ Blip2ForPreTraining = Blip2HfForPreTraining
 
 
 def _cat_padded(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of several tensors, zeros behind those that are shorter in their second axis."""
+    """Join the rows of several tensors, with zeros after those that are shorter in their second axis."""
     length = max(tensor.shape[1] for tensor in tensors)
     trailing = (0, 0) * (tensors[0].dim() - 2)
     return torch.cat([nn.functional.pad(tensor, (*trailing, 0, length - tensor.shape[1])) for tensor in tensors])

@@ -32,7 +32,7 @@ ImageKeyValues = tuple[KeyValues, ...]
 @dataclass
 class QFormerTextCache:
     """
-    What text already written has left behind, for the next token (see [`Blip2QFormerModel`]).
+    Keys and values of the queries and of the text so far, to generate the next token (see [`Blip2QFormerModel`]).
 
     Args:
         query_key_values (`torch.Tensor` of shape `(batch_size, layers, 2, heads, num_query_tokens, head_dim)`):
@@ -59,8 +59,8 @@ class Blip2TextEmbeddings(TransformersBlip2TextEmbeddings):
         position_ids: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return embedded text, behind the queries if they are given."""
-        # transformers' own brings the tokens to the device of the weights, which is none if they are offloaded
+        """Return embedded text, after the queries if they are given."""
+        # transformers' own moves the tokens to the device of the weights, which is meta if they are offloaded
         if position_ids is None:
             position_ids = self.position_ids[:, : input_ids.shape[1]]
         embeds = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
@@ -69,11 +69,11 @@ class Blip2TextEmbeddings(TransformersBlip2TextEmbeddings):
 
 class FoldedLinear(nn.Linear):
     """
-    A projection of image features that has the LayerNorm before it folded in: `(x * g + b) W = x (W * g) + b W`.
+    A projection of image features with the LayerNorm before it folded in: `(x * g + b) W = x (W * g) + b W`.
 
-    While the tower is frozen, the weight `g` and the bias `b` of the LayerNorm behind it are all that is trained of
-    its features `x`. Folded, they cost no gradient into the features, one of three matrix products in the backward
-    pass. FSDP wraps this module by itself, because it is called outside its layer.
+    If the tower is frozen, its features `x` need no gradient, and only the LayerNorm's weight `g` and bias `b` are
+    trained. Folding saves the gradient of `x * g + b`: one of the three matrix products of forward and backward.
+    FSDP wraps this module by itself, because it is called outside its layer.
     """
 
     def forward(
@@ -102,7 +102,7 @@ def fold_layernorm(
         `tuple`: the arguments of [`FoldedLinear`], the features alone or with `scale` and `shift`.
     """
     image_embeds = image_embeds.to(layernorm.weight.dtype)
-    # accelerate brings offloaded weights for a call of their module alone
+    # accelerate loads offloaded weights only for a call of their own module
     is_trained = torch.is_grad_enabled() and layernorm.weight.requires_grad and not layernorm.weight.is_meta
     if not is_trained or image_embeds.requires_grad:
         return (layernorm(image_embeds),)
@@ -110,7 +110,7 @@ def fold_layernorm(
 
 
 class Blip2QFormerMultiHeadAttention(nn.Module):
-    """What self-attention and cross-attention share."""
+    """Base class of self-attention and cross-attention."""
 
     def __init__(self, config: Blip2QFormerConfig):
         super().__init__()
@@ -140,7 +140,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return `(output, probabilities)`; `output` has the shape `(batch_size, length, hidden_size)`."""
         if attention_mask is not None:
-            # Flex attention looks the mask up by query, and there may be fewer of them than the mask was made for
+            # Flex attention indexes the mask by query, and the mask may have rows for more queries than there are
             attention_mask = attention_mask[:, :, : query.shape[2]].expand(-1, -1, query.shape[2], -1)
         name = self._attn_implementation(query, attention_mask, kwargs.get("output_attentions"))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
@@ -156,7 +156,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         self, query: torch.Tensor, attention_mask: torch.Tensor | None, output_attentions: bool | None
     ) -> str:
         if output_attentions:
-            # No other implementation returns probabilities. Of this call alone: other threads may use the model too
+            # Only eager returns probabilities. For this call alone, because other threads may use the model too
             return "eager"
         name = self.config._attn_implementation
         # Flash kernels take neither float32 nor a mask between queries and text: SDPA computes the same
@@ -215,12 +215,15 @@ class Blip2QFormerCrossAttention(Blip2QFormerMultiHeadAttention):
         return torch.cat([self._attend_to_images(rows, *images, **kwargs)[0] for rows, images in pairs]), None
 
     def _attend_to_images(self, query, key, value, attention_mask=None, **kwargs):
-        """Attend to images, each of which serves as many rows as the others, next to one another."""
+        """Attend to images, each of which serves the same number of rows, one after the other."""
         (rows, heads, query_length, head_dim), images = query.shape, key.shape[0]
         if images == rows:
             return self.attend(query, key, value, attention_mask, **kwargs)
         if attention_mask is not None:
-            raise ValueError("encoder_attention_mask needs keys and values of one image for each row of the batch.")
+            raise ValueError(
+                f"encoder_attention_mask was given with {images} images for {rows} rows: one image for each row was "
+                "expected."
+            )
         # The rows of an image become one row of more queries, so that its keys are not repeated
         query = query.view(images, -1, heads, query_length, head_dim).transpose(1, 2).flatten(2, 3)
         output, _ = self.attend(query, key, value, **kwargs)
@@ -282,17 +285,17 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def attach_text_network(self, trained: "Blip2QFormerLayer"):
-        """Takes over another layer's feed-forward network for text; it is trained where that of the queries is."""
+        """Copy another layer's feed-forward network for text, which is trained if that of the queries is."""
         like = self.intermediate_query.dense.weight
         for name, network in (("intermediate", BertIntermediate(self.config)), ("output", BertOutput(self.config))):
             network.load_state_dict(getattr(trained, name).state_dict())
             setattr(self, name, network.to(like).train(self.training).requires_grad_(like.requires_grad))
-        # As in a layer that is made with it
+        # In the order of a layer that is made with it
         for name in ("intermediate_query", "output_query"):
             self._modules[name] = self._modules.pop(name)
 
     def _feed_forward(self, intermediate: BertIntermediate, output: BertOutput, states: torch.Tensor) -> torch.Tensor:
-        """The wide states are kept once, before their activation, which costs little to compute again."""
+        """Apply a network, and keep only the wide states before their activation, which is cheap to compute again."""
         wide = intermediate.dense(states)
         if not (self.training and wide.requires_grad):
             return output(intermediate.intermediate_act_fn(wide), states)
@@ -355,7 +358,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
         self, encoder_hidden_states: torch.Tensor, layernorm: nn.LayerNorm | None = None
     ) -> ImageKeyValues:
         r"""
-        Compute the image's keys and values for each cross-attention layer: once, for any number of texts.
+        Compute the image's keys and values for each cross-attention layer, once for any number of texts.
 
         Args:
             encoder_hidden_states (`torch.Tensor` of shape `(num_images, num_features, encoder_hidden_size)`):
@@ -375,12 +378,12 @@ class Blip2HfQFormerModel(PreTrainedModel):
         elif all(isinstance(projection, FoldedLinear) for projection in projections):
             features = fold_layernorm(encoder_hidden_states, layernorm)
         else:
-            # An adapter, a quantised map or FSDP stands in the place of a projection
+            # An adapter, a quantised layer or FSDP has taken the place of a projection
             features = (layernorm(encoder_hidden_states.to(layernorm.weight.dtype)),)
         features = tuple(tensor.to(self.layernorm.weight.dtype) for tensor in features)
         kind = encoder_hidden_states.device.type
         if torch.is_autocast_enabled(kind):
-            # Cast once, not in each projection, which would keep as many copies
+            # Cast once, because each projection would keep a copy of its own
             features = (features[0].to(torch.get_autocast_dtype(kind)), *features[1:])
         return tuple(layer.project_image(*features) for layer in layers)
 
@@ -399,15 +402,17 @@ class Blip2HfQFormerModel(PreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPoolingAndCrossAttentions:
         r"""
+        Run queries and text through the layers.
+
         Args:
             query_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
                 The queries, then the embedded text; either may be missing.
             query_length (`int`, *optional*):
-                How many of them are queries. All, if it is not given; 0 for text alone.
+                Number of queries among them. Defaults to all; 0 for text alone.
             attention_mask (`torch.Tensor`, *optional*):
-                1 where there is something to attend to: of shape `(batch_size, sequence_length)`, or, to say who sees
-                whom, `(batch_size, sequence_length, sequence_length)` (see [`block_attention_mask`]), or 4-D with a
-                head axis; a 4-D mask of floats is added to the scores as it is.
+                1 at positions that may be attended to: of shape `(batch_size, sequence_length)`, or, for each query
+                position, `(batch_size, sequence_length, sequence_length)` (see [`block_attention_mask`]), or 4-D with
+                a head axis. A 4-D mask of floats is added to the scores as it is.
             encoder_hidden_states (`torch.Tensor` of shape `(num_images, num_features, encoder_hidden_size)`, \
 *optional*):
                 Image features, after the LayerNorm that follows the tower. Queries need them, or
@@ -416,12 +421,12 @@ class Blip2HfQFormerModel(PreTrainedModel):
                 0 at image features that are padding.
             encoder_key_values (`tuple`, *optional*):
                 What [`~Blip2QFormerModel.project_image`] returned, in place of `encoder_hidden_states`; or a list of
-                such, among which the rows of the batch are divided evenly. Each image serves as many rows as the
-                others, next to one another: `batch_size` may be a multiple of the number of images.
+                such, among which the rows of the batch are divided evenly. Each image serves the same number of rows,
+                one after the other: `batch_size` may be a multiple of the number of images.
             past_key_values (`Cache` or `QFormerTextCache`, *optional*):
-                Takes the keys and values of the self-attention, and gives those before them.
+                Cache to which the keys and values of the self-attention are added.
             output_length (`int`, *optional*):
-                How many of the first positions the last layer computes. All, if it is not given.
+                Number of the first positions that the last layer computes. Defaults to all.
             kwargs:
                 `output_hidden_states` and `output_attentions`, for which this call computes attention eagerly.
 
@@ -450,7 +455,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
                 query_length,
                 past_key_values,
                 output_length if index == len(self.encoder.layer) - 1 else None,
-                # One by one: activation checkpointing of the older kind does not look into tuples
+                # One by one, because reentrant activation checkpointing does not look into tuples
                 *(tensor for key_value in images for tensor in key_value),
                 **kwargs,
             )
@@ -476,8 +481,8 @@ class Blip2HfQFormerModel(PreTrainedModel):
         cls, text_encoder: str | os.PathLike | PreTrainedModel, encoder_hidden_size: int, **config_kwargs
     ) -> "Blip2QFormerModel":
         r"""
-        A Q-Former that starts from a BERT, as in the paper (section 3.1): the feed-forward network for queries starts
-        as a copy of that for text, the cross-attention from N(0, `initializer_range`).
+        Make a Q-Former that starts from a BERT, as in the paper (section 3.1): the feed-forward network for queries
+        starts as a copy of that for text, the cross-attention from N(0, `initializer_range`).
 
         Args:
             text_encoder (`str`, `os.PathLike` or [`~transformers.BertModel`]):
@@ -505,7 +510,7 @@ Blip2QFormerModel = Blip2HfQFormerModel
 
 def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """
-    A mask as every attention implementation takes it.
+    Return a mask as every attention implementation takes it.
 
     Args:
         mask (`torch.Tensor`, *optional*):
@@ -513,7 +518,7 @@ def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
             `(batch_size, query_length, key_length)` or `(batch_size, 1 or heads, query_length, key_length)`. A 4-D
             mask of floats is returned as it is.
         dtype (`torch.dtype`):
-            Of the hidden states.
+            The dtype of the hidden states.
 
     Returns:
         `torch.Tensor` of 4 dimensions, 0 where attention is allowed and the lowest finite number elsewhere, or `None`.
@@ -530,8 +535,8 @@ def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
 
 def block_attention_mask(query_length: int, attention_mask: torch.Tensor) -> torch.Tensor:
     """
-    Who sees whom in `[queries | text with [CLS] | text with [DEC]]`: one pass that gives what the contrastive and the
-    generative objective need (section 3.2, figure 2). Queries see queries; the `[CLS]` copy sees itself; the `[DEC]`
+    Return the mask of `[queries | text with [CLS] | text with [DEC]]`, with which one pass serves the contrastive and
+    the generative objective (section 3.2, figure 2). Queries see queries; the `[CLS]` copy sees itself; the `[DEC]`
     copy sees the queries and, causally, itself.
 
     Args:

@@ -1,4 +1,4 @@
-"""BLIP-2 for retrieval: features of images and texts that are compared, and scores of pairs (sections 3.2 and 4.4)."""
+"""BLIP-2 for retrieval: features with which images and texts are compared, scores of pairs (sections 3.2 and 4.4)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_blip2 import Blip2Config
 from .losses import image_text_similarity
 from .modeling_image_text import Blip2ImageTextPreTrainedModel
+from .text_inputs import check_one_image_input
 
 
 @dataclass
@@ -20,21 +21,21 @@ class Blip2ForImageTextRetrievalOutput(ModelOutput):
 
     Args:
         logits_per_image (`torch.Tensor`):
-            By contrast (ITC), of shape `(num_images, num_texts)`: the highest of the cosines of an image's queries
-            with a text, over the temperature if that was asked for. By matching (ITM), scores of no and yes: of shape
+            By contrast (ITC), of shape `(num_images, num_texts)`: the highest cosine of an image's queries with a
+            text, over the temperature with `use_temperature=True`. By matching (ITM), scores of no and yes: of shape
             `(num_pairs, 2)` for pairs, `(num_images, num_texts, 2)` for all pairs.
         logits_per_text (`torch.Tensor`):
             The same from the texts' side: `(num_texts, num_images)`, `(2, num_pairs)` or `(num_texts, num_images, 2)`.
         text_embeds (`torch.Tensor`):
             By contrast, of shape `(num_texts, image_text_hidden_size)`: the texts' features, of length 1. By matching,
-            of shape `(num_pairs, num_query_tokens, hidden_size)`: the queries, having read image and text.
+            of shape `(num_pairs, num_query_tokens, hidden_size)`: the output queries for image and text.
         image_embeds (`torch.Tensor`):
             By contrast, of shape `(num_images, num_query_tokens, image_text_hidden_size)`: the images' features, of
             length 1. By matching, of shape `(num_images, features, vision hidden_size)`: the tower's output.
         text_model_output (`ModelOutput`, *optional*):
             Output of the Q-Former for the texts, or for the pairs.
         vision_model_output (`ModelOutput`, *optional*):
-            Output of the vision tower, where it has run.
+            Output of the vision tower, if it has run.
     """
 
     logits_per_image: torch.Tensor | None = None
@@ -54,8 +55,8 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
     compares features that are computed once for each image and text, and by matching (ITM), which reads both together.
 
     It loads what [`Blip2ForPreTraining`] has learned, transformers' own `Blip2ForImageTextRetrieval`, and LAVIS's
-    checkpoints ([`load_lavis_checkpoint`]). A checkpoint of transformers has no temperature: it is then 0.07, where
-    training begins. To fine-tune it, train a [`Blip2ForPreTraining`].
+    checkpoints ([`load_lavis_checkpoint`]). A checkpoint of transformers has no temperature, which is then 0.07, as at
+    the start of training. To fine-tune the model, train a [`Blip2ForPreTraining`].
 
     For a collection, see [`~evaluation.TwoStageRetrieval`]: contrast finds candidates, matching ranks them.
 
@@ -83,7 +84,7 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
     main_input_name = "pixel_values"
     _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\.", r"^lm_head\."]
     _keep_in_fp32_modules_strict = ["vision_projection", "text_projection", "itm_head", "temperature"]
-    # Learned before, or 0.07
+    # Checkpoints of transformers lack it: it is then 0.07
     _keys_to_ignore_on_load_missing = [r"^temperature\.weight$"]
 
     def __init__(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
@@ -112,6 +113,8 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | Blip2ForImageTextRetrievalOutput:
         r"""
+        Score images and texts, by contrast (ITC) or by matching (ITM).
+
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
                 Images.
@@ -124,10 +127,10 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
             image_embeds (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, *optional*):
                 In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
             all_pairs (`bool`, *optional*):
-                For matching: whether every image is matched with every text, or image `i` with text `i`. If it is not
-                given: the latter where there are as many images as texts, as in transformers.
+                For matching: whether every image is matched with every text, or image `i` with text `i`. Defaults to
+                `False` if there are as many images as texts, as in transformers, otherwise to `True`.
             use_temperature (`bool`, *optional*, defaults to `False`):
-                For contrast: whether the cosines are divided by the temperature, as softmax wants them.
+                For contrast: whether the cosines are divided by the temperature, as a softmax expects.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 Whether position embeddings are interpolated to the size of the images.
             kwargs:
@@ -138,18 +141,17 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
 
         Raises:
             ValueError: if not exactly one of `pixel_values` and `image_embeds` is given, there is no text or no image,
-                a text is longer than the Q-Former's positions, or an option is given that says nothing.
+                a text is longer than the Q-Former's positions, or an option is given that has no effect.
         """
-        if (pixel_values is None) == (image_embeds is None):
-            raise ValueError("Give either pixel_values or image_embeds, the tower's output in their place.")
+        check_one_image_input(pixel_values, image_embeds)
         if input_ids is None or len(input_ids) == 0:
-            raise ValueError("Give input_ids, the texts. For images alone there is get_image_features.")
+            raise ValueError("There are no texts. Give input_ids, or call get_image_features for images alone.")
         if len(image_embeds if pixel_values is None else pixel_values) == 0:
-            raise ValueError("There are no images. For texts alone there is get_text_features.")
+            raise ValueError("There are no images. Give some, or call get_text_features for texts alone.")
         if use_temperature and use_image_text_matching_head:
-            raise ValueError("use_temperature=True is for contrast: matching has no temperature.")
+            raise ValueError("use_temperature=True is for contrast: matching has no temperature. Leave it out.")
         if all_pairs is not None and not use_image_text_matching_head:
-            raise ValueError("all_pairs is for matching: contrast always compares all pairs.")
+            raise ValueError("all_pairs is for matching: contrast always compares all pairs. Leave it out.")
         vision_outputs = None
         if pixel_values is not None:
             vision_outputs = self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs)
@@ -179,7 +181,9 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
         if all_pairs is None:
             all_pairs = num_images != num_texts
         if not all_pairs and num_images != num_texts:
-            raise ValueError(f"all_pairs=False with {num_images} images and {num_texts} texts: as many were expected.")
+            raise ValueError(
+                f"all_pairs=False with {num_images} images and {num_texts} texts: one text an image was expected."
+            )
         if all_pairs:
             input_ids = input_ids.repeat(num_images, 1)
             attention_mask = None if attention_mask is None else attention_mask.repeat(num_images, 1)

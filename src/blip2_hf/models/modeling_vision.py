@@ -57,7 +57,7 @@ class Blip2VisionEmbeddings(TransformersBlip2VisionEmbeddings):
 
 
 class Blip2VisionLayer(Blip2EncoderLayer):
-    """A block whose two branches are left out at random, sample by sample."""
+    """A block whose two branches are dropped at random, sample by sample (stochastic depth)."""
 
     def __init__(self, config: Blip2VisionConfig, drop_path_rate: float):
         super().__init__(config)
@@ -81,8 +81,7 @@ class Blip2VisionEncoder(nn.Module):
     def stop_at(self, vision_feature_layer: int | None):
         layer = -1 if vision_feature_layer is None else vision_feature_layer
         num_hidden_states = len(self.layers) + 1
-        if not -num_hidden_states <= layer < num_hidden_states:
-            raise ValueError(f"vision_feature_layer={layer}, but the tower has {num_hidden_states} hidden states.")
+        _check_feature_layer(layer, num_hidden_states)
         self.num_layers_to_run = layer % num_hidden_states
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -95,7 +94,7 @@ class Blip2HfVisionModel(PreTrainedModel):
     r"""
     The vision transformer of BLIP-2: EVA-CLIP ViT-g/14 or CLIP ViT-L/14, without the last block (section 3.1).
 
-    `last_hidden_state` is the output of the last block, **before** `post_layernorm`: it can be stored, since
+    `last_hidden_state` is the output of the last block, **before** `post_layernorm`: it can be stored, because
     `post_layernorm` is trained while the rest is frozen. The models that join the tower to a Q-Former apply it.
 
     Args:
@@ -145,6 +144,8 @@ class Blip2HfVisionModel(PreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
+        Compute the features of images.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`):
                 Normalised images of any size of at least one patch.
@@ -220,6 +221,8 @@ class Blip2AutoVisionModel(PreTrainedModel):
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs
     ) -> BaseModelOutputWithPooling:
         r"""
+        Compute the features of images.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
                 Images as the tower's own image processor makes them.
@@ -231,7 +234,7 @@ class Blip2AutoVisionModel(PreTrainedModel):
             `(num_images, features, hidden_size)`, before `post_layernorm`.
 
         Raises:
-            ValueError: if the tower returns something of another width, or has not so many layers.
+            ValueError: if the tower's features have another width, or there is no layer `vision_feature_layer`.
         """
         if self.interpolates:
             kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
@@ -239,36 +242,40 @@ class Blip2AutoVisionModel(PreTrainedModel):
         if layer is not None:
             kwargs["output_hidden_states"] = True
         outputs = self.tower(pixel_values=pixel_values.to(self.tower.dtype), return_dict=True, **kwargs)
-        features = outputs.last_hidden_state if layer is None else self._hidden_state(outputs.hidden_states, layer)
+        features = outputs.last_hidden_state
+        if layer is not None:
+            _check_feature_layer(layer, len(outputs.hidden_states))
+            features = outputs.hidden_states[layer]
         return BaseModelOutputWithPooling(
             last_hidden_state=flatten_feature_map(features, self.hidden_size),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
 
-    @staticmethod
-    def _hidden_state(hidden_states: tuple[torch.Tensor, ...], layer: int) -> torch.Tensor:
-        if not -len(hidden_states) <= layer < len(hidden_states):
-            raise ValueError(f"vision_feature_layer={layer}, but the tower has {len(hidden_states)} hidden states.")
-        return hidden_states[layer]
+
+def _check_feature_layer(layer: int, num_hidden_states: int):
+    if not -num_hidden_states <= layer < num_hidden_states:
+        raise ValueError(
+            f"vision_feature_layer={layer}, but the tower has {num_hidden_states} hidden states: give an index of one."
+        )
 
 
 def flatten_feature_map(features: torch.Tensor, hidden_size: int) -> torch.Tensor:
     """
-    The output of a vision tower as a sequence.
+    Return the output of a vision tower as a sequence.
 
     Args:
         features (`torch.Tensor` of shape `(num_images, length, hidden_size)`, \
 `(num_images, hidden_size, height, width)` or `(num_images, height, width, hidden_size)`):
-            What the tower returns.
+            The output of the tower.
         hidden_size (`int`):
-            Width of the features: tells the axis.
+            Width of the features, by which their axis is found.
 
     Returns:
         `torch.Tensor` of shape `(num_images, length or height * width, hidden_size)`.
 
     Raises:
-        ValueError: if no axis has that width where it should.
+        ValueError: if the axis of features does not have that width.
     """
     if features.dim() == 4 and features.shape[1] == hidden_size:
         features = features.flatten(2).transpose(1, 2)
@@ -284,7 +291,7 @@ def flatten_feature_map(features: torch.Tensor, hidden_size: int) -> torch.Tenso
 
 class Blip2AbsentVisionModel(PreTrainedModel):
     r"""
-    In place of a tower whose output has been computed and stored: the LayerNorm that follows it, which is trained.
+    A stand-in for a tower whose output was stored: only the LayerNorm that follows the tower, which is trained.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -307,7 +314,7 @@ class Blip2AbsentVisionModel(PreTrainedModel):
 
     def forward(self, *args, **kwargs):
         raise ValueError(
-            "This model has no vision tower: give image_embeds, the tower's stored output, or put the tower in with "
+            "This model has no vision tower: give image_embeds, the tower's stored output, or add the tower with "
             "attach_vision_tower."
         )
 
@@ -316,7 +323,7 @@ def build_vision_model(
     config: Blip2Config, vision_model: PreTrainedModel | None = None
 ) -> Blip2VisionModel | Blip2AutoVisionModel | Blip2AbsentVisionModel:
     """
-    The vision tower that `config` asks for, with the LayerNorm of BLIP-2 as its `post_layernorm`.
+    Build the vision tower of a configuration, with the LayerNorm of BLIP-2 as its `post_layernorm`.
 
     Args:
         config ([`Blip2Config`]):
@@ -333,7 +340,7 @@ def build_vision_model(
         return Blip2AbsentVisionModel(vision_config, hidden_size)
     if isinstance(vision_model, (Blip2AutoVisionModel, Blip2AbsentVisionModel)):
         return vision_model
-    # By model_type: each file of remote code has a copy of the class of its own
+    # By model_type, because each file of remote code has its own copy of the class
     if vision_model is None and vision_config.model_type == Blip2VisionConfig.model_type:
         return Blip2VisionModel(vision_config, layer)
     if isinstance(vision_model, Blip2VisionModel):

@@ -26,7 +26,8 @@ from transformers import pipelines as transformers_pipelines
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 
-from ._hub_mixin import SharedOnHub
+from ._hub_mixin import HubMixin
+from .configuration_blip2 import public_class_name
 from .generation_presets import GenerationPreset, generation_preset
 from .image_loading import load_image_for
 
@@ -39,7 +40,7 @@ _DEFAULT_MAX_NEW_TOKENS = 256  # as in transformers 4
 
 @dataclass
 class _Item:
-    """One thing to caption or to answer, and what an error calls its image."""
+    """An image to caption or to ask about, and its name in errors."""
 
     image: Any
     question: str = ""
@@ -58,12 +59,12 @@ def _record_item(record: Any, name: str | None) -> _Item:
             "pipe(image=..., question=...) or pipe({'image': ..., 'question': ...})"
         )
     if not isinstance(record["question"], str):
-        raise ValueError(f"{name or 'the input'}: the question is no string, but {record['question']!r}")
+        raise ValueError(f"{name or 'the input'}: the question is {record['question']!r}; a string was expected")
     return _Item(record["image"], record["question"], name)
 
 
 class _Items(Dataset):
-    """A sequence or map-style dataset whose entries become items when they are asked for."""
+    """A sequence or map-style dataset whose entries become items when they are read."""
 
     def __init__(self, entries: Sequence | Dataset, make: Callable[[Any, str], _Item]):
         self.entries = entries
@@ -100,8 +101,8 @@ def _is_sequence(inputs: Any) -> bool:
     return isinstance(inputs, (Sequence, Dataset)) and not isinstance(inputs, (str, bytes, bytearray, memoryview))
 
 
-class _ImageTextPipeline(SharedOnHub, Pipeline):
-    """What both pipelines do alike: encode an image with or without a text, batch, generate, return the new text."""
+class _ImageTextPipeline(HubMixin, Pipeline):
+    """Base class of both pipelines: encodes an image with or without a text, batches, generates, decodes new text."""
 
     _load_processor = None
     _load_tokenizer = None
@@ -117,7 +118,7 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
         self._complete_processor()
 
     def _complete_processor(self):
-        """Puts the model's processor together where only a tokenizer and an image processor were given or found."""
+        """Make the model's processor if only a tokenizer and an image processor were given or found."""
         if self.processor is not None:
             self.tokenizer, self.image_processor = self.processor.tokenizer, self.processor.image_processor
         if self.tokenizer is None or self.image_processor is None:
@@ -140,18 +141,18 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
     @classmethod
     def register_for_auto_class(cls):
         """
-        Makes `save_pretrained` and `push_to_hub` of this pipeline write its code next to the model, so that
+        Make `save_pretrained` and `push_to_hub` of this pipeline write its code next to the model, so that
         `pipeline(..., trust_remote_code=True)` works without this package.
         """
         cls._registered_impl = {cls.task_name: transformers_pipelines.PIPELINE_REGISTRY.supported_tasks[cls.task_name]}
 
     def save_pretrained(self, save_directory, with_code: bool = False, **kwargs):
         """
-        Saves the model and its processor.
+        Save the model and its processor.
 
         Args:
             save_directory (`str` or `os.PathLike`):
-                Folder to save to; it is created if it does not exist.
+                Folder to save to, which is created if it does not exist.
             with_code (`bool`, *optional*, defaults to `False`):
                 Whether to put the code next to them, so that `pipeline(..., trust_remote_code=True)` works without
                 this package, and a model card if there is none.
@@ -165,7 +166,7 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
             self.write_code(save_directory)
 
     def _run(self, inputs: Any, make: Callable[[Any, str | None], _Item], **kwargs):
-        """Runs one input, a sequence (gives a list), or a stream or dataset (gives an iterator)."""
+        """Run one input, a sequence (returns a list), or a stream or dataset (returns an iterator)."""
         if _is_stream(inputs):
             items = (make(entry, f"image {index}") for index, entry in enumerate(inputs, start=1))
             return super().__call__(items, **kwargs)
@@ -179,9 +180,9 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
         return load_image_for(self.image_processor, item.image, item.name, timeout)
 
     def _encode(self, image: Any, text: str | None, **text_kwargs) -> dict[str, torch.Tensor]:
-        """One image and its text to the model's inputs, tensors with a batch dimension of 1."""
+        """Encode one image and its text as inputs of the model, tensors with a batch dimension of 1."""
         if self.model_type in _BLIP2 and text is None:
-            # the tokenizer says what an empty text begins with; generate() could only guess
+            # the tokenizer knows what an empty text begins with; generate() could only guess
             text = ""
         if text is None:
             encode = self.image_processor if self.processor is None else self.processor
@@ -201,11 +202,11 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
         return dict(encoding.to(self.dtype))
 
     def _merge(self, encodings: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Encodings of single items to one batch; what differs in size is padded."""
+        """Merge encodings of single items into one batch, with padding if they differ in size."""
         is_decoder_only = self.model_type in _BLIP2 and not self.model.config.text_config.is_encoder_decoder
         batch = {}
         for key in encodings[0]:
-            # a decoder goes on from the last token, which must not be padding
+            # a decoder continues from the last token, which must not be padding
             is_left = is_decoder_only and key in ("input_ids", "attention_mask", "token_type_ids")
             value = self._pad_token_id if key in ("input_ids", "decoder_input_ids") else 0
             batch[key] = _stack([encoding[key] for encoding in encodings], value, is_left)
@@ -217,12 +218,12 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs) -> dict[str, torch.Tensor]:
         encodings = model_inputs["encodings"]
-        # the base class collates to a list, and leaves a batch of one as it is
+        # the base class collates to a list, but leaves a batch of one as it is
         encodings = encodings if isinstance(encodings, list) else [encodings]
         if not self.model.can_generate():
             if generate_kwargs:
                 raise TypeError(
-                    f"{type(self.model).__name__} does not generate and takes no {sorted(generate_kwargs)}"
+                    f"{public_class_name(self.model)} does not generate and takes no {sorted(generate_kwargs)}"
                 )
             return {"logits": self.model(**self._merge(encodings)).logits}
         lengths = {encoding["input_ids"].shape[1] for encoding in encodings if "input_ids" in encoding}
@@ -233,7 +234,7 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
         return {"sequences": _stack(sequences, self._pad_token_id, is_left=False)}
 
     def _generate(self, encodings: list[dict[str, torch.Tensor]], generate_kwargs: dict[str, Any]) -> torch.Tensor:
-        """New tokens of a batch, of shape `(batch_size, num_return_sequences, new_tokens)`."""
+        """Return the new tokens of a batch, of shape `(batch_size, num_return_sequences, new_tokens)`."""
         inputs = self._merge(encodings)
         output = self.model.generate(**inputs, **self._with_default_length(generate_kwargs))
         prompt = inputs.get("input_ids", inputs.get("decoder_input_ids"))
@@ -243,7 +244,7 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
         return output.reshape(len(encodings), -1, output.shape[-1])
 
     def _with_default_length(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Adds a length limit where neither the caller nor the model sets one; the output is always token ids."""
+        """Add a length limit if neither the caller nor the model sets one; the output is always token ids."""
         config = generate_kwargs.get("generation_config")
         is_set = self.model.generation_config.to_diff_dict() | generate_kwargs
         added: dict[str, Any] = {"return_dict_in_generate": False}
@@ -260,7 +261,7 @@ class _ImageTextPipeline(SharedOnHub, Pipeline):
         settings = generation_preset(preset, self.model.config) if isinstance(preset, str) else preset
         if settings.asks != asks:
             kind = "asks a question" if settings.asks else "asks none"
-            raise ValueError(f"The preset {settings.name!r} {kind}: it is not for the {self.task_name} pipeline.")
+            raise ValueError(f"The preset {settings.name!r} {kind}: it does not fit the {self.task_name} pipeline.")
         return settings
 
     def _decode(self, sequences: torch.Tensor) -> list[str]:
@@ -273,21 +274,23 @@ def _generate_params(max_new_tokens: int | None, generate_kwargs: dict | None, o
     generate_kwargs = generate_kwargs or {}
     twice = sorted(params.keys() & generate_kwargs.keys())
     if twice:
-        raise ValueError(f"{twice} given both as an argument and inside `generate_kwargs`; please use only one")
+        raise ValueError(f"{twice} given both as an argument and inside `generate_kwargs`: give each of them once")
     return params | generate_kwargs
 
 
-def _under(preset: dict[str, Any], max_new_tokens: int | None, generate_kwargs: dict | None, others: dict) -> dict:
-    """What a call says itself, and of a preset what it does not say."""
-    said = others | (generate_kwargs or {}) | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
-    kept = {name: value for name, value in preset.items() if name not in said}
-    if "min_new_tokens" in kept and "max_new_tokens" in said:
-        kept["min_new_tokens"] = min(kept["min_new_tokens"], said["max_new_tokens"])
+def _with_preset(
+    preset: dict[str, Any], max_new_tokens: int | None, generate_kwargs: dict | None, others: dict
+) -> dict[str, Any]:
+    """Return `others` with the arguments of a preset that the call does not give itself."""
+    given = others | (generate_kwargs or {}) | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+    kept = {name: value for name, value in preset.items() if name not in given}
+    if "min_new_tokens" in kept and "max_new_tokens" in given:
+        kept["min_new_tokens"] = min(kept["min_new_tokens"], given["max_new_tokens"])
     return kept | others
 
 
 def _stack(tensors: list[torch.Tensor], value: int, is_left: bool) -> torch.Tensor:
-    """Tensors of shape (batch_size, ...) to one, padded at the end, or at the start of dimension 1."""
+    """Join tensors of shape `(batch_size, ...)`, padded at the end, or at the start of dimension 1."""
     if len(tensors) == 1:
         return tensors[0]
     sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
@@ -304,8 +307,8 @@ def _stack(tensors: list[torch.Tensor], value: int, is_left: bool) -> torch.Tens
 
 def _without_prompt(output: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
     """
-    New tokens of what `generate` returns: decoder-only models put the prompt in front, and encoder-decoders, which
-    may start with a token of their own, do not.
+    Return the new tokens of what `generate` returns: decoder-only models put the prompt in front, while
+    encoder-decoders, which may start with a token of their own, do not.
     """
     prompt = prompt.repeat_interleave(len(output) // len(prompt), dim=0)
     for start in (0, 1):
@@ -320,7 +323,7 @@ class ImageToTextPipeline(_ImageTextPipeline):
     Captions images: the `"image-to-text"` pipeline of transformers 4, for BLIP-2 and every other model of
     `AutoModelForImageTextToText` that needs no chat (BLIP, GIT, Pix2Struct, VisionEncoderDecoder, ...).
 
-    Returns the new text only, without the prompt and stripped of white space. Where neither the call nor the model's
+    Returns the new text only, without the prompt and stripped of white space. If neither the call nor the model's
     generation config limits the length, `max_new_tokens` is 256.
 
     Args:
@@ -329,9 +332,9 @@ class ImageToTextPipeline(_ImageTextPipeline):
         processor ([`ProcessorMixin`], *optional*):
             The model's processor. It comes before `tokenizer` and `image_processor`.
         tokenizer ([`PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the language model, where no processor is given.
+            Tokenizer of the language model, if no processor is given.
         image_processor ([`BaseImageProcessor`], *optional*):
-            Image processor, where no processor is given.
+            Image processor, if no processor is given.
         kwargs (`dict`, *optional*):
             `device` and the other arguments of [`Pipeline`], and defaults for the arguments of a call.
 
@@ -352,7 +355,7 @@ class ImageToTextPipeline(_ImageTextPipeline):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if not self.model.can_generate():
-            raise ValueError(f"{type(self.model).__name__} cannot generate text, which image-to-text needs")
+            raise ValueError(f"{public_class_name(self.model)} cannot generate text, which image-to-text needs")
 
     def _sanitize_parameters(
         self,
@@ -366,14 +369,16 @@ class ImageToTextPipeline(_ImageTextPipeline):
         if preset is not None:
             settings = self._preset(preset, asks=False)
             prompt = settings.prompt if prompt is None else prompt
-            generation_params = _under(settings.generate_kwargs, max_new_tokens, generate_kwargs, generation_params)
+            generation_params = _with_preset(
+                settings.generate_kwargs, max_new_tokens, generate_kwargs, generation_params
+            )
         preprocess_params = {"prompt": prompt, "timeout": timeout}
         preprocess_params = {key: value for key, value in preprocess_params.items() if value is not None}
         return preprocess_params, _generate_params(max_new_tokens, generate_kwargs, generation_params), {}
 
     def __call__(self, inputs: Any = None, images: Any = None, **kwargs):
         """
-        Captions the image or images.
+        Caption the image or images.
 
         Args:
             inputs (an image, list, dataset or generator of images):
@@ -382,10 +387,10 @@ class ImageToTextPipeline(_ImageTextPipeline):
             images (same as `inputs`, *optional*):
                 Another name for `inputs`.
             prompt (`str`, *optional*):
-                Text that the model goes on from.
+                Text that the model continues.
             preset (`str` or [`~generation_presets.GenerationPreset`], *optional*):
                 Settings of the paper by name, `"caption"` or `"nocaps"`, or settings of one's own
-                (see [`~generation_presets.generation_preset`]). What the call says itself comes first.
+                (see [`~generation_presets.generation_preset`]). Arguments of the call take precedence.
             max_new_tokens (`int`, *optional*):
                 The most tokens to generate.
             generate_kwargs (`dict`, *optional*):
@@ -400,12 +405,12 @@ class ImageToTextPipeline(_ImageTextPipeline):
             generator: a dict for each of the `num_return_sequences` captions, with the key **generated_text** (`str`).
         """
         if (inputs is None) == (images is None):
-            raise ValueError("Cannot call the image-to-text pipeline without an image, nor with `inputs` and `images`")
+            raise ValueError("Cannot call the image-to-text pipeline with none or both of `inputs` and `images`")
         return self._run(images if inputs is None else inputs, _image_item, **kwargs)
 
     def preprocess(self, item: _Item, prompt: str | None = None, timeout: float = 30.0) -> dict[str, Any]:
         if prompt is not None and not isinstance(prompt, str):
-            raise ValueError(f"Received an invalid prompt, got {type(prompt).__name__}, but expected a single string")
+            raise ValueError(f"the prompt is of type {type(prompt).__name__}; a single string was expected")
         return {"encodings": self._encode(self._load(item, timeout), prompt)}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
@@ -417,7 +422,7 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
     Answers questions about images: the `"visual-question-answering"` pipeline of transformers 4, for BLIP-2, for other
     models that generate the answer (BLIP, GIT, ...), and for those that choose among known answers (ViLT).
 
-    BLIP-2 is asked with the prompt of the paper, `"Question: {} Answer:"`, or `"Question: {} Short answer:"` where the
+    BLIP-2 is asked with the prompt of the paper, `"Question: {} Answer:"`, or `"Question: {} Short answer:"` if the
     language model is an encoder-decoder; other models get the bare question.
 
     Args:
@@ -426,9 +431,9 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         processor ([`ProcessorMixin`], *optional*):
             The model's processor. It comes before `tokenizer` and `image_processor`.
         tokenizer ([`PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the questions, where no processor is given.
+            Tokenizer of the questions, if no processor is given.
         image_processor ([`BaseImageProcessor`], *optional*):
-            Image processor, where no processor is given.
+            Image processor, if no processor is given.
         kwargs (`dict`, *optional*):
             `device` and the other arguments of [`Pipeline`], and defaults for the arguments of a call.
 
@@ -461,7 +466,9 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         if preset is not None:
             settings = self._preset(preset, asks=True)
             prompt_template = settings.prompt if prompt_template is None else prompt_template
-            generation_params = _under(settings.generate_kwargs, max_new_tokens, generate_kwargs, generation_params)
+            generation_params = _with_preset(
+                settings.generate_kwargs, max_new_tokens, generate_kwargs, generation_params
+            )
         preprocess_params = {
             "padding": padding,
             "truncation": truncation,
@@ -475,7 +482,7 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
 
     def __call__(self, image: Any = None, question: str | Sequence[str] | None = None, **kwargs):
         """
-        Answers the question or questions about the image or images. A single image is used for every question, a
+        Answer the question or questions about the image or images. A single image is used for every question, a
         single question for every image; several of both give every pair, the first question about all images first.
 
         Args:
@@ -490,7 +497,7 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
                 The prompt, with `{}` in place of the question. `"{}"` asks the bare question.
             preset (`str` or [`~generation_presets.GenerationPreset`], *optional*):
                 Settings of the paper by name, `"vqa"` or `"vqa-finetuned"`, or settings of one's own
-                (see [`~generation_presets.generation_preset`]). What the call says itself comes first.
+                (see [`~generation_presets.generation_preset`]). Arguments of the call take precedence.
             padding (`bool` or `str`, *optional*, defaults to `False`):
                 Padding of the tokenizer.
             truncation (`bool` or `str`, *optional*, defaults to `False`):
@@ -510,15 +517,15 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
             known answers, **score** (`float`).
         """
         if image is None:
-            raise ValueError("Cannot call the visual-question-answering pipeline without an image")
+            raise ValueError("Cannot call the visual-question-answering pipeline without an image: give one")
         if question is None:
             return self._run(image, _record_item, **kwargs)
         questions = [question] if isinstance(question, str) else question
         if not _is_sequence(questions) or not all(isinstance(entry, str) for entry in questions):
-            raise ValueError(f"`question` is a string or a list of strings, but got {question!r}")
+            raise ValueError(f"`question` is {question!r}; a string or a list of strings was expected")
         if _is_stream(image):
             if not isinstance(question, str):
-                raise ValueError("A generator of images can be read once, so it takes one question; give a list")
+                raise ValueError("A generator of images can be read once, so that it takes one question: give a list")
             records = ({"image": entry, "question": question} for entry in image)
             return self._run(records, _record_item, **kwargs)
         if not _is_sequence(image) and isinstance(question, str):
@@ -541,10 +548,7 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         return {"encodings": self._encode(self._load(item, timeout), prompt, padding=padding, truncation=truncation)}
 
     def _default_template(self) -> str:
-        if self.model_type not in _BLIP2:
-            return "{}"
-        is_encoder_decoder = self.model.config.text_config.is_encoder_decoder
-        return "Question: {} Short answer:" if is_encoder_decoder else "Question: {} Answer:"
+        return generation_preset("vqa", self.model.config).prompt if self.model_type in _BLIP2 else "{}"
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int = 5) -> list[dict[str, Any]]:
         if "sequences" in model_outputs:

@@ -7,6 +7,7 @@ import torch
 from transformers import Blip2ForImageTextRetrieval as TransformersBlip2ForImageTextRetrieval
 from transformers import pipelines as transformers_pipelines
 
+from .configuration_blip2 import public_class_name
 from .image_loading import load_image_for
 from .losses import image_text_similarity
 
@@ -17,7 +18,7 @@ _PAIRS_AT_A_TIME = 128
 
 @dataclass
 class _Labels:
-    """Labels as the model reads them: their tokens, and what images are compared with."""
+    """Labels as tokens, and as features with which images are compared."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -26,13 +27,12 @@ class _Labels:
 
 class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageClassificationPipeline):
     """
-    Which of some labels fits a picture? The `"zero-shot-image-classification"` pipeline of transformers, which does
-    for other models (CLIP, SigLIP, ...) what it did.
+    The `"zero-shot-image-classification"` pipeline of transformers, for BLIP-2 too: which of the labels fits an image?
+    For other models (CLIP, SigLIP, ...) it does what transformers' own does.
 
-    With BLIP-2, labels are compared with pictures by contrast (ITC): cosines over the temperature, as softmax wants
-    them. The temperature is the one that the model has learned, or 0.07 for a checkpoint of transformers' own BLIP-2,
-    which has lost it. Labels are read once a call, however many pictures there are, and cut where the Q-Former has no
-    more positions.
+    With BLIP-2, labels are compared with images by contrast (ITC): the score is a softmax of cosines over the learned
+    temperature, or over 0.07 for a checkpoint of transformers' own BLIP-2, which lacks it. Labels are read once a call
+    for any number of images, and cut to the positions of the Q-Former.
 
     Args:
         model ([`Blip2ForImageTextRetrieval`], [`Blip2ForPreTraining`], or any that transformers' pipeline takes):
@@ -61,17 +61,17 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
 
     def __init__(self, **kwargs):
         if isinstance(kwargs["model"], TransformersBlip2ForImageTextRetrieval):
-            kwargs["model"] = _of_this_library(kwargs["model"])
+            kwargs["model"] = _convert_from_transformers(kwargs["model"])
         super().__init__(**kwargs)
         if self._is_blip2:
-            _check_it_compares(self.model)
+            _check_has_learned_to_compare(self.model)
 
     @property
     def _is_blip2(self) -> bool:
         return self.model.config.model_type == _MODEL_TYPE
 
     def check_model_type(self, supported_models):
-        # transformers' list knows the names of its own models alone
+        # transformers' list has only its own models
         if not self._is_blip2:
             super().check_model_type(supported_models)
 
@@ -88,6 +88,8 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
 
     def __call__(self, image: Any = None, candidate_labels: list[str] | None = None, **kwargs):
         """
+        Score each label for the image or images.
+
         Args:
             image (an image, or a list, dataset or generator of images):
                 With BLIP-2, anything that [`~blip2_hf.load_image`] reads.
@@ -98,12 +100,12 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
             hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`):
                 The text that a label is put into, in the place of `{}`.
             reranked (`bool`, *optional*, defaults to `False`):
-                BLIP-2 alone: whether matching (ITM) has a say, which reads each picture together with each label. The
+                BLIP-2 alone: whether to add matching (ITM), which reads each image together with each label. The
                 score is then the softmax of the logit of "match" plus the cosine, the paper's score for retrieval.
             tokenizer_kwargs (`dict`, *optional*):
                 Arguments of the tokenizer.
             timeout (`float`, *optional*):
-                Seconds to wait for an image from a URL. Without it, for ever.
+                Seconds to wait for an image from a URL. Defaults to no limit.
             batch_size (`int`, *optional*, defaults to 1):
                 Number of images that the model takes at a time.
 
@@ -119,14 +121,16 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
         if candidate_labels is None:
             candidate_labels = self._preprocess_params.get("candidate_labels")
         if isinstance(candidate_labels, str) or not candidate_labels:
-            raise ValueError(f"candidate_labels is a list of one or more labels, but got {candidate_labels!r}.")
+            raise ValueError(f"candidate_labels is {candidate_labels!r}: a list of one or more labels was expected.")
         if self._is_blip2:
-            kwargs["labels"] = self._read(**self._preprocess_params | kwargs | {"candidate_labels": candidate_labels})
+            kwargs["labels"] = self._encode(
+                **self._preprocess_params | kwargs | {"candidate_labels": candidate_labels}
+            )
         return super().__call__(image, candidate_labels, **kwargs)
 
-    def _read(self, candidate_labels, hypothesis_template="This is a photo of {}.", tokenizer_kwargs=None, **_):
+    def _encode(self, candidate_labels, hypothesis_template="This is a photo of {}.", tokenizer_kwargs=None, **_):
         if "{}" not in hypothesis_template:
-            raise ValueError(f"hypothesis_template needs {{}} where the label goes, but got {hypothesis_template!r}.")
+            raise ValueError(f"hypothesis_template is {hypothesis_template!r}: put {{}} where the label goes.")
         texts = [hypothesis_template.replace("{}", label) for label in candidate_labels]
         limit = self.model.config.qformer_config.max_position_embeddings
         # A label that spells a special token, such as <image>, is text, as in training
@@ -141,8 +145,8 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
     def preprocess(self, image, candidate_labels=None, timeout=None, **kwargs):
         if not self._is_blip2:
             return super().preprocess(image, candidate_labels=candidate_labels, timeout=timeout, **kwargs)
-        picture = load_image_for(self.image_processor, image, timeout=timeout)
-        inputs = self.image_processor(images=[picture], return_tensors="pt").to(self.dtype)
+        loaded = load_image_for(self.image_processor, image, timeout=timeout)
+        inputs = self.image_processor(images=[loaded], return_tensors="pt").to(self.dtype)
         return {"pixel_values": inputs["pixel_values"], "candidate_labels": candidate_labels}
 
     def _forward(self, model_inputs, labels=None, reranked=False):
@@ -155,7 +159,7 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
         return {"candidate_labels": model_inputs["candidate_labels"], "logits": logits}
 
     def _match(self, image_embeds: torch.Tensor, labels: _Labels) -> torch.Tensor:
-        """The logit of "match" of all pairs, of shape `(num_images, num_labels)`."""
+        """Return the logit of "match" of all pairs, of shape `(num_images, num_labels)`."""
         num_images = len(image_embeds)
         key_values = self.model.get_image_key_values(image_embeds)
         step = max(1, _PAIRS_AT_A_TIME // num_images)
@@ -167,8 +171,8 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
         return torch.cat(columns, dim=1)
 
 
-def _of_this_library(model: TransformersBlip2ForImageTextRetrieval) -> Any:
-    """The same weights in our class, with the temperature that training begins with."""
+def _convert_from_transformers(model: TransformersBlip2ForImageTextRetrieval) -> Any:
+    """Return our class with the same weights, and with the initial temperature."""
     from .modeling_retrieval import Blip2ForImageTextRetrieval
 
     if any(weight.is_meta or not weight.is_floating_point() for weight in model.parameters()):
@@ -176,7 +180,7 @@ def _of_this_library(model: TransformersBlip2ForImageTextRetrieval) -> Any:
             "This Blip2ForImageTextRetrieval of transformers is quantised, or some of its weights are not in memory: "
             "give the pipeline what blip2_hf.Blip2ForImageTextRetrieval.from_pretrained loads."
         )
-    dtype = model.vision_model.dtype  # that of the model itself is the queries', which stay in float32
+    dtype = model.vision_model.dtype  # not the model's own, which is that of the queries, float32
     ours = Blip2ForImageTextRetrieval.from_pretrained(
         None, config=model.config, state_dict=model.state_dict(), dtype=dtype
     )
@@ -184,18 +188,18 @@ def _of_this_library(model: TransformersBlip2ForImageTextRetrieval) -> Any:
     return ours
 
 
-def _check_it_compares(model: Any):
+def _check_has_learned_to_compare(model: Any):
     expected = "a Blip2ForImageTextRetrieval or a Blip2ForPreTraining"
-    # By name: each file of remote code has a copy of the class of its own
+    # By name, because each file of remote code has its own copy of the class
     if "Blip2ImageTextPreTrainedModel" not in [base.__name__ for base in type(model).__mro__]:
-        raise ValueError(f"A {type(model).__name__} does not compare images with texts: give {expected}.")
+        raise ValueError(f"A {public_class_name(model)} does not compare images with texts: give {expected}.")
     for name in ("vision_projection", "text_projection", "itm_head"):
         bias = getattr(model, name).bias
-        # Zeros are what training begins with, and what stands in for weights that a checkpoint lacks
+        # Zeros are the initial values, which weights also have that a checkpoint lacks
         if not bias.is_meta and not bias.any():
             raise ValueError(
-                f"{model.name_or_path or 'This model'} has not learned to compare images with texts: its {name} is as "
-                f"it was made. Give {expected} that has."
+                f"{model.name_or_path or 'This model'} has not learned to compare images with texts: its {name} has "
+                f"initial values. Give {expected} that has learned it."
             )
 
 

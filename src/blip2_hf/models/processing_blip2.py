@@ -1,4 +1,4 @@
-"""Processor of BLIP-2: pictures and text to the inputs of the models, and generated tokens back to text."""
+"""Processor of BLIP-2: images and text to the inputs of the models, and generated tokens back to text."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
-from ._hub_mixin import SharedOnHub
+from ._hub_mixin import HubMixin
 from .chat_messages import messages_to_text
 from .image_loading import load_image_for
 
@@ -27,9 +27,9 @@ class Blip2HfProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"return_token_type_ids": False}}
 
 
-class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
+class Blip2HfProcessor(HubMixin, ProcessorMixin):
     r"""
-    Wraps an image processor and the language model's tokenizer (and the Q-Former's, where it reads text). Known as
+    Wraps an image processor and the language model's tokenizer (and the Q-Former's, if it reads text). Known as
     `Blip2Processor`: the name of the class differs from transformers' own, which `AutoProcessor` would find first.
 
     `<image>` is added to the tokenizer as a special token, after all others, if it has none.
@@ -40,18 +40,18 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the language model.
         qformer_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer of a Q-Former that reads the text too.
+            The tokenizer of a Q-Former that also reads the text.
         num_query_tokens (`int`, *optional*):
-            Number of queries, and so of placeholders, an image. `None`, as in the first published checkpoints, whose
-            `image_token_index` is `None` too: no placeholders, the model puts the image in front.
+            Number of queries of an image, and of its placeholders. `None`: no placeholders, because the model puts the
+            image in front. So it is in the first published checkpoints, whose `image_token_index` is `None` too.
         is_encoder_decoder (`bool`, *optional*):
             Whether the language model is an encoder-decoder: `text_target` is then not appended to `text`. If it is
             not given, `from_pretrained` looks into config.json; without one, a tokenizer that ends each text with
             the end token is taken for an encoder-decoder's.
         end_token_id (`int`, *optional*):
-            Token id that ends a `text_target` of a decoder-only language model: that at which generation stops. The
-            tokenizer's end token if it is not given. `from_pretrained` looks into config.json: BLIP-2 with OPT ends
-            texts with a newline.
+            Token id that ends a `text_target` of a decoder-only language model: the id at which generation stops.
+            Defaults to the tokenizer's end token. `from_pretrained` looks into config.json, because BLIP-2 with OPT
+            ends texts with a newline.
 
     Example:
 
@@ -95,7 +95,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        # The Q-Former's tokenizer is optional, which ProcessorMixin does not know: saved and loaded here
+        # Without the Q-Former's tokenizer, because ProcessorMixin knows no optional parts: saved and loaded here
         return ["image_processor", "tokenizer"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         **kwargs,
     ) -> list[str]:
         r"""
-        Saves the processor, as [`~transformers.ProcessorMixin.save_pretrained`] does.
+        Save the processor, as [`~transformers.ProcessorMixin.save_pretrained`] does.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -127,23 +127,18 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
             transformers_compatible (`bool`, *optional*, defaults to `False`):
                 Whether plain transformers is to load its own processor from the files.
             kwargs:
-                Those of [`~transformers.ProcessorMixin.save_pretrained`], and `with_code` (`bool`, defaults to
+                Arguments of [`~transformers.ProcessorMixin.save_pretrained`], and `with_code` (`bool`, defaults to
                 `False`): whether to put the code next to it, for `trust_remote_code=True`.
 
         Raises:
             ValueError: if `transformers_compatible` with `with_code` or `push_to_hub`.
         """
-        if transformers_compatible and push_to_hub:
-            raise ValueError(
-                "push_to_hub does not go with transformers_compatible. Save without it, then upload the folder: "
-                "huggingface_hub.upload_folder(repo_id=..., folder_path=...)."
-            )
+        if transformers_compatible:
+            self._check_transformers_compatible(kwargs.pop("with_code", None), push_to_hub)
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
         if not transformers_compatible:
             return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
-        if kwargs.pop("with_code", None):
-            raise ValueError("with_code: what plain transformers loads (transformers_compatible) needs no code.")
         files = super().save_pretrained(str(save_directory), with_code=False, **kwargs)
         for name in ("processor_config.json", "tokenizer_config.json"):
             path = Path(save_directory) / name
@@ -158,7 +153,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         args = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         processor_dict = {} if processor_dict is None else processor_dict
         if processor_dict.get("is_encoder_decoder") is None:
-            # Files of transformers' own processor do not say; its model's configuration does
+            # Files of transformers' own processor lack it, but its model's configuration has it
             try:
                 config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
                 text_config = config.get_text_config(decoder=True)
@@ -188,35 +183,36 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         **kwargs,
     ) -> BatchFeature:
         r"""
+        Prepare images and texts for the models.
+
         Args:
             images (*optional*):
-                A picture, or a list of them, of any kind that [`~image_loading.load_image`] takes, or, for several
-                pictures a text, a list of lists. Floats lie in [0, 1], unless `do_rescale=False`, which leaves them as
-                they are.
+                An image, or a list of images, of any kind that [`~image_loading.load_image`] takes. For several images
+                in a text, a list of lists. Floats lie in [0, 1], unless `do_rescale=False`, which leaves them as they
+                are.
             text (`str` or `list[str]`, *optional*):
-                Prompts. `<image>` marks the place of a picture; without such marks each text has its picture (or the
-                pictures of its list) in front. One text goes with every picture.
+                Prompts. `<image>` marks the place of an image. Without such marks, each text has its image (or the
+                images of its list) in front. A single text goes with every image.
             text_target (`str` or `list[str]`, *optional*):
-                What is to be written after the prompts: returned as `labels`. For a decoder-only language model they
-                are appended to the prompts, with the end token; prompts and pictures have the label -100.
+                Texts to learn after the prompts, returned as `labels`. For a decoder-only language model they are
+                appended to the prompts, with the end token; prompts and images have the label -100.
             kwargs (`dict`):
-                Those of the image processor and of the tokenizer. Texts are padded to the longest by default, on the
-                right with `text_target` or for an encoder-decoder, on the left otherwise, unless `padding` or
-                `padding_side` say otherwise.
-                `max_length` (with `truncation=True`) counts the tokens of text, not the placeholders; what is cut is
-                the end of the text, never the end token.
+                Arguments of the image processor and of the tokenizer. By default texts are padded to the longest, on
+                the right with `text_target` or for an encoder-decoder, and on the left otherwise. `max_length`
+                (with `truncation=True`) counts the tokens of text, not the placeholders; what is cut is the end of
+                the text, never the end token.
 
         Returns:
             [`BatchFeature`]: `pixel_values` of shape `(num_images, channels, height, width)`; `input_ids` and
             `attention_mask` of shape `(batch_size, length)`; `labels`; `qformer_input_ids` and
-            `qformer_attention_mask`, of a Q-Former that reads text. Pictures without text have an empty one: what the
-            language model's tokenizer begins each text with, which may be no token. Processors of
-            stage 1 and of retrieval, whose tokenizer is BERT's, then give `pixel_values` alone.
+            `qformer_attention_mask`, for a Q-Former that reads text. Images without text have an empty one: the tokens
+            with which the language model's tokenizer begins each text, if there are any. Processors of stage 1 and of
+            retrieval, whose tokenizer is BERT's, then return `pixel_values` alone.
 
         Raises:
-            ValueError: if there is nothing to process, or pictures and texts do not match, or `do_rescale=False` with
-                pictures of 8 bits and the mean of pictures in [0, 1].
-            ImageLoadError: if a picture can't be read; the message names it.
+            ValueError: if there is nothing to process, or images and texts do not match, or `do_rescale=False` with
+                images of 8 bits and a mean for images in [0, 1].
+            ImageLoadError: if an image can't be read; the message names it.
         """
         text_target = kwargs.pop("text_target", None)
         if images is None and text is None and text_target is None:
@@ -227,7 +223,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         text_kwargs = output_kwargs["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
         caller_side = kwargs.get("padding_side") or (kwargs.get("text_kwargs") or {}).get("padding_side")
-        text_kwargs.pop("padding_side", None)  # the tokenizer's own, which knows nothing of training and generation
+        text_kwargs.pop("padding_side", None)  # the tokenizer's own, the same for training and generation
         if caller_side is not None:
             text_kwargs["padding_side"] = caller_side
         groups = None if images is None else _group(images)
@@ -243,7 +239,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
                 data |= self._encode_instructions(texts, repeats if groups is not None else None, text_kwargs)
         if groups is not None:
             image_kwargs = output_kwargs["images_kwargs"] | {"return_tensors": return_tensors}
-            image_kwargs.pop("input_data_format", None)  # what is loaded has channels first, or is a PIL image
+            image_kwargs.pop("input_data_format", None)  # loaded images have channels first, or are PIL images
             data |= self.image_processor(
                 self._load([i for group in groups for i in group], image_kwargs), **image_kwargs
             )
@@ -253,7 +249,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
 
     @property
     def _writes_text(self) -> bool:
-        """Whether it belongs to a language model, which goes on from a text, and not to a Q-Former, which reads it."""
+        """Return whether the tokenizer is that of a language model, which continues a text, or of a Q-Former."""
         return self.tokenizer.cls_token is None or self.is_encoder_decoder
 
     def _load(self, images: list, image_kwargs: dict[str, Any]) -> list:
@@ -264,11 +260,11 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         ]
 
     def _images_in_front(self, texts: list[str], groups: list[list] | None) -> list[int]:
-        """How many pictures stand in front of each text: those that no `<image>` inside it marks."""
+        """Return the number of images in front of each text, which are those without an `<image>` inside it."""
         marks = [text.count(self.image_token) for text in texts]
         if self.num_query_tokens is None and any(marks):
             raise ValueError(
-                f"This processor has no num_query_tokens, and can't make room for the `{self.image_token}` of a text. "
+                f"This processor has no num_query_tokens and can't make room for the `{self.image_token}` of a text. "
                 "Set processor.num_query_tokens, and model.config.image_token_index = processor.image_token_id."
             )
         if groups is None:
@@ -279,7 +275,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
             if sum(marks) != sum(sizes) or (nested and marks != sizes):
                 raise ValueError(
                     f"The texts have {sum(marks)} `{self.image_token}` marks ({marks}), but there are "
-                    f"{sum(sizes)} images ({sizes}). Each image needs one mark in its text, or no text any."
+                    f"{sum(sizes)} images ({sizes}). Each image needs one mark in its text, or no text may have one."
                 )
             return [0] * len(texts)
         if len(groups) != len(texts):
@@ -314,7 +310,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         return data
 
     def _encode_one(self, text: str, target: str | None, count: int, text_kwargs: dict[str, Any]) -> dict[str, list]:
-        """`input_ids` (and `labels`) of one sample: pictures in front, then the text with its pictures inside."""
+        """Return `input_ids` (and `labels`) of one sample: images in front, then the text with its images inside."""
         while text.startswith(self.image_token):
             text, count = text[len(self.image_token) :], count + 1
         marks = text.count(self.image_token)
@@ -338,12 +334,12 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         return row
 
     def _encode_with_target(self, prompt: str, target: str, kwargs: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """The prompt and the target as one text, so that the tokens at the seam are those of the whole text."""
+        """Encode the prompt and the target as one text, so that the tokens at the seam are those of the whole text."""
         truncation, max_length = kwargs.get("truncation"), kwargs.get("max_length")
         kwargs = {k: v for k, v in kwargs.items() if k not in ("truncation", "max_length")}
         end = self.end_token_id
         if prompt.endswith(" "):
-            # Generation is given this space as a token of its own: what follows has none
+            # In generation this space is a token of its own, so that the target has none
             ids = self._without_end(self.tokenizer(prompt, **kwargs)["input_ids"])
             prompt_length = len(ids)
             ids = ids + self.tokenizer(target, **(kwargs | {"add_special_tokens": False}))["input_ids"]
@@ -354,7 +350,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
             starts = [start for start, _ in encoding["offset_mapping"][: len(ids)]]
             prompt_length = sum(start < len(prompt) for start in starts)
             if not prompt:
-                # Only what the tokenizer puts in front of any text is not learned
+                # Everything is learned except the tokens that the tokenizer puts in front of any text
                 specials = set(self.tokenizer.all_special_ids)
                 prompt_length = next((i for i, token in enumerate(ids) if token not in specials), len(ids))
         if truncation and max_length is not None:
@@ -376,7 +372,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
     ) -> dict[str, list]:
         names = ("padding", "pad_to_multiple_of", "truncation", "max_length", "split_special_tokens")
         kwargs = {name: text_kwargs[name] for name in names if name in text_kwargs}
-        # One instruction for each picture of the text
+        # One instruction for each image of the text
         plain = _repeat([text.replace(self.image_token, " ").strip() for text in texts], repeats or [1] * len(texts))
         encoding = self.qformer_tokenizer(plain, **({"padding": True} | kwargs))
         return {f"qformer_{name}": encoding[name] for name in ("input_ids", "attention_mask")}
@@ -384,7 +380,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
     def _pad(
         self, rows: list[dict[str, list]], side: str, padding: dict[str, Any], max_length: int | None
     ) -> dict[str, list]:
-        """Rows of one length. `padding="max_length"` leaves room for `max_length` tokens of text in each."""
+        """Pad rows to one length. `padding="max_length"` leaves room for `max_length` tokens of text in each."""
         strategy = padding.get("padding", True)
         side = padding.get("padding_side") or side
         lengths = [len(row["input_ids"]) for row in rows]
@@ -407,7 +403,7 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         self, conversation: list[dict] | list[list[dict]], tokenize: bool = False, return_dict: bool = False, **kwargs
     ) -> str | list[str] | torch.Tensor | BatchFeature:
         r"""
-        Writes conversations as the language model's chat template wants them, with `<image>` where a picture stands.
+        Write conversations with the language model's chat template, with `<image>` in the place of each image.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
@@ -415,11 +411,11 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
                 `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `url`, `path`, `base64`, or
                 OpenAI's `image_url`). Messages and parts may be dataclasses or pydantic models.
             tokenize (`bool`, *optional*, defaults to `False`):
-                Whether to return the inputs of the model, not text.
+                Whether to return inputs of the model instead of text.
             return_dict (`bool`, *optional*, defaults to `False`):
-                Whether to return all the inputs of the model, not `input_ids` alone.
+                Whether to return all inputs of the model instead of `input_ids` alone.
             kwargs (`dict`):
-                Those of the tokenizer's `apply_chat_template` and, with `tokenize=True`, of the processor.
+                Arguments of the tokenizer's `apply_chat_template` and, with `tokenize=True`, of the processor.
 
         Returns:
             `str`, `list[str]`, `input_ids` or [`BatchFeature`].
@@ -454,20 +450,20 @@ class Blip2HfProcessor(SharedOnHub, ProcessorMixin):
         self, generated_outputs, input_ids=None, skip_special_tokens: bool = True, **kwargs
     ) -> list[str]:
         r"""
-        The new text of what `generate` returned.
+        Return the new text of what `generate` returned.
 
         Args:
             generated_outputs (`torch.Tensor` of shape `(batch_size * num_return_sequences, length)`):
-                What `generate` returned.
+                The output of `generate`.
             input_ids (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*):
-                Those that `generate` was given: a decoder-only language model repeats them in front.
+                The `input_ids` of `generate`, which a decoder-only language model repeats in front.
             skip_special_tokens (`bool`, *optional*, defaults to `True`):
                 Whether to leave out special tokens.
             kwargs (`dict`):
-                Those of the tokenizer's `batch_decode`.
+                Arguments of the tokenizer's `batch_decode`.
 
         Returns:
-            `list[str]`: one text a sequence, stripped of the white-space around it.
+            `list[str]`: one text for each sequence, stripped of white space.
         """
         if input_ids is not None:
             generated_outputs = _without_prompt(torch.as_tensor(generated_outputs), torch.as_tensor(input_ids))
@@ -479,14 +475,14 @@ Blip2Processor = Blip2HfProcessor
 
 
 def _without_prompt(generated: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """New tokens: a decoder-only model repeats the prompt in front of them, an encoder-decoder does not."""
+    """Return the new tokens: a decoder-only model repeats the prompt before them, an encoder-decoder does not."""
     prompt = prompt.to(generated.device).repeat_interleave(generated.shape[0] // prompt.shape[0], dim=0)
     length = prompt.shape[1]
     return generated[:, length:] if torch.equal(generated[:, :length], prompt) else generated
 
 
 def _is_empty(rows: Any) -> bool:
-    """Whether there are texts, but no token in any: without a value, a tensor of them would be one of floats."""
+    """Return whether there are texts but no token in any, of which a tensor of floats would be made."""
     return isinstance(rows, list) and len(rows) > 0 and all(isinstance(row, list) and not row for row in rows)
 
 
@@ -495,7 +491,7 @@ def _repeat(values: list, repeats: list[int]) -> list:
 
 
 def _group(images: Any) -> list[list]:
-    """Pictures as one list for each text: a list of lists as it is, a list of pictures as lists of one."""
+    """Return images as one list for each text: a list of lists as it is, a list of images as lists of one."""
     if isinstance(images, (list, tuple)):
         return [list(group) if isinstance(group, (list, tuple)) else [group] for group in images]
     shape = getattr(images, "shape", ())
@@ -503,7 +499,7 @@ def _group(images: Any) -> list[list]:
 
 
 def _texts(text, text_target, groups: list[list] | None, image_token: str) -> tuple[list[str], list[str] | None]:
-    """Prompts and targets as lists of one length."""
+    """Return prompts and targets as lists of one length."""
     texts = _as_list(text, "text")
     targets = _as_list(text_target, "text_target")
     if texts is None:
@@ -511,17 +507,17 @@ def _texts(text, text_target, groups: list[list] | None, image_token: str) -> tu
     if len(texts) == 1 and image_token not in texts[0]:
         texts *= max(len(groups or [[]]), len(targets or [""]))
     if targets is not None and len(texts) != len(targets):
-        raise ValueError(f"{len(texts)} texts, but {len(targets)} text_targets: as many were expected.")
+        raise ValueError(f"{len(texts)} texts, but {len(targets)} text_targets: one for each text was expected.")
     return texts, targets
 
 
 def _as_list(text, name: str) -> list[str] | None:
     if text is None:
         return None
-    # A column of a data set is iterable too
+    # A column of a dataset is iterable too
     texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
     if not texts or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f"Invalid input {name}: a string or a list of strings was expected, but got {text!r}.")
+        raise ValueError(f"{name} is {text!r}: a string or a list of strings was expected.")
     return texts
 
 

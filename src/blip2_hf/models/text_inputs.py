@@ -1,15 +1,22 @@
-"""Checks of texts and of their masks, and texts with all padding behind them."""
+"""Checks of the inputs of the models, and texts with all padding after them."""
 
 import torch
 
 from .configuration_blip2 import Blip2Config
 
 
+def check_one_image_input(pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None):
+    """Refuse images that are given in no form or in two."""
+    if (pixel_values is None) == (image_embeds is None):
+        given = "none" if pixel_values is None else "both"
+        raise ValueError(f"Give either pixel_values or image_embeds (the tower's output); {given} of them was given.")
+
+
 def check_attention_mask(
     attention_mask: torch.Tensor | None, text: torch.Tensor, past_length: int = 0, name: str = "the text"
 ):
     """
-    Refuse a mask that is not of the text's length, which would cut the text off.
+    Refuse a mask of another length than the text, because it would cut the text off.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -19,7 +26,7 @@ def check_attention_mask(
         past_length (`int`, *optional*, defaults to 0):
             Length of a cache, which the mask may cover too.
         name (`str`, *optional*, defaults to `"the text"`):
-            How the error calls the text.
+            Name of the text in the error.
 
     Raises:
         ValueError: if the mask is of another shape.
@@ -29,15 +36,15 @@ def check_attention_mask(
     expected, given = tuple(text.shape[:2]), tuple(attention_mask.shape)
     if given not in (expected, (expected[0], past_length + expected[1])):
         raise ValueError(
-            f"attention_mask of shape {given} for {name} of shape {expected}: the same was expected, 1 at each token "
-            "that is read and 0 at padding. Give the mask that was made with the text, or none."
+            f"attention_mask of shape {given} for {name} of shape {expected}: the same shape was expected, with 1 at "
+            "tokens and 0 at padding. Give the mask that was made with the text, or none."
         )
 
 
 def pad_right(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, name: str = "input_ids"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the same texts with all their padding behind them, because the Q-Former's positions count tokens."""
+    """Return the same texts with all padding after them, because the Q-Former's positions count tokens."""
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids)
     check_attention_mask(attention_mask, input_ids, name=name)
@@ -49,17 +56,17 @@ def check_texts(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Blip2Config, name: str, min_length: int = 1
 ):
     """
-    Refuse what the Q-Former can't read as text.
+    Refuse texts that the Q-Former can't read.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`):
-            Texts, all padding behind them.
+            Texts, with all padding after them.
         attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`):
             0 at padding.
         config ([`Blip2Config`]):
             Configuration of the model.
         name (`str`):
-            What the caller knows `input_ids` as.
+            The caller's name for `input_ids`.
         min_length (`int`, *optional*, defaults to 1):
             Fewest tokens of a text.
 
@@ -70,7 +77,7 @@ def check_texts(
     limit, num_queries = config.qformer_config.max_position_embeddings, config.num_query_tokens
     if input_ids.shape[1] > limit:
         raise ValueError(
-            f"A text of {name} has {input_ids.shape[1]} tokens, and the Q-Former {limit} positions: cut it, with "
+            f"A text of {name} has {input_ids.shape[1]} tokens, but the Q-Former has {limit} positions. Cut it with "
             f"tokenizer(..., truncation=True, max_length={limit})."
         )
     if torch.compiler.is_compiling():
@@ -83,20 +90,20 @@ def check_texts(
     if 2 <= num_queries <= input_ids.shape[1]:
         # A text begins with [CLS], which does not come twice
         is_image = input_ids[:, :num_queries].eq(input_ids[:, :1]).all(dim=1) & (lengths >= num_queries)
-    # One look at the values, because each waits for the device
+    # One check of all values, because each check waits for the device
     if not bool((is_short | is_foreign | is_image).any()):
         return
     row = int((is_short | is_foreign | is_image).int().argmax())
     if bool(is_short[row]):
         raise ValueError(
-            f"Row {row} of {name} has {int(lengths[row])} tokens, and at least {min_length} were expected. Tokenizers "
-            "make two of an empty text, [CLS] and [SEP]; the attention mask is 1 at tokens and 0 at padding."
+            f"Row {row} of {name} has {int(lengths[row])} tokens, but at least {min_length} were expected. An empty "
+            "text has two, [CLS] and [SEP]. The attention mask has to be 1 at tokens and 0 at padding."
         )
     found = f"the token id {int(input_ids[row].max())}, beyond its vocabulary of {config.qformer_config.vocab_size}"
     if bool(is_image[row]):
         found = f"{num_queries} tokens of id {int(input_ids[row, 0])} in front, which look like those of an image"
     raise ValueError(
-        f"Row {row} of {name} is no text of the Q-Former: it has {found}. Give what the Q-Former's own tokenizer "
-        "makes of the text. If Blip2Processor put placeholders of images into input_ids, set "
+        f"Row {row} of {name} is no text of the Q-Former: it has {found}. Give the token ids of the Q-Former's own "
+        "tokenizer. If Blip2Processor put placeholders of images into input_ids, set "
         "model.config.image_token_index = processor.image_token_id: they are then left out."
     )

@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from ..data.feature_cache import read_cached_features
+from ..jobs.batch_size import BatchSize
 from ..models.losses import image_text_similarity
 from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 
@@ -37,7 +38,7 @@ class Ranking:
 
     def matrix(self, num_candidates: int, fill: float = float("-inf")) -> torch.Tensor:
         """
-        The scores of all candidates, those that were not found having `fill`.
+        Return the scores of all candidates, with `fill` for those that were not found.
 
         Args:
             num_candidates (`int`):
@@ -102,7 +103,7 @@ class EncodedTexts:
 
 
 def _in_eval_mode(method: Callable) -> Callable:
-    """Without dropout and without a graph; the model is left as it was."""
+    """Run a method without dropout and without a graph; the model is left as it was."""
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
@@ -129,7 +130,7 @@ class TwoStageRetrieval:
         k (`int`, *optional*, defaults to 128):
             How many candidates of contrast are matched (the paper's number). 0: contrast alone ranks all.
         batch_size (`int`, *optional*, defaults to 64):
-            How many images, texts or pairs the model takes at a time.
+            How many images, texts or pairs the model takes at a time. It is halved if memory runs out.
         max_length (`int`, *optional*, defaults to 35):
             Most tokens of a text; the rest is cut. The authors' code has 35.
         show_progress (`bool`, *optional*, defaults to `True`):
@@ -155,14 +156,19 @@ class TwoStageRetrieval:
         max_length: int = 35,
         show_progress: bool = True,
     ):
-        if k < 0 or batch_size < 1:
-            raise ValueError(f"k={k}, batch_size={batch_size}: k is at least 0, batch_size at least 1.")
+        if k < 0:
+            raise ValueError(f"k={k}: at least 0 was expected.")
         self.model = model
         self.tokenizer = tokenizer
         self.k = k
-        self.batch_size = batch_size
+        self._batch_size = BatchSize(batch_size)
         self.max_length = max_length
         self.show_progress = show_progress
+
+    @property
+    def batch_size(self) -> int:
+        """Return how many images, texts or pairs the model takes at a time, now."""
+        return self._batch_size.size
 
     @_in_eval_mode
     def __call__(
@@ -172,6 +178,8 @@ class TwoStageRetrieval:
         image_features: torch.Tensor | None = None,
     ) -> TwoStageRankings:
         r"""
+        Find texts for images and images for texts.
+
         Args:
             images (`torch.Tensor` of shape `(num_images, features, vision hidden_size)`, `datasets.Dataset` or \
 sequence of `torch.Tensor`):
@@ -191,7 +199,9 @@ sequence of `torch.Tensor`):
         if image_features is None:
             image_features = self.encode_images(images)
         if len(image_features) != len(images):
-            raise ValueError(f"There are {len(images)} images and {len(image_features)} image_features: as many.")
+            raise ValueError(
+                f"image_features has {len(image_features)} rows; {len(images)} were expected, one for each image."
+            )
         found = self.compare(image_features, texts.features)
         if self.k == 0:
             return found
@@ -208,6 +218,8 @@ sequence of `torch.Tensor`):
     @_in_eval_mode
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         r"""
+        Compute what images are compared with.
+
         Args:
             texts (`list[str]`):
                 The texts.
@@ -227,17 +239,20 @@ sequence of `torch.Tensor`):
         )["input_ids"]
         self._check_vocabulary(input_ids)
         order = sorted(range(len(input_ids)), key=lambda i: len(input_ids[i]))
-        parts = []
-        for start in self._progress(range(0, len(order), self.batch_size), "Texts"):
-            ids, mask = self._pad([input_ids[i] for i in order[start : start + self.batch_size]])
-            parts.append(self.model.get_text_features(ids, mask, return_dict=True).pooler_output.cpu())
-        features = torch.cat(parts)[torch.tensor(order).argsort()]
+
+        def encode(part: list[int]) -> torch.Tensor:
+            ids, mask = self._pad([input_ids[i] for i in part])
+            return self.model.get_text_features(ids, mask, return_dict=True).pooler_output.cpu()
+
+        features = self._in_batches(encode, order, "Texts")[torch.tensor(order).argsort()]
         _check_finite(features, "Features of texts")
         return EncodedTexts(input_ids, features)
 
     @_in_eval_mode
     def encode_images(self, images: torch.Tensor | datasets.Dataset | Sequence[torch.Tensor]) -> torch.Tensor:
         r"""
+        Compute what texts are compared with.
+
         Args:
             images (`torch.Tensor`, `datasets.Dataset` or sequence of `torch.Tensor`):
                 The tower's output.
@@ -247,11 +262,12 @@ sequence of `torch.Tensor`):
         """
         if len(images) == 0:
             raise ValueError("There are no images.")
-        parts = []
-        for start in self._progress(range(0, len(images), self.batch_size), "Images"):
-            embeds = self._read(images, range(start, min(start + self.batch_size, len(images))))
-            parts.append(self.model.get_image_features(image_embeds=embeds, return_dict=True).pooler_output.cpu())
-        features = torch.cat(parts)
+
+        def encode(part: range) -> torch.Tensor:
+            embeds = self._read(images, part)
+            return self.model.get_image_features(image_embeds=embeds, return_dict=True).pooler_output.cpu()
+
+        features = self._in_batches(encode, range(len(images)), "Images")
         _check_finite(features, "Features of images")
         return features
 
@@ -260,7 +276,7 @@ sequence of `torch.Tensor`):
         self, image_features: torch.Tensor, text_features: torch.Tensor, k: int | None = None
     ) -> TwoStageRankings:
         r"""
-        By contrast alone.
+        Rank by contrast alone.
 
         Args:
             image_features (`torch.Tensor` of shape `(num_images, num_query_tokens, image_text_hidden_size)`):
@@ -293,7 +309,7 @@ sequence of `torch.Tensor`):
         pairs: torch.Tensor,
     ) -> torch.Tensor:
         r"""
-        The logit of "match" of any pairs, each image's keys and values computed once.
+        Compute the logit of "match" of any pairs, and each image's keys and values once.
 
         Args:
             images (`torch.Tensor`, `datasets.Dataset` or sequence of `torch.Tensor`):
@@ -308,6 +324,11 @@ sequence of `torch.Tensor`):
         """
         if len(pairs) and (int(pairs.min()) < 0 or int(pairs[:, 0].max()) >= len(images)):
             raise ValueError(f"pairs name images that are not there: 0 to {len(images) - 1} was expected.")
+        scores = self._batch_size.fit(functools.partial(self._match, images, input_ids, pairs))
+        _check_finite(scores, "Scores of pairs")
+        return scores
+
+    def _match(self, images: Any, input_ids: list[list[int]], pairs: torch.Tensor, batch_size: int) -> torch.Tensor:
         scores = torch.empty(len(pairs))
         by_image: dict[int, list[int]] = {}
         texts = pairs[:, 1].tolist()
@@ -315,11 +336,11 @@ sequence of `torch.Tensor`):
             by_image.setdefault(image, []).append(pair)
         for own in by_image.values():
             own.sort(key=lambda pair: len(input_ids[texts[pair]]))
-        with self._bar(len(pairs), "Pairs") as bar:
-            for group in _groups(by_image, self.batch_size):
+        with self._bar(len(pairs), "Pairs", "pair") as bar:
+            for group in _groups(by_image, batch_size):
                 key_values = self.model.get_image_key_values(self._read(images, group))
                 columns = list(zip(*(by_image[image] for image in group), strict=True))
-                step = max(1, self.batch_size // len(group))
+                step = max(1, batch_size // len(group))
                 for start in range(0, len(columns), step):
                     # Rows of an image lie next to one another
                     chunk = [pair for row in zip(*columns[start : start + step], strict=True) for pair in row]
@@ -327,11 +348,18 @@ sequence of `torch.Tensor`):
                     logits = self.model.get_matching_logits(ids, mask, image_key_values=key_values)
                     scores[chunk] = logits[:, 1].float().cpu()
                     bar.update(len(chunk))
-        _check_finite(scores, "Scores of pairs")
         return scores
 
+    def _in_batches(self, function: Callable[[Any], torch.Tensor], items: Sequence[int], name: str) -> torch.Tensor:
+        parts = []
+        with self._bar(len(items), name, name.lower().removesuffix("s")) as bar:
+            for part, found in self._batch_size.run(function, items):
+                parts.append(found)
+                bar.update(len(part))
+        return torch.cat(parts)
+
     def _read(self, images: Any, rows: Sequence[int]) -> torch.Tensor:
-        """The tower's output of some images, on the model's device."""
+        """Return the tower's output of some images, on the model's device."""
         if isinstance(images, torch.Tensor):
             embeds = images[list(rows)]
         elif isinstance(images, datasets.Dataset):
@@ -356,11 +384,8 @@ sequence of `torch.Tensor`):
         padded[mask] = torch.tensor([token for ids in input_ids for token in ids])
         return padded.to(device), mask.long().to(device)
 
-    def _progress(self, steps: range, name: str):
-        return logging.tqdm(steps, desc=name, unit="batch", disable=not self.show_progress)
-
-    def _bar(self, total: int, name: str):
-        return logging.tqdm(total=total, desc=name, unit="pair", disable=not self.show_progress)
+    def _bar(self, total: int, name: str, unit: str):
+        return logging.tqdm(total=total, desc=name, unit=unit, disable=not self.show_progress)
 
 
 def _check_finite(values: torch.Tensor, what: str):
@@ -371,14 +396,14 @@ def _check_finite(values: torch.Tensor, what: str):
 
 
 def _ranked_anew(found: Ranking, matched: torch.Tensor) -> Ranking:
-    """By the logit of "match" plus the cosine."""
+    """Rank by the logit of "match" plus the cosine."""
     scores = found.scores + matched
     order = scores.argsort(dim=1, descending=True, stable=True)
     return Ranking(found.index.gather(1, order), scores.gather(1, order))
 
 
 def _groups(by_image: dict[int, list[int]], batch_size: int) -> list[list[int]]:
-    """Images that are matched together: they have as many texts each, and no more than a batch in all."""
+    """Return images that are matched together: they have as many texts each, and no more than a batch in all."""
     groups: list[list[int]] = []
     for image in sorted(by_image, key=lambda image: (len(by_image[image]), image)):
         count = len(by_image[image])

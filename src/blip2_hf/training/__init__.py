@@ -1,4 +1,4 @@
-"""Training with transformers' `Trainer`: the paper's settings, what is trained, what decays, going on after a stop."""
+"""Training with transformers' `Trainer`: the paper's settings, trained parts, learning rates by layer, resumption."""
 
 from .arguments import Blip2Arguments, FineTuningArguments, Stage1Arguments, Stage2Arguments
 from .checkpoints import checkpoint_to_resume, last_complete_checkpoint

@@ -16,26 +16,26 @@ PAPER_SCHEDULE = "cosine_warmup_with_min_lr"
 @dataclass
 class Blip2Arguments(Seq2SeqTrainingArguments):
     r"""
-    [`~transformers.Seq2SeqTrainingArguments`] with what the paper's trainings have in common: AdamW with a weight
-    decay of 0.05, linear warm-up and a cosine, no limit on the norm of gradients.
+    [`~transformers.Seq2SeqTrainingArguments`] with the settings that are common to the paper's trainings: AdamW with a
+    weight decay of 0.05, linear warm-up and a cosine, no limit on the norm of gradients.
 
-    A number of `warmup_steps` that is more than a tenth of all steps is shortened to a tenth, with a warning: in a
-    short run the paper's 2,000 would be all of it. A share of all steps, such as 0.3, is taken as it is.
+    If `warmup_steps` is more than a tenth of all steps, it is shortened to a tenth, with a warning, because the
+    paper's 2,000 could be all of a short run. A share of all steps, such as 0.3, is taken as it is.
 
     Args:
         preset (`str`, *optional*):
-            Which parts are trained (see [`train_only`]). If it is not given, those that are when the model comes.
+            Which parts are trained (see [`train_only`]). Defaults to those that the model trains already.
         vision_layer_decay (`float`, *optional*, defaults to 1.0):
-            The learning rate of each block of the tower is that of the block behind it times this (appendix: 0.95 or
-            0.9, where the tower is trained).
+            Learning rate of each block of the tower over that of the block after it (appendix: 0.95 or 0.9, if the
+            tower is trained).
         min_learning_rate (`float`, *optional*):
-            Where the cosine of the paper ends; at `learning_rate` itself, if that is lower.
+            Last learning rate of the paper's cosine, or `learning_rate` if that is lower.
         gradient_caching_chunk_size (`int`, *optional*):
-            Stage 1: how many pairs of a batch have a graph at a time, where the batch is larger than memory (see
-            [`Blip2ForPreTraining.gradient_caching_enable`]). The batches of `gradient_accumulation_steps` are then
-            one, contrasted as a whole.
+            Stage 1: number of pairs of a batch that have a graph at the same time, if the batch is larger than memory
+            (see [`Blip2ForPreTraining.gradient_caching_enable`]). The batches of `gradient_accumulation_steps` then
+            become one, which is contrasted as a whole.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether [`checkpoint_to_resume`] deletes the checkpoints in `output_dir`, to begin anew.
+            Whether [`checkpoint_to_resume`] deletes the checkpoints in `output_dir` to start again.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak of the learning rate."})
@@ -55,27 +55,27 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
     )
     preset: str | None = field(default=None, metadata={"help": "Which parts are trained."})
     vision_layer_decay: float = field(
-        default=1.0, metadata={"help": "Learning rate of a block of the tower over that of the block behind it."}
+        default=1.0, metadata={"help": "Learning rate of a block of the tower over that of the block after it."}
     )
     gradient_caching_chunk_size: int | None = field(
-        default=None, metadata={"help": "Stage 1: how many pairs of a batch have a graph at a time."}
+        default=None, metadata={"help": "Stage 1: number of pairs of a batch that have a graph at the same time."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Delete the checkpoints in output_dir, and begin anew."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the checkpoints in output_dir, and start again."})
 
     def __post_init__(self):
         if not 0 < self.vision_layer_decay <= 1:
-            raise ValueError(f"vision_layer_decay is {self.vision_layer_decay}: more than 0, at most 1 was expected.")
+            raise ValueError(f"vision_layer_decay is {self.vision_layer_decay}: a number in (0, 1] was expected.")
         if self.label_smoothing_factor != 0:
             raise ValueError(
-                "label_smoothing_factor: Trainer would smooth labels that are not shifted. The losses of stage 1 have "
-                "the smoothing of the authors; that of the language model has none."
+                f"label_smoothing_factor is {self.label_smoothing_factor}: 0 was expected, because Trainer would "
+                "smooth labels that are not shifted. The losses of stage 1 have the authors' smoothing already."
             )
         if self.lr_scheduler_type == PAPER_SCHEDULE and self.lr_scheduler_kwargs is None:
             # Warm-up starts from a hundredth of the peak, as in the authors' code
             min_rate = min(self.min_learning_rate / self.learning_rate, 1.0) if self.learning_rate > 0 else 0.0
             self.lr_scheduler_kwargs = {"min_lr_rate": min_rate, "warmup_lr_rate": 0.01}
         if self.gradient_caching_chunk_size is not None:
-            # One contrastive batch of all that would have been accumulated
+            # The batches that would have been accumulated become one contrastive batch
             self.per_device_train_batch_size *= self.gradient_accumulation_steps
             self.gradient_accumulation_steps = 1
         super().__post_init__()
@@ -107,7 +107,7 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
         return {**vars(self), "hub_token": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Blip2Arguments":
-        # By way of `__getstate__` a copy would lose the token
+        # Not by `__getstate__`, because a copy would lose the token
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         vars(copied).update(copy.deepcopy(vars(self), memo))
@@ -121,7 +121,7 @@ class Blip2Arguments(Seq2SeqTrainingArguments):
 
 @dataclass
 class _PreTrainingArguments(Blip2Arguments):
-    """Both stages are counted in steps; `num_train_epochs`, where it is given, takes their place."""
+    """Arguments of both stages, which are counted in steps unless `num_train_epochs` is given."""
 
     num_train_epochs: float = field(default=0, metadata={"help": "Epochs, in place of the paper's number of steps."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW."})
@@ -139,20 +139,20 @@ class Stage1Arguments(_PreTrainingArguments):
     warm-up to a learning rate of 1e-4 from a hundredth of it (as in the authors' code), and a cosine down to a tenth
     of it, 250,000 steps in all.
 
-    The paper's batch, over all processes, is of 2,320 pairs for ViT-L and 1,680 for ViT-g.
+    The paper's batch, over all processes, has 2,320 pairs for ViT-L and 1,680 for ViT-g.
 
     Args:
         num_train_epochs (`float`, *optional*, defaults to 0):
             Length of the run in epochs, in place of the paper's number of steps.
         kwargs:
-            Those of [`Blip2Arguments`].
+            Arguments of [`Blip2Arguments`].
     """
 
     max_steps: int = field(default=250_000, metadata={"help": "Number of steps."})
     min_learning_rate: float = field(default=1e-5, metadata={"help": "Where the cosine ends."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "A last batch of one pair has no negatives."})
     label_names: list[str] | None = field(
-        default_factory=lambda: ["image_ids"], metadata={"help": "What the metrics of evaluation are told."}
+        default_factory=lambda: ["image_ids"], metadata={"help": "Inputs that the metrics of evaluation are given."}
     )
 
 
@@ -160,13 +160,13 @@ class Stage1Arguments(_PreTrainingArguments):
 class Stage2Arguments(_PreTrainingArguments):
     r"""
     The paper's stage 2 (section 3.4): as stage 1, but 80,000 steps and a cosine that ends at 5e-5. Its batch, over all
-    processes, is of 1,920 pairs for OPT and 1,520 for FlanT5.
+    processes, has 1,920 pairs for OPT and 1,520 for FlanT5.
 
     Args:
         num_train_epochs (`float`, *optional*, defaults to 0):
             Length of the run in epochs, in place of the paper's number of steps.
         kwargs:
-            Those of [`Blip2Arguments`].
+            Arguments of [`Blip2Arguments`].
     """
 
     max_steps: int = field(default=80_000, metadata={"help": "Number of steps."})
@@ -183,7 +183,7 @@ class FineTuningArguments(Blip2Arguments):
 
     Args:
         kwargs:
-            Those of [`Blip2Arguments`].
+            Arguments of [`Blip2Arguments`].
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak of the learning rate."})
@@ -192,11 +192,11 @@ class FineTuningArguments(Blip2Arguments):
         default=1000, metadata={"help": "Steps of warm-up (a tenth of all at most), or a share."}
     )
     preset: str | None = field(default="finetune", metadata={"help": "Which parts are trained."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When it validates."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When it saves a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints stay."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether the best checkpoint is kept."})
-    metric_for_best_model: str | None = field(default="word_f1", metadata={"help": "What best means."})
+    metric_for_best_model: str | None = field(default="word_f1", metadata={"help": "Metric of the best checkpoint."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Evaluation by generation."})
 
 

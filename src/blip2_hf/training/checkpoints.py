@@ -1,12 +1,11 @@
 """Which checkpoint a run that was stopped, at whatever moment, goes on from."""
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
 
 from ..data.pairs import ImageTextPairs
+from ..jobs.atomic_files import write_json
+from ..jobs.fingerprints import check_settings_file, fingerprint
+from ..jobs.state_files import read_json
 
 
 if TYPE_CHECKING:
@@ -160,19 +162,18 @@ def _find_checkpoint(trainer: "Blip2Trainer", settings: dict[str, Any]) -> str |
     refuse_weights_alone(checkpoint or (alone[-1] if alone else None))
     if checkpoint is not None:
         if args.resume_from_checkpoint is None:
-            anyway = f"{_ANEW}, or --resume_from_checkpoint {checkpoint} to go on from it all the same."
-            if not path.exists():
-                raise ValueError(
-                    f"{checkpoint} is there already, without {path.name}, which would tell what made it. {anyway}"
-                )
-            _compare(checkpoint, json.loads(path.read_text(encoding="utf-8")), settings, anyway)
+            advice = (
+                f"Give the same options to go on from it. {_ANEW}, or --resume_from_checkpoint {checkpoint} to go on "
+                "from it all the same."
+            )
+            # A model or dataset may have moved
+            free = {name for name in settings if _contents(name) in settings}
+            check_settings_file(path, settings, checkpoint, advice, free)
         else:
             _check_neighbours(checkpoint, folder, settings)
         _check_length(checkpoint, args)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, settings)
     return checkpoint
 
 
@@ -183,7 +184,7 @@ def _check_neighbours(checkpoint: str, folder: Path, settings: dict[str, Any]):
     if given.parent == folder.resolve():
         step = next((step for step, old in _checkpoints(folder).items() if old.resolve() == given), -1)
         steps = {other: old for other, old in steps.items() if other > step}
-    if steps and not (path.exists() and json.loads(path.read_text(encoding="utf-8")) == settings):
+    if steps and not (path.exists() and read_json(path, f"{_ANEW}.") == settings):
         names = ", ".join(old.name for old in steps.values())
         raise ValueError(
             f"{folder} has checkpoints that other settings made ({names}), and the next run would take them for those "
@@ -226,24 +227,13 @@ def _settings(trainer: "Blip2Trainer", options: Mapping[str, Any], models: Itera
     return json.loads(json.dumps(settings, default=str))
 
 
-def _compare(checkpoint: str, found: dict[str, Any], now: dict[str, Any], anyway: str):
-    different = {name for name in {*found, *now} if found.get(name) != now.get(name)}
-    # A model or data set may have moved
-    moved = {name for name in different if _contents(name) in now and _contents(name) not in different}
-    if different := sorted(different - moved):
-        details = "; ".join(f"{name}: {found.get(name)!r} there, {now.get(name)!r} now" for name in different)
-        raise ValueError(
-            f"{checkpoint} was made otherwise ({details}). Give the same options to go on from it. {anyway}"
-        )
-
-
 def _contents(name: str) -> str:
     return f"contents of {name}"
 
 
 def _check_length(checkpoint: str, args: Any):
     try:
-        state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
+        state = read_json(Path(checkpoint) / TRAINER_STATE_NAME, f"Give another checkpoint. {_ANEW}.")
     except OSError:
         raise ValueError(f"{checkpoint} is no checkpoint of a training: it has no {TRAINER_STATE_NAME}.") from None
     done, wanted, unit = state["global_step"], args.max_steps, "steps"
@@ -261,15 +251,18 @@ def _model_contents(name: str) -> str | None:
             return extract_commit_hash(cached_file(name, CONFIG_NAME), None)
         except OSError:
             return None
-    digest = hashlib.blake2b(digest_size=16)
+    return fingerprint(_model_files(folder))
+
+
+def _model_files(folder: Path) -> Iterator[bytes]:
+    """Yield the names and the contents of the files that make a model what it is."""
     for path in sorted(folder.iterdir()):
         is_weights = path.suffix in (".safetensors", ".bin") and path.name not in _NO_WEIGHTS
         if is_weights or path.name == CONFIG_NAME:
-            digest.update(path.name.encode())
+            yield path.name.encode()
             with open(path, "rb") as file:
                 while block := file.read(2**24):
-                    digest.update(block)
-    return digest.hexdigest()
+                    yield block
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
@@ -281,12 +274,13 @@ def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
 
 
 def _has_weights_alone(folder: Path) -> bool:
-    """With save_only_model neither the optimizer nor the state of the random numbers is there."""
+    """Tell whether a checkpoint is of save_only_model, without the optimizer and the state of the random numbers."""
     return (folder / TRAINER_STATE_NAME).exists() and not any(folder.glob("rng_state*.pth"))
 
 
 def _is_complete(folder: Path, step: int) -> bool:
-    """Process 0 writes the state of the training last; the others that of their random numbers before it or after."""
+    """Tell whether all files of a checkpoint are there."""
+    # Process 0 writes the state of the training last, the others that of their random numbers before it or after
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):

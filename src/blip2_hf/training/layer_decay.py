@@ -13,19 +13,19 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks?|stages)\.(\d+)\.")
 
 def vision_layer_scales(model: Blip2PreTrainedModel, decay: float) -> dict[nn.Parameter, float]:
     """
-    What the learning rate is multiplied by in each layer of the tower (appendix; LAVIS computes the same numbers, and
+    Return the factor of the learning rate in each layer of the tower (appendix; LAVIS computes the same numbers, but
     does not use them).
 
     Args:
         model ([`Blip2PreTrainedModel`]):
             The model, its tower trained.
         decay (`float`):
-            The learning rate of a block over that of the block behind it: the last of n blocks has `decay`, the first
+            The learning rate of a block over that of the block after it: the last of n blocks has `decay`, the first
             `decay**n`, and the embeddings before it `decay**(n + 1)`.
 
     Returns:
-        `dict`: the factor of each parameter of the tower that is trained. What stands behind its blocks, and the
-        LayerNorm after it, have 1.
+        `dict`: the factor of each trained parameter of the tower. Those after the blocks, which have a factor of 1,
+        are left out.
 
     Raises:
         ValueError: if no numbered block of the tower is trained.
@@ -36,8 +36,8 @@ def vision_layer_scales(model: Blip2PreTrainedModel, decay: float) -> dict[nn.Pa
     found = [block for block in blocks if block is not None]
     if not found:
         raise ValueError(
-            "vision_layer_decay: the tower has no numbered blocks that are trained. The presets that train it are "
-            "'finetune' and 'everything'."
+            "vision_layer_decay was given, but the tower has no numbered blocks that are trained. The presets "
+            "'finetune' and 'everything' train the tower."
         )
     last = max(found)
     scales = {}
@@ -51,14 +51,14 @@ def vision_layer_scales(model: Blip2PreTrainedModel, decay: float) -> dict[nn.Pa
 
 def split_by_scale(optimizer: torch.optim.Optimizer, scales: dict[nn.Parameter, float]):
     """
-    Splits the groups of an optimizer that has not begun, so that each has the learning rate of its layers. A scheduler
-    multiplies them all alike.
+    Split the groups of a new optimizer, so that each has the learning rate of its layers. A scheduler multiplies them
+    all alike.
 
     Args:
         optimizer (`torch.optim.Optimizer`):
             The optimizer.
         scales (`dict`):
-            What the learning rate of a parameter is multiplied by, where it is not 1.
+            Factor of a parameter's learning rate, if it is not 1.
     """
     groups = []
     for group in optimizer.param_groups:

@@ -1,12 +1,13 @@
-"""Which parts of a BLIP-2 are trained: the paper's stages, its fine-tuning, and less or more than these."""
+"""Which parts of a BLIP-2 are trained: in the paper's stages, in its fine-tuning, and other choices."""
 
 import re
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..models.configuration_blip2 import public_class_name
+from ..models.frozen import upcast_trained_parameters
 from ..models.modeling_base import Blip2PreTrainedModel
 from ..models.modeling_pretraining import Blip2ForPreTraining
 
@@ -27,7 +28,7 @@ Preset = Literal[
     "lora_vision_model",
 ]
 
-# Beginnings of the names of what each trains
+# Beginnings of the names of the parameters that each trains
 PRESETS: dict[str, tuple[str, ...]] = {
     "stage1": (
         "vision_model.post_layernorm",
@@ -53,7 +54,7 @@ def train_only(
     model: Blip2PreTrainedModel, preset: Preset, lora_config: "LoraConfig | None" = None
 ) -> "Blip2PreTrainedModel | PeftModel":
     r"""
-    Says which parts of a model are trained; all others are frozen, and in eval mode while it trains.
+    Choose which parts of a model are trained. All others are frozen, and stay in eval mode in training.
 
     | preset | trained |
     |---|---|
@@ -67,11 +68,11 @@ def train_only(
 
     Args:
         model ([`Blip2PreTrainedModel`]):
-            The model. What is trained is cast to float32 if it is in half precision: AdamW loses small steps there.
+            The model. Trained parts in half precision are cast to float32, because AdamW would lose small steps.
         preset (`str`):
-            One of these.
+            One of the presets above.
         lora_config (`peft.LoraConfig`, *optional*):
-            For the adapters, in place of rank 16 in all linear layers of the part.
+            Configuration of the adapters. Defaults to rank 16 in all linear layers of the part.
 
     Returns:
         The model, or with adapters the `peft.PeftModel` around it.
@@ -90,16 +91,14 @@ def train_only(
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}: one of {[*PRESETS, *LORA_PARTS]} was expected.")
     if lora_config is not None:
-        raise ValueError(f"lora_config is for {sorted(LORA_PARTS)}, but the preset is {preset!r}.")
+        raise ValueError(f"lora_config is for {sorted(LORA_PARTS)}, but the preset is {preset!r}: leave it out.")
     if preset != "everything" and (preset == "stage1") != isinstance(model, Blip2ForPreTraining):
-        raise ValueError(f"The preset {preset!r} is not for a {type(model).__name__}.")
+        raise ValueError(f"The preset {preset!r} is not for a {public_class_name(model)}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(PRESETS[preset]))
     model.freeze_unused_parameters()
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-    # Parts that are frozen now leave training mode, others go back to it
+    upcast_trained_parameters(model)
+    # Parts that are frozen now leave training mode, others return to it
     return model.train(model.training)
 
 
@@ -107,7 +106,7 @@ def _add_adapters(model: Blip2PreTrainedModel, part: str, lora_config: "LoraConf
     from peft import LoraConfig, get_peft_model
 
     if not hasattr(model, part):
-        raise ValueError(f"A {type(model).__name__} has no {part}.")
+        raise ValueError(f"A {public_class_name(model)} has no {part} to adapt.")
     if lora_config is None:
         head = getattr(model, part).get_output_embeddings()
         linear = {
@@ -127,7 +126,7 @@ def _add_adapters(model: Blip2PreTrainedModel, part: str, lora_config: "LoraConf
 
 def describe_trained_parts(model: nn.Module) -> str:
     """
-    Which parts of a model are trained, with numbers of parameters and types.
+    Describe which parts of a model are trained, with numbers of parameters and dtypes.
 
     Args:
         model (`nn.Module`):
@@ -143,7 +142,7 @@ def describe_trained_parts(model: nn.Module) -> str:
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The model itself, where PEFT is around it."""
+    """Return the model inside PEFT's wrapper, or the model itself without one."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 

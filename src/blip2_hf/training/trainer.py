@@ -1,4 +1,4 @@
-"""`Trainer`, told what is particular to BLIP-2: what decays, which losses there are, which epoch it is."""
+"""`Trainer` for BLIP-2: presets, weight decay, the losses of stage 1, evaluation, epochs, and pushes to the Hub."""
 
 import json
 import os
@@ -35,28 +35,27 @@ from .presets import describe_trained_parts, train_only, without_adapters
 
 logger = logging.get_logger(__name__)
 
-# Beside biases and norms, which Trainer leaves out by itself; under PEFT the names go on after these
-WITHOUT_WEIGHT_DECAY = ("query_tokens.", "temperature.")
-# Ends of the names of what an evaluation, of one set or of several, logs beside its scores
+# Besides biases and norms, which Trainer leaves out by itself; under PEFT the names continue after these
+_WITHOUT_WEIGHT_DECAY = ("query_tokens.", "temperature.")
+# Ends of the names of numbers that an evaluation logs besides its scores
 _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 _SETTINGS_IN_CARD = ("weight_decay", "preset", "vision_layer_decay", "gradient_caching_chunk_size")
 
 
 class Blip2Trainer(Seq2SeqTrainer):
     r"""
-    [`~transformers.Seq2SeqTrainer`] for BLIP-2. The models also learn in `Trainer` itself; here
+    [`~transformers.Seq2SeqTrainer`] for BLIP-2. The models can also be trained with `Trainer` itself; this class adds:
 
-    - `preset` and `vision_layer_decay` of [`Blip2Arguments`] are heeded;
+    - `preset`, `vision_layer_decay` and `gradient_caching_chunk_size` of [`Blip2Arguments`] are applied;
     - queries and temperature have no weight decay, as biases and norms;
-    - evaluation counts every held-out row, whatever `dataloader_drop_last` says;
-    - each loss of a model's output (`loss_itc`, ...) is logged beside their sum, for training and for evaluation;
-    - a table of what is trained and what is frozen is printed when training begins;
+    - evaluation counts every held-out row, even with `dataloader_drop_last=True`;
+    - each loss of a model's output (`loss_itc`, ...) is logged besides their sum, for training and for evaluation;
+    - a table of the trained and the frozen parts is printed when training begins;
     - with `predict_with_generate`, metrics are given the new tokens, without the prompt;
-    - [`~data.ImageTextPairs`] learn which epoch it is, and an [`~data.ImageTextStream`] that repeats is shared out
-      among processes, each of which reads no more than its rows;
-    - `gradient_caching_chunk_size` of [`Stage1Arguments`] is heeded;
-    - with `push_to_hub`, checkpoints and what is pushed have the code with them, and a card with the settings of the
-      training and the last evaluation, or, where `load_best_model_at_end` goes back to earlier weights, that of these.
+    - [`~data.ImageTextPairs`] are told the epoch, and an [`~data.ImageTextStream`] that repeats is divided among
+      processes, each of which reads only its own rows;
+    - with `push_to_hub`, checkpoints and pushes include the code, and a card with the settings of the training and the
+      last evaluation, or that of the weights to which `load_best_model_at_end` has returned.
 
     Args:
         model ([`Blip2PreTrainedModel`]):
@@ -64,10 +63,10 @@ class Blip2Trainer(Seq2SeqTrainer):
         args ([`Blip2Arguments`]):
             The settings.
         kwargs:
-            Those of [`~transformers.Trainer`].
+            Arguments of [`~transformers.Trainer`].
 
     Raises:
-        ValueError: if `args` are none of [`Blip2Arguments`], or checkpoints are wanted of a model that can't be saved.
+        ValueError: if `args` are not [`Blip2Arguments`], or checkpoints of a model that can't be saved are wanted.
     """
 
     args: Blip2Arguments
@@ -81,11 +80,11 @@ class Blip2Trainer(Seq2SeqTrainer):
         if args.preset is not None:
             model = train_only(model, args.preset)
         if isinstance(model, Blip2ForConditionalGeneration) and args.save_strategy != SaveStrategy.NO:
-            # Said now, not by the first checkpoint
+            # Refused now, not at the first checkpoint
             model.check_that_it_can_be_saved()
         super().__init__(model, args, **kwargs)
         self.add_callback(SetEpochCallback())
-        self._step_of_weights: int | None = None  # where they are not those of the last step
+        self._step_of_weights: int | None = None  # if they are not those of the last step
         self._losses: dict[str, _MeanLosses] = {"train": _MeanLosses(), "eval": _MeanLosses()}
         if args.gradient_caching_chunk_size is not None and isinstance(self._bare_model(), Blip2ForPreTraining):
             self._bare_model().gradient_caching_enable(args.gradient_caching_chunk_size)
@@ -109,7 +108,7 @@ class Blip2Trainer(Seq2SeqTrainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _is_finished(self, checkpoint: str) -> bool:
-        """Whether a run of so many steps ended there. Trainer would make one step more, within an epoch."""
+        """Return whether a run of `max_steps` ended there. Within an epoch, Trainer would make one step more."""
         path = os.path.join(checkpoint, TRAINER_STATE_NAME)
         if self.args.max_steps <= 0 or self.is_fsdp_enabled or self.is_deepspeed_enabled or not os.path.exists(path):
             return False
@@ -128,7 +127,7 @@ class Blip2Trainer(Seq2SeqTrainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)
-        return [name for name in names if not any(part in name for part in WITHOUT_WEIGHT_DECAY)]
+        return [name for name in names if not any(part in name for part in _WITHOUT_WEIGHT_DECAY)]
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -141,7 +140,7 @@ class Blip2Trainer(Seq2SeqTrainer):
         stream = self.train_dataset
         if self.args.world_size == 1 or not isinstance(stream, ImageTextStream) or not stream.repeat:
             return super().get_train_dataloader()
-        # accelerate would have each process read all rows, or one of them read for all
+        # With accelerate, each process would read all rows, or one process would read for all
         return DataLoader(
             stream.shared_out(self.args.process_index, self.args.world_size),
             batch_size=self._train_batch_size,
@@ -162,7 +161,7 @@ class Blip2Trainer(Seq2SeqTrainer):
 
     @contextmanager
     def _last_batch_kept(self) -> Iterator[None]:
-        """Held-out rows all count; `dataloader_drop_last` is for the negatives that training needs."""
+        """Keep the last batch of held-out rows: `dataloader_drop_last` is for the negatives that training needs."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             yield
@@ -180,12 +179,12 @@ class Blip2Trainer(Seq2SeqTrainer):
                 config.max_length = None
             step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generate_kwargs)
             if is_generated and not self._bare_model().config.is_encoder_decoder:
-                # The prompt comes back in front of what was generated
+                # The generated tokens come with the prompt in front
                 step = (step[0], step[1][:, inputs["input_ids"].shape[1] :], step[2])
             return step
         if len(inputs["input_ids"]) * self.args.world_size > 1:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        # The last pair alone has no negatives, and so no loss
+        # A last pair alone has no negatives, and therefore no loss
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             outputs = model(**inputs, return_loss=False)
@@ -204,7 +203,7 @@ class Blip2Trainer(Seq2SeqTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._losses["eval"] = _MeanLosses()
-        # As Trainer: Seq2SeqTrainer would count rows twice that fill up the last batch of some process
+        # As in Trainer, because Seq2SeqTrainer counts rows twice that fill up the last batch of a process
         self.gather_function = partial(
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
@@ -223,8 +222,8 @@ class Blip2Trainer(Seq2SeqTrainer):
         dataset: str | list[str] | None = None,
     ):
         r"""
-        Writes the model card into `output_dir`, unless there is one of yours, there or in the repository.
-        `push_to_hub` calls it, and passes its keyword arguments on.
+        Write the model card into `output_dir`, unless you have written one, there or in the repository. `push_to_hub`
+        calls this method with its own keyword arguments.
 
         Args:
             language (`str`, *optional*):
@@ -234,11 +233,11 @@ class Blip2Trainer(Seq2SeqTrainer):
             tags (`str` or `list[str]`, *optional*):
                 More tags.
             model_name (`str`, *optional*):
-                Name of the model, where there is no repository.
+                Name of the model, if there is no repository.
             finetuned_from (`str` or `list[str]`, *optional*):
-                Ids of the models that it was made of. If it is not given, those that its configuration names.
+                Ids of the models that it was made of. Defaults to those that its configuration names.
             dataset (`str` or `list[str]`, *optional*):
-                Ids of the data sets that the model was trained on.
+                Ids of the datasets that the model was trained on.
         """
         if not self.is_world_process_zero():
             return
@@ -268,15 +267,15 @@ class Blip2Trainer(Seq2SeqTrainer):
         try:
             fetch_card(args.output_dir, self.hub_model_id, revision=args.hub_revision, token=args.hub_token)
         except OSError as error:
-            # No reason to break off a training
+            # Not an error, because it would end the training
             logger.warning(
-                f"No card is written: that of {self.hub_model_id}, which may be yours, is not read ({error})."
+                f"No card is written, because that of {self.hub_model_id}, which may be yours, can't be read: {error}"
             )
             return False
         return True
 
     def _last_evaluation(self) -> dict[str, Any] | None:
-        """The scores of the last evaluation, or of that of the weights, on all sets."""
+        """Return the scores of the last evaluation, or of the weights' own, on all datasets."""
         evaluations = [logs for logs in self.state.log_history if _scores(logs)]
         if self._step_of_weights is not None:
             evaluations = [logs for logs in evaluations if logs.get("step") == self._step_of_weights]
@@ -304,7 +303,7 @@ class Blip2Trainer(Seq2SeqTrainer):
         if not self.args.push_to_hub:
             return
         _leave_out_local_base(Path(output_dir or self.args.output_dir) / "adapter_config.json")
-        # PEFT writes a card of its own with each save, most of it blank
+        # PEFT writes a mostly blank card of its own with each save
         if before is not None:
             card.write_bytes(before)
         else:
@@ -319,7 +318,7 @@ class Blip2Trainer(Seq2SeqTrainer):
 
 
 def _leave_out_local_base(path: Path):
-    """An adapter's base model, where it is a folder, says nothing to others but what this machine's folders are."""
+    """Remove the name of an adapter's base model if it is a folder, which means nothing on another machine."""
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     base = config.get("base_model_name_or_path")
     if base and not is_hub_id(base):
@@ -334,7 +333,7 @@ def _scores(logs: dict[str, Any]) -> dict[str, Any]:
 
 
 class _MeanLosses:
-    """The mean of each loss over rows, kept where it was computed until it is asked for."""
+    """The mean of each loss over rows, which stays on its device until it is taken."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
@@ -346,7 +345,7 @@ class _MeanLosses:
             self.sums[name] = self.sums.get(name, 0) + value * rows
 
     def take(self, accelerator) -> dict[str, float]:
-        """The means over all processes; begins anew."""
+        """Return the means over all processes, and start again."""
         means = {name: accelerator.gather(total / self.rows).mean().item() for name, total in self.sums.items()}
         self.__init__()
         return means

@@ -1,6 +1,5 @@
-"""Rows of a data set as CapFilt reads them: a picture, or features in its place, and the captions it came with."""
+"""Rows of a dataset as CapFilt reads them: a picture, or features in its place, and the captions it came with."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +16,13 @@ from ..data.bad_rows import (
     BadRow,
     RowName,
     find_file,
-    shorten,
 )
 from ..data.feature_cache import EMBEDS, FEATURE_COLUMNS, read_cached_features
 from ..data.rows import get_column, open_image, select_columns
 from ..data.text import clean_caption
+from ..jobs.errors import shorten
+from ..jobs.fingerprints import fingerprint, sampled_rows
 from ..models.image_loading import ImageLoadError
-
-
-_SAMPLES = 32  # rows that a fingerprint looks at
 
 
 @dataclass
@@ -50,14 +47,14 @@ class CaptionedPicture:
     bad: BadRow | None = None
 
     def without_captions(self) -> BadRow:
-        """The row as one that has neither a caption of its own nor a proposed one."""
+        """Return the row as one that has neither a caption of its own nor a proposed one."""
         kind = TEXT_EMPTY if self.originals else TEXT_MISSING
         return bad_row(self.name, kind, "has no caption with a word in it, and none was proposed.")
 
 
 class CaptionedPictures(torch.utils.data.Dataset):
     r"""
-    The rows of a data set. Features that [`~data.cache_features`] stored are read in place of pictures.
+    The rows of a dataset. Features that [`~data.cache_features`] stored are read in place of pictures.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -107,17 +104,15 @@ class CaptionedPictures(torch.utils.data.Dataset):
         return texts
 
     def columns(self, numbers: Sequence[int]) -> pa.Table:
-        """All columns of some rows, pictures as they are stored."""
+        """Return all columns of some rows, pictures as they are stored."""
         return self.table[list(numbers)]
 
     def describe(self) -> dict[str, Any]:
-        """What tells these rows from others: their columns, and a hash of some, as they are stored."""
-        digest = hashlib.blake2b(digest_size=16)
-        for number in sorted({len(self) * sample // _SAMPLES for sample in range(_SAMPLES)}):
-            digest.update(repr(self.columns([number]).to_pylist()).encode("utf-8", "surrogatepass"))
+        """Return what tells these rows from others: their columns, and a hash of some, as they are stored."""
+        sample = (repr(self.columns([number]).to_pylist()) for number in sampled_rows(len(self)))
         return {
             "columns": list(self.table.column_names),
-            "dataset": digest.hexdigest(),
+            "dataset": fingerprint(text.encode("utf-8", "surrogatepass") for text in sample),
             "image_column": self.image_column,
             "text_column": self.text_column,
         }
@@ -128,5 +123,5 @@ def bad_row(name: RowName, kind: str, reason: str) -> BadRow:
 
 
 def has_words(text: str) -> bool:
-    """Whether anything is left for training to read."""
+    """Tell whether anything is left for training to read."""
     return bool(clean_caption(text).strip())
