@@ -35,7 +35,10 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--config": {"help": "configuration of the dataset, if it has several"},
     "--split": {"help": "split of the dataset, also `train[:1000]`", "default": "train"},
     "--image-column": {"help": "column of the pictures", "default": "image"},
-    "--image-size": {"help": "side in pixels of the square that pictures are scaled to", "type": int},
+    "--image-size": {
+        "help": "side in pixels of the square that pictures are scaled to; without it, that of the checkpoint",
+        "type": int,
+    },
     "--batch-size": {"help": "pictures at a time", "type": int},
     "--num-workers": {"help": "processes that load pictures", "type": int, "default": 0},
     "--rows-per-shard": {"help": "rows of a file", "type": int, "default": 1000},
@@ -47,16 +50,16 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "type": generate_argument,
         "metavar": "NAME=VALUE",
     },
-    "--dtype": {"help": "dtype of the model, not that of its checkpoint", "choices": DTYPES},
+    "--dtype": {"help": "dtype of the model; without it, that of the checkpoint", "choices": DTYPES},
     "--device": {"help": "such as cuda:1 or cpu; without it, a GPU if there is one, its own for each process"},
 }
 
 
-def add_command(commands: Any, name: str, run: Callable, text: str, description: str | None = None) -> Any:
-    """Add a command, and return its parser."""
+def add_command(commands: Any, name: str, run: Callable, text: str, description: str | None = None) -> Callable:
+    """Add a command, and return the function that adds an option to it, as [`add_option`] does."""
     parser = commands.add_parser(name, help=text, description=description or text)
     parser.set_defaults(run=partial(_run_command, run))
-    return parser
+    return partial(add_option, parser)
 
 
 def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Namespace):
@@ -167,5 +170,6 @@ def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = 
     from ..models.processing_blip2 import Blip2Processor
 
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
-    model = load_model(model_class, name, "A model that writes text", dtype=dtype or "auto")
+    expected = f"A model that writes text, of {model_class.__name__},"
+    model = load_model(model_class, name, expected, dtype=dtype or "auto")
     return model.to(device), Blip2Processor.from_pretrained(name)

@@ -1,26 +1,24 @@
 """`blip2-hf cache-features`: the output of a frozen tower, computed once and stored."""
 
 import argparse
-from functools import partial
 from typing import Any
 
-from ._common import DTYPES, add_command, add_option, find_device, load_dataset, pick
+from ._common import DTYPES, add_command, find_device, load_dataset, pick
 
 
 def add_parser(commands: Any):
     text = "Store the output of a frozen vision tower for the pictures of a dataset, so that training never runs it."
-    parser = add_command(commands, "cache-features", _run, text)
-    add = partial(add_option, parser)
+    add = add_command(commands, "cache-features", _run, text)
     add("data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub", metavar="DATA")
     add("--output", "folder of the features; run again to go on", required=True, metavar="FOLDER")
     add("--config")
     add("--split")
     add("--image-column")
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = commands.choices["cache-features"].add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="BLIP-2 whose tower is taken: folder or id on the Hub")
     source.add_argument("--vision-model", help="any tower of AutoModel: folder or id on the Hub")
     add("--vision-feature-layer", "with --vision-model: index into its hidden states, not its last output", type=int)
-    add("--tower-dtype", "dtype of the tower, not that of its checkpoint", choices=DTYPES)
+    add("--tower-dtype", "dtype of the tower; without it, that of the checkpoint", choices=DTYPES)
     add("--device")
     add("--size", "side in pixels of the square that pictures are scaled to", type=int, default=224)
     add("--views", "versions of each picture: itself, then random crops", type=int, default=1)

@@ -1,15 +1,14 @@
 """`blip2-hf capfilt`: captions that a model proposes, ranked together with those that pictures came with."""
 
 import argparse
-from functools import partial
 from typing import Any
 
-from ._common import add_command, add_option, load_captioner, load_dataset, pick, processes
+from ._common import add_command, load_captioner, load_dataset, pick, processes
 
 
 def add_parser(commands: Any):
     text = "Propose captions of pictures, rank them together with those that are there, and keep the best (CapFilt)."
-    add = partial(add_option, add_command(commands, "capfilt", _run, text, f"{text} Run again to go on."))
+    add = add_command(commands, "capfilt", _run, text, f"{text} Run again to go on.")
     kinds = "file (parquet, tar, json, csv, arrow), folder of pictures or of cached features, or id on the Hub"
     add("data", kinds, metavar="DATA")
     add("--captioner", "writes captions: a BLIP-2, or what pipeline('image-to-text') loads", metavar="MODEL")

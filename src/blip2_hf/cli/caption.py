@@ -2,29 +2,19 @@
 
 import argparse
 import glob
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._common import (
-    add_command,
-    add_option,
-    generate_kwargs,
-    load_captioner,
-    load_dataset,
-    pick,
-    processes,
-    tell_image_size,
-)
+from ._common import add_command, generate_kwargs, load_captioner, load_dataset, pick, processes, tell_image_size
 
 
 def add_parser(commands: Any):
     text = "Caption a collection of pictures. Run again to go on after an interruption, or with pictures that are new."
-    add = partial(add_option, add_command(commands, "caption", _run, text))
+    add = add_command(commands, "caption", _run, text)
     kinds = "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), or id on the Hub"
     add("data", kinds, metavar="DATA")
     add("--model", required=True)
-    add("--output", ".jsonl or .parquet file, or folder of .txt files; without it they lie next to the pictures")
+    add("--output", ".jsonl or .parquet file, or folder of .txt files; without it .txt files next to the pictures")
     add("--format", "without it, the ending of --output tells it", choices=["txt", "jsonl", "parquet"])
     add("--preset", "the paper's settings; other options come first", choices=["caption", "nocaps"])
     add("--prompt", "text that the captions go on from, such as 'a photo of'")

@@ -2,10 +2,9 @@
 
 import argparse
 import os
-from functools import partial
 from typing import Any
 
-from ._common import add_command, add_option
+from ._common import add_command
 
 
 _BERT = "google-bert/bert-base-uncased"
@@ -17,8 +16,7 @@ def add_parser(commands: Any):
         "Convert a checkpoint of LAVIS, the authors' code, or of transformers' BLIP-2 or InstructBLIP into one of "
         "this library, or, with --transformers, into one of transformers, which vLLM and others read too."
     )
-    parser = add_command(commands, "convert", _run, "Convert a checkpoint from or to another code.", text)
-    add = partial(add_option, parser)
+    add = add_command(commands, "convert", _run, "Convert a checkpoint from or to another code.", text)
     add("source", "file of LAVIS, or folder or id on the Hub with a BLIP-2 or an InstructBLIP", metavar="SOURCE")
     add("--output", "the folder that is written", required=True, metavar="DIR")
     add("--vision-model", "tower that a file of LAVIS lacks: eva_vit_g.pth, clip_vit_L.pth, folder or id", metavar="X")

@@ -3,21 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import (
-    add_command,
-    add_option,
-    generate_kwargs,
-    load_captioner,
-    load_dataset,
-    pick,
-    processes,
-    tell_image_size,
-)
+from ._common import add_command, generate_kwargs, load_captioner, load_dataset, pick, processes, tell_image_size
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ _TASKS = {
 
 def add_parser(commands: Any):
     text = "Evaluate a model on the paper's benchmarks, or on a dataset. Start it with accelerate for many processes."
-    add = partial(add_option, add_command(commands, "evaluate", _run, text))
+    add = add_command(commands, "evaluate", _run, text)
     add("task", f"one of {', '.join(_TASKS)}; the last three take --data", choices=_TASKS, metavar="TASK")
     add("--model", required=True)
     add("--output", "folder of the results; run again to go on", required=True, metavar="FOLDER")

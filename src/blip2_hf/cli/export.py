@@ -1,10 +1,9 @@
 """`blip2-hf export`: the image side of a model as one graph, for serving."""
 
 import argparse
-from functools import partial
 from typing import Any
 
-from ._common import add_command, add_option
+from ._common import add_command
 
 
 def add_parser(commands: Any):
@@ -12,8 +11,7 @@ def add_parser(commands: Any):
         "Write the vision tower, the Q-Former and the projection of a BLIP-2 as one graph: from any number of "
         "pictures to soft prompts for its language model, or, of a model for retrieval, to features."
     )
-    parser = add_command(commands, "export", _run, "Write the image side of a model as ONNX or .pt2.", text)
-    add = partial(add_option, parser)
+    add = add_command(commands, "export", _run, "Write the image side of a model as ONNX or .pt2.", text)
     add("model", "BLIP-2 or InstructBLIP: folder or id on the Hub", metavar="MODEL")
     add("--output", "the graph: its ending tells the format", required=True, metavar="FILE.onnx|FILE.pt2")
     add("--dtype", "precision; without it, the model's")

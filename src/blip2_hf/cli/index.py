@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from functools import partial
 from typing import Any
 
-from ._common import add_command, add_option, pick
+from ._common import add_command, pick
 
 
 _SHOWN = 5  # broken pictures that are told of
@@ -13,11 +12,11 @@ _SHOWN = 5  # broken pictures that are told of
 
 def add_parser(commands: Any):
     text = "Make an index of a folder of pictures, to be searched by text, or bring it up to date."
-    add = partial(add_option, add_command(commands, "index", _run, text))
+    add = add_command(commands, "index", _run, text)
     folder = "the pictures, in this folder and those in it; run again to go on, or when they change"
     add("folder", folder, metavar="FOLDER")
     add("--model", "BLIP-2 for retrieval: folder or id on the Hub; an index that is there knows its own")
-    add("--index", "where the index lies (default: FOLDER/.blip2-index)", metavar="DIR")
+    add("--index", "folder of the index (default: FOLDER/.blip2-index)", metavar="DIR")
     add("--store-embeds", "store the tower's output too, so that re-ranking need not run it", action="store_true")
     approximate = "make an approximate index with faiss, for many pictures (of itself from 100,000 on)"
     add("--approximate", approximate, action="store_true")

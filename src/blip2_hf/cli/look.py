@@ -1,16 +1,15 @@
 """`blip2-hf look`: where in a picture is what a text says?"""
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._common import add_command, add_option, check_png, find_device, save_png
+from ._common import add_command, check_png, find_device, save_png
 
 
 def add_parser(commands: Any):
     text = "Draw over a picture where a BLIP-2 looks for a text, or, without a text, what its queries attend to."
-    add = partial(add_option, add_command(commands, "look", _run, text))
+    add = add_command(commands, "look", _run, text)
     add("picture", "file or URL", metavar="PICTURE")
     add("text", 'word or sentence, such as "a red circle"', metavar="TEXT", nargs="?")
     add("--model", "BLIP-2, for a text one that matches images with texts: folder or id on the Hub", required=True)

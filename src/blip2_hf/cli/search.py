@@ -6,11 +6,10 @@ import math
 import tempfile
 import webbrowser
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._common import add_command, add_option, check_png, pick, save_png
+from ._common import add_command, check_png, pick, save_png
 
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ _GROUND, _FRAME, _INK, _PALE = "#ffffff", "#eeeeee", "#222222", "#777777"
 
 def add_parser(commands: Any):
     text = "Find the pictures of a folder that fit a text. `blip2-hf index` makes the index that is searched."
-    add = partial(add_option, add_command(commands, "search", _run, text))
+    add = add_command(commands, "search", _run, text)
     add("text", "what to look for", nargs="?", metavar="TEXT")
     add("--image", "look for pictures like this one, in place of a text", metavar="FILE")
     add("--index", "the folder of the index, or of the pictures", default=".", metavar="DIR")
@@ -34,7 +33,7 @@ def add_parser(commands: Any):
     rerank = "how many of the first the model reads together with the text; the paper has 128"
     add("--rerank", rerank, type=int, default=0)
     add("--exact", "compare with all pictures, even if there is an approximate index", action="store_true")
-    add("--sheet", "where the sheet goes (default: search.png, or nowhere with --json)", metavar="FILE.png")
+    add("--sheet", "file of the sheet (default: search.png, or nowhere with --json)", metavar="FILE.png")
     add("--open", "show the sheet", action="store_true")
     add("--json", "print JSON, not a table", action="store_true")
     add("--device")
@@ -70,20 +69,7 @@ def _run(options: argparse.Namespace):
 
 
 def draw_sheet(results: Sequence["SearchResult"], title: str, folder: Path) -> "Image.Image":
-    """
-    Draw the pictures that were found, the best first, row by row, each above its score and its name.
-
-    Args:
-        results (`list[SearchResult]`):
-            What was found.
-        title (`str`):
-            The line at the top.
-        folder (`Path`):
-            The folder that names are told from.
-
-    Returns:
-        `PIL.Image.Image`: the sheet, with four pictures in a row.
-    """
+    """Draw the pictures that were found, the best first, each above its score and its name within `folder`."""
     from PIL import Image, ImageDraw, ImageFont
 
     columns = min(COLUMNS, max(1, len(results)))
