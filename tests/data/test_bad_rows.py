@@ -365,7 +365,7 @@ def test_rows_are_left_out_again_and_by_number(rows):
     good = pairs.without([1, 2]).without([2, 3, BadRow(4, None, "", ""), 6])
     assert [good.row_number(i) for i in range(len(good))] == [0, 5, 7]
     assert len(pairs.without([])) == 8
-    with pytest.raises(ValueError, match="no row 8: the data set has 8"):
+    with pytest.raises(ValueError, match="no row 8: the dataset has 8"):
         pairs.without([8])
     with pytest.raises(ValueError, match="none is left"):
         pairs.without(range(8))

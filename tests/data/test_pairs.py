@@ -276,7 +276,7 @@ def test_rows_that_do_not_fit_are_named(dataset, rows):
             ImageTextPairs([rows[0] | {"caption": text}])[0]
     with pytest.raises(ValueError, match="ImageTextStream"):
         ImageTextPairs(dataset.to_iterable_dataset())
-    with pytest.raises(ValueError, match="read but once"):
+    with pytest.raises(ValueError, match="read only once"):
         ImageTextStream(iter(rows))
     with pytest.raises(ValueError, match="rank=2"):
         ImageTextStream(rows, rank=2, world_size=2)

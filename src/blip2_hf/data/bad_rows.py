@@ -1,4 +1,4 @@
-"""Rows that can't be learned from: errors that name them, a check before training, a report."""
+"""Rows that can't be used for training: errors that name them, a check before training, a report."""
 
 import os
 from collections import Counter
@@ -36,13 +36,13 @@ _SHOWN = 5  # rows that a report tells of
 
 class RowName(str):
     r"""
-    What messages call a row, such as `row 17 of coco (dogs/17.jpg)`.
+    The name of a row in messages, such as `row 17 of coco (dogs/17.jpg)`.
 
     Args:
         number (`int`):
             Number of the row in its dataset.
         file (`str`, *optional*):
-            Where the row comes from.
+            File from which the row comes.
         source (`str`, *optional*):
             Name of the dataset.
     """
@@ -67,27 +67,27 @@ class RowName(str):
 
 class BadRowError(ValueError):
     r"""
-    A row that can't be learned from. The message names the row and its file, says what it has and what was expected.
+    A row that can't be used for training. The message names the row and its file, what it has and what was expected.
 
     Args:
         message (`str`):
             The message.
         name (`str`, *optional*):
-            What items have as `row`.
+            The `row` of an item.
         kind (`str`, *optional*, defaults to `"other"`):
             `"picture missing"`, `"picture unreadable"`, `"text missing"`, `"text empty"`, `"text unreadable"`,
             `"text too long"`, `"id missing"` or `"nothing to learn"`.
 
     Attributes:
         row (`int`, *optional*):
-            Number of the row. Like the others, a worker of a `DataLoader` does not pass it on.
+            Number of the row. A worker of a `DataLoader` passes on none of these attributes.
         file (`str`, *optional*):
             Path or address of the picture, or shard and key of a row of WebDataset.
         kind (`str`):
-            As given.
+            The given kind.
     """
 
-    # A DataLoader makes the error of a worker again of its message alone
+    # All but the message are optional, because a DataLoader makes the error of a worker again from it alone
     def __init__(self, message: str, name: str | None = None, kind: str = "other"):
         super().__init__(message)
         self.row: int | None = getattr(name, "number", None)
@@ -102,7 +102,7 @@ class BadPictureError(BadRowError, ImageLoadError):
 @dataclass
 class BadRow:
     r"""
-    What [`check_pairs`] finds.
+    A row that [`check_pairs`] has found.
 
     Args:
         row (`int`):
@@ -123,14 +123,14 @@ class BadRow:
 
 def check_pairs(pairs: "ImageTextPairs", collator: Callable | None = None, show_progress: bool = True) -> list[BadRow]:
     r"""
-    Read every row once, as the present epoch has it, to find those that training would stop at. Lengths are those of
-    the text, and of the split, that this epoch draws.
+    Read every row once, to find those at which training would stop. Lengths are those of the text, and of the split,
+    that the current epoch draws.
 
     Args:
         pairs ([`ImageTextPairs`]):
             The rows.
         collator (`Callable`, *optional*):
-            Is given each row alone: [`LanguageModelCollator`] finds texts that are too long, or that are cut until
+            Called with each row alone. [`LanguageModelCollator`] finds texts that are too long, or that are cut until
             nothing is left to learn.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
@@ -162,9 +162,9 @@ def report_bad_rows(bad: Sequence[BadRow], path: str | os.PathLike | None = None
 
     Args:
         bad (`list[BadRow]`):
-            What [`check_pairs`] found.
+            The bad rows, from [`check_pairs`].
         path (`str` or `os.PathLike`, *optional*):
-            File that all of them are written to, one JSON object (`row`, `file`, `reason`, `kind`) a line.
+            File for all of them, with one JSON object (`row`, `file`, `reason`, `kind`) in each line.
 
     Returns:
         `str`: the report.
@@ -186,16 +186,15 @@ def leave_out_bad_rows(
     pairs: "ImageTextPairs", collator: Callable | None = None, path: str | os.PathLike | None = None
 ) -> "ImageTextPairs":
     r"""
-    Leave out the rows that [`check_pairs`] finds, and print [`report_bad_rows`]. Of several processes the first one
-    prints.
+    Leave out the rows that [`check_pairs`] finds, and print [`report_bad_rows`] in the first process.
 
     Args:
         pairs ([`ImageTextPairs`]):
             The rows.
         collator (`Callable`, *optional*):
-            What makes batches of them.
+            The collator of their batches.
         path (`str` or `os.PathLike`, *optional*):
-            File that the bad rows are listed in.
+            File for the list of bad rows.
 
     Returns:
         [`ImageTextPairs`]: the rows that are not bad.

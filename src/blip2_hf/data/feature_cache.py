@@ -70,7 +70,7 @@ class VisionTower(nn.Module):
 
     def get_image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""
-        Compute what the tower makes of images.
+        Compute the tower's output.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
@@ -101,7 +101,7 @@ def cache_features(
     num_parts: int = 1,
 ) -> Path:
     r"""
-    Store what the vision tower makes of each picture, in files that [`load_cached_features`] opens. The job can be
+    Store the vision tower's output for each picture, in files that [`load_cached_features`] opens. The job can be
     stopped, or killed, and run again: finished files are kept, and the result is the same to the byte. Before it
     begins it tells how much disk space it needs.
 
@@ -111,14 +111,13 @@ def cache_features(
 
     Args:
         dataset (`datasets.Dataset`):
-            Rows with a picture. They are told from those of another dataset by their number, their columns and 32
-            of them.
+            Rows with a picture. Another dataset is recognised by the number of rows, the columns and 32 of the rows.
         model ([`Blip2PreTrainedModel`] or [`VisionTower`]):
-            Whose `get_image_embeds` is stored. It computes on the device and in the dtype that it is on and in.
+            The model whose `get_image_embeds` is stored. It computes on its own device and in its own dtype.
         processor ([`Blip2Processor`] or `BaseImageProcessor`):
-            Makes the model's input of a picture.
+            Processor that makes the model's input of a picture.
         folder (`str` or `os.PathLike`):
-            Where the files go: `shard-00000-of-00012.arrow` and so on, and `cache.json`, which says what made them.
+            Folder for the files: `shard-00000-of-00012.arrow` and so on, and `cache.json`, which describes them.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures; anything that [`~image_loading.load_image`] takes.
         views (`int`, *optional*, defaults to 1):
@@ -126,13 +125,13 @@ def cache_features(
         transform (`Callable`, *optional*):
             `transform(image, generator)`, such as [`RandomResizedCropAndFlip`]. Needed for more than one view.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            `"bfloat16"`, `"float16"` or `"float32"`: the type that is stored.
+            `"bfloat16"`, `"float16"` or `"float32"`: the stored dtype.
         batch_size (`int`, *optional*, defaults to 32):
             Number of pictures that the tower takes at a time. It is halved if memory runs out.
         rows_per_shard (`int`, *optional*, defaults to 1000):
             Rows of a file: what is computed again after an interruption.
         seed (`int`, *optional*, defaults to 0):
-            With the row and the view, seeds the generator that `transform` is given.
+            Seed, together with the row and the view, of the generator that `transform` is given.
         num_workers (`int`, *optional*, defaults to 0):
             Processes that load and prepare pictures.
         skip_broken (`bool`, *optional*, defaults to `False`):
@@ -197,14 +196,14 @@ def load_cached_features(folder: str | os.PathLike) -> datasets.Dataset:
 
 def check_feature_size(image_size: int, *data: str | os.PathLike | None):
     r"""
-    Refuse features of pictures of another size than that of the processor which is saved with what learns from them:
-    the model would be given other pictures than those it has learned from.
+    Refuse features of pictures of another size than that of the processor, because the processor is saved with the
+    model, which would later be given pictures of another size than in training.
 
     Args:
         image_size (`int`):
             Side of the squares that the processor makes.
         data (`str` or `os.PathLike`, *optional*):
-            What is learned from, or validated on. Only folders that [`cache_features`] wrote are looked into.
+            Data to learn from or to validate on. Only folders that [`cache_features`] wrote are checked.
 
     Raises:
         ValueError: if features were made of pictures of another size.
@@ -222,17 +221,17 @@ def check_feature_size(image_size: int, *data: str | os.PathLike | None):
 
 def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:
     r"""
-    Return the features of one view, without a copy: the tensor lies in the memory of the row, which may be a file that
-    is mapped into it, and is not to be written to.
+    Return the features of one view, without a copy. The tensor lies in the memory of the row, which may be a mapped
+    file, and must not be written to.
 
     Args:
         row (`Mapping`):
             `image_embeds` (`bytes` or a buffer of Arrow), `image_embeds_shape` and `image_embeds_dtype`.
         view (`int`, *optional*, defaults to 0):
-            Which of the views; 0 is the picture itself.
+            Index of the view; 0 is the picture itself.
 
     Returns:
-        `torch.Tensor` of shape `(features, width)`, in the type that was stored.
+        `torch.Tensor` of shape `(features, width)`, in the stored dtype.
 
     Raises:
         ValueError: if there is no such view, or the bytes do not have the size that they should.
@@ -247,7 +246,7 @@ def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:
         )
     if not 0 <= view < views:
         raise ValueError(f"There is no view {view}: the row has {views}.")
-    # torch.frombuffer warns of memory that can't be written; other views are not even read from the disk
+    # Not torch.frombuffer, which warns of read-only memory. Other views are not even read from the disk
     array = pa.Array.from_buffers(pa.uint8(), size, [None, buffer.slice(view * size, size)])
     return torch.from_dlpack(array).view(dtype).view(length, width)
 
@@ -324,7 +323,7 @@ class _Views(torch.utils.data.Dataset):
 
 
 class _Shards:
-    """The files of a cache, and what makes them."""
+    """The files of a cache, and how they are written."""
 
     def __init__(
         self, folder: Path, pictures: _Views, model: nn.Module, dtype: str, rows_per_shard: int, batch_size: int
@@ -374,7 +373,7 @@ class _Shards:
             raise ValueError(f"batch_size={self.batch_size.size}: the features of a batch exceed 2 GB. Lower it.")
         path = self.folder / _DESCRIPTION
         if not path.exists():
-            # Of parts that start at the same time one writes what the others compare with
+            # If parts start at the same time, one writes the file with which the others compare
             with only_writer(self.folder / ".lock", self.folder, wait=_LONGEST_WAIT):
                 if not path.exists():
                     write_json(path, self.description)
@@ -420,7 +419,7 @@ class _Shards:
 
     @torch.no_grad()
     def _run_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return what is stored of pictures, on the CPU, of shape `(num_images, features, width)`."""
+        """Return the features of pictures, on the CPU, of shape `(num_images, features, width)`."""
         parts = self.batch_size.run(
             lambda part: self.model.get_image_embeds(part.to(self.model.device)).cpu(), pixel_values
         )
@@ -464,7 +463,7 @@ def _shard_paths(folder: Path, num_shards: int) -> list[Path]:
 
 
 def _tower_fingerprint(model: nn.Module) -> str:
-    """Return a hash of a tower's configuration and weights, without the LayerNorm behind it, which may be trained."""
+    """Return a hash of a tower's configuration and weights, without the LayerNorm after it, which may be trained."""
     config = model.vision_model.config.to_dict()
     ignored = {"architectures", "dtype", "transformers_version"}
     config = {name: value for name, value in config.items() if name[0] != "_" and name not in ignored}

@@ -1,4 +1,4 @@
-"""Pictures and texts for training, one pair a row: data sets with a length, and streams."""
+"""Pictures and texts for training, one pair in each row: datasets with a length, and streams."""
 
 import copy
 import itertools
@@ -51,7 +51,7 @@ logger = logging.get_logger(__name__)
 
 
 class _Pairs:
-    """What a row becomes, however it is read."""
+    """Base class of both kinds of pairs: makes an item of a row."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class _Pairs:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __setstate__(self, state: dict[str, Any]):
-        # copy.copy hands over the very dict of the original
+        # Not the dict itself, because copy.copy passes that of the original
         self.__dict__.update(state)
         self._epoch.share_memory_()
 
@@ -111,7 +111,7 @@ class _Pairs:
 
     def set_epoch(self, epoch: int):
         """
-        Tells which epoch begins: another one, other crops, captions and views.
+        Set the epoch. Each one draws other crops, captions and views.
 
         Args:
             epoch (`int`):
@@ -144,7 +144,7 @@ class _Pairs:
         return check_id(value, name.at_start, self.id_column)
 
     def _picture_row(self, row: Mapping, number: int) -> tuple[Mapping, int]:
-        """The row that has the picture, and its number."""
+        """Return the row that has the picture, and its number."""
         return row, number
 
     def _features(self, row: Mapping, generator: torch.Generator) -> torch.Tensor:
@@ -168,7 +168,7 @@ class _Pairs:
             raise BadPictureError(message, name, PICTURE_UNREADABLE) from error
 
     def _texts(self, row: Mapping, name: RowName, generator: torch.Generator) -> dict[str, str]:
-        """`text` and, if there is one, `prompt`."""
+        """Return `text` and, if there is one, `prompt`."""
         texts = self._own_texts(row, name, self.clean_text)
         is_drawn = self.train and _is_list(self._value(row))
         text = texts[int(torch.randint(len(texts), (), generator=generator)) if is_drawn else 0]
@@ -188,7 +188,7 @@ class _Pairs:
         return get_column(row, self.text_column)
 
     def _own_texts(self, row: Mapping, name: RowName, cleaned: bool) -> list[str]:
-        """The text of a row, or all of its texts. What stands behind a question is an answer, which is not cleaned."""
+        """Return the texts of a row. Those after a question are answers, which are not cleaned."""
         value = self._value(row)
         clean = clean_caption if cleaned and self.prompt_column is None else None
         texts = value or [value] if _is_list(value) else [value]
@@ -213,29 +213,29 @@ class _Pairs:
         if not cleaned.strip():
             what = f"{shorten(text)}, of which cleaning leaves nothing," if text.strip() else "an empty text"
             raise BadRowError(
-                f"{name.at_start} has {what} in column {column!r}; a word at least was expected.", name, TEXT_EMPTY
+                f"{name.at_start} has {what} in column {column!r}; at least one word was expected.", name, TEXT_EMPTY
             )
         return cleaned
 
 
 class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
     r"""
-    Pictures, or the features of them that were stored, with their texts. All that is drawn at random, which crop,
-    which of several texts, which stored view, follows from `seed`, the epoch and the row: a run that is resumed, with
-    however many workers, sees what it would have seen.
+    Pictures, or their stored features, with their texts. Random choices (the crop, one of several texts, one of the
+    stored views) follow from `seed`, the epoch and the row. A resumed run, with any number of workers, therefore sees
+    the same data as an undisturbed one.
 
     An item holds `image` (`PIL.Image.Image`, mode RGB) or `image_embeds` (`torch.Tensor` of shape `(features, width)`,
-    in the type that was stored; its memory is not to be written to), `text` (`str`), `image_id` (`int`) and `row`
-    (`str`), by which errors name it, such as `row 17 (dogs/17.jpg)`; with a prompt or prefixes `prompt` (`str`), what
-    stands in front of the text.
+    in the stored dtype; its memory must not be written to), `text` (`str`), `image_id` (`int`) and `row` (`str`), its
+    name in errors, such as `row 17 (dogs/17.jpg)`; with a prompt or prefixes also `prompt` (`str`), which stands in
+    front of the text.
 
-    `Trainer` and accelerate tell the epoch to a data set only in one process, in a run that was not resumed: add
+    `Trainer` and accelerate tell the epoch to a dataset only in one process, in a run that was not resumed: add
     [`SetEpochCallback`] to the `Trainer`, or call `set_epoch` in a loop of your own.
 
     Args:
         dataset (`datasets.Dataset` or sequence of `dict`):
-            The rows. With a column `image_embeds`, as [`load_cached_features`] gives, pictures are not read. Errors
-            have the number that a row has here or, if this is a part that [`hold_out`] made, in the whole.
+            The rows. With a column `image_embeds`, as from [`load_cached_features`], pictures are not read. Errors
+            name the number of a row here or, in a part that [`hold_out`] made, in the whole.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures: anything that [`~image_loading.load_image`] takes.
         text_column (`str`, *optional*, defaults to `"caption"`):
@@ -244,31 +244,31 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         transform (`Callable`, *optional*):
             `transform(image, generator)` on each picture, such as [`RandomResizedCropAndFlip`].
         id_column (`str`, *optional*):
-            Column that tells which rows show the same picture: integers, or strings, of which a hash is taken. `None`:
-            the number of the row, which rows of another data set have too (see `source`).
+            Column of ids that are equal for rows of the same picture: integers, or strings, of which a hash is taken.
+            `None`: the number of the row, which rows of another dataset have too (see `source`).
         clean_text (`bool`, *optional*, defaults to `True`):
-            Whether captions go through [`clean_caption`], and questions through [`clean_question`]: what LAVIS, and
-            so evaluation, makes of them. Answers (texts with a `prompt_column`) stay as they are.
+            Whether captions go through [`clean_caption`], and questions through [`clean_question`], as in LAVIS and
+            therefore in evaluation. Answers (texts with a `prompt_column`) stay as they are.
         seed (`int`, *optional*, defaults to 0):
-            Seed of all that is drawn.
+            Seed of all random choices.
         train (`bool`, *optional*, defaults to `True`):
-            Whether one of several texts, and any one of the stored views, is drawn. `False`, for evaluation, takes
-            the first text and view 0, the picture itself.
+            Whether to draw one of several texts and one of the stored views. `False`, for evaluation, takes the first
+            text and view 0, the picture itself.
         source (`str`, *optional*):
-            Name of the data set, where several are joined: images of one are then told from those of another.
+            Name of the dataset, if several are joined, so that equal numbers are not taken for the same image.
         prompt (`str`, *optional*):
-            What stands in front of the text: `"a photo of"` or, with `{}` for the value of `prompt_column`,
+            Text in front of the text to learn: `"a photo of"` or, with `{}` for the value of `prompt_column`,
             `"Question: {} Answer:"`.
         prompt_column (`str`, *optional*):
             Column of the questions: a string each, which goes through [`clean_question`] if `clean_text`. The texts
             are then answers.
         prefix_lm (`bool`, *optional*, defaults to `False`):
-            Whether to move the beginning of the text, up to a random word, behind the prompt ([`split_prefix`]): for
+            Whether to move the beginning of the text, up to a random word, to the prompt ([`split_prefix`]): for
             encoder-decoders. With `train=False` nothing is moved.
         images (`datasets.Dataset` or sequence of `dict`, *optional*):
-            Where the pictures lie, or the features of [`load_cached_features`], if rows share them. `image_column` of
-            `dataset` then holds the number of a row of `images`, of features that of the row that they were made of,
-            which is also its `image_id`: rows with one picture are no negatives of each other.
+            The pictures, or the features of [`load_cached_features`], if rows share them. `image_column` of `dataset`
+            then holds the number of a row of `images` (for features, of the row from which they were made). It is also
+            the `image_id`: rows with the same picture are no negatives of each other.
         images_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures in `images`.
 
@@ -321,7 +321,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             images=images,
             images_column=images_column,
         )
-        # Where the features of each row are, of those that were not left out
+        # For each row that was not left out, the place of its features
         self._places: dict[int, int] | None = None
         if self.has_features and self.images is not None:
             self.images = self.images.with_format("arrow")
@@ -330,11 +330,11 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         elif self.has_features:
             self.dataset = self.dataset.with_format("arrow")
         self._kept: np.ndarray | None = None
-        # Of a part of a data set, such as one that was held out: the number of each row in the whole
+        # For a part of a dataset, such as one that was held out, the number of each row in the whole
         self._numbers: np.ndarray | None = None
         if isinstance(dataset, datasets.Dataset) and ROW_NUMBER in dataset.column_names:
             numbers = np.asarray(dataset.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER])
-            # Parts of several data sets that were put together have some numbers twice, which tell nothing then
+            # Parts of several datasets that were put together have some numbers twice, which are then of no use
             self._numbers = numbers if len(np.unique(numbers)) == len(numbers) else None
 
     def __len__(self) -> int:
@@ -346,11 +346,11 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
 
     def place(self, index: int) -> int:
         """
-        Return where in the data set that was given the row of an item is: `dataset[pairs.place(index)]`.
+        Return the index of an item's row in the given dataset: `dataset[pairs.place(index)]`.
 
         Args:
             index (`int`):
-                Which of the items.
+                Index of an item.
 
         Returns:
             `int`.
@@ -360,13 +360,13 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         """
         index = operator.index(index)
         if not -len(self) <= index < len(self):
-            raise IndexError(f"There is no row {index}: the data set has {len(self)}.")
+            raise IndexError(f"There is no row {index}: the dataset has {len(self)}.")
         return index % len(self) if self._kept is None else int(self._kept[index])
 
     def row_number(self, index: int) -> int:
         """
-        Return the number of a row in the data set: not its index, once rows before it are left out. Of a part that
-        [`hold_out`] made, it is the number in the data set that was split.
+        Return the number of an item's row in the dataset, which differs from `index` if rows before it are left out.
+        In a part that [`hold_out`] made, it is the number in the dataset that was split.
 
         Args:
             index (`int`):
@@ -387,10 +387,10 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
 
         Args:
             cleaned (`bool`, *optional*, defaults to `True`):
-                Whether captions are as they are learned, or as they stand in the data.
+                Whether captions are cleaned, as for training, or as they stand in the data.
 
         Returns:
-            `list[list[str]]`: of each item the texts that one is drawn from.
+            `list[list[str]]`: for each item the texts from which one is drawn.
 
         Raises:
             BadRowError: if a text is missing or empty.
@@ -404,23 +404,23 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
 
     def without(self, bad: Iterable[BadRow | int]) -> "ImageTextPairs":
         """
-        The same rows but for some. Those that are left keep their numbers, and so their ids and all that is drawn.
+        Return the same rows except some. The others keep their numbers, and therefore their ids and random choices.
 
         Args:
             bad (iterable of [`BadRow`] or `int`):
                 What [`check_pairs`] found, or numbers of rows.
 
         Returns:
-            [`ImageTextPairs`]: a copy, whose epoch is set apart from that of this one.
+            [`ImageTextPairs`]: a copy with an epoch of its own.
 
         Raises:
-            ValueError: if the data set has no such row, or all rows are left out.
+            ValueError: if the dataset has no such row, or all rows are left out.
         """
         left_out = {row.row if isinstance(row, BadRow) else operator.index(row) for row in bad}
         size = len(self.dataset)
         numbers = np.arange(size) if self._numbers is None else self._numbers
         if unknown := np.setdiff1d(list(left_out), numbers).tolist():
-            raise ValueError(f"There is no row {unknown[0]:.0f}: the data set has {size}. Check this very data set.")
+            raise ValueError(f"There is no row {unknown[0]:.0f}: the dataset has {size}. Give rows of this dataset.")
         places = np.arange(size) if self._kept is None else self._kept
         kept = places[~np.isin(numbers[places], list(left_out))]
         if len(kept) == 0 and left_out:
@@ -431,10 +431,10 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
 
     def fingerprint(self) -> str:
         """
-        Return a hash of the number of rows and of some of them, as they are stored, those included that are left out.
+        Return a hash of the number of rows and of some stored rows, including those that are left out.
 
         Returns:
-            `str`: 32 hexadecimal digits, the same wherever the files of the data set lie.
+            `str`: 32 hexadecimal digits, which do not depend on where the files of the dataset lie.
         """
         return fingerprint(
             _row_bytes(rows, number)
@@ -454,7 +454,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         place = image_number if self._places is None else self._places.get(image_number, -1)
         if not 0 <= place < len(self.images):
             last = len(self.images) - 1 if self._places is None else max(self._places, default=-1)
-            left_out = "," if self._places is None else ", but for those that cache_features left out,"
+            left_out = "," if self._places is None else ", except those that cache_features left out,"
             raise BadPictureError(
                 f"{name.at_start} has {value!r} in column {self.image_column!r}; the number of a row of images, "
                 f"0 to {last}{left_out} was expected.",
@@ -466,22 +466,22 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
 
 class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
     r"""
-    The items of [`ImageTextPairs`], from rows that come one after the other: a `datasets.IterableDataset`, so any data
-    set of the Hub with `streaming=True`, and WebDataset's tar files
+    The items of [`ImageTextPairs`], from rows that come one after the other: a `datasets.IterableDataset`, such as any
+    dataset of the Hub with `streaming=True`, and WebDataset's tar files
     (`load_dataset("webdataset", data_files="shards/*.tar", split="train", streaming=True)`, with `image_column="jpg"`
     and `text_column="txt"` or `"json.caption"`).
 
-    With workers of a `DataLoader`, each reads its share: of the shards of a `datasets.IterableDataset`, of the rows of
-    anything else. The order of the rows, and with `datasets` what is drawn for each, follows from their number too: a
-    run is to be resumed with as many. [`~training.Blip2Trainer`] shares out a stream that repeats among processes; for
-    another, and in `Trainer`, set `accelerator_config={"dispatch_batches": False}`: each process then reads all rows,
-    and keeps its share.
+    Each worker of a `DataLoader` reads its share, of the shards of a `datasets.IterableDataset`, or of the rows of
+    anything else. The order of the rows, and with `datasets` the random choices, also depend on the number of workers:
+    resume a run with the same number. [`~training.Blip2Trainer`] divides a stream that repeats among processes. For
+    another stream, and in `Trainer`, set `accelerator_config={"dispatch_batches": False}`: each process then reads all
+    rows, and keeps its share.
 
-    `Trainer` takes a stream for one epoch, of which a resumed run skips what was seen: give it a stream that repeats.
+    `Trainer` takes a stream for one epoch, and a resumed run skips rows that were seen: give it a stream that repeats.
 
     Args:
         dataset (`datasets.IterableDataset` or iterable of `dict`):
-            The rows. It is iterated over once an epoch.
+            The rows, which are iterated over once in each epoch.
         image_column, text_column, transform, id_column, clean_text, seed, train, source, prompt, prompt_column, \
 prefix_lm:
             As in [`ImageTextPairs`]. Without `id_column`, `image_id` is the running number of the row, which no other
@@ -489,18 +489,18 @@ prefix_lm:
         skip_broken (`bool`, *optional*, defaults to `False`):
             Whether rows that raise [`BadRowError`] are left out, with a warning that counts them by kind.
         check (`Callable`, *optional*):
-            Is given each item, and raises [`BadRowError`] for those that no batch can be made of:
+            Function of an item that raises [`BadRowError`] if no batch can be made of it:
             [`LanguageModelCollator.check`].
         repeat (`bool`, *optional*, defaults to `False`):
-            Whether the rows begin again, as those of the next epoch, without end.
+            Whether the rows start again, as those of the next epoch, without end.
         rank (`int`, *optional*, defaults to 0), world_size (`int`, *optional*, defaults to 1):
-            Number of this process, and of all, in a loop of your own: each process then reads its share.
+            Rank of this process, and number of processes, in a loop of your own: each process then reads its share.
 
     Raises:
         BadRowError: if the picture of a row is missing or can't be read, or its text is missing or empty; the message
-            has its file or, of WebDataset, shard and key, and its number: a running one (`row 3 of the stream`) in a
-            `datasets.IterableDataset`, which does not tell the number in a file.
-        ValueError: if the rows can be read but once, or a column is missing, or arguments do not fit.
+            has its file (for WebDataset, shard and key) and its number, which is a running one (`row 3 of the stream`)
+            in a `datasets.IterableDataset`, because the number in a file is not known.
+        ValueError: if the rows can be read only once, or a column is missing, or arguments do not fit.
     """
 
     def __init__(
@@ -525,7 +525,7 @@ prefix_lm:
     ):
         if isinstance(dataset, Iterator):
             raise ValueError(
-                f"A {type(dataset).__name__} can be read but once. Give a list, or an object whose __iter__ begins "
+                f"A {type(dataset).__name__} can be read only once. Give a list, or an object whose __iter__ starts "
                 "again, or datasets.IterableDataset.from_generator."
             )
         if not 0 <= rank < world_size:
@@ -548,7 +548,7 @@ prefix_lm:
         )
         has_numbers = ROW_NUMBER in (column_names(dataset) or ())
         if isinstance(dataset, datasets.IterableDataset) and not has_numbers and source is None:
-            # Shards and shuffling leave no number of the row in its file
+            # Shards and shuffling hide the number that a row has in its file
             self._called = "the stream"
         self.skip_broken = skip_broken
         self.check = check
@@ -558,16 +558,16 @@ prefix_lm:
 
     def shared_out(self, rank: int, world_size: int) -> "ImageTextStream":
         """
-        The share of one process.
+        Return the share of one process.
 
         Args:
             rank (`int`):
-                Number of the process.
+                Rank of the process.
             world_size (`int`):
                 Number of processes.
 
         Returns:
-            [`ImageTextStream`]: a copy, whose rows are those of no other process.
+            [`ImageTextStream`]: a copy, with rows that no other process has.
         """
         share = copy.copy(self)
         share.rank, share.world_size = rank, world_size
@@ -603,12 +603,12 @@ prefix_lm:
                 yield item
 
     def _numbered_rows(self) -> Iterator[tuple[int, Mapping]]:
-        """The rows of this worker of this process, with numbers that no other one uses."""
+        """Yield the rows of this worker, with numbers that no other worker or process uses."""
         worker = torch.utils.data.get_worker_info()
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         share, num_shares = worker_id * self.world_size + self.rank, num_workers * self.world_size
         if isinstance(self.dataset, datasets.IterableDataset):
-            # Has been split between processes, and splits itself between workers
+            # Already split between processes; it splits itself between workers
             for count, row in enumerate(self.dataset):
                 yield row.get(ROW_NUMBER, count * num_shares + share), row
         else:
@@ -618,8 +618,8 @@ prefix_lm:
 
 
 _TRANSFORM_OF_FEATURES = (
-    "The rows have features in place of pictures, which a transform can't change. Give none; cache_features stores "
-    "several views of each picture."
+    "The rows have features in place of pictures, which a transform can't change. Give no transform; cache_features "
+    "can store several views of each picture."
 )
 
 
@@ -630,9 +630,7 @@ def _is_list(value: Any) -> bool:
 def _check_prompt(prompt: str | None, prompt_column: str | None):
     has_place = prompt is not None and "{}" in prompt
     if has_place and prompt_column is None:
-        raise ValueError(
-            f"prompt={prompt!r} has a place, {{}}, for which no prompt_column was given. Name the column."
-        )
+        raise ValueError(f"prompt={prompt!r} has a place, {{}}, but no prompt_column was given. Name the column.")
     if prompt_column is not None and not has_place:
         raise ValueError(
             f"prompt_column={prompt_column!r} was given with prompt={prompt!r}, which has no place, {{}}, for it. "
@@ -666,7 +664,7 @@ def _read_row(rows: Any, number: int) -> Mapping:
 
 
 def _stored_bytes(column: pa.ChunkedArray) -> pa.Buffer:
-    """The bytes of a column of one row, where they lie: a scalar of Arrow would be a copy."""
+    """Return the bytes of a column of one row, without the copy that a scalar of Arrow would be."""
     array = column.chunk(0)
     _, offsets, data = array.buffers()
     kind = np.dtype(np.int64 if pa.types.is_large_binary(array.type) else np.int32)

@@ -17,7 +17,7 @@ ROW_NUMBER = "__row__"  # column of a part of a dataset: which row of the whole 
 
 
 def stable_hash(text: str) -> int:
-    """Return 63 bits that are the same in every process and on every machine."""
+    """Return a hash of 63 bits that is the same in every process and on every machine."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -41,7 +41,7 @@ def get_column(row: Mapping, column: str) -> Any:
 
 def check_id(value: Any, name: str, column: str) -> int | str:
     """
-    Return the id of an image, by which its rows are told from those of others.
+    Return the id of an image, which is the same in all of its rows.
 
     Args:
         value:
@@ -69,7 +69,7 @@ def check_id(value: Any, name: str, column: str) -> int | str:
 
 
 def check_dataset(dataset: Any, added: Iterable[str]):
-    """Refuse what is no dataset with rows, and one that has a column already which is to be added."""
+    """Refuse anything but a dataset with rows, and one that has a column already which is to be added."""
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
             f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming; "
