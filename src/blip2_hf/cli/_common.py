@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,15 @@ def add_option(parser: argparse.ArgumentParser, name: str, text: str, **kwargs):
     parser.add_argument(name, help=text + shown, **kwargs)
 
 
+def add_allow_urls(parser: argparse.ArgumentParser):
+    """Add the option that says which URLs in rows are fetched."""
+    text = (
+        "fetch pictures that rows have as URLs, from public addresses; those of this machine and of private networks "
+        "only from each HOST that is named"
+    )
+    parser.add_argument("--allow-urls", help=text, nargs="*", metavar="HOST", default=False)
+
+
 @contextmanager
 def processes(device: str | None, interrupted: str) -> Iterator[Any]:
     """
@@ -50,9 +60,16 @@ def processes(device: str | None, interrupted: str) -> Iterator[Any]:
     except (ValueError, OSError) as error:
         raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
     except KeyboardInterrupt:
+        end_workers()
         state.print(f"\nInterrupted. {interrupted}")
         raise SystemExit(130) from None
     state.destroy_process_group()
+
+
+def end_workers():
+    """End the processes that load pictures: a `DataLoader` would wait 5 seconds for each that is busy."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
 
 
 def load_dataset(data: str, config: str | None = None, split: str = "train") -> Any:

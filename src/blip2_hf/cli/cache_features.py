@@ -1,10 +1,11 @@
 """`blip2-hf cache-features`: the output of a frozen tower, computed once and stored."""
 
 import argparse
+import sys
 from functools import partial
 from typing import Any
 
-from ._common import add_option, load_dataset
+from ._common import add_allow_urls, add_option, end_workers, load_dataset
 
 
 def add_parser(commands: Any):
@@ -33,6 +34,7 @@ def add_parser(commands: Any):
     add("--seed", "seed of the crops", type=int, default=0)
     add("--num-workers", "processes that load pictures", type=int, default=0)
     add("--skip-broken", "leave out pictures that can't be read", action="store_true")
+    add_allow_urls(parser)
     add("--part-index", "number of this process, of those that share the work", type=int, default=0)
     add("--num-parts", "number of processes that share the work", type=int, default=1)
 
@@ -44,6 +46,10 @@ def _run(options: argparse.Namespace):
         _cache(options)
     except (ValueError, OSError) as error:
         raise SystemExit(f"blip2-hf: {error}") from error
+    except KeyboardInterrupt:
+        end_workers()
+        print("\nInterrupted. Finished files are kept; the same command goes on with the rest.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _cache(options: argparse.Namespace):
@@ -82,4 +88,5 @@ def _cache(options: argparse.Namespace):
         skip_broken=options.skip_broken,
         part_index=options.part_index,
         num_parts=options.num_parts,
+        allow_urls=options.allow_urls,
     )

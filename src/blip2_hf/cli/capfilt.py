@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._common import add_option, generate_argument, load_captioner, load_dataset, processes
+from ._common import add_allow_urls, add_option, generate_argument, load_captioner, load_dataset, processes
 
 
 def add_parser(commands: Any):
@@ -44,6 +44,7 @@ def add_parser(commands: Any):
     add("--device", "such as cuda:1 or cpu; without it a GPU if there is one, its own for each process")
     add("--config", "configuration of the dataset, where it has several")
     add("--split", "split of the dataset, also `train[:1000]`", default="train")
+    add_allow_urls(parser)
     add("--overwrite", "delete what is in the folder, and begin anew", action="store_true")
 
 
@@ -73,6 +74,7 @@ def _run(options: argparse.Namespace):
             seed=options.seed,
             num_workers=options.num_workers,
             overwrite=options.overwrite,
+            allow_urls=options.allow_urls,
         )
 
 

@@ -6,7 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._common import add_option, generate_argument, load_captioner, load_dataset, processes, tell_image_size
+from ._common import (
+    add_allow_urls,
+    add_option,
+    generate_argument,
+    load_captioner,
+    load_dataset,
+    processes,
+    tell_image_size,
+)
 
 
 def add_parser(commands: Any):
@@ -40,6 +48,7 @@ def add_parser(commands: Any):
     add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told")
     add("--config", "configuration of the dataset, if it has several")
     add("--split", "split of the dataset, also `train[:1000]`", default="train")
+    add_allow_urls(parser)
     add("--overwrite", "delete the captions that are there, and begin anew", action="store_true")
 
 
@@ -81,9 +90,9 @@ def _open_pictures(options: argparse.Namespace) -> Any:
         if paths := sorted(map(str, path.rglob("*.tar"))):
             return TarPictures(paths, options.image_column)
     if has_wildcard:
-        return RowPictures(load_rows(options.data, options.split), options.image_column)
+        return RowPictures(load_rows(options.data, options.split), options.image_column, options.allow_urls)
     rows = load_dataset(options.data, options.config, options.split)
-    return RowPictures(rows, options.image_column)
+    return RowPictures(rows, options.image_column, options.allow_urls)
 
 
 def _generation(options: argparse.Namespace, processor: Any, model_config: Any) -> tuple[str | None, dict[str, Any]]:

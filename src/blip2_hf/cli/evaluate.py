@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import add_option, generate_argument, load_captioner, load_dataset, processes, tell_image_size
+from ._common import (
+    add_allow_urls,
+    add_option,
+    generate_argument,
+    load_captioner,
+    load_dataset,
+    processes,
+    tell_image_size,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ def add_parser(commands: Any):
     add("--id-column", "column of the ids: of pictures with captions, or of questions")
     add("--image-id-column", "column of the ids of pictures with questions")
     add("--group-column", "column that accuracy is told apart by")
+    add_allow_urls(parser)
     add("--preset", "settings of generation, in place of the task's", choices=PRESET_NAMES)
     add("--prompt", "prompt in place of the preset's; the question stands at {}")
     generate = "arguments of generate on top of the preset's, such as length_penalty=0 repetition_penalty=1.15"
@@ -138,7 +147,8 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     split = options.split or ("train" if path.is_file() or (path / "state.json").is_file() else "test")
     rows = load_dataset(options.data, options.config, split)
     if task.kind != "vqa":
-        return readers.read_caption_rows(rows, options.image_column, options.caption_column, options.id_column)
+        columns = (options.image_column, options.caption_column, options.id_column)
+        return readers.read_caption_rows(rows, *columns, options.allow_urls)
     return readers.read_question_rows(
         rows,
         options.image_column,
@@ -147,6 +157,7 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
         options.id_column,
         options.image_id_column,
         options.group_column,
+        options.allow_urls,
     )
 
 

@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from ._common import add_option
+from ._common import add_option, end_workers
 
 
 _SHOWN = 5  # broken pictures that are told of
@@ -61,6 +61,7 @@ def _run(options: argparse.Namespace):
             dtype=options.dtype,
         )
     except KeyboardInterrupt:
+        end_workers()
         again = "run the same command again, without --rebuild," if options.rebuild else "run the same command again"
         raise SystemExit(f"blip2-hf: stopped. What is finished is kept: {again} to go on.") from None
     except (ValueError, ImportError, OSError) as error:
