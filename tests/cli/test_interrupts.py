@@ -21,7 +21,7 @@ from blip2_hf.cli._common import processes
 torch.set_num_threads(1)
 url, num_workers = sys.argv[1:]
 pictures = RowPictures(datasets.Dataset.from_dict({"image": [url] * 8}), "image", ["127.0.0.1"])
-with processes("cpu", "The rest goes on."):
+with processes("cpu"):
     list(caption_images(make_model(), make_processor(), pictures, batch_size=1, num_workers=int(num_workers)))
 """
 
@@ -47,4 +47,4 @@ def test_the_first_interrupt_ends_a_command_that_fetches(num_workers, reaches):
         output, errors = process.communicate(timeout=60)
         assert time.monotonic() - start < 8  # without help a DataLoader waits 5 seconds for each worker, a thread 30
         assert process.returncode == 130, errors
-        assert "Interrupted. The rest goes on." in output and "Traceback" not in errors
+        assert "Interrupted. What is finished is kept" in output and "Traceback" not in errors
