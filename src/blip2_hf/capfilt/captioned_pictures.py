@@ -63,15 +63,25 @@ class CaptionedPictures(torch.utils.data.Dataset):
             Column of the pictures.
         text_column (`str`):
             Column of the captions: texts, or lists of texts.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
+            the hosts in it.
     """
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str, text_column: str):
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_column: str,
+        text_column: str,
+        allow_urls: bool | Sequence[str] = False,
+    ):
         has_features = EMBEDS in dataset.column_names
         columns = [*(FEATURE_COLUMNS if has_features else [image_column]), text_column]
-        self.rows = select_columns(dataset.with_format(None), columns, None if has_features else image_column)
+        self.rows = select_columns(dataset.with_format(None), columns)
         self.table = dataset.with_format("arrow")
         self.image_column = image_column
         self.text_column = text_column
+        self.allow_urls = allow_urls
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,10 +98,11 @@ class CaptionedPictures(torch.utils.data.Dataset):
             bad = bad_row(name, PICTURE_MISSING, f"has no picture in column {self.image_column!r}.")
             return CaptionedPicture(name, originals, bad=bad)
         try:
-            return CaptionedPicture(name, originals, open_image(value, str(RowName(number))))
+            picture = open_image(value, str(RowName(number)), self.allow_urls)
         except ImageLoadError as error:
             bad = BadRow(number, name.file, str(error), PICTURE_UNREADABLE)
             return CaptionedPicture(name, originals, bad=bad)
+        return CaptionedPicture(name, originals, picture)
 
     def _originals(self, row: Mapping, name: RowName) -> list[str]:
         value = get_column(row, self.text_column)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,13 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     },
     "--batch-size": {"help": "pictures at a time", "type": int},
     "--num-workers": {"help": "processes that load pictures", "type": int, "default": 0},
+    "--allow-urls": {
+        "help": "fetch pictures that rows have as URLs, from public addresses; those of this machine and of private "
+        "networks only from each HOST that is named",
+        "nargs": "*",
+        "metavar": "HOST",
+        "default": False,
+    },
     "--rows-per-shard": {"help": "rows of a file", "type": int, "default": 1000},
     "--max-new-tokens": {"help": "the most tokens of a caption", "type": int},
     "--top-p": {"help": "sample from the likeliest tokens that have this probability together", "type": float},
@@ -71,13 +79,20 @@ def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Na
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
     except KeyboardInterrupt:
+        end_workers()
         raise SystemExit("blip2-hf: stopped.") from None
+
+
+def end_workers():
+    """End the processes that load pictures: a `DataLoader` would wait 5 seconds for each that is busy."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
 
 
 def add_option(parser: Any, name: str, text: str | None = None, **kwargs):
     """Add an argument. What is not given is as in the other commands that have it. The help tells the default."""
     kwargs = _SHARED.get(name, {}) | kwargs | ({} if text is None else {"help": text})
-    if kwargs.get("default") is not None:
+    if kwargs.get("default") not in (None, False):
         kwargs["help"] += " (default: %(default)s)"
     parser.add_argument(name, **kwargs)
 
@@ -115,6 +130,7 @@ def processes(device: str | None) -> Iterator[Any]:
     try:
         yield state
     except KeyboardInterrupt:
+        end_workers()
         state.print("\nInterrupted. What is finished is kept: the same command goes on with the rest.")
         raise SystemExit(130) from None
     state.destroy_process_group()

@@ -28,6 +28,7 @@ def add_parser(commands: Any):
     add("--seed", "seed of the crops", type=int, default=0)
     add("--num-workers")
     add("--skip-broken", "leave out pictures that can't be read", action="store_true")
+    add("--allow-urls")
     add("--part-index", "number of this process, if several share the work", type=int, default=0)
     add("--num-parts", "number of processes that share the work", type=int, default=1)
 
@@ -61,5 +62,5 @@ def _run(options: argparse.Namespace):
         with_image_size(AutoImageProcessor.from_pretrained(name), options.size),
         options.output,
         transform=RandomResizedCropAndFlip(options.size) if options.views > 1 else None,
-        **pick(options, *names, "part_index", "num_parts"),
+        **pick(options, *names, "part_index", "num_parts", "allow_urls"),
     )

@@ -32,6 +32,7 @@ def add_parser(commands: Any):
     add("--device")
     add("--config")
     add("--split")
+    add("--allow-urls")
     add("--overwrite", "delete what is in the folder, and begin anew", action="store_true")
 
 
@@ -48,7 +49,7 @@ def _run(options: argparse.Namespace):
         captioner = _open_captioner(options, device) if options.num_captions else None
         caption_filter = RetrievalFilter(*load_retrieval_model(options.filter, device, options.dtype), options.score)
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")
-        kwargs = pick(options, *names, "num_workers", "overwrite")
+        kwargs = pick(options, *names, "num_workers", "overwrite", "allow_urls")
         capfilt_dataset(rows, captioner, caption_filter, options.output, **kwargs)
 
 

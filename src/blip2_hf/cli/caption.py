@@ -32,6 +32,7 @@ def add_parser(commands: Any):
     add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told", default=None)
     add("--config")
     add("--split")
+    add("--allow-urls")
     add("--overwrite", "delete the captions that are there, and begin anew", action="store_true")
 
 
@@ -61,7 +62,8 @@ def _open_pictures(options: argparse.Namespace) -> Any:
             return folder
         if paths := sorted(map(str, path.rglob("*.tar"))):
             return TarPictures(paths, options.image_column)
-    return RowPictures(load_dataset(options.data, options.config, options.split), options.image_column)
+    rows = load_dataset(options.data, options.config, options.split)
+    return RowPictures(rows, options.image_column, options.allow_urls)
 
 
 def _generation(options: argparse.Namespace, processor: Any, model_config: Any) -> tuple[str | None, dict[str, Any]]:

@@ -60,6 +60,7 @@ def add_parser(commands: Any):
     add("--id-column", "column of the ids: of pictures with captions, or of questions")
     add("--image-id-column", "column of the ids of pictures with questions")
     add("--group-column", "column by which accuracy is told apart")
+    add("--allow-urls")
     add("--preset", "settings of generation, in place of the task's", choices=PRESET_NAMES)
     add("--prompt", "prompt in place of the preset's; the question stands at {}")
     add("--generate")
@@ -134,9 +135,11 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     split = options.split or ("train" if path.is_file() or (path / "state.json").is_file() else "test")
     rows = load_dataset(options.data, options.config, split)
     if task.kind != "vqa":
-        return readers.read_caption_rows(rows, **pick(options, "image_column", "caption_column", "id_column"))
+        return readers.read_caption_rows(
+            rows, **pick(options, "image_column", "caption_column", "id_column", "allow_urls")
+        )
     names = ("image_column", "question_column", "answer_column", "id_column", "image_id_column", "group_column")
-    return readers.read_question_rows(rows, **pick(options, *names))
+    return readers.read_question_rows(rows, **pick(options, *names, "allow_urls"))
 
 
 def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any):

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from ._common import add_command, pick
+from ._common import add_command, end_workers, pick
 
 
 _SHOWN = 5  # broken pictures that are told of
@@ -37,6 +37,7 @@ def _run(options: argparse.Namespace):
     try:
         index = SearchIndex.build(options.folder, options.model, **kwargs)
     except KeyboardInterrupt:
+        end_workers()
         again = "again, without --rebuild," if options.rebuild else "again"
         message = f"blip2-hf: stopped. What is finished is kept: run the same command {again} to go on."
         raise SystemExit(message) from None

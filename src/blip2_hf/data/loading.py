@@ -148,7 +148,7 @@ def hold_out(
 
 
 def _read_ids(rows: datasets.Dataset, column: str) -> list[int | str]:
-    selected = select_columns(rows.with_format(None), [column], None)
+    selected = select_columns(rows.with_format(None), [column])
     (name,) = selected.column_names
     values = [get_column({name: value}, column) for value in selected[:][name]]
     if missing := [number for number, value in enumerate(values) if value is None]:

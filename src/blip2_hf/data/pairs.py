@@ -68,6 +68,7 @@ class _Pairs:
         prompt: str | None,
         prompt_column: str | None,
         prefix_lm: bool,
+        allow_urls: bool | Sequence[str],
         images: Any = None,
         images_column: str = "image",
     ):
@@ -80,11 +81,11 @@ class _Pairs:
         picture_columns = FEATURE_COLUMNS if self.has_features else (self.picture_column,)
         columns_of_row = [name for name in (text_column, id_column, prompt_column) if name is not None]
         if images is None:
-            self.dataset = _select(dataset, [*picture_columns, *columns_of_row], image_column)
+            self.dataset = _select(dataset, [*picture_columns, *columns_of_row])
             self.images = None
         else:
-            self.dataset = _select(dataset, [image_column, *columns_of_row], None)
-            self.images = _select(images, picture_columns, images_column)
+            self.dataset = _select(dataset, [image_column, *columns_of_row])
+            self.images = _select(images, picture_columns)
         self.image_column = image_column
         self.text_column = text_column
         self.transform = transform
@@ -97,6 +98,7 @@ class _Pairs:
         self.prompt = prompt
         self.prompt_column = prompt_column
         self.prefix_lm = prefix_lm
+        self.allow_urls = allow_urls
         # Shared memory: workers that outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -160,7 +162,7 @@ class _Pairs:
                 f"{name.at_start} has no picture in column {self.picture_column!r}.", name, PICTURE_MISSING
             )
         try:
-            return open_image(picture, RowName(name.number, source=self._called))
+            return open_image(picture, RowName(name.number, source=self._called), self.allow_urls)
         except ImageLoadError as error:
             message = str(error)
             if name.file is not None and repr(name.file) not in message:
@@ -271,6 +273,9 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             the `image_id`: rows with the same picture are no negatives of each other.
         images_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures in `images`.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
+            the hosts in it.
 
     Raises:
         BadRowError: if the picture of a row is missing, or a text, any one of several, is missing or empty, or the row
@@ -302,6 +307,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         prefix_lm: bool = False,
         images: datasets.Dataset | Sequence[Mapping] | None = None,
         images_column: str = "image",
+        allow_urls: bool | Sequence[str] = False,
     ):
         if isinstance(dataset, datasets.IterableDataset) or isinstance(images, datasets.IterableDataset):
             raise ValueError("A datasets.IterableDataset has no length and no rows by number: use ImageTextStream.")
@@ -318,6 +324,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             prompt=prompt,
             prompt_column=prompt_column,
             prefix_lm=prefix_lm,
+            allow_urls=allow_urls,
             images=images,
             images_column=images_column,
         )
@@ -395,7 +402,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         Raises:
             BadRowError: if a text is missing or empty.
         """
-        rows = _select(self.dataset, [self.text_column], None)
+        rows = _select(self.dataset, [self.text_column])
         names = (RowName(self.row_number(index), source=self._called) for index in range(len(self)))
         return [
             self._own_texts(_read_row(rows, self.place(index)), name, cleaned and self.clean_text)
@@ -483,7 +490,7 @@ class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
         dataset (`datasets.IterableDataset` or iterable of `dict`):
             The rows, which are iterated over once in each epoch.
         image_column, text_column, transform, id_column, clean_text, seed, train, source, prompt, prompt_column, \
-prefix_lm:
+prefix_lm, allow_urls:
             As in [`ImageTextPairs`]. Without `id_column`, `image_id` is the running number of the row, which no other
             worker or process uses.
         skip_broken (`bool`, *optional*, defaults to `False`):
@@ -522,6 +529,7 @@ prefix_lm:
         prompt: str | None = None,
         prompt_column: str | None = None,
         prefix_lm: bool = False,
+        allow_urls: bool | Sequence[str] = False,
     ):
         if isinstance(dataset, Iterator):
             raise ValueError(
@@ -545,6 +553,7 @@ prefix_lm:
             prompt=prompt,
             prompt_column=prompt_column,
             prefix_lm=prefix_lm,
+            allow_urls=allow_urls,
         )
         has_numbers = ROW_NUMBER in (column_names(dataset) or ())
         if isinstance(dataset, datasets.IterableDataset) and not has_numbers and source is None:
@@ -642,11 +651,11 @@ def _check_prompt(prompt: str | None, prompt_column: str | None):
         )
 
 
-def _select(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
-    """The columns that are read, and those that say where a row of WebDataset comes from."""
+def _select(dataset: Any, columns: Iterable[str]) -> Any:
+    """Select the columns that are read, and those that say where a row of WebDataset comes from."""
     known = column_names(dataset) or []
     origin = [name for name in ("__key__", "__url__", ROW_NUMBER) if name in known]
-    return select_columns(dataset, [*columns, *origin], image_column)
+    return select_columns(dataset, [*columns, *origin])
 
 
 def _row_bytes(rows: Any, number: int) -> bytes:

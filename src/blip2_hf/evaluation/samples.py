@@ -30,11 +30,15 @@ class RowImage:
             Number of the row.
         column (`str`):
             Column of the pictures.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
+            the hosts in it.
     """
 
     rows: Any = field(repr=False)
     row: int
     column: str
+    allow_urls: bool | Sequence[str] = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -190,8 +194,9 @@ def open_sample_image(sample: Sample) -> Image.Image:
     """Return the picture of a sample, mode RGB."""
     image = sample.image
     if isinstance(image, RowImage):
-        return open_image(image.rows[image.row][image.column], f"row {image.row}")
-    return open_image(image, f"image {sample.image_id}")
+        return open_image(image.rows[image.row][image.column], f"row {image.row}", image.allow_urls)
+    # The user gave what is not in a row
+    return open_image(image, f"image {sample.image_id}", allow_urls=None)
 
 
 def samples_fingerprint(samples: Sequence[Sample], texts: Sequence[str] = ()) -> str:
