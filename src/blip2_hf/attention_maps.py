@@ -90,8 +90,7 @@ def text_heat_map(
         image_embeds, image_size = _image_embeds(model, pixel_values, image_embeds, image_size)
         attention_mask = None if attention_mask is None else attention_mask.clone()
         attentions = _attentions(model, method, image_embeds, input_ids.clone(), attention_mask, layers)
-    heat_map = _on_grid(attentions.mean(dim=(0, 2, 3)), model, image_size, grid)
-    return normalize_heat_map(heat_map) if normalize else heat_map
+    return _on_grid(attentions.mean(dim=(0, 2, 3)), model, image_size, grid, normalize)
 
 
 def query_attention_map(
@@ -140,8 +139,7 @@ def query_attention_map(
             None, image_embeds, qformer_input_ids, qformer_attention_mask, output_attentions=True
         )[2]
     attentions = torch.stack([outputs.cross_attentions[index].float() for index in layers])
-    heat_map = _on_grid(attentions.mean(dim=(0, 2) if per_query else (0, 2, 3)), model, image_size, grid)
-    return normalize_heat_map(heat_map) if normalize else heat_map
+    return _on_grid(attentions.mean(dim=(0, 2) if per_query else (0, 2, 3)), model, image_size, grid, normalize)
 
 
 def normalize_heat_map(heat_map: torch.Tensor) -> torch.Tensor:
@@ -242,9 +240,10 @@ def _attentions(model, method: str, image_embeds, input_ids, attention_mask, lay
             f"There are {num_texts} texts for {num_images} images: each image needs the same number of texts."
         )
     # Once for each text, because texts that share keys and values would share the attention too
+    times = num_texts // num_images
     with torch.no_grad():
         key_values = model.get_image_key_values(image_embeds)
-        key_values = [tuple(x.repeat_interleave(num_texts // num_images, 0) for x in pair) for pair in key_values]
+        key_values = tuple((k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in key_values)
     with torch.set_grad_enabled(method == "gradcam"):
         if method == "gradcam":
             for key, _ in key_values:
@@ -294,17 +293,16 @@ def _without_dropout(model: Blip2PreTrainedModel) -> Iterator[None]:
     yield
 
 
-def _on_grid(heat_map: torch.Tensor, model, image_size, grid: tuple[int, int] | None) -> torch.Tensor:
+def _on_grid(heat_map: torch.Tensor, model, image_size, grid: tuple[int, int] | None, normalize: bool) -> torch.Tensor:
     """Arrange the features of patches as rows and columns, and drop the others."""
     num_features = heat_map.shape[-1]
-    if grid is None:
-        grid = feature_grid(model.config.vision_config, num_features, image_size)
-    rows, columns = grid
-    if min(grid) < 1 or rows * columns > num_features:
+    rows, columns = grid or feature_grid(model.config.vision_config, num_features, image_size)
+    if min(rows, columns) < 1 or rows * columns > num_features:
         raise ValueError(
             f"grid is {rows}x{columns}, but an image has {num_features} features. Give at most as many patches."
         )
-    return heat_map[..., num_features - rows * columns :].unflatten(-1, (rows, columns))
+    heat_map = heat_map[..., num_features - rows * columns :].unflatten(-1, (rows, columns))
+    return normalize_heat_map(heat_map) if normalize else heat_map
 
 
 def _map_size(num_features: int, height: int, width: int) -> tuple[int, int] | None:

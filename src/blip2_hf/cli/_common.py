@@ -92,7 +92,8 @@ def end_workers():
 def add_option(parser: Any, name: str, text: str | None = None, **kwargs):
     """Add an argument. What is not given is as in the other commands that have it. The help tells the default."""
     kwargs = _SHARED.get(name, {}) | kwargs | ({} if text is None else {"help": text})
-    if kwargs.get("default") not in (None, False):
+    default = kwargs.get("default")
+    if default is not None and default is not False:  # 0 is told
         kwargs["help"] += " (default: %(default)s)"
     parser.add_argument(name, **kwargs)
 
