@@ -137,7 +137,7 @@ def test_zero_shot_pipeline_leaves_floats_as_they_are():
 def test_an_image_processor_that_does_not_rescale_is_refused_for_data(tmp_path):
     """Rows and files are read as 8 bits: what the image processor takes for 1 would be 255."""
     rows = datasets.Dataset.from_dict({"image": [make_image(0)], "caption": ["a dog"]})
-    model, refused = make_model(), pytest.raises(ValueError, match="Pictures of a data set .* do_rescale=False")
+    model, refused = make_model(), pytest.raises(ValueError, match="Pictures of a dataset .* do_rescale=False")
     for kwargs in ({}, {"do_normalize": False}):
         processor = make_unscaled(**kwargs)
         pairs = ImageTextPairs([{"image": FLOATS, "caption": "a dog"}])

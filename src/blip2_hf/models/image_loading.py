@@ -139,7 +139,7 @@ def load_image_for(
 
 def check_reads_8_bit(image_processor: Any):
     """
-    Refuse an image processor that takes pictures for floats in [0, 1], or may do so: those of a data set or a folder
+    Refuse an image processor that takes pictures for floats in [0, 1], or may do so: those of a dataset or a folder
     have 8 bits, whatever they had there.
 
     Args:
@@ -152,7 +152,7 @@ def check_reads_8_bit(image_processor: Any):
     if _setting(image_processor, {}, "do_rescale") is not False:
         return
     if not _setting(image_processor, {}, "do_normalize") or _is_for_fractions(image_processor, {}):
-        raise ValueError(f"Pictures of a data set or a folder: {_NOT_RESCALED}")
+        raise ValueError(f"Pictures of a dataset or a folder: {_NOT_RESCALED}")
 
 
 _NOT_RESCALED = (
@@ -216,7 +216,7 @@ def as_load_error(error: Exception, image: Any, name: str | None = None) -> Imag
 
 
 def _describe(image: Any) -> str:
-    """Short words for a picture in an error message: its path or URL where it has one, else its type and shape."""
+    """Return short words for a picture in an error message: its path or URL, otherwise its type and shape."""
     if isinstance(image, str):
         if is_url(image):
             return repr(image) if len(image) <= _LONGEST_URL else f"{image[:_LONGEST_URL]!r}..."
@@ -546,7 +546,7 @@ def _scale_16_bit(array: np.ndarray) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded PIL image of any mode to upright RGB, on white where it is transparent."""
+    """Convert a decoded PIL image of any mode to upright RGB, on white if it is transparent."""
     # older PIL opens 16-bit PNG as mode I, and PPM still is
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     with contextlib.suppress(Exception):  # EXIF data that cannot be parsed says nothing about rotation
