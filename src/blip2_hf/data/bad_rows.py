@@ -15,6 +15,7 @@ from ..jobs.atomic_files import atomic_file
 from ..jobs.errors import printable
 from ..jobs.state_files import json_line
 from ..models.image_loading import ImageLoadError
+from .rows import open_image
 
 
 if TYPE_CHECKING:
@@ -49,15 +50,16 @@ class RowName(str):
 
     number: int
     file: str | None
+    source: str | None
 
     def __new__(cls, number: int, file: str | None = None, source: str | None = None):
         of_source = "" if source is None else f" of {source}"
         name = super().__new__(cls, f"row {number}{of_source}" + ("" if file is None else f" ({file})"))
-        name.number, name.file, name._arguments = number, file, (number, file, source)
+        name.number, name.file, name.source = number, file, source
         return name
 
     def __getnewargs__(self) -> tuple:
-        return self._arguments
+        return self.number, self.file, self.source
 
     @property
     def at_start(self) -> str:
@@ -209,6 +211,20 @@ def leave_out_bad_rows(
 def count_kinds(counts: Counter) -> str:
     """Return a text such as `3 text empty, 1 picture missing`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+
+
+def open_row_picture(value: Any, name: RowName, column: str) -> Image.Image:
+    """Open the picture that a row has in a column. A [`BadPictureError`] names the row and the file."""
+    is_record = isinstance(value, Mapping)
+    if value is None or (is_record and value.get("bytes") is None and value.get("path") is None):
+        raise BadPictureError(f"{name.at_start} has no picture in column {column!r}.", name, PICTURE_MISSING)
+    try:
+        return open_image(value, RowName(name.number, source=name.source))
+    except ImageLoadError as error:
+        message = str(error)
+        if name.file is not None and repr(name.file) not in message:
+            message = f"{name.file}: {message}"
+        raise BadPictureError(message, name, PICTURE_UNREADABLE) from error
 
 
 def find_file(row: Mapping, picture: Any) -> str | None:

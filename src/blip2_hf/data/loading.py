@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from .feature_cache import load_cached_features
-from .rows import ROW_NUMBER, check_id, get_column, select_columns
+from .rows import ROW_NUMBER, check_id, get_column, read_row_numbers, select_columns
 
 
 _BUILDERS = {".tar": "webdataset", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -165,11 +165,9 @@ def _count_held_out(share: float, num_images: int) -> int:
 
 
 def _with_row_numbers(rows: datasets.Dataset) -> datasets.Dataset:
+    if read_row_numbers(rows) is not None:
+        return rows
     if ROW_NUMBER in rows.column_names:
-        numbers = rows.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER]
-        if len(set(numbers)) == len(numbers):
-            return rows
-        # Parts of several datasets that were put together
         rows = rows.remove_columns(ROW_NUMBER)
     # Adding a column removes the format
     form = rows.format

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
 import torch
 from PIL import Image
 
@@ -105,6 +106,15 @@ def column_names(dataset: Any) -> list[str] | None:
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
         return dataset.column_names
     return None
+
+
+def read_row_numbers(dataset: Any) -> np.ndarray | None:
+    """Return which row of the whole each row of a part of a dataset is, or `None` if that is not known."""
+    if not isinstance(dataset, datasets.Dataset) or ROW_NUMBER not in dataset.column_names:
+        return None
+    numbers = np.asarray(dataset.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER])
+    # Parts of several datasets that were put together have some numbers twice, which are then of no use
+    return numbers if len(np.unique(numbers)) == len(numbers) else None
 
 
 def open_image(value: Any, name: str) -> Image.Image:
