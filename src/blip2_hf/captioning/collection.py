@@ -143,8 +143,7 @@ def _caption_missing(
     state.wait_for_everyone()
     own = share(missing, state)
     captioned, broken = _write(caption(own), own, files, part, is_shown=state.is_main_process)
-    if state.num_processes > 1:
-        captioned, broken = (sum(column) for column in zip(*gather_object([(captioned, broken)]), strict=True))
+    captioned, broken = map(sum, zip(*gather_object([(captioned, broken)]), strict=True))
     counts = CaptionCounts(num_pictures, len(done), captioned, broken)
     if state.is_main_process:
         files.finish()

@@ -403,7 +403,9 @@ class _Shards:
         shards = load_shards(self.pictures, rows, self.rows_at_once, num_workers)
         with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="Features") as progress:
             for shard, batches in zip(missing, shards, strict=True):
-                _write_shard(self.paths[shard], self.schema, self._tables(batches, progress))
+                with atomic_file(self.paths[shard]) as file, pa.ipc.new_stream(file, self.schema) as writer:
+                    for table in self._tables(batches, progress):
+                        writer.write_table(table)
 
     def _tables(self, batches: Iterator[PictureBatch], progress) -> Iterator[pa.Table]:
         for batch in batches:
@@ -443,12 +445,6 @@ class _Shards:
             pa.array(rows, pa.int64()),
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
-
-
-def _write_shard(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]):
-    with atomic_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
-        for table in tables:
-            writer.write_table(table)
 
 
 def _open_shard(path: Path) -> datasets.Dataset:

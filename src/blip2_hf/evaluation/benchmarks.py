@@ -19,7 +19,7 @@ from .samples import (
     CaptionSample,
     QuestionSample,
     Sample,
-    check_distinct,
+    check_distinct_ids,
     check_text,
     sample_id,
     sample_name,
@@ -99,15 +99,10 @@ def evaluate_vqa(
     LAVIS writes them ([`~data.clean_question`]). All processes of accelerate call it together, and share the pictures.
 
     Args:
-        model ([`Blip2ForConditionalGeneration`]):
-            The model, on the device of this process.
-        processor ([`Blip2Processor`]):
-            Its processor.
+        model, processor, output, kwargs:
+            As in [`evaluate_captioning`].
         samples (`list[QuestionSample]`):
             Questions, such as [`read_vqa`] and [`read_gqa`] return.
-        output (`str` or `os.PathLike`):
-            Folder for `results.json`, `table.md`, `predictions.json`, and `parts`, with which an interrupted
-            evaluation goes on.
         preset (`str` or [`~generation_presets.GenerationPreset`], *optional*, defaults to `"vqa"`):
             Prompt and arguments of `generate`, or the name of the paper's.
         task (`str`, *optional*, defaults to `"vqa"`):
@@ -119,18 +114,13 @@ def evaluate_vqa(
         lemmatize (`bool`, *optional*, defaults to `False`):
             Whether predictions are scored as [`~metrics.lemmatize_answers`] writes them, as LAVIS does for OK-VQA.
             Those in `output` are as the model wrote them.
-        kwargs:
-            `image_size`, `batch_size`, `num_workers` and `show_progress` of [`predict_texts`].
 
     Returns:
         `dict`: what results.json holds, in all processes.
 
     Raises:
-        ValueError: if `output` holds predictions that other settings made, if another run is writing to it, if two
-            samples have the same id, or if arguments do not fit, such as a protocol for ten annotators with fewer than
-            four.
-        OSError: if files are gone at the end, as when `output` was deleted meanwhile.
-        ImageLoadError: if a picture can't be read.
+        ValueError, OSError, ImageLoadError: as in [`evaluate_captioning`], and if a question has too few answers for
+            its protocol.
         ImportError: if `lemmatize=True`, and spaCy or its model is not installed.
     """
     protocol = check_protocol(samples, protocol, lemmatize)
@@ -188,7 +178,7 @@ def _evaluate(
     image_size: int | None = None,
     **kwargs,
 ) -> dict[str, Any]:
-    check_distinct(samples, sample_id, "have the same id, and each needs its own")
+    check_distinct_ids(samples)
     _check_prompts(samples, prompts, preset.prompt, processor.tokenizer)
     state = PartialState(cpu=model.device.type == "cpu")
     settings = prediction_settings(model, processor, preset, samples, image_size)

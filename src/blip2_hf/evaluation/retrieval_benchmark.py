@@ -27,9 +27,7 @@ from .samples import (
     OVERALL,
     CaptionSample,
     RowImage,
-    check_distinct,
-    picture_key,
-    sample_id,
+    check_distinct_pictures,
     sample_name,
     samples_fingerprint,
 )
@@ -97,8 +95,7 @@ def evaluate_retrieval(
     """
     if not samples:
         raise ValueError("There are no samples.")
-    check_distinct(samples, sample_id, "have the same id, and each needs its own")
-    check_distinct(samples, picture_key, "are about the same picture: a picture's captions belong in one sample")
+    check_distinct_pictures(samples)
     texts = _texts(samples, processor.image_token)
     state = PartialState(cpu=model.device.type == "cpu")
     image_processor = with_image_size(processor.image_processor, image_size)

@@ -73,7 +73,7 @@ def predict_texts(
     @torch.no_grad()
     def write(rows: list[tuple[int, torch.Tensor]]) -> list[str]:
         own_prompts, pictures = [prompts[number] for number, _ in rows], [picture for _, picture in rows]
-        return _write(model, processor, generate_kwargs, own_prompts, pictures)
+        return write_texts(model, processor, generate_kwargs, own_prompts, pictures)
 
     is_shown = show_progress and store.state.is_main_process
     total = sum(map(len, images))
@@ -142,7 +142,7 @@ class _SampleInputs(PictureInputs):
         return open_sample_image(self.pictures[number])
 
 
-def _write(
+def write_texts(
     model: Any, processor: Any, generate_kwargs: dict[str, Any], prompts: list[str], pictures: Sequence[torch.Tensor]
 ) -> list[str]:
     """Return a text for each prompt and picture."""

@@ -193,16 +193,7 @@ def _check_neighbours(checkpoint: str, folder: Path, settings: dict[str, Any]):
 
 
 def refuse_weights_alone(checkpoint: str | os.PathLike | None):
-    """
-    Refuse a checkpoint of `save_only_model`: `Trainer` would go on at its step with a schedule that begins anew.
-
-    Args:
-        checkpoint (`str` or `os.PathLike`, *optional*):
-            The folder.
-
-    Raises:
-        ValueError: if it has the weights alone.
-    """
+    """Refuse a checkpoint of `save_only_model`: `Trainer` would go on at its step with a schedule that begins anew."""
     if checkpoint is not None and _has_weights_alone(Path(checkpoint)):
         raise ValueError(
             f"{checkpoint} has weights alone (save_only_model), without the state of the optimizer and the schedule: "
