@@ -36,16 +36,9 @@ _SHOWN = 5  # rows that a report tells of
 
 
 class RowName(str):
-    r"""
-    The name of a row in messages, such as `row 17 of coco (dogs/17.jpg)`.
-
-    Args:
-        number (`int`):
-            Number of the row in its dataset.
-        file (`str`, *optional*):
-            File from which the row comes.
-        source (`str`, *optional*):
-            Name of the dataset.
+    """
+    The name of a row in messages, such as `row 17 of coco (dogs/17.jpg)`: its number in the dataset `source`, and the
+    file from which it comes.
     """
 
     number: int

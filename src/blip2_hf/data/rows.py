@@ -42,21 +42,8 @@ def get_column(row: Mapping, column: str) -> Any:
 
 def check_id(value: Any, name: str, column: str) -> int | str:
     """
-    Return the id of an image, which is the same in all of its rows.
-
-    Args:
-        value:
-            What the row holds.
-        name (`str`):
-            What an error calls the row, such as `"Row 3"`.
-        column (`str`):
-            Name of the column.
-
-    Returns:
-        `int` or `str`: the id.
-
-    Raises:
-        ValueError: if it is neither an integer nor a string.
+    Return the id of an image, which is the same in all of its rows: an integer or a string, or else a `ValueError`
+    that calls the row `name`.
     """
     if isinstance(value, str):
         return value
@@ -119,19 +106,8 @@ def read_row_numbers(dataset: Any) -> np.ndarray | None:
 
 def open_image(value: Any, name: str) -> Image.Image:
     """
-    Open a picture of a row, of any kind that [`~image_loading.load_image`] takes, or a file that `datasets` refers to.
-
-    Args:
-        value:
-            What the row holds.
-        name (`str`):
-            What an error calls the picture, such as `"row 3"`.
-
-    Returns:
-        `PIL.Image.Image`: mode RGB.
-
-    Raises:
-        ImageLoadError: if it can't be read.
+    Open a picture of a row: anything that [`~image_loading.load_image`] takes, or a file that `datasets` refers to. If
+    the picture can't be read, an `ImageLoadError` calls it `name`, such as `row 3`.
     """
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
     if not isinstance(path, str) or "://" not in path:

@@ -23,6 +23,7 @@ from .samples import (
     check_text,
     sample_id,
     sample_name,
+    sample_references,
 )
 from .text_prediction import predict_texts, prediction_settings
 
@@ -76,9 +77,8 @@ def evaluate_captioning(
         output,
         preset,
         task,
-        references=[sample.captions for sample in samples],
         score=caption_metrics,
-        submit=lambda sample, text: {"image_id": sample.image_id, "caption": text},
+        names=("image_id", "caption"),
         **kwargs,
     )
 
@@ -124,7 +124,6 @@ def evaluate_vqa(
         ImportError: if `lemmatize=True`, and spaCy or its model is not installed.
     """
     protocol = check_protocol(samples, protocol, lemmatize)
-    _, question_name, answer_name = ANSWER_PROTOCOLS[protocol]
     preset = _preset(preset, model, samples)
     check_preset(preset, asks=True)
     questions = [clean_question(sample.question) for sample in samples]
@@ -140,9 +139,8 @@ def evaluate_vqa(
         output,
         preset,
         task,
-        references=[sample.answers for sample in samples],
         score=answer_scorer(protocol, lemmatize),
-        submit=lambda sample, text: {question_name: sample.question_id, answer_name: text},
+        names=(ANSWER_PROTOCOLS[protocol].question_name, ANSWER_PROTOCOLS[protocol].answer_name),
         scoring={"protocol": protocol, "lemmatize": lemmatize},
         **kwargs,
     )
@@ -171,9 +169,8 @@ def _evaluate(
     output: str | os.PathLike,
     preset: GenerationPreset,
     task: str,
-    references: list[list[str]],
     score: Callable,
-    submit: Callable,
+    names: tuple[str, str],
     scoring: dict[str, Any] | None = None,
     image_size: int | None = None,
     **kwargs,
@@ -188,14 +185,18 @@ def _evaluate(
             model, processor, samples, prompts, preset.generate_kwargs, store, image_size=image_size, **kwargs
         )
         if state.is_main_process:
+            references = [sample_references(sample) for sample in samples]
             groups = _groups(samples)
             scored = {group: [n for n in numbers if references[n]] for group, numbers in groups.items()}
+            if scoring and scored[OVERALL]:
+                settings |= scoring
+            id_name, text_name = names
             write_report(
                 output,
                 task,
                 model,
-                {"preset": preset.name, **settings, **((scoring or {}) if any(scored.values()) else {})},
-                [submit(sample, text) for sample, text in zip(samples, texts, strict=True)],
+                {"preset": preset.name, **settings},
+                [{id_name: sample_id(sample), text_name: text} for sample, text in zip(samples, texts, strict=True)],
                 {
                     group: score([texts[n] for n in numbers], [references[n] for n in numbers])
                     for group, numbers in scored.items()

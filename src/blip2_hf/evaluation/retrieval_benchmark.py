@@ -102,7 +102,15 @@ def evaluate_retrieval(
     tokenizer = processor.qformer_tokenizer or processor.tokenizer
     start = batch_size or first_batch_size(model.device)
     retrieval = _SharedRetrieval(model, tokenizer, k, start, show_progress=show_progress and state.is_main_process)
-    settings = _settings(retrieval, image_processor, samples, texts)
+    # Not `k`, because features and scores of pairs do not depend on it
+    settings = {
+        **model_settings(model, image_processor),
+        "max_length": retrieval.max_length,
+        "image_size": own_image_size(image_processor),
+        "num_samples": len(samples),
+        "num_texts": len(texts),
+        "samples": samples_fingerprint(samples, texts),
+    }
     with only_writer(Path(output) / ".lock", output, state):
         retrieval.store = PredictionStore(Path(output) / "parts", settings, state, _RESULTS)
         images = _tower_outputs(model, image_processor, samples, retrieval.store, start, num_workers)
@@ -139,21 +147,6 @@ def _texts(samples: Sequence[CaptionSample], image_token: str) -> list[str]:
     if not texts:
         raise ValueError(f"None of {len(samples)} images has a caption: there is no recall.")
     return texts
-
-
-def _settings(
-    retrieval: TwoStageRetrieval, image_processor: Any, samples: Sequence[CaptionSample], texts: Sequence[str]
-) -> dict[str, Any]:
-    """Return what features and scores of pairs depend on: not `k`, which only says of which pairs."""
-    model = retrieval.model
-    return {
-        **model_settings(model, image_processor),
-        "max_length": retrieval.max_length,
-        "image_size": own_image_size(image_processor),
-        "num_samples": len(samples),
-        "num_texts": len(texts),
-        "samples": samples_fingerprint(samples, texts),
-    }
 
 
 def _tower_outputs(

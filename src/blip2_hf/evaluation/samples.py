@@ -178,6 +178,11 @@ def sample_id(sample: Sample) -> int | str:
     return sample.question_id if isinstance(sample, QuestionSample) else sample.image_id
 
 
+def sample_references(sample: Sample) -> list[str]:
+    """Return what people wrote about a sample."""
+    return sample.answers if isinstance(sample, QuestionSample) else sample.captions
+
+
 def picture_key(sample: Sample) -> Hashable:
     """Return a key that is equal for samples about one picture: its path, its row in a dataset, or its object."""
     image = sample.image

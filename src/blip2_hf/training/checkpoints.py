@@ -179,16 +179,13 @@ def _find_checkpoint(trainer: "Blip2Trainer", settings: dict[str, Any]) -> str |
 
 def _check_neighbours(checkpoint: str, folder: Path, settings: dict[str, Any]):
     """Refuse a folder in which later checkpoints, that other settings made, would be taken for those of this run."""
-    path, given = folder / _SETTINGS, Path(checkpoint).resolve()
-    steps = {step: old for step, old in _checkpoints(folder).items() if old.resolve() != given}
-    if given.parent == folder.resolve():
-        step = next((step for step, old in _checkpoints(folder).items() if old.resolve() == given), -1)
-        steps = {other: old for other, old in steps.items() if other > step}
-    if steps and not (path.exists() and read_json(path, f"{_ANEW}.") == settings):
-        names = ", ".join(old.name for old in steps.values())
+    path, found = folder / _SETTINGS, _checkpoints(folder)
+    own = next((step for step, old in found.items() if old.resolve() == Path(checkpoint).resolve()), -1)
+    later = [old.name for step, old in found.items() if step > own]
+    if later and not (path.exists() and read_json(path, f"{_ANEW}.") == settings):
         raise ValueError(
-            f"{folder} has checkpoints that other settings made ({names}), and the next run would take them for those "
-            f"of this one. To go on from {checkpoint}, give another --output_dir, or move them away."
+            f"{folder} has checkpoints that other settings made ({', '.join(later)}), and the next run would take "
+            f"them for those of this one. To go on from {checkpoint}, give another --output_dir, or move them away."
         )
 
 
