@@ -175,6 +175,7 @@ def _evaluate(
     image_size: int | None = None,
     **kwargs,
 ) -> dict[str, Any]:
+    """Predict, score and report. `names` are what the benchmark calls the id and the text of a prediction."""
     check_distinct_ids(samples)
     _check_prompts(samples, prompts, preset.prompt, processor.tokenizer)
     state = PartialState(cpu=model.device.type == "cpu")

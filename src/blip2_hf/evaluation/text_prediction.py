@@ -89,11 +89,7 @@ def predict_texts(
 
 
 def prediction_settings(
-    model: Any,
-    processor: Any,
-    preset: GenerationPreset,
-    samples: Sequence[Sample],
-    image_size: int | None,
+    model: Any, processor: Any, preset: GenerationPreset, samples: Sequence[Sample], image_size: int | None
 ) -> dict[str, Any]:
     """
     Return what predictions depend on: neither the batch size nor the number of processes, and neither references nor
