@@ -59,6 +59,7 @@ class CaptioningArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Epochs without improvement until a stop."}
     )
+    allow_urls: bool = field(default=False, metadata={"help": "Fetch pictures that rows have as public URLs."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
@@ -70,6 +71,7 @@ def make_pairs(options: CaptioningArguments, data: str, train: bool = False, see
         image_column=options.image_column,
         text_column=options.text_column,
         prompt=options.prompt,
+        allow_urls=options.allow_urls,
         transform=RandomResizedCropAndFlip(options.image_size) if train and not is_cached else None,
         seed=seed,
         train=train,

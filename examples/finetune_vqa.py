@@ -67,6 +67,7 @@ class VQAArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Epochs without improvement until a stop."}
     )
+    allow_urls: bool = field(default=False, metadata={"help": "Fetch pictures that rows have as public URLs."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
@@ -77,6 +78,7 @@ def make_pairs(options: VQAArguments, data: str, images: str | None, transform=N
         text_column=options.answer_column,
         prompt=options.prompt,
         prompt_column=options.question_column,
+        allow_urls=options.allow_urls,
         images=None if images is None else load_rows(images),
         transform=None if images is not None else transform,
         seed=seed,

@@ -60,6 +60,7 @@ class PretrainingArguments:
     held_out: float = field(default=0.02, metadata={"help": "Share or number of images to validate on."})
     validation: str | None = field(default=None, metadata={"help": "Data to validate on, instead of held_out."})
     streaming: bool = field(default=False, metadata={"help": "Read the data as a stream."})
+    allow_urls: bool = field(default=False, metadata={"help": "Fetch pictures that rows have as public URLs."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
@@ -70,7 +71,7 @@ def make_datasets(options: PretrainingArguments, seed: int):
     rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
     held_out = load_rows(options.validation) if options.validation else None
-    columns = {name: getattr(options, name) for name in ("image_column", "text_column", "id_column")}
+    columns = {name: getattr(options, name) for name in ("image_column", "text_column", "id_column", "allow_urls")}
     transform = None if is_cached else RandomResizedCropAndFlip(options.image_size)
     learning = {**columns, "seed": seed, "transform": transform}
     if options.streaming:

@@ -66,6 +66,7 @@ class PretrainingArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Validations without improvement until a stop."}
     )
+    allow_urls: bool = field(default=False, metadata={"help": "Fetch pictures that rows have as public URLs."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
@@ -74,7 +75,7 @@ def make_datasets(options: PretrainingArguments, collator: LanguageModelCollator
     check_feature_size(options.image_size, options.data)
     rows = load_rows(options.data, streaming=options.streaming)
     is_cached = "image_embeds" in (rows.column_names or [])
-    columns = {name: getattr(options, name) for name in ("image_column", "text_column", "prompt")}
+    columns = {name: getattr(options, name) for name in ("image_column", "text_column", "prompt", "allow_urls")}
     transform = None if is_cached else RandomResizedCropAndFlip(options.image_size)
     learning = {**columns, "seed": seed, "transform": transform, "prefix_lm": options.prefix_lm}
     if options.streaming:
@@ -90,7 +91,9 @@ def main():
     parser.set_defaults(predict_with_generate=True, metric_for_best_model="word_f1")
     options, arguments = parser.parse_args_into_dataclasses()
     if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
-        raise SystemExit("--early_stopping_patience needs --load_best_model_at_end and --eval_strategy steps.")
+        raise SystemExit(
+            "--early_stopping_patience needs a best model: give --load_best_model_at_end and --eval_strategy steps."
+        )
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
         options.stage1,
         options.language_model,

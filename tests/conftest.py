@@ -3,13 +3,15 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# In the processes that tests start, too: with matrices this small, threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 import transformers
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -21,5 +23,5 @@ def seed():
 
 @pytest.fixture
 def likeliest_negatives(monkeypatch):
-    """Hard negatives without chance: the likeliest is drawn."""
+    """Draw hard negatives without chance: the likeliest is taken."""
     monkeypatch.setattr(torch, "multinomial", lambda weights, *args, **kwargs: weights.argmax(-1, keepdim=True))

@@ -17,7 +17,6 @@ from PIL import Image
 from transformers.configuration_utils import PreTrainedConfig
 
 from .models.modeling_base import Blip2PreTrainedModel
-from .models.modeling_qformer import ImageKeyValues
 from .models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 
 
@@ -89,9 +88,9 @@ def text_heat_map(
     # Tensors made in inference mode cannot be in a graph, but their copies can
     with _without_dropout(model), torch.inference_mode(False):
         image_embeds, image_size = _image_embeds(model, pixel_values, image_embeds, image_size)
-        maps = _gradcam if method == "gradcam" else _attention
-        attentions = maps(model, image_embeds, input_ids.clone(), _copy(attention_mask), layers)
-    heat_map = _on_grid(torch.stack(attentions).mean(dim=(0, 2, 3)), model, image_size, grid)
+        attention_mask = None if attention_mask is None else attention_mask.clone()
+        attentions = _attentions(model, method, image_embeds, input_ids.clone(), attention_mask, layers)
+    heat_map = _on_grid(attentions.mean(dim=(0, 2, 3)), model, image_size, grid)
     return normalize_heat_map(heat_map) if normalize else heat_map
 
 
@@ -141,8 +140,7 @@ def query_attention_map(
             None, image_embeds, qformer_input_ids, qformer_attention_mask, output_attentions=True
         )[2]
     attentions = torch.stack([outputs.cross_attentions[index].float() for index in layers])
-    heat_map = attentions.mean(dim=(0, 2) if per_query else (0, 2, 3))
-    heat_map = _on_grid(heat_map, model, image_size, grid)
+    heat_map = _on_grid(attentions.mean(dim=(0, 2) if per_query else (0, 2, 3)), model, image_size, grid)
     return normalize_heat_map(heat_map) if normalize else heat_map
 
 
@@ -233,44 +231,30 @@ def overlay(image: Image.Image, heat_map: torch.Tensor | np.ndarray, opacity: fl
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def _gradcam(model, image_embeds, input_ids, attention_mask, layers: list[int]) -> list[torch.Tensor]:
-    """Return the Grad-CAM of each layer, of shape `(num_pairs, heads, queries, features)`."""
+def _attentions(model, method: str, image_embeds, input_ids, attention_mask, layers: list[int]) -> torch.Tensor:
+    """
+    Return the cross-attention of each layer, with `"gradcam"` times the positive part of its gradient, of shape
+    `(num_layers, num_pairs, heads, queries, features)`.
+    """
+    num_texts, num_images = len(input_ids), len(image_embeds)
+    if num_texts % num_images:
+        raise ValueError(
+            f"There are {num_texts} texts for {num_images} images: each image needs the same number of texts."
+        )
+    # Once for each text, because texts that share keys and values would share the attention too
     with torch.no_grad():
-        key_values = _repeat_key_values(model, image_embeds, len(input_ids))
-    for key, _ in key_values:
-        # So that a frozen model has a graph too
-        key.requires_grad_()
-    with torch.enable_grad():
+        key_values = model.get_image_key_values(image_embeds)
+        key_values = [tuple(x.repeat_interleave(num_texts // num_images, 0) for x in pair) for pair in key_values]
+    with torch.set_grad_enabled(method == "gradcam"):
+        if method == "gradcam":
+            for key, _ in key_values:
+                key.requires_grad_()  # so that a frozen model has a graph too
         logits, outputs = model._match(input_ids, attention_mask, key_values, None, None, output_attentions=True)
         attentions = [outputs.cross_attentions[index] for index in layers]
+        if method == "attention":
+            return torch.stack(attentions).float()
         gradients = torch.autograd.grad(logits[:, 1].sum(), attentions)
-    return [
-        attention.detach().float() * gradient.float().clamp(min=0)
-        for attention, gradient in zip(attentions, gradients, strict=True)
-    ]
-
-
-def _attention(model, image_embeds, input_ids, attention_mask, layers: list[int]) -> list[torch.Tensor]:
-    """Return the cross-attention of each layer, of shape `(num_pairs, heads, queries, features)`."""
-    with torch.no_grad():
-        key_values = _repeat_key_values(model, image_embeds, len(input_ids))
-        outputs = model._match(input_ids, attention_mask, key_values, None, None, output_attentions=True)[1]
-    return [outputs.cross_attentions[index].float() for index in layers]
-
-
-def _repeat_key_values(model, image_embeds: torch.Tensor, num_texts: int) -> ImageKeyValues:
-    """Compute the images' keys and values once for each text: texts that share them would share the attention too."""
-    if num_texts % len(image_embeds):
-        raise ValueError(
-            f"There are {num_texts} texts for {len(image_embeds)} images: each image needs the same number of texts."
-        )
-    times = num_texts // len(image_embeds)
-    key_values = model.get_image_key_values(image_embeds)
-    return tuple((key.repeat_interleave(times, 0), value.repeat_interleave(times, 0)) for key, value in key_values)
-
-
-def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.clone()
+    return torch.stack(attentions).detach().float() * torch.stack(gradients).float().clamp(min=0)
 
 
 def _layer_indices(model: Blip2PreTrainedModel, layer: int | None) -> list[int]:

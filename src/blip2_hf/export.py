@@ -1,11 +1,11 @@
 """The image side of BLIP-2 as one graph for serving: from pictures to soft prompts or features."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from .models.modeling_blip2 import Blip2ForConditionalGeneration
 from .models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 
 
-FORMATS = {"torch": ".pt2", "onnx": ".onnx"}
+FORMATS = {".pt2": "torch", ".onnx": "onnx"}
 INPUT, OUTPUT = "pixel_values", "image_features"
 
 
@@ -63,15 +63,12 @@ class ImageEncoder(nn.Module):
 
 def check_format(path: str | os.PathLike, format: str | None = None) -> str:
     """Return the format of a file that is to be written, and check that the packages it needs are installed."""
-    suffix = Path(path).suffix
-    found = format or next((name for name, ending in FORMATS.items() if suffix == ending), None)
-    if found not in FORMATS:
-        endings = " or ".join(FORMATS.values())
-        raise ValueError(f"{path}: a name that ends in {endings} was expected, or format {' or '.join(FORMATS)}.")
-    if found == "onnx" and not all(find_spec(name) for name in ("onnx", "onnxscript")):
-        raise ImportError(
-            "ONNX needs onnx and onnxscript: pip install 'blip2-hf[export]', or pip install onnx onnxscript."
-        )
+    found = format or FORMATS.get(Path(path).suffix)
+    if found is None or found not in FORMATS.values():
+        formats = " or ".join(FORMATS.values())
+        raise ValueError(f"{path}: a name that ends in {' or '.join(FORMATS)} was expected, or format {formats}.")
+    if found == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
+        raise ImportError("ONNX needs onnx and onnxscript: pip install 'blip2-hf[export]', or both by their names.")
     return found
 
 
@@ -131,17 +128,14 @@ def _in_eval_mode(encoder: ImageEncoder) -> Iterator[None]:
 
 def _write(program: torch.export.ExportedProgram, path: Path, format: str):
     """Write into a folder beside `path` first, under the final names because an ONNX names the file of its weights."""
-    folder = path.parent / f".{path.name}.part-{os.getpid()}"
-    folder.mkdir(parents=True)
-    try:
-        file = folder / path.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        file = Path(folder, path.name)
         if format == "torch":
             torch.export.save(program, file)
         else:
             onnx = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
             onnx.save(file, external_data=True)
         # The weights first, so that there is no graph without them
-        for written in sorted(folder.iterdir(), key=lambda found: found.name == path.name):
+        for written in sorted(Path(folder).iterdir(), key=lambda found: found.name == path.name):
             os.replace(written, path.parent / written.name)
-    finally:
-        shutil.rmtree(folder)

@@ -7,13 +7,14 @@ import datasets
 import pytest
 import torch
 import transformers
+from picture_server import picture_server
 from tiny import make_config, make_image, make_image_processor, randomize
 
 # In transformers 5.17 the name in the package itself asks for torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2Model
-from blip2_hf.cli import main
+from blip2_hf.cli import main, make_parser
 from blip2_hf.data import load_cached_features, read_cached_features
 
 
@@ -148,3 +149,31 @@ def test_the_command_starts_without_torch():
     ):
         assert f"\n    {command}" in result.stdout
     assert result.stdout.strip().endswith("False")
+
+
+def test_pictures_by_url_are_fetched_if_that_is_asked_for(tower, tmp_path):
+    with picture_server() as server:
+        datasets.Dataset.from_dict({"image": [f"{server.url}/picture.png"] * 2}).to_json(tmp_path / "rows.json")
+        arguments = tmp_path / "rows.json", tower, tmp_path / "features"
+        with pytest.raises(SystemExit, match=rf"row 0 \('{server.url}/picture.png'\).*\(--allow-urls\)"):
+            cache(*arguments)
+        with pytest.raises(SystemExit, match=r"row 0 .*which is not public.*\(--allow-urls 127.0.0.1\)"):
+            cache(*arguments, "--allow-urls")
+        assert server.connections == 0
+        assert len(cache(*arguments, "--allow-urls", "localhost", "127.0.0.1")) == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "caption data --model m",
+        "capfilt data --filter m --output o",
+        "cache-features data --model m --output o",
+        "evaluate caption --data data --model m --output o",
+    ],
+)
+def test_all_that_reads_rows_has_the_option(command):
+    parse = make_parser().parse_args
+    assert parse(command.split()).allow_urls is False
+    assert parse([*command.split(), "--allow-urls"]).allow_urls == []
+    assert parse([*command.split(), "--allow-urls", "localhost", "10.0.0.7"]).allow_urls == ["localhost", "10.0.0.7"]

@@ -257,8 +257,9 @@ def test_a_file_system_without_its_package(monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.open", open_without_package)
+    rows = [{"image": {"path": "s3://bucket/x.png", "bytes": None}, "caption": "a"}]
     with pytest.raises(ImageLoadError, match=r"row 0 \('s3://bucket/x.png'\).*Install s3fs") as error:
-        ImageTextPairs([{"image": {"path": "s3://bucket/x.png", "bytes": None}, "caption": "a"}])[0]
+        ImageTextPairs(rows, allow_urls=["bucket"])[0]
     assert error.value.file == "s3://bucket/x.png"
 
 

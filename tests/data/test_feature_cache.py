@@ -65,7 +65,7 @@ def cache(dataset, model, processor, folder, **options):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".arrow", ".json")}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.match("*.lock")}
 
 
 def encode(image):

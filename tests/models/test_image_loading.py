@@ -4,10 +4,12 @@ import base64
 import io
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from blip2_hf.models import image_fetching, image_loading
 from blip2_hf.models.image_loading import ImageLoadError, load_image, load_images
 
 
@@ -283,6 +286,29 @@ def test_tiny_and_thin_pictures(size):
     same(load_image(np.asarray(image)), image)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "GIF", "BMP", "PPM", "ICO"])
+def test_a_file_gives_what_its_bytes_give(format, picture, tmp_path):
+    """A file is decoded from the disk, and turned after it was closed."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture, format, **({"exif": exif} if format in ("JPEG", "PNG", "WEBP", "TIFF", "MPO") else {}))
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    loaded = load_image(path)
+    same(loaded, load_image(data))
+    assert loaded.size == ((5, 6) if format in ("JPEG", "PNG", "WEBP", "TIFF", "MPO") else picture.size)
+
+
+def test_a_picture_with_a_long_head(picture, tmp_path):
+    """What is read before a picture is known to be one is limited, not the picture."""
+    path = tmp_path / "picture.tiff"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2500, 2500, 3), dtype=np.uint8))
+    noise.save(path)
+    assert path.stat().st_size > image_loading._LONGEST_HEAD
+    same(load_image(path), noise)
+    same(load_image(path.read_bytes()), noise)
+
+
 # --- pictures that cannot be read ---
 
 
@@ -309,6 +335,80 @@ def test_broken_file_is_named(name, picture, tmp_path):
         load_image(path)
     assert isinstance(error.value, ValueError)
     assert len(str(error.value)) > len(repr(str(path))) + 20  # says what is wrong, too
+
+
+def count_reads(monkeypatch):
+    """What is read of files that image_loading opens, as a list of numbers of bytes."""
+    sizes = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            sizes.append(super().readinto(buffer))
+            return sizes[-1]
+
+        def readall(self):
+            pytest.fail("the whole file is read")
+
+    monkeypatch.setattr(image_loading, "open", lambda path, *args, **kwargs: Counted(path), raising=False)
+    return sizes
+
+
+@pytest.mark.parametrize("start", [b"", b"a text\n" * 2**19, b"%!PS-Adobe\n" * 2**19, b"\xff" * 2**20])
+def test_a_huge_file_that_is_no_image_is_read_at_its_head_alone(start, tmp_path, monkeypatch):
+    path = tmp_path / "huge"
+    with open(path, "wb") as file:
+        file.write(start)
+        file.truncate(2**33)
+    sizes = count_reads(monkeypatch)
+    monkeypatch.setattr(image_loading, "_LONGEST_HEAD", 2**20)
+    with pytest.raises(ImageLoadError, match="huge'.*(not an image|no image in the first 1,048,576 bytes)"):
+        load_image(path)
+    assert 0 < sum(sizes) < 2**21
+
+
+def test_a_picture_whose_size_is_refused_is_read_at_its_head_alone(tmp_path, monkeypatch):
+    path = tmp_path / "huge.png"
+    path.write_bytes(png_header(100_000, 100_000))
+    os.truncate(path, 2**33)
+    sizes = count_reads(monkeypatch)
+    with pytest.raises(ImageLoadError, match="MAX_IMAGE_PIXELS"):
+        load_image(path)
+    assert 0 < sum(sizes) < 2**16
+
+
+@pytest.mark.parametrize("given", [str, Path, lambda path: {"path": str(path)}], ids=["str", "Path", "record"])
+def test_a_fifo_and_a_device_are_no_pictures(given, tmp_path):
+    fifo, link, endpoint = tmp_path / "fifo.png", tmp_path / "link.png", tmp_path / "socket.png"
+    os.mkfifo(fifo)
+    link.symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(endpoint))
+        for path in (fifo, link, endpoint, Path("/dev/zero"), Path("/dev/null")):
+            with pytest.raises(ImageLoadError, match=f"{path}'.*a FIFO, a device or a socket"):
+                load_image(given(path))
+
+
+def test_a_stream_without_end_is_read_no_further_than_a_picture_may_go(monkeypatch):
+    monkeypatch.setattr(image_fetching, "MAX_BYTES", 2**20)
+    with open("/dev/zero", "rb") as file, pytest.raises(ImageLoadError, match="more than 1,048,576 bytes"):
+        load_image(file)
+    with open("/dev/zero", "rb", buffering=0) as file, pytest.raises(ImageLoadError, match="more than 1,048,576 by"):
+        load_image(file)
+
+
+def test_a_pipe_that_was_opened_is_read_to_its_end(picture):
+    reading, writing = os.pipe()
+    data = encode(picture)
+
+    def write():
+        for start in range(0, len(data), 50):  # what one call reads is less than all of it
+            os.write(writing, data[start : start + 50])
+            time.sleep(0.005)
+        os.close(writing)
+
+    threading.Thread(target=write).start()
+    with os.fdopen(reading, "rb", buffering=0) as file:
+        same(load_image(file), picture)
 
 
 @pytest.mark.parametrize(
@@ -359,9 +459,13 @@ class Unnameable(os.PathLike):
         ("a\0b.png", "no such file"),
         (Path("a\ud800.png"), r"'a\\ud800\.png'"),
         ("data:image/png;base64,\udc80", "base64"),
-        ({"bytes": None, "path": 0}, "TypeError"),
-        ({"bytes": "text", "path": None}, "bytes-like"),
-        ({"bytes": np.zeros(3), "path": None}, "ValueError"),
+        ({"bytes": None, "path": 0}, "'path' is 0, of type int. Give the path of an image file"),
+        ({"path": 1}, r"row 3 \(1\): 'path' is 1, of type int. Give the path of an image file"),
+        ({"path": True}, "'path' is True, of type bool"),
+        ({"path": ["x.png"]}, r"'path' is \['x.png'\], of type list"),
+        ({"bytes": "text", "path": None}, "'bytes' is 'text', of type str. Give the bytes of an image file"),
+        ({"bytes": 1}, "'bytes' is 1, of type int"),
+        ({"bytes": np.zeros(3), "path": None}, "'bytes' is array.*, of type ndarray"),
         (Unnameable(), "Unnameable.*no path today"),
         (torch.zeros(3, 4, 4, device="meta"), "meta tensor"),
         (np.array([["a"]]), "minimum"),
@@ -447,7 +551,7 @@ def test_url_errors_name_the_url(server):
 
 
 def test_url_times_out(server):
-    with pytest.raises(ImageLoadError, match="no answer within 0.2 seconds"):
+    with pytest.raises(ImageLoadError, match="not fetched within 0.2 seconds"):
         load_image(f"{server}/slow", timeout=0.2)
 
 
@@ -482,7 +586,7 @@ def test_one_picture_is_no_batch(picture):
 
 
 def test_import_does_not_load_torch():
-    source = Path(sys.modules["blip2_hf.models.image_loading"].__file__)
-    code = f"import runpy, sys; runpy.run_path({str(source)!r}); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    package = Path(sys.modules["blip2_hf.models.image_loading"].__file__).parents[1]
+    code = "import models.image_loading, sys; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=package, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -434,7 +434,7 @@ def test_settings_and_input_that_do_not_fit(model, collection):
         retrieval(image_embeds, [])
     with pytest.raises(ValueError, match="no images"):
         retrieval(image_embeds[:0], TEXTS)
-    with pytest.raises(ValueError, match="5 images and 3 image_features"):
+    with pytest.raises(ValueError, match="image_features has 3 rows; 5 were expected"):
         retrieval(image_embeds, TEXTS, image_features=retrieval.encode_images(image_embeds[:3]))
     with pytest.raises(ValueError, match="0 to 4"):
         retrieval.match(image_embeds, [[2, 3]], torch.tensor([[-1, 0]]))

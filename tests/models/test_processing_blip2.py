@@ -327,7 +327,7 @@ def test_chat_template(processor):
     assert make_model().generate(**both, max_new_tokens=2).shape[0] == 2
     with pytest.raises(ValueError, match="'video'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "x"}]}])
-    with pytest.raises(TypeError, match="got str 'hello'"):
+    with pytest.raises(TypeError, match="'hello' of type str"):
         processor.apply_chat_template(["hello"])
     processor.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):

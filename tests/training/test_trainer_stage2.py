@@ -239,9 +239,9 @@ def test_every_adapter_that_is_trained_has_a_gradient(part):
 
 
 def test_presets_of_the_other_stage_are_refused():
-    with pytest.raises(ValueError, match="not for a Blip2HfForConditionalGeneration"):
+    with pytest.raises(ValueError, match="not for a Blip2ForConditionalGeneration"):
         train_only(make_model(), "stage1")
-    with pytest.raises(ValueError, match="not for a Blip2HfForPreTraining"):
+    with pytest.raises(ValueError, match="not for a Blip2ForPreTraining"):
         train_only(make_stage1(), "stage2")
     with pytest.raises(ValueError, match="no preset 'some'"):
         train_only(make_model(), "some")

@@ -40,15 +40,25 @@ class CaptionedPicture:
 
 
 class CaptionedPictures(torch.utils.data.Dataset):
-    """The rows of a dataset. Features that [`~data.cache_features`] stored are read in place of pictures."""
+    """
+    The rows of a dataset. Features that [`~data.cache_features`] stored are read in place of pictures. `allow_urls` is
+    that of [`capfilt_dataset`].
+    """
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str, text_column: str):
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_column: str,
+        text_column: str,
+        allow_urls: bool | Sequence[str] = False,
+    ):
         has_features = EMBEDS in dataset.column_names
         columns = [*(FEATURE_COLUMNS if has_features else [image_column]), text_column]
-        self.rows = select_columns(dataset.with_format(None), columns, None if has_features else image_column)
+        self.rows = select_columns(dataset.with_format(None), columns)
         self.table = dataset.with_format("arrow")
         self.image_column = image_column
         self.text_column = text_column
+        self.allow_urls = allow_urls
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,9 +72,10 @@ class CaptionedPictures(torch.utils.data.Dataset):
         name = RowName(number, find_file(row, value))
         originals = self._originals(row, name)
         try:
-            return CaptionedPicture(name, originals, open_row_picture(value, name, self.image_column))
+            picture = open_row_picture(value, name, self.image_column, self.allow_urls)
         except BadPictureError as error:
             return CaptionedPicture(name, originals, bad=BadRow(number, name.file, str(error), error.kind))
+        return CaptionedPicture(name, originals, picture)
 
     def _originals(self, row: Mapping, name: RowName) -> list[str]:
         value = get_column(row, self.text_column)

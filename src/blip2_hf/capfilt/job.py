@@ -53,6 +53,7 @@ def capfilt_dataset(
     seed: int = 0,
     num_workers: int = 0,
     overwrite: bool = False,
+    allow_urls: bool | Sequence[str] = False,
 ) -> CapFiltCounts:
     r"""
     Caption and filter a dataset (CapFilt, as in section 3.4): a captioner proposes captions of each picture, a filter
@@ -101,6 +102,9 @@ def capfilt_dataset(
             Processes that decode pictures.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to delete what is in the folder, and begin anew.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
+            the hosts in it.
 
     Returns:
         [`CapFiltCounts`].
@@ -125,7 +129,7 @@ def capfilt_dataset(
         raise ValueError(
             f"keep={keep}, batch_size={batch_size}, rows_per_shard={rows_per_shard}: 1 at least was expected of each."
         )
-    pictures = CaptionedPictures(dataset, image_column, text_column)
+    pictures = CaptionedPictures(dataset, image_column, text_column, allow_urls)
     settings = {
         **pictures.describe(),
         "captioner": _settings_of(captioner),
@@ -209,8 +213,8 @@ class _Ranking:
         columns = list(zip(*found, strict=True))
         arrays = self.pictures.columns(columns[-1]).combine_chunks().columns
         arrays += [pa.array(x, self.schema.field(name).type) for name, x in zip(ADDED, columns, strict=True)]
-        # The result may be moved to where files that rows only name are missing
-        return embed_table_storage(pa.Table.from_arrays(arrays, schema=self.schema))
+        # The result may be moved to where files that rows only name are missing, but URLs are not
+        return embed_table_storage(pa.Table.from_arrays(arrays, schema=self.schema), remote_files=False)
 
 
 def _write(

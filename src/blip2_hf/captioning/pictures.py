@@ -187,6 +187,9 @@ class RowPictures(Pictures):
         column (`str`, *optional*):
             Column of the pictures; anything that [`~image_loading.load_image`] takes. Without it, the only column
             whose type is `datasets.Image`, or else `"image"`.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
+            the hosts in it.
 
     Raises:
         CollectionError: if there is no such column.
@@ -194,14 +197,15 @@ class RowPictures(Pictures):
 
     columns = {"row": int}
 
-    def __init__(self, dataset: datasets.Dataset, column: str | None = None):
+    def __init__(self, dataset: datasets.Dataset, column: str | None = None, allow_urls: bool | Sequence[str] = False):
         if not isinstance(dataset, datasets.Dataset):
             raise CollectionError(
                 f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming."
             )
+        self.allow_urls = allow_urls
         self.column = _picture_column(dataset) if column is None else column
         try:
-            self.rows = select_columns(dataset.with_format(None), [self.column], self.column)
+            self.rows = select_columns(dataset.with_format(None), [self.column])
         except ValueError as error:
             raise CollectionError(f"{error} Say which has the pictures with image_column (--image-column).") from error
 
@@ -209,7 +213,7 @@ class RowPictures(Pictures):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return open_image(get_column(self.rows[index], self.column), f"row {index}")
+        return open_image(get_column(self.rows[index], self.column), f"row {index}", self.allow_urls)
 
     def identity(self, index: int) -> dict[str, Any]:
         return {"row": index}

@@ -2,82 +2,22 @@
 
 import argparse
 import json
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from ..models.generation_presets import GenerationPreset
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 _LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
-_BUILDERS = {  # of `datasets`, by the suffix of a file
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".tar": "webdataset",
-}
-
-
-def add_option(parser: argparse.ArgumentParser, name: str, text: str, **kwargs):
-    """Add an argument whose help tells the default."""
-    shown = " (default: %(default)s)" if kwargs.get("default") is not None else ""
-    parser.add_argument(name, help=text + shown, **kwargs)
-
-
-@contextmanager
-def processes(device: str | None, interrupted: str) -> Iterator[Any]:
-    """
-    Yield the state of the processes that a command runs in. An error that users can mend is told in a line, without a
-    traceback. After an interruption, `interrupted` is told.
-    """
-    import torch
-    from accelerate import PartialState
-
-    from ..jobs.errors import printable
-
-    # accelerate sees no other processes on a machine without a GPU, unless it is told so
-    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
-    if state.num_processes > 1 and device not in (None, "cpu"):
-        raise SystemExit(
-            f"blip2-hf: --device {device} with {state.num_processes} processes: leave it out, and each takes a device "
-            "of its own, or give cpu."
-        )
-    try:
-        yield state
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
-    except KeyboardInterrupt:
-        state.print(f"\nInterrupted. {interrupted}")
-        raise SystemExit(130) from None
-    state.destroy_process_group()
-
-
-def load_dataset(data: str, config: str | None = None, split: str = "train") -> Any:
-    """Load what a user names: a folder of pictures, a file, what `save_to_disk` wrote, or an id on the Hub."""
-    import datasets
-
-    path = Path(data)
-    try:
-        return _load_dataset(data, path, config, split)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise SystemExit(f"blip2-hf: {data} can't be read: {error.__cause__ or error}") from error
-
-
-def _load_dataset(data: str, path: Path, config: str | None, split: str) -> Any:
-    import datasets
-
-    if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise SystemExit(f"blip2-hf: {data}: a file with one of the endings {', '.join(_BUILDERS)} was expected.")
-        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=data, split=split)
-    if (path / "state.json").is_file():
-        if split != "train":
-            raise SystemExit(f"blip2-hf: {data} has no splits, but {split!r} was asked for. Leave out --split.")
-        return datasets.load_from_disk(data)
-    return datasets.load_dataset(data, config, split=split)
 
 
 def generate_argument(text: str) -> tuple[str, Any]:
@@ -89,6 +29,131 @@ def generate_argument(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+_SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
+    "--model": {"help": "BLIP-2: folder or id on the Hub"},
+    "--config": {"help": "configuration of the dataset, if it has several"},
+    "--split": {"help": "split of the dataset, also `train[:1000]`", "default": "train"},
+    "--image-column": {"help": "column of the pictures", "default": "image"},
+    "--image-size": {
+        "help": "side in pixels of the square that pictures are scaled to; without it, that of the checkpoint",
+        "type": int,
+    },
+    "--batch-size": {"help": "pictures at a time", "type": int},
+    "--num-workers": {"help": "processes that load pictures", "type": int, "default": 0},
+    "--allow-urls": {
+        "help": "fetch pictures that rows have as URLs, from public addresses; those of this machine and of private "
+        "networks only from each HOST that is named",
+        "nargs": "*",
+        "metavar": "HOST",
+        "default": False,
+    },
+    "--rows-per-shard": {"help": "rows of a file", "type": int, "default": 1000},
+    "--max-new-tokens": {"help": "the most tokens of a caption", "type": int},
+    "--top-p": {"help": "sample from the likeliest tokens that have this probability together", "type": float},
+    "--generate": {
+        "help": "other arguments of generate, such as length_penalty=0 repetition_penalty=1.15",
+        "nargs": "+",
+        "type": generate_argument,
+        "metavar": "NAME=VALUE",
+    },
+    "--dtype": {"help": "dtype of the model; without it, that of the checkpoint", "choices": DTYPES},
+    "--device": {"help": "such as cuda:1 or cpu; without it, a GPU if there is one, its own for each process"},
+}
+
+
+def add_command(commands: Any, name: str, run: Callable, text: str, description: str | None = None) -> Callable:
+    """Add a command, and return the function that adds an option to it, as [`add_option`] does."""
+    parser = commands.add_parser(name, help=text, description=description or text)
+    parser.set_defaults(run=partial(_run_command, run))
+    return partial(add_option, parser)
+
+
+def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Namespace):
+    """Run a command. An error that users can mend is told in a line, without a traceback."""
+    from ..jobs.errors import printable
+
+    try:
+        run(options)
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
+    except KeyboardInterrupt:
+        end_workers()
+        raise SystemExit("blip2-hf: stopped.") from None
+
+
+def end_workers():
+    """End the processes that load pictures: a `DataLoader` would wait 5 seconds for each that is busy."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+
+
+def add_option(parser: Any, name: str, text: str | None = None, **kwargs):
+    """Add an argument. What is not given is as in the other commands that have it. The help tells the default."""
+    kwargs = _SHARED.get(name, {}) | kwargs | ({} if text is None else {"help": text})
+    if kwargs.get("default") not in (None, False):
+        kwargs["help"] += " (default: %(default)s)"
+    parser.add_argument(name, **kwargs)
+
+
+def pick(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return some of the options as keyword arguments."""
+    return {name: getattr(options, name) for name in names}
+
+
+def check_png(name: str):
+    """Refuse a name for a drawing that does not end in .png."""
+    if Path(name).suffix.lower() != ".png":
+        raise ValueError(f"{name}: a name that ends in .png was expected.")
+
+
+def save_png(drawing: Any, path: Path):
+    """Write a drawing, whole, and make its folder."""
+    from ..jobs.atomic_files import atomic_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        drawing.save(file, format="PNG")
+
+
+@contextmanager
+def processes(device: str | None) -> Iterator[Any]:
+    """Yield the state of the processes that a resumable command runs in."""
+    import torch
+    from accelerate import PartialState
+
+    # accelerate sees no other processes on a machine without a GPU, unless it is told so
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+    if state.num_processes > 1 and device not in (None, "cpu"):
+        raise ValueError(f"--device {device} with {state.num_processes} processes: leave --device out, or give cpu.")
+    try:
+        yield state
+    except KeyboardInterrupt:
+        end_workers()
+        state.print("\nInterrupted. What is finished is kept: the same command goes on with the rest.")
+        raise SystemExit(130) from None
+    state.destroy_process_group()
+
+
+def load_dataset(data: str, config: str | None, split: str) -> Any:
+    """Load what a user names: a file, several (`*`), a folder, or an id on the Hub."""
+    import datasets
+
+    from ..data import load_rows
+
+    try:
+        return load_rows(data, split) if config is None else datasets.load_dataset(data, config, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{data} can't be read: {error.__cause__ or error}") from error
+
+
+def generate_kwargs(preset: "GenerationPreset", given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `generate` that are given, and the preset's others, within a given length."""
+    kwargs = preset.generate_kwargs | given
+    if "min_new_tokens" in kwargs.keys() - given.keys():
+        kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], kwargs["max_new_tokens"])
+    return kwargs
 
 
 def tell_image_size(processor: Any, given: int | None, of_paper: int):
@@ -106,12 +171,21 @@ def tell_image_size(processor: Any, given: int | None, of_paper: int):
         )
 
 
-def load_captioner(name: str, dtype: str | None, device: Any) -> tuple[Any, Any]:
-    """Load the model of stage 2 and its processor."""
+def find_device(given: str | None) -> Any:
+    """Return the device that is given, or an accelerator if there is one."""
+    import torch
+
+    return given or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+
+
+def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
+    """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
     from ..jobs.inference import load_model
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
+    from ..models.modeling_pretraining import Blip2ForPreTraining
     from ..models.processing_blip2 import Blip2Processor
 
-    expected = "A model that writes text, of Blip2ForConditionalGeneration,"
-    model = load_model(Blip2ForConditionalGeneration, name, expected, dtype=dtype or "auto")
+    model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
+    expected = f"A model that writes text, of {model_class.__name__},"
+    model = load_model(model_class, name, expected, dtype=dtype or "auto")
     return model.to(device), Blip2Processor.from_pretrained(name)

@@ -1,52 +1,42 @@
 """`blip2-hf cache-features`: the output of a frozen tower, computed once and stored."""
 
 import argparse
-from functools import partial
 from typing import Any
 
-from ._common import add_option, load_dataset
+from ._common import DTYPES, add_command, find_device, load_dataset, pick
 
 
 def add_parser(commands: Any):
-    text = "Store what a frozen vision tower makes of the pictures of a dataset, so that training never runs it."
-    parser = commands.add_parser("cache-features", help=text, description=text)
-    parser.set_defaults(run=_run)
-    dtypes = ["bfloat16", "float16", "float32"]
-
-    add = partial(add_option, parser)
+    text = "Store the output of a frozen vision tower for the pictures of a dataset, so that training never runs it."
+    add = add_command(commands, "cache-features", _run, text)
     add("data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub", metavar="DATA")
-    add("--output", "where the features go; run again to go on", required=True, metavar="FOLDER")
-    add("--config", "configuration of the dataset, where it has several")
-    add("--split", "split of the dataset, also `train[:1000]`", default="train")
-    add("--image-column", "column of the pictures", default="image")
-    source = parser.add_mutually_exclusive_group(required=True)
+    add("--output", "folder of the features; run again to go on", required=True, metavar="FOLDER")
+    add("--config")
+    add("--split")
+    add("--image-column")
+    source = commands.choices["cache-features"].add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="BLIP-2 whose tower is taken: folder or id on the Hub")
     source.add_argument("--vision-model", help="any tower of AutoModel: folder or id on the Hub")
     add("--vision-feature-layer", "with --vision-model: index into its hidden states, not its last output", type=int)
-    add("--tower-dtype", "what the tower computes in, not the dtype of its checkpoint", choices=dtypes)
-    add("--device", "such as cuda:1 or cpu; without it, cuda if there is one")
+    add("--tower-dtype", "dtype of the tower; without it, that of the checkpoint", choices=DTYPES)
+    add("--device")
     add("--size", "side in pixels of the square that pictures are scaled to", type=int, default=224)
     add("--views", "versions of each picture: itself, then random crops", type=int, default=1)
-    add("--dtype", "what is stored", default="bfloat16", choices=dtypes)
-    add("--batch-size", "pictures that the tower takes at a time", type=int, default=32)
-    add("--rows-per-shard", "rows of a file", type=int, default=1000)
+    add("--dtype", "dtype of the features", default="bfloat16")
+    add("--batch-size", default=32)
+    add("--rows-per-shard")
     add("--seed", "seed of the crops", type=int, default=0)
-    add("--num-workers", "processes that load pictures", type=int, default=0)
+    add("--num-workers")
     add("--skip-broken", "leave out pictures that can't be read", action="store_true")
-    add("--part-index", "number of this process, of those that share the work", type=int, default=0)
+    add("--allow-urls")
+    add("--part-index", "number of this process, if several share the work", type=int, default=0)
     add("--num-parts", "number of processes that share the work", type=int, default=1)
 
 
 def _run(options: argparse.Namespace):
     if options.model is not None and options.vision_feature_layer is not None:
-        raise SystemExit("blip2-hf: --vision-feature-layer goes with --vision-model; a BLIP-2 has its own.")
-    try:
-        _cache(options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"blip2-hf: {error}") from error
+        raise ValueError("--vision-feature-layer goes with --vision-model, because a BLIP-2 has its own.")
 
-
-def _cache(options: argparse.Namespace):
     import torch
 
     # In transformers 5.17 the name in the package itself asks for torchvision
@@ -62,24 +52,15 @@ def _cache(options: argparse.Namespace):
         model = load_whole(Blip2Model, options.model, "A BLIP-2")
     else:
         model = VisionTower(options.vision_model, options.vision_feature_layer)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device, None if options.tower_dtype is None else getattr(torch, options.tower_dtype))
-    check_finite(model.vision_model, options.model or options.vision_model)
-    image_processor = AutoImageProcessor.from_pretrained(options.model or options.vision_model)
+    model.to(find_device(options.device), options.tower_dtype and getattr(torch, options.tower_dtype))
+    name = options.model or options.vision_model
+    check_finite(model.vision_model, name)
+    names = ("image_column", "views", "dtype", "batch_size", "rows_per_shard", "seed", "num_workers", "skip_broken")
     cache_features(
         dataset,
         model,
-        with_image_size(image_processor, options.size),
+        with_image_size(AutoImageProcessor.from_pretrained(name), options.size),
         options.output,
-        image_column=options.image_column,
-        views=options.views,
         transform=RandomResizedCropAndFlip(options.size) if options.views > 1 else None,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-        rows_per_shard=options.rows_per_shard,
-        seed=options.seed,
-        num_workers=options.num_workers,
-        skip_broken=options.skip_broken,
-        part_index=options.part_index,
-        num_parts=options.num_parts,
+        **pick(options, *names, "part_index", "num_parts", "allow_urls"),
     )

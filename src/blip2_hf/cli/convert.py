@@ -2,14 +2,13 @@
 
 import argparse
 import os
-from functools import partial
 from typing import Any
 
-from ._common import add_option
+from ._common import add_command
 
 
 _BERT = "google-bert/bert-base-uncased"
-_DTYPES = ["bfloat16", "float16", "float32"]
+_PARTS = ("vision_model", "language_model", "tokenizer")
 
 
 def add_parser(commands: Any):
@@ -17,48 +16,49 @@ def add_parser(commands: Any):
         "Convert a checkpoint of LAVIS, the authors' code, or of transformers' BLIP-2 or InstructBLIP into one of "
         "this library, or, with --transformers, into one of transformers, which vLLM and others read too."
     )
-    parser = commands.add_parser("convert", help="Convert a checkpoint from or to another code.", description=text)
-    parser.set_defaults(run=_run)
-
-    add = partial(add_option, parser)
+    add = add_command(commands, "convert", _run, "Convert a checkpoint from or to another code.", text)
     add("source", "file of LAVIS, or folder or id on the Hub with a BLIP-2 or an InstructBLIP", metavar="SOURCE")
     add("--output", "the folder that is written", required=True, metavar="DIR")
     add("--vision-model", "tower that a file of LAVIS lacks: eva_vit_g.pth, clip_vit_L.pth, folder or id", metavar="X")
     add("--language-model", "language model that a file of LAVIS lacks: folder or id", metavar="Y")
     add("--tokenizer", f"for a file of LAVIS (default: the language model's; without one, {_BERT})", metavar="Z")
     add("--transformers", "write the format of transformers' own BLIP-2 (or InstructBLIP)", action="store_true")
-    add("--dtype", "precision of all weights; without it, each stays as it is", choices=_DTYPES)
-    add("--image-size", "side of the pictures in pixels, to which position embeddings are interpolated", type=int)
+    add("--dtype", "precision of all weights; without it, each stays as it is")
+    add("--image-size", "side of the pictures in pixels, to which position embeddings are interpolated")
     add("--max-shard-size", "size of a file of weights", default="5GB", metavar="SIZE")
-    add("--overwrite", "replace DIR where it holds a model", action="store_true")
+    add("--overwrite", "replace DIR if it holds a model", action="store_true")
 
 
 def _run(options: argparse.Namespace):
     from ..convert.folders import check_output, whole_folder
 
     is_file = os.path.isfile(options.source)
-    only_files = ("vision_model", "language_model", "tokenizer")
-    if given := [name for name in only_files if getattr(options, name) is not None and not is_file]:
-        raise SystemExit(f"blip2-hf: --{given[0].replace('_', '-')} goes with a file of LAVIS.")
-    try:
-        sources = [options.source, *(getattr(options, name) for name in only_files)]
-        check_output(options.output, options.overwrite, sources)
-        model, processor = (_from_lavis if is_file else _from_folder)(options)
-        _adjust(model, processor, options)
-        with whole_folder(options.output) as folder:
-            _save(model, processor, folder, options)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"blip2-hf: {error}") from error
+    parts = {name: value for name in _PARTS if (value := getattr(options, name)) is not None}
+    if parts and not is_file:
+        raise ValueError(f"--{[*parts][0].replace('_', '-')} goes with a file of LAVIS.")
+    check_output(options.output, options.overwrite, [options.source, *parts.values()])
+    model, processor = (_from_lavis if is_file else _from_folder)(options)
+    _adjust(model, processor, options)
+    with whole_folder(options.output) as folder:
+        _save(model, processor, folder, options)
     size = model.config.vision_config.image_size
     print(f"{type(model).__name__.replace('Blip2Hf', 'Blip2')} for pictures of {size} pixels in {options.output}")
 
 
 def _from_lavis(options: argparse.Namespace) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
     from ..convert.lavis import load_lavis_checkpoint
     from ..convert.processors import lavis_processor
 
+    def load_tokenizer(name: str) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no tokenizer comes from {name}: give one as --tokenizer. ({error})") from error
+
     name = options.tokenizer or options.language_model
-    tokenizer = None if name is None else _load_tokenizer(name)
+    tokenizer = None if name is None else load_tokenizer(name)
     model, report = load_lavis_checkpoint(
         options.source,
         language_model=options.language_model,
@@ -67,16 +67,7 @@ def _from_lavis(options: argparse.Namespace) -> tuple[Any, Any]:
         output_loading_info=True,
     )
     print(report)
-    return model, lavis_processor(model.config, tokenizer or _load_tokenizer(_BERT))
-
-
-def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"blip2-hf: no tokenizer comes from {name}: give one as --tokenizer. ({error})") from error
+    return model, lavis_processor(model.config, tokenizer or load_tokenizer(_BERT))
 
 
 def _from_folder(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -88,22 +79,22 @@ def _from_folder(options: argparse.Namespace) -> tuple[Any, Any]:
     try:
         return model, load_processor(options.source, model.config)
     except (OSError, ValueError) as error:
-        print(f"No processor is written, for there is none in {options.source}. ({error})")
+        print(f"No processor is written, because {options.source} has none. ({error})")
         return model, None
 
 
 def _adjust(model: Any, processor: Any, options: argparse.Namespace):
-    """Precision and image size."""
+    """Change the precision and the image size."""
     import torch
+
+    from ..convert.processors import image_processor_of_size
+    from ..convert.towers import resize_tower
+    from ..models.modeling_vision import Blip2VisionModel
 
     if options.dtype is not None:
         model.to(getattr(torch, options.dtype))
     if options.image_size is None:
         return
-    from ..convert.processors import image_processor_of_size
-    from ..convert.towers import resize_tower
-    from ..models.modeling_vision import Blip2VisionModel
-
     if not isinstance(model.vision_model, Blip2VisionModel):
         raise ValueError("--image-size goes with the towers of the paper; another tower has sizes of its own.")
     resize_tower(model.vision_model, options.image_size)
@@ -116,17 +107,14 @@ def _save(model: Any, processor: Any, folder: Any, options: argparse.Namespace):
     from ..convert.instructblip import save_instructblip_checkpoint
     from ..convert.processors import save_for_transformers
 
-    kwargs = {"max_shard_size": options.max_shard_size}
+    size = options.max_shard_size
     if not options.transformers:
-        model.save_pretrained(folder, **kwargs)
-        if processor is not None:
-            processor.save_pretrained(folder)
-        return
-    if model.config.text_config is not None and model.config.qformer_config.use_qformer_text_input:
-        save_instructblip_checkpoint(model, folder, **kwargs)
+        model.save_pretrained(folder, max_shard_size=size)
+    elif model.config.text_config is not None and model.config.qformer_config.use_qformer_text_input:
+        save_instructblip_checkpoint(model, folder, max_shard_size=size)
     else:
         if model._parts_not_in_transformers:
-            print(f"left, for transformers has no place for it: {', '.join(model._parts_not_in_transformers)}")
-        model.save_pretrained(folder, transformers_compatible=True, **kwargs)
+            print(f"left, because transformers has no place for it: {', '.join(model._parts_not_in_transformers)}")
+        model.save_pretrained(folder, transformers_compatible=True, max_shard_size=size)
     if processor is not None:
-        save_for_transformers(processor, folder)
+        save_for_transformers(processor, folder) if options.transformers else processor.save_pretrained(folder)

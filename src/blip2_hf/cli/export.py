@@ -1,10 +1,9 @@
 """`blip2-hf export`: the image side of a model as one graph, for serving."""
 
 import argparse
-from functools import partial
 from typing import Any
 
-from ._common import add_option
+from ._common import add_command
 
 
 def add_parser(commands: Any):
@@ -12,14 +11,11 @@ def add_parser(commands: Any):
         "Write the vision tower, the Q-Former and the projection of a BLIP-2 as one graph: from any number of "
         "pictures to soft prompts for its language model, or, of a model for retrieval, to features."
     )
-    parser = commands.add_parser("export", help="Write the image side of a model as ONNX or .pt2.", description=text)
-    parser.set_defaults(run=_run)
-
-    add = partial(add_option, parser)
+    add = add_command(commands, "export", _run, "Write the image side of a model as ONNX or .pt2.", text)
     add("model", "BLIP-2 or InstructBLIP: folder or id on the Hub", metavar="MODEL")
     add("--output", "the graph: its ending tells the format", required=True, metavar="FILE.onnx|FILE.pt2")
-    add("--dtype", "precision; without it, the model's", choices=["bfloat16", "float16", "float32"])
-    add("--image-size", "side of the pictures in pixels; without it, the tower's", type=int)
+    add("--dtype", "precision; without it, the model's")
+    add("--image-size", "side of the pictures in pixels; without it, the tower's")
 
 
 def _run(options: argparse.Namespace):
@@ -28,12 +24,9 @@ def _run(options: argparse.Namespace):
     from ..convert.folders import load_checkpoint
     from ..export import check_format, export_image_encoder
 
-    try:
-        check_format(options.output)
-        model, _ = load_checkpoint(options.model)
-        if options.dtype is not None:
-            model.to(getattr(torch, options.dtype))
-        export_image_encoder(model, options.output, image_size=options.image_size)
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"blip2-hf: {error}") from error
+    check_format(options.output)
+    model, _ = load_checkpoint(options.model)
+    if options.dtype is not None:
+        model.to(getattr(torch, options.dtype))
+    export_image_encoder(model, options.output, image_size=options.image_size)
     print(f"pixel_values -> image_features in {options.output}")

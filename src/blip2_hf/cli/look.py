@@ -1,86 +1,66 @@
 """`blip2-hf look`: where in a picture is what a text says?"""
 
 import argparse
-import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._common import add_option
-
-
-_METHODS = ("gradcam", "attention")
+from ._common import add_command, check_png, find_device, save_png
 
 
 def add_parser(commands: Any):
     text = "Draw over a picture where a BLIP-2 looks for a text, or, without a text, what its queries attend to."
-    parser = commands.add_parser("look", help=text, description=text)
-    parser.set_defaults(run=_run)
-
-    add = partial(add_option, parser)
+    add = add_command(commands, "look", _run, text)
     add("picture", "file or URL", metavar="PICTURE")
     add("text", 'word or sentence, such as "a red circle"', metavar="TEXT", nargs="?")
     add("--model", "BLIP-2, for a text one that matches images with texts: folder or id on the Hub", required=True)
     add("--output", "the drawing", required=True, metavar="FILE.png")
-    add("--method", "with TEXT: Grad-CAM of matching, or attention alone", default="gradcam", choices=_METHODS)
+    methods = ("gradcam", "attention")
+    add("--method", "with TEXT: Grad-CAM of matching, or attention alone", default="gradcam", choices=methods)
     add("--layer", "layer of the Q-Former, one that has cross-attention; without it, the mean of all", type=int)
     add("--per-word", "also draw each word of TEXT, as a text of its own", action="store_true")
-    size = "side in pixels of the square that the picture is scaled to; without it the size of the checkpoint's own"
-    add("--image-size", size, type=int)
-    add(
-        "--dtype",
-        "what the model computes in, not the dtype of its checkpoint",
-        choices=["bfloat16", "float16", "float32"],
-    )
-    add("--device", "such as cuda:1 or cpu; without it, an accelerator if there is one")
+    add("--image-size")
+    add("--dtype")
+    add("--device")
 
 
 def _run(options: argparse.Namespace):
-    if Path(options.output).suffix.lower() != ".png":
-        raise SystemExit(f"blip2-hf: --output is {options.output}: a name that ends in .png was expected.")
+    check_png(options.output)
     if options.per_word and options.text is None:
-        raise SystemExit("blip2-hf: --per-word goes with TEXT.")
+        raise ValueError("--per-word goes with TEXT.")
 
     from ..attention_maps import overlay
     from ..models.image_loading import check_reads_8_bit, load_image
 
-    try:
-        picture = load_image(options.picture)
-        model = _load_model(options)
-        image_processor = _load_image_processor(options)
-        check_reads_8_bit(image_processor)
-        inputs = image_processor(images=[picture], return_tensors="pt").to(model.device, model.dtype)
-        titles, heat_maps = _maps(options, model, inputs["pixel_values"])
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"blip2-hf: {error}") from error
-    _save(_side_by_side([overlay(picture, heat_map) for heat_map in heat_maps], titles), Path(options.output))
+    picture = load_image(options.picture)
+    model, processor = _load_model(options)
+    image_processor = _load_image_processor(options)
+    check_reads_8_bit(image_processor)
+    inputs = image_processor(images=[picture], return_tensors="pt").to(model.device, model.dtype)
+    titles, heat_maps = _maps(options, model, processor, inputs["pixel_values"])
+    save_png(_side_by_side([overlay(picture, heat_map) for heat_map in heat_maps], titles), Path(options.output))
     print("\n".join([*titles, f"drawn in {options.output}"]))
 
 
-def _load_model(options: argparse.Namespace) -> Any:
-    """Load one with heads for matching, if there is a text."""
-    import torch
-
+def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Load a model or, if there is a text, one with heads for matching and its processor."""
     from ..jobs.inference import load_model
     from ..models.configuration_blip2 import Blip2Config
     from ..models.modeling_base import Blip2Model
-    from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
+    from ..retrieval.loading import load_retrieval_model
 
-    device = options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    dtype = options.dtype or "auto"
     if options.text is None:
-        return load_model(Blip2Model, options.model, "A BLIP-2", dtype=dtype).to(device)
-    expected = "A model of stage 1 or for retrieval, which matches images with texts,"
+        model = load_model(Blip2Model, options.model, "A BLIP-2", dtype=options.dtype or "auto")
+        return model.to(find_device(options.device)), None
     if not Blip2Config.from_pretrained(options.model).qformer_config.use_qformer_text_input:
         raise ValueError(
-            f"{options.model} has not learned to match images with texts. {expected} was expected. What its queries "
-            "attend to is drawn without TEXT."
+            f"{options.model} has not learned to match images with texts: give a model of stage 1 or for retrieval, "
+            "or leave out TEXT to draw what the queries attend to."
         )
-    return load_model(Blip2ForImageTextRetrieval, options.model, expected, dtype=dtype).to(device)
+    return load_retrieval_model(options.model, options.device, options.dtype)
 
 
 def _load_image_processor(options: argparse.Namespace) -> Any:
-    """One that scales the whole picture to the size that the model reads, and cuts nothing off."""
+    """Load one that scales the whole picture to the size that the model reads, and cuts nothing off."""
     # In transformers 5.17 the name in the package itself asks for torchvision
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -93,17 +73,15 @@ def _load_image_processor(options: argparse.Namespace) -> Any:
     return with_image_size(image_processor, options.image_size or own_sides.pop())
 
 
-def _maps(options: argparse.Namespace, model: Any, pixel_values: Any) -> tuple[list[str], Any]:
-    """Titles and heat maps of the text, and of its words."""
+def _maps(options: argparse.Namespace, model: Any, processor: Any, pixel_values: Any) -> tuple[list[str], Any]:
+    """Return titles and heat maps of the text, and of its words."""
     import torch
 
     from ..attention_maps import query_attention_map, text_heat_map
-    from ..models.processing_blip2 import Blip2Processor
 
     if options.text is None:
         return ["queries"], query_attention_map(model, pixel_values, layer=options.layer)
     texts = [options.text, *(options.text.split() if options.per_word else [])]
-    processor = Blip2Processor.from_pretrained(options.model)
     tokenizer = processor.qformer_tokenizer or processor.tokenizer
     tokens = tokenizer(texts, padding=True, split_special_tokens=True, return_tensors="pt").to(model.device)
     given = tokens["input_ids"], tokens["attention_mask"]
@@ -125,10 +103,3 @@ def _side_by_side(pictures: list[Any], titles: list[str]) -> Any:
         sheet.paste(picture, (number * step, margin))
         ImageDraw.Draw(sheet).text((number * step + 2, 6), title, fill="black")
     return sheet
-
-
-def _save(drawing: Any, path: Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    drawing.save(temporary, format="PNG")
-    os.replace(temporary, path)

@@ -4,7 +4,6 @@ import copy
 import os
 from typing import Any
 
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.instructblip.configuration_instructblip import InstructBlipConfig
 
 from ..models.configuration_blip2 import Blip2Config, TransformersBlip2Config
@@ -44,10 +43,11 @@ def load_instructblip_checkpoint(
     Raises:
         ValueError: if the checkpoint lacks weights, or has unknown ones.
     """
-    config = InstructBlipConfig.from_pretrained(pretrained_model_name_or_path)
+    fields = _fields(InstructBlipConfig.from_pretrained(pretrained_model_name_or_path))
+    fields["qformer_config"]["use_qformer_text_input"] = True
     loaded: Any = Blip2ForConditionalGeneration.from_pretrained(
         pretrained_model_name_or_path,
-        config=_from_instructblip(config),
+        config=Blip2Config.from_transformers(TransformersBlip2Config(**fields)),
         key_mapping=RENAMINGS,
         output_loading_info=True,
         **kwargs,
@@ -83,7 +83,9 @@ def save_instructblip_checkpoint(model: Blip2ForConditionalGeneration, save_dire
         raise ValueError(
             "The Q-Former of this model reads no text: it is a BLIP-2. Save it with transformers_compatible=True."
         )
-    theirs = _to_instructblip(config)
+    fields = _fields(config.to_transformers())
+    del fields["qformer_config"]["use_qformer_text_input"]
+    theirs = InstructBlipConfig(**fields)
     state_dict = {rename(name, BACK): tensor for name, tensor in model.state_dict().items()}
     try:
         model.config = theirs
@@ -94,35 +96,11 @@ def save_instructblip_checkpoint(model: Blip2ForConditionalGeneration, save_dire
     theirs.save_pretrained(save_directory)
 
 
-def _from_instructblip(config: InstructBlipConfig) -> Blip2Config:
-    # InstructBLIP's sizes have the same names as those of transformers' BLIP-2
-    return Blip2Config.from_transformers(
-        TransformersBlip2Config(
-            vision_config=_fields(config.vision_config),
-            qformer_config=_fields(config.qformer_config) | {"use_qformer_text_input": True},
-            text_config=copy.deepcopy(config.text_config),
-            num_query_tokens=config.num_query_tokens,
-            image_token_index=config.image_token_index,
-            initializer_range=config.initializer_range,
-            dtype=config.dtype,
-        )
-    )
-
-
-def _to_instructblip(config: Blip2Config) -> InstructBlipConfig:
-    blip2 = config.to_transformers()
-    qformer = _fields(blip2.qformer_config)
-    del qformer["use_qformer_text_input"]
-    return InstructBlipConfig(
-        vision_config=_fields(blip2.vision_config),
-        qformer_config=qformer,
-        text_config=copy.deepcopy(blip2.text_config),
-        num_query_tokens=blip2.num_query_tokens,
-        image_token_index=blip2.image_token_index,
-        initializer_range=blip2.initializer_range,
-        dtype=blip2.dtype,
-    )
-
-
-def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
+def _fields(config: Any) -> dict[str, Any]:
+    """Return what the configurations of InstructBLIP and of transformers' BLIP-2 share."""
+    names = ("num_query_tokens", "image_token_index", "initializer_range", "dtype")
+    fields = {name: getattr(config, name) for name in names}
+    for name in ("vision_config", "qformer_config"):
+        fields[name] = getattr(config, name).to_dict()
+        del fields[name]["model_type"]
+    return fields | {"text_config": copy.deepcopy(config.text_config)}

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -23,13 +23,27 @@ from ..models.modeling_pretraining import Blip2ForPreTraining
 from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
 from .lavis_names import ConversionReport, check_tied, convert_lavis_state_dict
 from .lavis_sizes import config_from_shapes, config_with_parts
-from .reading import StateDict, enumerate_names, read_state_dict
+from .reading import StateDict, check_shapes, enumerate_names, read_state_dict
 from .towers import load_tower_for_lavis
 
 
 logger = logging.get_logger(__name__)
 
-LANGUAGE_MODEL_TYPES = {"opt_proj.weight": "opt", "t5_proj.weight": "t5"}
+# The class of a file, by the first of these heads that it has
+HEADS: dict[str, type[Blip2PreTrainedModel]] = {
+    "language_projection": Blip2ForConditionalGeneration,
+    "lm_head": Blip2ForPreTraining,
+    "itm_head": Blip2ForImageTextRetrieval,
+}
+# What the published files were trained with, by the widths of their projections and cross-attentions
+LANGUAGE_MODELS = {
+    "opt": {2560: "facebook/opt-2.7b", 4096: "facebook/opt-6.7b"},
+    "t5": {2048: "google/flan-t5-xl", 4096: "google/flan-t5-xxl"},
+}
+TOWERS = {
+    1408: "EVA-CLIP ViT-g: LAVIS's eva_vit_g.pth, or a checkpoint that has it, such as Salesforce/blip2-opt-2.7b",
+    1024: "CLIP ViT-L/14: LAVIS's clip_vit_L.pth, or openai/clip-vit-large-patch14",
+}
 
 
 def load_lavis_checkpoint(
@@ -94,7 +108,8 @@ def load_lavis_checkpoint(
     report.left |= beside
     if model_class is None:
         model_class = _model_class(weights)
-    _check_parts(weights, report, config, model_class, language_model, vision_model)
+    kind = next((kind for kind in LANGUAGE_MODELS if f"{kind}_proj.weight" in report.taken), None)
+    _check_parts(weights, kind, config, model_class, language_model, vision_model)
     tower = None
     if vision_model is not None:
         tower, report.tower = load_tower_for_lavis(vision_model, config)
@@ -106,13 +121,18 @@ def load_lavis_checkpoint(
         config.image_token_index = None if tokenizer is None else image_token_id(tokenizer)
     else:
         config = config_with_parts(config, tower, loaded_language_model)
-    _check_language_model_type(report, config)
+    if kind is not None and config.text_config is not None and config.text_config.model_type != kind:
+        raise ValueError(
+            f"The file was trained with a language model of type {kind!r}, but the one given is of type "
+            f"{config.text_config.model_type!r}."
+        )
     parts = {"vision_model": tower, "language_model": loaded_language_model}
+    parts = {name: part for name, part in parts.items() if part is not None}
     # No random weights because each parameter is loaded or given
     with no_init_weights():
-        model = model_class(config, **{name: part for name, part in parts.items() if part is not None})
+        model = model_class(config, **parts)
     _apply_lavis_settings(model, weights)
-    _fit(weights, model, report, given=[name for name, part in parts.items() if part is not None])
+    _fit(weights, model, report, parts)
     model.load_state_dict(weights, strict=False)
     model.tie_weights(recompute_mapping=False)
     if tokenizer is not None and config.text_config is not None and config.text_config.model_type == "opt":
@@ -123,7 +143,7 @@ def load_lavis_checkpoint(
 
 
 def _end_at_newline(model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
-    # Instead of at </s>, as LAVIS does with OPT
+    """Let an OPT end at the newline instead of at </s>, as LAVIS does."""
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     generation_configs = (model.generation_config, model.language_model.generation_config)
     for config in (model.config, model.config.text_config, model.language_model.config, *generation_configs):
@@ -131,141 +151,87 @@ def _end_at_newline(model: Blip2ForConditionalGeneration, tokenizer: PreTrainedT
 
 
 def _model_class(weights: StateDict) -> type[Blip2PreTrainedModel]:
-    heads = {name.partition(".")[0] for name in weights}
-    if "language_projection" in heads:
-        return Blip2ForConditionalGeneration
-    if "lm_head" in heads:
-        return Blip2ForPreTraining
-    if "itm_head" in heads:
-        return Blip2ForImageTextRetrieval
+    parts = {name.partition(".")[0] for name in weights}
+    for head, model_class in HEADS.items():
+        if head in parts:
+            return model_class
     raise ValueError(
-        f"The file has neither a head of stage 1 (Qformer.cls.*) nor a projection of stage 2 (opt_proj.*, t5_proj.*), "
-        f"but only {enumerate_names(sorted(heads))}, so its class is unknown. Give model_class."
+        "The file has no head of stage 1 (Qformer.cls.*, itm_head.*) and no projection of stage 2 (opt_proj.*, "
+        f"t5_proj.*), but only {enumerate_names(sorted(parts))}, so its class is unknown. Give model_class."
     )
 
 
-# What the published files were trained with, by the widths of their projections and cross-attentions
-LANGUAGE_MODELS = {
-    ("opt", 2560): "facebook/opt-2.7b",
-    ("opt", 4096): "facebook/opt-6.7b",
-    ("t5", 2048): "google/flan-t5-xl",
-    ("t5", 4096): "google/flan-t5-xxl",
-}
-TOWERS = {
-    1408: "EVA-CLIP ViT-g: LAVIS's eva_vit_g.pth, or a checkpoint that has it, such as Salesforce/blip2-opt-2.7b",
-    1024: "CLIP ViT-L/14: LAVIS's clip_vit_L.pth, or openai/clip-vit-large-patch14",
-}
-
-
 def _check_parts(
-    weights: StateDict,
-    report: ConversionReport,
-    config: Blip2Config | None,
-    model_class: type,
-    language_model,
-    vision_model,
+    weights: StateDict, kind: str | None, config: Blip2Config | None, model_class: type, language_model, vision_model
 ):
     """Check that the tower and the language model are either in the file or given."""
     parts = {name.partition(".")[0] for name in weights if not name.startswith("vision_model.post_layernorm.")}
     if "vision_model" in parts and vision_model is not None:
         raise ValueError("vision_model was given, but the file has its own tower (visual_encoder.*): leave it out.")
-    wants_tower = config is None or config.has_vision_tower
-    if wants_tower and "vision_model" not in parts and vision_model is None:
+    if "vision_model" not in parts and vision_model is None and (config is None or config.has_vision_tower):
+        which = _which(weights, "qformer.encoder.layer.0.crossattention.attention.key.weight", 1, TOWERS)
         raise ValueError(
             "The vision tower (visual_encoder.*) is not in the file: LAVIS leaves a frozen one out. Give the "
-            f"tower that the file was trained with as vision_model{_which_tower(weights)}."
+            f"tower that the file was trained with as vision_model{which}."
         )
     if not issubclass(model_class, Blip2ForConditionalGeneration):
         if language_model is not None:
             raise ValueError(f"language_model was given, but {model_class.__name__} has none: leave it out.")
-        return
-    if "language_projection" not in parts:
+    elif "language_projection" not in parts:
         raise ValueError(
             "The file has no projection to a language model (opt_proj.*, t5_proj.*): it is from stage 1. Load it "
             "without model_class, and give the model to Blip2ForConditionalGeneration.from_pretrained_parts."
         )
-    if "language_model" not in parts and language_model is None:
+    elif "language_model" not in parts and language_model is None:
+        which = _which(weights, "language_projection.weight", 0, LANGUAGE_MODELS.get(kind or "", {}))
         raise ValueError(
             "The language model (opt_model.*, t5_model.*) is not in the file: LAVIS leaves it out. Give the one that "
-            f"the file was trained with as language_model{_which_language_model(weights, report)}."
+            f"the file was trained with as language_model{which}."
         )
-    if language_model is None and (config is None or config.text_config is None):
+    elif language_model is None and (config is None or config.text_config is None):
         raise ValueError(
             "The language model is in the file, but the file does not say how many heads it has. Give a config with a "
             "text_config, or a language_model of the same sizes: the weights of the file are loaded into it."
         )
 
 
-def _which_tower(weights: StateDict) -> str:
-    key = weights.get("qformer.encoder.layer.0.crossattention.attention.key.weight")
-    if key is None:
+def _which(weights: StateDict, name: str, axis: int, known: dict[int, str]) -> str:
+    """Return, for a message, the part that a weight of this width was trained with."""
+    if name not in weights:
         return ""
-    return f" (by its width, {key.shape[1]}: {TOWERS.get(key.shape[1], 'none that LAVIS has published')})"
+    width = weights[name].shape[axis]
+    return f" (by its width, {width}: {known.get(width, 'none that LAVIS has published')})"
 
 
-def _which_language_model(weights: StateDict, report: ConversionReport) -> str:
-    projection = weights.get("language_projection.weight")
-    if projection is None:
-        return ""
-    kind = next((kind for name, kind in LANGUAGE_MODEL_TYPES.items() if name in report.taken), "")
-    name = LANGUAGE_MODELS.get((kind, projection.shape[0]), "none that LAVIS has published")
-    return f" (by its width, {projection.shape[0]}: {name})"
-
-
-def _check_language_model_type(report: ConversionReport, config: Blip2Config):
-    for name, expected in LANGUAGE_MODEL_TYPES.items():
-        found = None if config.text_config is None else config.text_config.model_type
-        if name in report.taken and found not in (None, expected):
-            raise ValueError(
-                f"The file has {name}: it was trained with a language model of type {expected!r}, but the one given "
-                f"is of type {found!r}."
-            )
-
-
-def _apply_lavis_settings(model: Blip2PreTrainedModel, weights: StateDict):
+def _apply_lavis_settings(model: Any, weights: StateDict):
     """Change the parts as LAVIS does after loading them."""
     # LAVIS's ln_vision has this eps; a tower from a checkpoint of transformers has 1e-6
     model.vision_model.post_layernorm.eps = 1e-5
     if hasattr(model.config.vision_config, "post_layernorm_eps"):
         model.config.vision_config.post_layernorm_eps = 1e-5
-    language_model = getattr(model, "language_model", None)
-    if language_model is not None and language_model.config.model_type == "t5":
-        if "language_model.lm_head.weight" in weights:
-            _untie_t5(model)
-        _use_exact_gelu(model)
-
-
-def _t5_configs(model: Blip2ForConditionalGeneration):
-    """Return all configurations that a T5 and its parts read: each has a copy."""
-    language_model = model.language_model
-    return (
-        model.config.text_config,
-        *(part.config for part in (language_model, language_model.encoder, language_model.decoder)),
-    )
-
-
-def _untie_t5(model: Blip2ForConditionalGeneration):
-    # FlanT5 has a head of its own, but transformers ties the head of every T5, and scales its input
-    language_model = model.language_model
-    language_model.lm_head.weight = nn.Parameter(torch.empty_like(language_model.lm_head.weight))
-    language_model.all_tied_weights_keys.pop("lm_head.weight", None)
-    model.all_tied_weights_keys.pop("language_model.lm_head.weight", None)
-    for config in (model.config, *_t5_configs(model)):
-        config.tie_word_embeddings = False
-    for config in _t5_configs(model):
-        config.scale_decoder_outputs = False
-
-
-def _use_exact_gelu(model: Blip2ForConditionalGeneration):
+    t5 = getattr(model, "language_model", None)
+    if t5 is None or t5.config.model_type != "t5":
+        return
+    # Each part of a T5 reads a copy of the configuration
+    configs = (model.config.text_config, t5.config, t5.encoder.config, t5.decoder.config)
+    if "language_model.lm_head.weight" in weights:
+        # FlanT5 has a head of its own, but transformers ties the head of every T5, and scales its input
+        t5.lm_head.weight = nn.Parameter(torch.empty_like(t5.lm_head.weight))
+        t5.all_tied_weights_keys.pop("lm_head.weight", None)
+        model.all_tied_weights_keys.pop("language_model.lm_head.weight", None)
+        for config in (model.config, *configs):
+            config.tie_word_embeddings = False
+        for config in configs:
+            config.scale_decoder_outputs = False
     # LAVIS trains with the exact GELU instead of FlanT5's tanh approximation
-    for config in _t5_configs(model):
+    for config in configs:
         config.dense_act_fn = "gelu"
-    for module in model.language_model.modules():
+    for module in t5.modules():
         if isinstance(module, (T5DenseActDense, T5DenseGatedActDense)):
             module.act = ACT2FN["gelu"]
 
 
-def _fit(weights: StateDict, model: Blip2PreTrainedModel, report: ConversionReport, given: list[str]):
+def _fit(weights: StateDict, model: Blip2PreTrainedModel, report: ConversionReport, given: Container[str]):
     """Change `weights` so that they have the names of the model, all but those of the parts `given`."""
     expected = model.state_dict()
     _leave_unused(weights, model, expected, report)
@@ -275,14 +241,15 @@ def _fit(weights: StateDict, model: Blip2PreTrainedModel, report: ConversionRepo
         for name, other in (pair, pair[::-1]):
             if other in weights:
                 weights.setdefault(name, weights[other])
-    _check_shapes(weights, expected, report)
-    missing = [name for name in expected if name not in weights]
-    report.missing = [name for name in missing if _is_given(name, given)]
-    if len(missing) > len(report.missing):
-        names = [name for name in missing if not _is_given(name, given)]
+    check_shapes(weights, expected, report.sources)
+    missing: list[str] = []
+    for name in [name for name in expected if name not in weights]:
+        is_given = name.partition(".")[0] in given and not name.startswith("vision_model.post_layernorm.")
+        (report.missing if is_given else missing).append(name)
+    if missing:
         raise ValueError(
-            f"{len(names)} parameters of {type(model).__name__} are not in the file: {enumerate_names(names)}. Give a "
-            "whole checkpoint, a config of its sizes, or the model_class that it was saved from."
+            f"{len(missing)} parameters of {type(model).__name__} are not in the file: {enumerate_names(missing)}. "
+            "Give a whole checkpoint, a config of its sizes, or the model_class that it was saved from."
         )
 
 
@@ -310,25 +277,7 @@ def _why_left(name: str, model: Blip2PreTrainedModel) -> str | None:
         return f"{type(model).__name__} has no {part}"
     if part == "vision_model" and not model.config.has_vision_tower:
         return "has_vision_tower=False"
-    if re.match(r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.", name):
-        index = int(name.split(".")[3])
-        is_there = index < model.config.qformer_config.num_hidden_layers
-        return "this Q-Former reads no text (use_qformer_text_input=False)" if is_there else None
+    layer = re.match(r"qformer\.encoder\.layer\.(\d+)\.(intermediate|output)\.", name)
+    if layer and int(layer[1]) < model.config.qformer_config.num_hidden_layers:
+        return "this Q-Former reads no text (use_qformer_text_input=False)"
     return None
-
-
-def _is_given(name: str, given: list[str]) -> bool:
-    return name.partition(".")[0] in given and not name.startswith("vision_model.post_layernorm.")
-
-
-def _check_shapes(weights: StateDict, expected: Mapping[str, torch.Tensor], report: ConversionReport):
-    differing = [
-        f"{' and '.join(report.sources(name)) or name} {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
-        for name, tensor in weights.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if differing:
-        raise ValueError(
-            f"{len(differing)} tensors of the file have other shapes than the model: {enumerate_names(differing)}. "
-            "Give a config and parts of the file's sizes."
-        )

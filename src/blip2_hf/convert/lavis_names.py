@@ -13,45 +13,20 @@ import torch
 from .reading import StateDict, enumerate_names, match_name
 
 
+# Blocks of a tower: in LAVIS those of EVA-CLIP ViT-g and of CLIP ViT-L, and here
+_BLOCK, _LAYER = r"visual_encoder\.(?:transformer\.res)?blocks\.(\d+)", r"vision_model.encoder.layers.\1"
 # A parameter's whole name in LAVIS, and its name here; the first pattern that matches is taken
 RENAMINGS: tuple[tuple[str, str], ...] = (
-    # EVA-CLIP ViT-g
-    (r"visual_encoder\.cls_token", r"vision_model.embeddings.class_embedding"),
-    (r"visual_encoder\.pos_embed", r"vision_model.embeddings.position_embedding"),
-    (r"visual_encoder\.patch_embed\.proj\.(weight|bias)", r"vision_model.embeddings.patch_embedding.\1"),
-    (r"visual_encoder\.blocks\.(\d+)\.norm([12])\.(weight|bias)", r"vision_model.encoder.layers.\1.layer_norm\2.\3"),
-    (r"visual_encoder\.blocks\.(\d+)\.attn\.qkv\.weight", r"vision_model.encoder.layers.\1.self_attn.qkv.weight"),
-    (r"visual_encoder\.blocks\.(\d+)\.attn\.([qv]_bias)", r"vision_model.encoder.layers.\1.self_attn.\2"),
-    (
-        r"visual_encoder\.blocks\.(\d+)\.attn\.proj\.(weight|bias)",
-        r"vision_model.encoder.layers.\1.self_attn.projection.\2",
-    ),
-    (r"visual_encoder\.blocks\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"vision_model.encoder.layers.\1.mlp.\2.\3"),
-    # CLIP ViT-L
-    (r"visual_encoder\.class_embedding", r"vision_model.embeddings.class_embedding"),
-    (r"visual_encoder\.positional_embedding", r"vision_model.embeddings.position_embedding"),
-    (r"visual_encoder\.conv1\.weight", r"vision_model.embeddings.patch_embedding.weight"),
+    (r"visual_encoder\.(?:cls_token|class_embedding)", r"vision_model.embeddings.class_embedding"),
+    (r"visual_encoder\.(?:pos_embed|positional_embedding)", r"vision_model.embeddings.position_embedding"),
+    (r"visual_encoder\.(?:patch_embed\.proj|conv1)\.(weight|bias)", r"vision_model.embeddings.patch_embedding.\1"),
     (r"visual_encoder\.ln_pre\.(weight|bias)", r"vision_model.pre_layernorm.\1"),
-    (
-        r"visual_encoder\.transformer\.resblocks\.(\d+)\.ln_([12])\.(weight|bias)",
-        r"vision_model.encoder.layers.\1.layer_norm\2.\3",
-    ),
-    (
-        r"visual_encoder\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)",
-        r"vision_model.encoder.layers.\1.self_attn.qkv.\2",
-    ),
-    (
-        r"visual_encoder\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.(weight|bias)",
-        r"vision_model.encoder.layers.\1.self_attn.projection.\2",
-    ),
-    (
-        r"visual_encoder\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)",
-        r"vision_model.encoder.layers.\1.mlp.fc1.\2",
-    ),
-    (
-        r"visual_encoder\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)",
-        r"vision_model.encoder.layers.\1.mlp.fc2.\2",
-    ),
+    (rf"{_BLOCK}\.(?:norm|ln_)([12])\.(weight|bias)", rf"{_LAYER}.layer_norm\2.\3"),
+    (rf"{_BLOCK}\.attn\.(?:qkv\.|in_proj_)(weight|bias)", rf"{_LAYER}.self_attn.qkv.\2"),
+    (rf"{_BLOCK}\.attn\.([qv]_bias)", rf"{_LAYER}.self_attn.\2"),
+    (rf"{_BLOCK}\.attn\.(?:out_)?proj\.(weight|bias)", rf"{_LAYER}.self_attn.projection.\2"),
+    (rf"{_BLOCK}\.mlp\.(?:fc1|c_fc)\.(weight|bias)", rf"{_LAYER}.mlp.fc1.\2"),
+    (rf"{_BLOCK}\.mlp\.(?:fc2|c_proj)\.(weight|bias)", rf"{_LAYER}.mlp.fc2.\2"),
     (r"ln_vision\.(weight|bias)", r"vision_model.post_layernorm.\1"),
     # Q-Former
     (r"query_tokens", r"query_tokens.weight"),
@@ -68,16 +43,13 @@ RENAMINGS: tuple[tuple[str, str], ...] = (
     ),
     # Heads of stage 1
     (r"Qformer\.cls\.predictions\.(.+)", r"lm_head.\1"),
-    (r"vision_proj\.(weight|bias)", r"vision_projection.\1"),
-    (r"text_proj\.(weight|bias)", r"text_projection.\1"),
+    (r"(vision|text)_proj\.(weight|bias)", r"\1_projection.\2"),
     (r"itm_head\.(weight|bias)", r"itm_head.\1"),
     (r"temp", r"temperature.weight"),
     # Stage 2
     (r"(?:opt|t5)_proj\.(weight|bias)", r"language_projection.\1"),
     (r"(?:opt|t5)_model\.(.+)", r"language_model.\1"),
 )
-# What is not a weight, and why
-BUFFERS = {"Qformer.bert.embeddings.position_ids": "a buffer: 0, 1, 2, ..."}
 # Parameters that some files store with fewer axes: axes of length 1 are added in front
 DIMENSIONS = {
     "temperature.weight": 1,
@@ -163,8 +135,8 @@ def convert_lavis_state_dict(state_dict: Mapping[str, torch.Tensor]) -> tuple[St
     unknown = []
     for name, tensor in state_dict.items():
         new_name = match_name(name, RENAMINGS)
-        if name in BUFFERS:
-            report.left[name] = BUFFERS[name]
+        if name == "Qformer.bert.embeddings.position_ids":
+            report.left[name] = "a buffer: 0, 1, 2, ..."
         elif new_name is None:
             unknown.append(name)
         elif new_name in weights:
@@ -186,16 +158,16 @@ def convert_lavis_state_dict(state_dict: Mapping[str, torch.Tensor]) -> tuple[St
 
 def _join_qkv_biases(weights: StateDict, report: ConversionReport):
     """Join EVA-CLIP's biases of queries and values. Keys have none, so theirs is zeros."""
-    prefixes = {name.removesuffix(end) for name in weights for end in ("q_bias", "v_bias") if name.endswith(end)}
-    for prefix in sorted(prefixes):
+    names = sorted(name for name in weights if name.endswith(("q_bias", "v_bias")))
+    for prefix in dict.fromkeys(name.removesuffix(name[-6:]) for name in names):
         for name, other in (("q_bias", "v_bias"), ("v_bias", "q_bias")):
             if prefix + name not in weights:
                 raise ValueError(f"{report.sources(prefix + other)[0]} is there, but not the {name} next to it.")
-        query, value = weights.pop(f"{prefix}q_bias"), weights.pop(f"{prefix}v_bias")
-        weights[f"{prefix}qkv.bias"] = torch.cat([query, torch.zeros_like(value), value])
-        report.reshaped[f"{prefix}qkv.bias"] = "q_bias, zeros for the keys, v_bias"
-        for name in (f"{prefix}q_bias", f"{prefix}v_bias"):
-            report.taken[report.sources(name)[0]] = f"{prefix}qkv.bias"
+        joined, query, value = f"{prefix}qkv.bias", weights.pop(f"{prefix}q_bias"), weights.pop(f"{prefix}v_bias")
+        weights[joined] = torch.cat([query, torch.zeros_like(value), value])
+        report.reshaped[joined] = "q_bias, zeros for the keys, v_bias"
+        for name in ("q_bias", "v_bias"):
+            report.taken[report.sources(prefix + name)[0]] = joined
 
 
 def _add_axes(weights: StateDict, report: ConversionReport):

@@ -16,49 +16,41 @@ TOWER_HEADS = {(False, 1408): 16, (True, 1024): 16}
 QFORMER_HEAD_DIM = 64
 
 
-class Shapes(dict):
-    """The shapes of tensors, by name."""
-
-    @classmethod
-    def of(cls, weights: StateDict) -> "Shapes":
-        return cls({name: tuple(tensor.shape) for name, tensor in weights.items()})
-
-    def __missing__(self, name: str):
+def _shape(weights: StateDict, name: str) -> tuple[int, ...]:
+    if name not in weights:
         raise ValueError(f"{name} is not in the file, so the model's sizes are unknown. Give a whole checkpoint.")
+    return tuple(weights[name].shape)
 
-    def num_layers(self, prefix: str) -> int:
-        return 1 + max(self.layers_with(prefix, ""), default=-1)
 
-    def layers_with(self, prefix: str, part: str) -> list[int]:
-        """Return the indices of the layers with a parameter whose name in the layer starts with `part`."""
-        matches = (re.match(rf"{re.escape(prefix)}\.(\d+)\.{re.escape(part)}", name) for name in self)
-        return sorted({int(match[1]) for match in matches if match})
+def _layers(weights: StateDict, prefix: str, part: str = "") -> list[int]:
+    """Return the indices of the layers with a parameter whose name in the layer starts with `part`."""
+    matches = (re.match(rf"{re.escape(prefix)}\.(\d+)\.{re.escape(part)}", name) for name in weights)
+    return sorted({int(match[1]) for match in matches if match})
 
 
 def config_from_shapes(
     weights: StateDict, tower: PreTrainedModel | None, language_model: PreTrainedModel | None
 ) -> Blip2Config:
     """Make the configuration of a model from its weights and the parts that were given."""
-    shapes = Shapes.of(weights)
-    sizes = {"num_query_tokens": shapes["query_tokens.weight"][1]}
-    if "vision_projection.weight" in shapes:
-        sizes["image_text_hidden_size"] = shapes["vision_projection.weight"][0]
+    sizes = {"num_query_tokens": _shape(weights, "query_tokens.weight")[1]}
+    if "vision_projection.weight" in weights:
+        sizes["image_text_hidden_size"] = _shape(weights, "vision_projection.weight")[0]
     return Blip2Config(
-        vision_config=vision_config_from_shapes(shapes) if tower is None else copy.deepcopy(tower.config),
-        qformer_config=_qformer_config_from_shapes(shapes),
+        vision_config=vision_config_from_shapes(weights) if tower is None else copy.deepcopy(tower.config),
+        qformer_config=_qformer_config_from_shapes(weights),
         text_config=None if language_model is None else copy.deepcopy(language_model.config),
         **sizes,
     )
 
 
-def vision_config_from_shapes(shapes: Shapes, config: Blip2VisionConfig | None = None) -> Blip2VisionConfig:
+def vision_config_from_shapes(weights: StateDict, config: Blip2VisionConfig | None = None) -> Blip2VisionConfig:
     """Make the configuration of a tower, or return `config` with the image size of its position embeddings."""
-    width, _, patch_size, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
-    num_patches = shapes["vision_model.embeddings.position_embedding"][1] - 1
+    width, _, patch_size, _ = _shape(weights, "vision_model.embeddings.patch_embedding.weight")
+    num_patches = _shape(weights, "vision_model.embeddings.position_embedding")[1] - 1
     image_size = math.isqrt(num_patches) * patch_size
     if config is not None:
         return Blip2VisionConfig(**(config.to_dict() | {"image_size": image_size}))
-    is_clip = "vision_model.pre_layernorm.weight" in shapes
+    is_clip = "vision_model.pre_layernorm.weight" in weights
     if (is_clip, width) not in TOWER_HEADS:
         raise ValueError(
             f"The tower is {width} wide, so it is neither EVA-CLIP ViT-g (1408) nor CLIP ViT-L (1024), and the number "
@@ -67,37 +59,37 @@ def vision_config_from_shapes(shapes: Shapes, config: Blip2VisionConfig | None =
     make = Blip2VisionConfig.clip_vit_l if is_clip else Blip2VisionConfig
     return make(
         hidden_size=width,
-        intermediate_size=shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=shapes.num_layers("vision_model.encoder.layers"),
+        intermediate_size=_shape(weights, "vision_model.encoder.layers.0.mlp.fc1.weight")[0],
+        num_hidden_layers=len(_layers(weights, "vision_model.encoder.layers")),
         num_attention_heads=TOWER_HEADS[is_clip, width],
         image_size=image_size,
         patch_size=patch_size,
     )
 
 
-def _qformer_config_from_shapes(shapes: Shapes) -> Blip2QFormerConfig:
+def _qformer_config_from_shapes(weights: StateDict) -> Blip2QFormerConfig:
     layers = "qformer.encoder.layer"
-    width = shapes["query_tokens.weight"][-1]
+    width = _shape(weights, "query_tokens.weight")[-1]
     if width % QFORMER_HEAD_DIM:
         raise ValueError(
             f"The Q-Former is {width} wide, which is no multiple of the {QFORMER_HEAD_DIM} of BERT's heads, so the "
             "number of its heads is unknown. Give a config."
         )
-    num_layers = shapes.num_layers(layers)
-    cross_layers = shapes.layers_with(layers, "crossattention.")
-    sizes = {"use_qformer_text_input": bool(shapes.layers_with(layers, "intermediate."))}
-    if "embeddings.word_embeddings.weight" in shapes:
+    num_layers = len(_layers(weights, layers))
+    cross_layers = _layers(weights, layers, "crossattention.")
+    sizes = {"use_qformer_text_input": bool(_layers(weights, layers, "intermediate."))}
+    if "embeddings.word_embeddings.weight" in weights:
         # [DEC] is the last token of LAVIS's vocabulary
-        sizes["vocab_size"] = shapes["embeddings.word_embeddings.weight"][0]
+        sizes["vocab_size"] = _shape(weights, "embeddings.word_embeddings.weight")[0]
         sizes["bos_token_id"] = sizes["vocab_size"] - 1
-        sizes["max_position_embeddings"] = shapes["embeddings.position_embeddings.weight"][0]
+        sizes["max_position_embeddings"] = _shape(weights, "embeddings.position_embeddings.weight")[0]
     return Blip2QFormerConfig(
         hidden_size=width,
         num_hidden_layers=num_layers,
         num_attention_heads=width // QFORMER_HEAD_DIM,
-        intermediate_size=shapes[f"{layers}.0.intermediate_query.dense.weight"][0],
+        intermediate_size=_shape(weights, f"{layers}.0.intermediate_query.dense.weight")[0],
         cross_attention_frequency=cross_layers[1] if len(cross_layers) > 1 else max(num_layers, 1),
-        encoder_hidden_size=shapes[f"{layers}.0.crossattention.attention.key.weight"][1],
+        encoder_hidden_size=_shape(weights, f"{layers}.0.crossattention.attention.key.weight")[1],
         **sizes,
     )
 

@@ -14,32 +14,28 @@ from ..models.processing_blip2 import QFORMER_TOKENIZER, Blip2Processor
 
 
 def lavis_processor(config: Blip2Config, tokenizer: PreTrainedTokenizerBase) -> Blip2Processor:
-    r"""
-    Make the processor of a checkpoint from LAVIS. It scales pictures of any shape to a square.
-
-    Args:
-        config ([`Blip2Config`]):
-            The model's configuration.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The language model's tokenizer. If there is no language model, BERT's, to which `[DEC]` is added.
-
-    Returns:
-        [`Blip2Processor`]: the processor.
-
-    Raises:
-        ValueError: if the tokenizer is that of a BERT with another vocabulary.
+    """
+    Make the processor of a checkpoint from LAVIS. It scales pictures of any shape to a square. `tokenizer` is the
+    language model's. Without a language model it is BERT's, to which `[DEC]` is added.
     """
     image_processor = image_processor_of_size(config.vision_config.image_size)
-    if config.text_config is None:
-        _add_dec(tokenizer, config.qformer_config.bos_token_id)
-        return Blip2Processor(image_processor, tokenizer, is_encoder_decoder=False)
-    return Blip2Processor(
-        image_processor,
-        tokenizer,
-        num_query_tokens=config.num_query_tokens,
-        is_encoder_decoder=config.is_encoder_decoder,
-        end_token_id=None if config.is_encoder_decoder else config.text_config.eos_token_id,
-    )
+    if config.text_config is not None:
+        return Blip2Processor(
+            image_processor,
+            tokenizer,
+            num_query_tokens=config.num_query_tokens,
+            is_encoder_decoder=config.is_encoder_decoder,
+            end_token_id=None if config.is_encoder_decoder else config.text_config.eos_token_id,
+        )
+    if tokenizer.bos_token is None:
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    bos_token_id = config.qformer_config.bos_token_id
+    if tokenizer.bos_token_id != bos_token_id:
+        raise ValueError(
+            f"The model begins texts with token {bos_token_id}, and this tokenizer with {tokenizer.bos_token_id} "
+            f"({tokenizer.bos_token}). Give the tokenizer of google-bert/bert-base-uncased."
+        )
+    return Blip2Processor(image_processor, tokenizer, is_encoder_decoder=False)
 
 
 def image_processor_of_size(image_size: int) -> Any:
@@ -49,29 +45,8 @@ def image_processor_of_size(image_size: int) -> Any:
     )
 
 
-def _add_dec(tokenizer: PreTrainedTokenizerBase, bos_token_id: int | None):
-    if tokenizer.bos_token is None:
-        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    if tokenizer.bos_token_id != bos_token_id:
-        raise ValueError(
-            f"The model begins texts with token {bos_token_id}, and this tokenizer with {tokenizer.bos_token_id} "
-            f"({tokenizer.bos_token}). Give the tokenizer of google-bert/bert-base-uncased."
-        )
-
-
 def load_processor(name_or_path: str | os.PathLike, config: Blip2Config) -> Blip2Processor:
-    r"""
-    Load the processor of a checkpoint of this library, or of transformers' BLIP-2 or InstructBLIP.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`):
-            A folder or an id on the Hub.
-        config ([`Blip2Config`]):
-            The model's configuration. A Q-Former that reads the question has a tokenizer of its own.
-
-    Returns:
-        [`Blip2Processor`]: the processor.
-    """
+    """Load the processor of a checkpoint of this library, or of transformers' BLIP-2 or InstructBLIP."""
     processor = Blip2Processor.from_pretrained(name_or_path)
     reads_question = config.text_config is not None and config.qformer_config.use_qformer_text_input
     if reads_question and processor.qformer_tokenizer is None:
@@ -80,21 +55,11 @@ def load_processor(name_or_path: str | os.PathLike, config: Blip2Config) -> Blip
 
 
 def save_for_transformers(processor: Blip2Processor, folder: str | os.PathLike):
-    r"""
-    Save a processor as transformers' own: that of BLIP-2, or of InstructBLIP if the Q-Former has a tokenizer.
-
-    Args:
-        processor ([`Blip2Processor`]):
-            The processor.
-        folder (`str` or `os.PathLike`):
-            The folder.
-    """
+    """Save a processor as that of transformers' BLIP-2, or of InstructBLIP if the Q-Former has a tokenizer."""
     if processor.qformer_tokenizer is None:
         processor.save_pretrained(folder, transformers_compatible=True)
         return
+    tokenizers = processor.tokenizer, processor.qformer_tokenizer
     InstructBlipProcessor(
-        processor.image_processor,
-        processor.tokenizer,
-        processor.qformer_tokenizer,
-        num_query_tokens=processor.num_query_tokens,
+        processor.image_processor, *tokenizers, num_query_tokens=processor.num_query_tokens
     ).save_pretrained(folder)

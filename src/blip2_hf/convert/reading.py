@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def read_state_dict(path_or_state_dict: str | os.PathLike | Mapping[str, Any]) -
     content, given = path_or_state_dict, "The dict given"
     if not isinstance(content, Mapping):
         given = os.fspath(content)
-        content = _load_safetensors(given) if given.endswith(".safetensors") else _load_pickle(given)
+        content = _load(given)
     left: dict[str, str] = {}
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         left = {str(name): 'beside "model", which alone is read' for name in content if name != "model"}
@@ -40,18 +40,15 @@ def read_state_dict(path_or_state_dict: str | os.PathLike | Mapping[str, Any]) -
     return dict(content), left
 
 
-def _load_safetensors(path: str) -> StateDict:
+def _load(path: str) -> Any:
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no file of safetensors, or is cut off: {error}. Download it again.") from error
-
-
-def _load_pickle(path: str) -> Any:
-    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no file of torch.save, or is cut off: {error}. Download it again.") from error
+    except (EOFError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is no file of torch.save or safetensors, or is cut off: {error}. Download it again."
+        ) from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no file of torch.save, or holds more than tensors and plain values. Reading it could run code "
@@ -74,6 +71,20 @@ def read_dtypes(name_or_path: str | os.PathLike, renamings: Mapping[str, str]) -
                 if dtype is not None:
                     dtypes[rename(name, renamings)] = dtype
     return dtypes
+
+
+def check_shapes(weights: StateDict, expected: StateDict, sources: Callable[[str], list[str]] = lambda name: [name]):
+    """Refuse weights of other shapes than expected. `sources` returns their names in the file."""
+    differing = [
+        f"{' and '.join(sources(name)) or name} {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
+        for name, tensor in weights.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    if differing:
+        raise ValueError(
+            f"{len(differing)} tensors of the file have other shapes than the model: {enumerate_names(differing)}. "
+            "Give a config and parts of the file's sizes."
+        )
 
 
 def rename(name: str, renamings: Mapping[str, str]) -> str:

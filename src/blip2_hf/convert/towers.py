@@ -14,8 +14,8 @@ from ..models.backbones import load_tower
 from ..models.configuration_blip2 import Blip2Config, Blip2VisionConfig
 from ..models.modeling_vision import Blip2VisionModel
 from .lavis_names import ConversionReport, convert_lavis_state_dict
-from .lavis_sizes import Shapes, vision_config_from_shapes
-from .reading import StateDict, enumerate_names, match_name, read_state_dict
+from .lavis_sizes import vision_config_from_shapes
+from .reading import StateDict, check_shapes, enumerate_names, match_name, read_state_dict
 
 
 PREFIX = "visual_encoder."
@@ -78,17 +78,15 @@ def load_tower_for_lavis(
     if isinstance(vision_model, (str, os.PathLike)) and os.path.isfile(vision_model):
         return _load(vision_model, vision_config)
     tower = load_tower(vision_model)
-    if tower.config.model_type == "clip_vision_model" and _is_whole(tower, vision_config):
-        tower = tower_from_clip(tower)
-        if vision_config is not None:
-            resize_tower(tower, vision_config.image_size)
+    if tower.config.model_type == "clip_vision_model":
+        own = tower.config
+        depth = DEPTHS.get((True, own.hidden_size)) if vision_config is None else vision_config.num_hidden_layers
+        # It still has the block that BLIP-2 leaves out
+        if depth is not None and own.num_hidden_layers == depth + 1:
+            tower = tower_from_clip(tower)
+            if vision_config is not None:
+                resize_tower(tower, vision_config.image_size)
     return tower, None
-
-
-def _is_whole(clip: PreTrainedModel, config: Blip2VisionConfig | None) -> bool:
-    """Tell whether a CLIP still has the block that BLIP-2 leaves out."""
-    depth = DEPTHS.get((True, clip.config.hidden_size)) if config is None else config.num_hidden_layers
-    return depth is not None and clip.config.num_hidden_layers == depth + 1
 
 
 def _load(path_or_state_dict, config: Blip2VisionConfig | None) -> tuple[Blip2VisionModel, ConversionReport]:
@@ -103,11 +101,10 @@ def _load(path_or_state_dict, config: Blip2VisionConfig | None) -> tuple[Blip2Vi
                 left[name] = why
     kept = {PREFIX + name: tensor for name, tensor in state_dict.items() if name not in left}
     weights, report = convert_lavis_state_dict(kept)
-    weights = {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()}
+    own = vision_config_from_shapes(weights, config)
     report.taken = {name.removeprefix(PREFIX): new_name for name, new_name in report.taken.items()}
     report.left = left
-    own = vision_config_from_shapes(Shapes.of({f"vision_model.{k}": v for k, v in weights.items()}), config)
-    tower = _make(own, weights)
+    tower = _make(own, {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()})
     if config is not None and config.image_size != own.image_size:
         resize_tower(tower, config.image_size)
         report.reshaped["vision_model.embeddings.position_embedding"] = (
@@ -134,17 +131,12 @@ def _make(config: Blip2VisionConfig, weights: StateDict) -> Blip2VisionModel:
         tower = Blip2VisionModel(config)
     tower.post_layernorm.reset_parameters()
     expected = {name: p for name, p in tower.state_dict().items() if not name.startswith("post_layernorm.")}
-    if missing := sorted(expected.keys() - weights.keys()):
-        raise ValueError(f"{len(missing)} parameters of the tower are not in the file: {enumerate_names(missing)}.")
-    differing = [
-        f"{name} {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
-        for name, tensor in weights.items()
-        if name not in expected or tensor.shape != expected[name].shape
-    ]
-    if differing:
+    if differing := sorted(expected.keys() ^ weights.keys()):
         raise ValueError(
-            f"{len(differing)} tensors of the tower have other shapes than its config: {enumerate_names(differing)}."
+            f"{len(differing)} parameters of the tower are not in the file, or the other way round: "
+            f"{enumerate_names(differing)}. Give a whole file, or a config of its sizes."
         )
+    check_shapes(weights, expected)
     tower.load_state_dict(weights, strict=False)
     return tower.eval()
 

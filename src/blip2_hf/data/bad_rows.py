@@ -206,13 +206,13 @@ def count_kinds(counts: Counter) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
 
 
-def open_row_picture(value: Any, name: RowName, column: str) -> Image.Image:
+def open_row_picture(value: Any, name: RowName, column: str, allow_urls: bool | Sequence[str] = False) -> Image.Image:
     """Open the picture that a row has in a column. A [`BadPictureError`] names the row and the file."""
     is_record = isinstance(value, Mapping)
     if value is None or (is_record and value.get("bytes") is None and value.get("path") is None):
         raise BadPictureError(f"{name.at_start} has no picture in column {column!r}.", name, PICTURE_MISSING)
     try:
-        return open_image(value, RowName(name.number, source=name.source))
+        return open_image(value, RowName(name.number, source=name.source), allow_urls)
     except ImageLoadError as error:
         message = str(error)
         if name.file is not None and repr(name.file) not in message:

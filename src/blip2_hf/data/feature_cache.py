@@ -100,6 +100,7 @@ def cache_features(
     skip_broken: bool = False,
     part_index: int = 0,
     num_parts: int = 1,
+    allow_urls: bool | Sequence[str] | None = False,
 ) -> Path:
     r"""
     Store the vision tower's output for each picture, in files that [`load_cached_features`] opens. The job can be
@@ -140,6 +141,9 @@ def cache_features(
         part_index (`int`, *optional*, defaults to 0), num_parts (`int`, *optional*, defaults to 1):
             This process writes every `num_parts`-th file, from number `part_index` on: to share the work between
             devices and machines.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
+            the hosts in it.
 
     Returns:
         `Path`: `folder`.
@@ -153,7 +157,7 @@ def cache_features(
     _check_arguments(dataset, views, transform, dtype, rows_per_shard, part_index, num_parts)
     image_processor = processor.image_processor if isinstance(processor, ProcessorMixin) else processor
     check_reads_8_bit(image_processor)
-    pictures = _Views(dataset, image_column, image_processor, views, transform, seed, skip_broken)
+    pictures = _Views(dataset, image_column, image_processor, views, transform, seed, skip_broken, allow_urls)
     with eval_mode(model):
         shards = _Shards(Path(folder), pictures, model, dtype, rows_per_shard, batch_size)
         with only_writer(shards.folder / f".part-{part_index}-of-{num_parts}.lock", shards.folder):
@@ -266,8 +270,8 @@ def _check_arguments(dataset, views, transform, dtype, rows_per_shard, part_inde
 class _Views(torch.utils.data.Dataset):
     """The model's input for each row: its picture, and the further views of it."""
 
-    def __init__(self, dataset, image_column, image_processor, views, transform, seed, skip_broken):
-        self.images = select_columns(dataset.with_format(None), [image_column], image_column)
+    def __init__(self, dataset, image_column, image_processor, views, transform, seed, skip_broken, allow_urls):
+        self.images = select_columns(dataset.with_format(None), [image_column])
         others = [name for name in dataset.column_names if name != image_column]
         self.others = dataset.select_columns(others).with_format("arrow") if others else None
         self.image_column = image_column
@@ -276,6 +280,7 @@ class _Views(torch.utils.data.Dataset):
         self.transform = transform
         self.seed = seed
         self.skip_broken = skip_broken
+        self.allow_urls = allow_urls
 
     def __len__(self) -> int:
         return len(self.images)
@@ -293,7 +298,7 @@ class _Views(torch.utils.data.Dataset):
         return row, self.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
     def image(self, row: int):
-        return open_image(self.images[row][self.image_column], f"row {row}")
+        return open_image(self.images[row][self.image_column], f"row {row}", self.allow_urls)
 
     def first(self) -> torch.Tensor:
         """Return the input for the first readable picture, of shape `(views, channels, height, width)`."""

@@ -15,7 +15,14 @@ from .feature_cache import load_cached_features
 from .rows import ROW_NUMBER, check_id, get_column, read_row_numbers, select_columns
 
 
-_BUILDERS = {".tar": "webdataset", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_BUILDERS = {  # of `datasets`, by the ending of a file
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
 # What opens the folders that `cache_features` and `Dataset.save_to_disk` write, by a file in them
 _FOLDERS = {"cache.json": load_cached_features, "dataset_info.json": datasets.load_from_disk}
 
@@ -24,8 +31,8 @@ def load_rows(
     data: str | os.PathLike, split: str = "train", streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
     r"""
-    Load rows for training: from a file (parquet, json, csv, WebDataset's tar; `*` stands for any characters), a folder
-    that [`cache_features`] or `Dataset.save_to_disk` wrote, or a dataset of the Hub.
+    Load rows for training: from a file (parquet, json, csv, arrow, WebDataset's tar; `*` stands for any characters), a
+    folder that [`cache_features`] or `Dataset.save_to_disk` wrote, or a dataset of the Hub.
 
     Args:
         data (`str` or `os.PathLike`):
@@ -41,7 +48,7 @@ def load_rows(
         `datasets.Dataset`, or `datasets.IterableDataset` with `streaming`.
 
     Raises:
-        ValueError: if a split is given for data without splits.
+        ValueError: if a split is given for data without splits, or a file has an unknown ending.
     """
     name, config, split = _read_name(str(data), split)
     path = Path(name)
@@ -53,6 +60,8 @@ def load_rows(
             return rows.to_iterable_dataset() if streaming else rows
     builder = _BUILDERS.get(path.suffix)
     if builder is None:
+        if path.is_file():
+            raise ValueError(f"{name}: a file with one of the endings {', '.join(_BUILDERS)} was expected.")
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
     return datasets.load_dataset(builder, data_files=name, split=split, streaming=streaming)
 
@@ -139,7 +148,7 @@ def hold_out(
 
 
 def _read_ids(rows: datasets.Dataset, column: str) -> list[int | str]:
-    selected = select_columns(rows.with_format(None), [column], None)
+    selected = select_columns(rows.with_format(None), [column])
     (name,) = selected.column_names
     values = [get_column({name: value}, column) for value in selected[:][name]]
     if missing := [number for number, value in enumerate(values) if value is None]:

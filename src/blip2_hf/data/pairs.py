@@ -5,7 +5,7 @@ import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -65,6 +65,7 @@ class _Pairs:
     prompt: str | None = None
     prompt_column: str | None = None
     prefix_lm: bool = False
+    allow_urls: bool | Sequence[str] = field(default=False, kw_only=True)
 
     # Fields of ImageTextPairs alone
     images = None
@@ -80,10 +81,10 @@ class _Pairs:
         picture_columns = FEATURE_COLUMNS if self.has_features else (self.picture_column,)
         own_columns = [name for name in (self.text_column, self.id_column, self.prompt_column) if name is not None]
         if self.images is None:
-            self.dataset = _select(self.dataset, [*picture_columns, *own_columns], self.image_column)
+            self.dataset = _select(self.dataset, [*picture_columns, *own_columns])
         else:
-            self.dataset = _select(self.dataset, [self.image_column, *own_columns], None)
-            self.images = _select(self.images, picture_columns, self.images_column)
+            self.dataset = _select(self.dataset, [self.image_column, *own_columns])
+            self.images = _select(self.images, picture_columns)
         self._called = self.source  # by messages
         # Shared memory: workers that outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -118,7 +119,7 @@ class _Pairs:
         if EMBEDS in picture_row:
             item["image_embeds"] = self._features(picture_row, generator)
         else:
-            image = open_row_picture(picture, name, self.picture_column)
+            image = open_row_picture(picture, name, self.picture_column, self.allow_urls)
             item["image"] = image if self.transform is None else self.transform(image, generator)
         item |= self._texts(row, name, generator)
         if self.id_column is not None:
@@ -237,6 +238,9 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             the `image_id`: rows with the same picture are no negatives of each other.
         images_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures in `images`.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
+            the hosts in it.
 
     Raises:
         BadRowError: if the picture of a row is missing, or a text, any one of several, is missing or empty, or the row
@@ -330,7 +334,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         Raises:
             BadRowError: if a text is missing or empty.
         """
-        rows = _select(self.dataset, [self.text_column], None)
+        rows = _select(self.dataset, [self.text_column])
         names = (RowName(self.row_number(index), source=self._called) for index in range(len(self)))
         return [
             self._own_texts(_read_row(rows, self.place(index)), name, cleaned and self.clean_text)
@@ -419,7 +423,7 @@ class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
         dataset (`datasets.IterableDataset` or iterable of `dict`):
             The rows, which are iterated over once in each epoch.
         image_column, text_column, transform, id_column, clean_text, seed, train, source, prompt, prompt_column, \
-prefix_lm:
+prefix_lm, allow_urls:
             As in [`ImageTextPairs`]. Without `id_column`, `image_id` is the running number of the row, which no other
             worker or process uses.
         skip_broken (`bool`, *optional*, defaults to `False`):
@@ -549,11 +553,11 @@ def _check_prompt(prompt: str | None, prompt_column: str | None):
         )
 
 
-def _select(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
-    """The columns that are read, and those that say where a row of WebDataset comes from."""
+def _select(dataset: Any, columns: Iterable[str]) -> Any:
+    """Select the columns that are read, and those that say where a row of WebDataset comes from."""
     known = column_names(dataset) or []
     origin = [name for name in ("__key__", "__url__", ROW_NUMBER) if name in known]
-    return select_columns(dataset, [*columns, *origin], image_column)
+    return select_columns(dataset, [*columns, *origin])
 
 
 def _row_bytes(rows: Any, number: int) -> bytes:

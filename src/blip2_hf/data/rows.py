@@ -1,9 +1,12 @@
 """Rows of datasets of every kind: their columns, their pictures, and the randomness that belongs to each."""
 
+import dataclasses
 import hashlib
 import operator
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import datasets
 import fsspec
@@ -11,9 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..models.image_loading import as_load_error, load_image
+from ..models.image_fetching import FetchError, read_at_most
+from ..models.image_loading import as_load_error, is_url, load_image
 
 
+# File systems of fsspec that lead to no other machine, and the Hub
+_OWN_FILE_SYSTEMS = {"file", "local", "zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd", "hf"}
 ROW_NUMBER = "__row__"  # column of a part of a dataset: which row of the whole each row is
 
 
@@ -69,10 +75,11 @@ def check_dataset(dataset: Any, added: Iterable[str]):
         raise ValueError(f"The dataset has a column {taken[0]!r} already. Rename it, or remove it.")
 
 
-def select_columns(dataset: Any, columns: Iterable[str], image_column: str | None) -> Any:
+def select_columns(dataset: Any, columns: Iterable[str]) -> Any:
     """
-    Return the columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them, and can
-    say whose picture is broken. What is no dataset of `datasets`, or makes its rows on the fly, stays as it is.
+    Return the columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them. It can
+    say whose picture is broken, and fetches no URL unasked, which `datasets` would. What is no dataset of `datasets`,
+    or makes its rows on the fly, stays as it is.
     """
     names = column_names(dataset)
     if names is None:
@@ -81,9 +88,19 @@ def select_columns(dataset: Any, columns: Iterable[str], image_column: str | Non
     if missing := [name for name in wanted if name not in names]:
         raise ValueError(f"The dataset has no column {missing[0]!r}; its columns are {sorted(names)}.")
     dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
-    if image_column is not None and isinstance(dataset.features.get(image_column), datasets.Image):
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    for name, feature in dataset.features.items():
+        if (stored := _without_decoding(feature)) != feature:
+            dataset = dataset.cast_column(name, stored)
     return dataset
+
+
+def _without_decoding(feature: Any) -> Any:
+    """Return the type of a column, or of what is inside it, of which `datasets` opens no files."""
+    if isinstance(feature, Mapping):
+        return {name: _without_decoding(inner) for name, inner in feature.items()}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return dataclasses.replace(feature, feature=_without_decoding(feature.feature))
+    return dataclasses.replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
 
 
 def column_names(dataset: Any) -> list[str] | None:
@@ -104,22 +121,41 @@ def read_row_numbers(dataset: Any) -> np.ndarray | None:
     return numbers if len(np.unique(numbers)) == len(numbers) else None
 
 
-def open_image(value: Any, name: str) -> Image.Image:
+def open_image(value: Any, name: str, allow_urls: bool | Sequence[str] | None = False) -> Image.Image:
     """
     Open a picture of a row: anything that [`~image_loading.load_image`] takes, or a file that `datasets` refers to. If
-    the picture can't be read, an `ImageLoadError` calls it `name`, such as `row 3`.
+    the picture can't be read, or is a URL that is not allowed, an `ImageLoadError` calls it `name`, such as `row 3`.
+    `allow_urls` is that of [`~image_loading.load_image`]. Files of other machines that are not fetched by HTTP, such
+    as `s3://bucket/x.png`, are opened only if their host or bucket is in the list.
     """
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
     if not isinstance(path, str) or "://" not in path:
-        return load_image(value, name)
-    if path.startswith(("http://", "https://")):
-        return load_image(path, name)
+        return load_image(value, name, allow_urls=allow_urls)
+    if is_url(path):
+        return load_image(path, name, allow_urls=allow_urls)
     try:
+        for part in path.split("::"):
+            _check_part(part, allow_urls)
         # A file on the Hub, or inside an archive
         with fsspec.open(path, "rb") as file:
-            data = file.read()
+            data = read_at_most(file)
     except MemoryError:
         raise
     except Exception as error:  # each file system of fsspec has errors of its own, and may lack its package
         raise as_load_error(error, value, name) from error
     return load_image({"bytes": data, "path": path}, name)
+
+
+def _check_part(part: str, allow_urls: bool | Sequence[str] | None):
+    """Refuse a part of a path such as `zip://a.png::https://example.com/x.zip` that leads where a row may not."""
+    protocol, separator, rest = part.partition("://")
+    if not separator or protocol in ("file", "local"):
+        if not os.path.isfile(path := rest if separator else part):
+            raise FetchError(f"{path} is no file, or a FIFO, a device or a socket. Check the path")
+    elif protocol not in _OWN_FILE_SYSTEMS and allow_urls is not None:
+        host = urlsplit(part).hostname
+        if isinstance(allow_urls, bool) or host not in allow_urls:
+            raise FetchError(
+                f"a file of another machine in a row of a dataset is opened only if its host or bucket is named: "
+                f"allow_urls=[{host!r}] (--allow-urls {host}). Or download the pictures first"
+            )

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,11 @@ def read_gqa(questions: str | os.PathLike, images: str | os.PathLike) -> list[Qu
 
 
 def read_caption_rows(
-    rows: Any, image_column: str = "image", caption_column: str = "caption", id_column: str | None = None
+    rows: Any,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    id_column: str | None = None,
+    allow_urls: bool | Sequence[str] = False,
 ) -> list[CaptionSample]:
     r"""
     Read captions in a dataset.
@@ -213,6 +217,9 @@ def read_caption_rows(
         id_column (`str`, *optional*):
             Column of the pictures' ids: rows with the same id are about one picture, that of the first of them.
             Without it, each row has a picture of its own, whose id is the number of the row.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
+            the hosts in it.
 
     Returns:
         `list[CaptionSample]`
@@ -221,7 +228,7 @@ def read_caption_rows(
         ValueError: if there is no such column, or a value is missing or of another type.
     """
     found: dict[Any, tuple[RowImage, list[str]]] = {}
-    for image, values in _read_rows(rows, image_column, [caption_column, id_column]):
+    for image, values in _read_rows(rows, image_column, [caption_column, id_column], allow_urls):
         image_id = image.row if id_column is None else _value(values, id_column, image.row, check_id)
         found.setdefault(image_id, (image, []))[1].extend(_texts(values, caption_column, image.row))
     return [
@@ -238,6 +245,7 @@ def read_question_rows(
     id_column: str | None = None,
     image_id_column: str | None = None,
     group_column: str | None = None,
+    allow_urls: bool | Sequence[str] = False,
 ) -> list[QuestionSample]:
     r"""
     Read questions in a dataset.
@@ -258,6 +266,9 @@ def read_question_rows(
             is read once for all questions about it.
         group_column (`str`, *optional*):
             Column that scores are told apart by.
+        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
+            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
+            the hosts in it.
 
     Returns:
         `list[QuestionSample]`
@@ -269,7 +280,7 @@ def read_question_rows(
     columns = [question_column, answer_column, id_column, image_id_column, group_column]
     images: dict[Any, RowImage] = {}
     samples = []
-    for image, values in _read_rows(rows, image_column, columns):
+    for image, values in _read_rows(rows, image_column, columns, allow_urls):
         row = image.row
         image_id = row if image_id_column is None else _value(values, image_id_column, row, check_id)
         group = None if group_column is None else _value(values, group_column, row)
@@ -288,20 +299,22 @@ def read_question_rows(
     return samples
 
 
-def _read_rows(rows: Any, image_column: str, columns: list[str | None]) -> Iterator[tuple[RowImage, Mapping]]:
+def _read_rows(
+    rows: Any, image_column: str, columns: list[str | None], allow_urls: bool | Sequence[str]
+) -> Iterator[tuple[RowImage, Mapping]]:
     """Yield the picture of each row, as it is stored, and the row's columns that are named."""
     if len(rows) == 0:
         raise ValueError("The dataset has no rows.")
     if column_names(rows) is not None:
         rows = rows.with_format(None)  # a tensor is no id, and no text
-    pictures = select_columns(rows, [image_column], image_column)
+    pictures = select_columns(rows, [image_column])
     get_column(pictures[0], image_column)
-    others = select_columns(rows, [name for name in columns if name is not None], None)
+    others = select_columns(rows, [name for name in columns if name is not None])
     for row, values in enumerate(others):
         # Rows of `datasets` have the same columns, and their pictures are left where they are
         if others is pictures and _value(values, image_column, row) is None:
             raise ValueError(f"row {row}, column {image_column!r}: there is no picture.")
-        yield RowImage(pictures, row, image_column), values
+        yield RowImage(pictures, row, image_column, allow_urls), values
 
 
 def _value(values: Mapping, column: str, row: int, check: Callable[[Any, str], None] | None = None) -> Any:

@@ -177,6 +177,8 @@ def _tower_outputs(
         num_workers=num_workers,
         part_index=state.process_index,
         num_parts=state.num_processes,
+        # The user gave what is not in a row
+        allow_urls=next((x.image.allow_urls for x in samples if isinstance(x.image, RowImage)), None),
     )
     state.wait_for_everyone()
     return load_cached_features(folder)

@@ -21,11 +21,16 @@ OVERALL = "overall"  # the group of all samples
 
 @dataclass(frozen=True)
 class RowImage:
-    """A picture in a row of a dataset (anything with rows by number), which is read when it is needed."""
+    """
+    A picture in a row of a dataset (anything with rows by number), which is read when it is needed. `allow_urls` says
+    which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of the
+    hosts in it.
+    """
 
     rows: Any = field(repr=False)
     row: int
     column: str
+    allow_urls: bool | Sequence[str] = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -195,8 +200,9 @@ def open_sample_image(sample: Sample) -> Image.Image:
     """Return the picture of a sample, mode RGB."""
     image = sample.image
     if isinstance(image, RowImage):
-        return open_image(image.rows[image.row][image.column], f"row {image.row}")
-    return open_image(image, f"image {sample.image_id}")
+        return open_image(image.rows[image.row][image.column], f"row {image.row}", image.allow_urls)
+    # The user gave what is not in a row
+    return open_image(image, f"image {sample.image_id}", allow_urls=None)
 
 
 def samples_fingerprint(samples: Sequence[Sample], texts: Sequence[str] = ()) -> str:

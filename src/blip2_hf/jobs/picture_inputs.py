@@ -4,8 +4,8 @@ import itertools
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
@@ -145,10 +145,11 @@ def load_shards(
 def _in_a_thread(items: Iterable) -> Iterator:
     """Yield the same items, made in a thread before they are asked for."""
     iterator = iter(items)
-    with ThreadPoolExecutor(1) as executor:
-        waiting = deque(executor.submit(next, iterator, None) for _ in range(_BATCHES_AHEAD))
-        while (item := waiting.popleft().result()) is not None:
-            waiting.append(executor.submit(next, iterator, None))
+    # Its thread is a daemon: neither Ctrl-C nor the end of the program waits for a picture
+    with ThreadPool(1) as pool:
+        waiting = deque(pool.apply_async(next, (iterator, None)) for _ in range(_BATCHES_AHEAD))
+        while (item := waiting.popleft().get()) is not None:
+            waiting.append(pool.apply_async(next, (iterator, None)))
             yield item
 
 

@@ -17,13 +17,16 @@ import base64
 import binascii
 import contextlib
 import io
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from .image_fetching import FetchError, fetch, read_at_most
 
 
 if TYPE_CHECKING:
@@ -31,15 +34,21 @@ if TYPE_CHECKING:
 
 
 _BASE64_SPECIMEN = 40  # characters of a base64 string that an error message shows
+_LONGEST_HEAD = 16 * 2**20  # bytes that are read of a file before it is known to be an image
+_LONGEST_URL = 1000  # that an error message shows in full
 _FLOAT_SLACK = 1e-3  # rounding and resampling leave values a little outside [0, 1]
-_USER_AGENT = "blip2-hf image loader"  # some hosts refuse the nameless default of a HTTP client
 
 
 class ImageLoadError(ValueError):
     """A picture that cannot be read. The message names it, says what was given and what to do about it."""
 
 
-def load_image(image: Any, name: str | None = None, timeout: float | None = 30.0) -> Image.Image:
+def load_image(
+    image: Any,
+    name: str | None = None,
+    timeout: float | None = 30.0,
+    allow_urls: bool | Sequence[str] | None = None,
+) -> Image.Image:
     """
     Loads one picture as upright 8-bit RGB: EXIF rotation applied, transparency put on white, the first frame of an
     animation, 16-bit values scaled (not clipped).
@@ -54,7 +63,10 @@ def load_image(image: Any, name: str | None = None, timeout: float | None = 30.0
         name (`str`, *optional*):
             What an error calls the picture, such as `"image 3 of 8"`. The path or URL is always added.
         timeout (`float`, *optional*, defaults to 30.0):
-            Seconds to wait for a URL. `None` waits for ever.
+            Seconds that fetching a URL may take. `None` waits for ever.
+        allow_urls (`bool` or `list[str]`, *optional*):
+            Which URLs are fetched: with `None` any, because the user typed them; with `False` none; with `True` those
+            of public addresses, without a proxy; with a list also those of the hosts in it, such as `["localhost"]`.
 
     Returns:
         `PIL.Image.Image`: mode RGB, width and height as stored (after rotation).
@@ -64,7 +76,7 @@ def load_image(image: Any, name: str | None = None, timeout: float | None = 30.0
             than `PIL.Image.MAX_IMAGE_PIXELS` allows. No other error comes out, except for a lack of memory.
     """
     with _errors_that_name(image, name):
-        return _to_rgb(_open(image, timeout))
+        return _to_rgb(_open(image, timeout, allow_urls))
 
 
 def load_images(images: Iterable[Any], timeout: float | None = 30.0) -> list[Image.Image]:
@@ -75,7 +87,7 @@ def load_images(images: Iterable[Any], timeout: float | None = 30.0) -> list[Ima
         images (iterable of anything that [`load_image`] takes):
             The pictures. An array or tensor of shape `(batch_size, ...)` counts as `batch_size` pictures.
         timeout (`float`, *optional*, defaults to 30.0):
-            Seconds to wait for each URL. `None` waits for ever.
+            Seconds that fetching each URL may take. `None` waits for ever.
 
     Returns:
         `list[PIL.Image.Image]`: mode RGB, in the order given.
@@ -101,7 +113,7 @@ def load_image_for(
         name (`str`, *optional*):
             What an error calls the picture.
         timeout (`float`, *optional*, defaults to 30.0):
-            Seconds to wait for a URL. `None` waits for ever.
+            Seconds that fetching a URL may take. `None` waits for ever.
         image_kwargs (`dict`):
             Arguments of the image processor's call. Only `do_rescale`, `do_normalize` and `image_mean` are read.
 
@@ -173,7 +185,7 @@ def _errors_that_name(image: Any, name: str | None) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # decoders, HTTP clients and file systems raise whatever they like
-        cause = error.__cause__ if isinstance(error, _Problem) else error
+        cause = error.__cause__ if isinstance(error, (_Problem, FetchError)) else error
         raise as_load_error(error, image, name) from cause
 
 
@@ -198,7 +210,7 @@ def as_load_error(error: Exception, image: Any, name: str | None = None) -> Imag
         source = type(image).__name__
     label = source if name is None else f"{name} ({source})"
     problem = str(error)
-    if not isinstance(error, _Problem):
+    if not isinstance(error, (_Problem, FetchError)):
         problem = f"cannot be read ({type(error).__name__}: {error}). Check that the path or URL leads to an image"
     return ImageLoadError(f"{label}: {problem}".encode("utf-8", "backslashreplace").decode("utf-8"))
 
@@ -206,7 +218,9 @@ def as_load_error(error: Exception, image: Any, name: str | None = None) -> Imag
 def _describe(image: Any) -> str:
     """Short words for a picture in an error message: its path or URL where it has one, else its type and shape."""
     if isinstance(image, str):
-        if image.startswith("data:") or (len(image) > 256 and not image.startswith(("http://", "https://"))):
+        if is_url(image):
+            return repr(image) if len(image) <= _LONGEST_URL else f"{image[:_LONGEST_URL]!r}..."
+        if image.startswith("data:") or len(image) > 256:
             return f"{image[:_BASE64_SPECIMEN]!r}..."
         return repr(image)
     if isinstance(image, os.PathLike):
@@ -257,14 +271,28 @@ def _from_floats(image: Any) -> "torch.Tensor":
     return torch.from_numpy(np.array(channels_first, order="C"))
 
 
-def _open(image: Any, timeout: float | None) -> Image.Image:
-    """Any kind of input to a PIL image of any mode, fully decoded."""
+def is_url(image: Any) -> bool:
+    """
+    Tell whether a picture is given by a URL that is fetched.
+
+    Args:
+        image:
+            The picture, as it was given.
+
+    Returns:
+        `bool`.
+    """
+    return isinstance(image, str) and image.startswith(("http://", "https://"))
+
+
+def _open(image: Any, timeout: float | None, allow_urls: bool | Sequence[str] | None = None) -> Image.Image:
+    """Open any kind of input as a PIL image of any mode, fully decoded."""
     if isinstance(image, str):
-        return _open_string(image, timeout)
+        return _open_url(image, timeout, allow_urls) if is_url(image) else _open_string(image)
     if isinstance(image, os.PathLike):
         return _open_path(os.fspath(image))
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return _decode(bytes(image))
+        return _decode(io.BytesIO(image))
     if isinstance(image, Image.Image):
         return _decode_pil(image)
     if isinstance(image, np.ndarray):
@@ -276,16 +304,25 @@ def _open(image: Any, timeout: float | None) -> Image.Image:
     if isinstance(image, Mapping):
         return _open_record(image)
     if isinstance(image, io.IOBase):
-        return _decode(image.read())
+        return _decode(io.BytesIO(read_at_most(image)))
     raise _Problem(
         f"cannot make an image of a {type(image).__name__}. Give a path, an http(s) URL, bytes, base64, a PIL image, "
         "an array or a tensor"
     )
 
 
-def _open_string(image: str, timeout: float | None) -> Image.Image:
-    if image.startswith(("http://", "https://")):
-        return _decode(_download(image, timeout))
+def _open_url(url: str, timeout: float | None, allow_urls: bool | Sequence[str] | None) -> Image.Image:
+    if allow_urls is False:
+        raise _Problem(
+            "a URL in a row of a dataset is fetched only if that is asked for. Give allow_urls=True (--allow-urls), "
+            "or download the pictures first"
+        )
+    public_except = () if isinstance(allow_urls, bool) else allow_urls
+    data = fetch(url, timeout, [public_except] if isinstance(public_except, str) else public_except)
+    return _decode(io.BytesIO(data), quotes=False)
+
+
+def _open_string(image: str) -> Image.Image:
     if image.startswith("data:"):
         header, comma, payload = image.partition(",")
         if not comma or not header.endswith(";base64"):
@@ -293,13 +330,13 @@ def _open_string(image: str, timeout: float | None) -> Image.Image:
         data = _from_base64(payload)
         if data is None:
             raise _Problem("the data URI does not hold valid base64. Encode the file's bytes again")
-        return _decode(data)
+        return _decode(io.BytesIO(data))
     if os.path.exists(image):
         return _open_path(image)
     data = _from_base64(image)
     # a short name such as "cat" is valid base64 too, but of no image
     if data and (len(image) > 256 or _is_image(data)):
-        return _decode(data)
+        return _decode(io.BytesIO(data))
     raise _Problem(
         "no such file. Give the path of an existing file, a URL that starts with http:// or https://, a data URI or "
         "a base64 string of an image file"
@@ -326,9 +363,11 @@ def _is_image(data: bytes) -> bool:
 def _open_path(path: str | bytes) -> Image.Image:
     if os.path.isdir(path):
         raise _Problem("this is a folder. Give the path of one image file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise _Problem("this is a FIFO, a device or a socket. Give the path of one image file")
     try:
-        with open(path, "rb") as file:
-            return _decode(file.read())
+        with open(path, "rb", buffering=0) as file:
+            return _decode(file)
     except FileNotFoundError:
         raise _Problem("no such file. Check the path") from None
     except OSError as error:
@@ -336,74 +375,107 @@ def _open_path(path: str | bytes) -> Image.Image:
 
 
 def _open_record(record: Mapping) -> Image.Image:
-    """A `datasets` image that was not decoded: its bytes or, where they are None, its path."""
-    if record.get("bytes") is not None:
-        return _decode(record["bytes"])
-    if record.get("path") is not None:
-        # A number would be a file that is open already
-        return _open_path(os.fspath(record["path"]))
+    """Open a `datasets` image that was not decoded: its bytes or, if they are `None`, its path."""
+    data, path = record.get("bytes"), record.get("path")
+    if data is not None:
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise _Problem(f"'bytes' is {_with_type(data)}. Give the bytes of an image file")
+        return _decode(io.BytesIO(data))
+    if path is not None:
+        if not isinstance(path, (str, os.PathLike)):
+            # A number would be a file that is open already
+            raise _Problem(f"'path' is {_with_type(path)}. Give the path of an image file")
+        return _open_path(os.fspath(path))
     raise _Problem(
         f"the keys of this dict are {sorted(map(str, record))}, and neither 'bytes' nor 'path' holds an image. Pass "
         "the image itself, or a record such as {'bytes': ..., 'path': ...}"
     )
 
 
-def _download(url: str, timeout: float | None) -> bytes:
-    # transformers downloads with the same client: httpx, from huggingface_hub 2 on httpx2
-    try:
-        from huggingface_hub.utils import httpx
-    except ImportError:  # the first versions do not pass its name on
-        import httpx  # type: ignore
-
-    try:
-        response = httpx.get(url, timeout=timeout, follow_redirects=True, headers={"user-agent": _USER_AGENT})
-        response.raise_for_status()
-    except httpx.TimeoutException as error:
-        raise _Problem(f"no answer within {timeout} seconds. Raise the timeout or try again") from error
-    except httpx.HTTPStatusError as error:
-        status = f"{error.response.status_code} {error.response.reason_phrase}"
-        raise _Problem(f"the server answered {status}. Check the URL") from error
-    except Exception as error:  # a host name that can't be encoded is a UnicodeError
-        raise _Problem(f"the download failed ({error}). Check the URL and the network") from error
-    return response.content
+def _with_type(value: Any) -> str:
+    shown = repr(value)
+    shown = shown if len(shown) <= _BASE64_SPECIMEN else f"{shown[:_BASE64_SPECIMEN]}..."
+    return f"{shown}, of type {type(value).__name__}"
 
 
-def _decode(data: bytes) -> Image.Image:
-    """Bytes of an image file to a decoded PIL image, its first frame."""
-    if not data:
-        raise _Problem("the file is empty (0 bytes). Fetch or save it again")
+class _Headed(io.RawIOBase):
+    """A file whose head alone can be read at first: PIL looks for some formats line by line, to the end of a text."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.left: float = _LONGEST_HEAD
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        size = self.file.readinto(buffer)  # type: ignore[attr-defined]
+        self.left -= size
+        if self.left < 0:
+            raise _Problem(f"there is no image in the first {_LONGEST_HEAD:,} bytes. Give an image file")
+        return size
+
+    def readall(self) -> bytes:  # of a format that is known by its first bytes
+        return self.file.read()
+
+
+def _decode(file: BinaryIO, quotes: bool = True) -> Image.Image:
+    """
+    Decode the first frame of an image file, which is read on only if its head is that of an image. Errors quote from
+    the file unless `quotes` is False.
+    """
+    headed = _Headed(file)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BufferedReader(headed))
+        headed.left = math.inf
+    except _Problem:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(str(error)) from error
     except Image.UnidentifiedImageError:
-        raise _Problem(
-            f"not an image that PIL can read ({len(data)} bytes, beginning with {data[:12]!r}). Give an image file, "
-            "or install the PIL plug-in for its format"
-        ) from None
+        raise _no_image(file, quotes) from None
     except Exception as error:  # decoders raise whatever they like
-        raise _broken(error) from error
+        raise _broken(error, quotes) from (error if quotes else None)
     limit = Image.MAX_IMAGE_PIXELS
     # PIL itself only warns up to twice its limit
     if limit is not None and image.width * image.height > limit:
         raise _too_large(f"{image.width}x{image.height} pixels, the limit is {limit}")
-    return _decode_pil(image)
+    return _decode_pil(image, quotes)
 
 
-def _decode_pil(image: Image.Image) -> Image.Image:
+def _decode_pil(image: Image.Image, quotes: bool = True) -> Image.Image:
     try:
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(str(error)) from error
     except Exception as error:  # decoders raise whatever they like
-        raise _broken(error) from error
+        raise _broken(error, quotes) from (error if quotes else None)
     if image.width == 0 or image.height == 0:
         raise _Problem(f"the image has no pixels ({image.width}x{image.height}). Give one of at least 1x1")
     return image
 
 
-def _broken(error: Exception) -> _Problem:
-    return _Problem(f"the image is broken or truncated ({type(error).__name__}: {error}). Fetch or save it again")
+def _no_image(file: BinaryIO, quotes: bool) -> _Problem:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if size == 0:
+        return _Problem("the file is empty (0 bytes). Fetch or save it again")
+    start = f", beginning with {file.read(12)!r}" if quotes else ""
+    return _Problem(
+        f"not an image that PIL can read ({size} bytes{start}). Give an image file, or install the PIL plug-in for "
+        "its format"
+    )
+
+
+def _broken(error: Exception, quotes: bool) -> _Problem:
+    details = f"{type(error).__name__}: {error}" if quotes else type(error).__name__
+    return _Problem(f"the image is broken or truncated ({details}). Fetch or save it again")
 
 
 def _too_large(reason: str) -> _Problem:

@@ -105,7 +105,7 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
             tokenizer_kwargs (`dict`, *optional*):
                 Arguments of the tokenizer.
             timeout (`float`, *optional*):
-                Seconds to wait for an image from a URL. Without it, for ever.
+                Seconds that fetching an image from a URL may take. Without it 30, with other models for ever.
             batch_size (`int`, *optional*, defaults to 1):
                 Number of images that the model takes at a time.
 
@@ -145,7 +145,7 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
     def preprocess(self, image, candidate_labels=None, timeout=None, **kwargs):
         if not self._is_blip2:
             return super().preprocess(image, candidate_labels=candidate_labels, timeout=timeout, **kwargs)
-        picture = load_image_for(self.image_processor, image, timeout=timeout)
+        picture = load_image_for(self.image_processor, image, timeout=30.0 if timeout is None else timeout)
         inputs = self.image_processor(images=[picture], return_tensors="pt").to(self.dtype)
         return {"pixel_values": inputs["pixel_values"], "candidate_labels": candidate_labels}
 

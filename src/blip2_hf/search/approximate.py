@@ -30,6 +30,14 @@ def import_faiss() -> Any:
     return faiss
 
 
+def _import_or_warn(consequence: str) -> Any:
+    try:
+        return import_faiss()
+    except ImportError as error:
+        logger.warning(f"{consequence}: {error}")
+        return None
+
+
 class ApproximateIndex:
     """An index of vectors in faiss, which proposes pictures to compare with."""
 
@@ -42,10 +50,7 @@ class ApproximateIndex:
         count = len(self.store.rows)
         if not count or wanted is False or (wanted is None and path is None and count < APPROXIMATE_FROM):
             return
-        try:
-            faiss = import_faiss()
-        except ImportError as error:
-            logger.warning(f"Searches will compare with all {count:,} pictures: {error}")
+        if (faiss := _import_or_warn(f"Searches will compare with all {count:,} pictures")) is None:
             return
         if path is None or self._fits_no_more(faiss, path, covered):
             index, covered = self._train(faiss), 0
@@ -100,10 +105,7 @@ class ApproximateIndex:
         path, covered = self.store.approximate_file()
         if path is None:
             return None
-        try:
-            faiss = import_faiss()
-        except ImportError as error:
-            logger.warning(f"The approximate index is left aside: {error}")
+        if (faiss := _import_or_warn("The approximate index is not used")) is None:
             return None
         index = _map_index(faiss, path)
         parameters = faiss.SearchParametersIVF(nprobe=min(index.nlist, max(32, index.nlist // 8)))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..jobs.batch_size import BatchSize
 from ..jobs.output import only_writer
 from ..jobs.picture_inputs import PictureInputs, collate_pictures
 from ..models.image_loading import check_reads_8_bit, load_image_for
@@ -213,24 +214,13 @@ class SearchIndex:
                 create_store(directory, description)
             index = cls(directory, model, processor, show_progress)
             index._check_options(folder, store_embeds)
-            Updater(
-                index._store,
-                index.folder,
-                index.model,
-                index.image_processor,
-                batch_size,
-                rows_per_shard,
-                num_workers,
-                show_progress,
-            ).update(found)
+            parts = index._store, index.folder, index.model, index.image_processor
+            Updater(*parts, BatchSize(batch_size), rows_per_shard, num_workers, show_progress).update(found)
             index._approximate.update(approximate, show_progress)
         return index
 
     def broken(self) -> dict[str, str]:
-        r"""
-        Returns:
-            `dict[str, str]`: pictures that could not be read, by their path inside the folder, and why.
-        """
+        """Return why pictures could not be read, by their path inside the folder."""
         return {path: reason for path, (_, _, reason) in self._store.read_broken().items()}
 
     @torch.inference_mode()
@@ -288,16 +278,15 @@ class SearchIndex:
     def _tokens(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         if not text.strip():
             raise ValueError("The text to search for is empty.")
-        tokens = self.tokenizer(
-            text, truncation=True, max_length=_MAX_TEXT_LENGTH, split_special_tokens=True, return_tensors="pt"
-        )
+        kwargs = {"truncation": True, "max_length": _MAX_TEXT_LENGTH, "split_special_tokens": True}
+        tokens = self.tokenizer(text, **kwargs, return_tensors="pt").to(self.model.device)
         vocab_size = self.model.config.qformer_config.vocab_size
         if int(tokens["input_ids"].max()) >= vocab_size:
             raise ValueError(
                 f"The tokenizer has tokens beyond the {vocab_size} of the Q-Former. Give a processor with the "
                 "Q-Former's tokenizer, not with a language model's."
             )
-        return tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device)
+        return tokens["input_ids"], tokens["attention_mask"]
 
     def _image_queries(self, image: Any) -> torch.Tensor:
         picture = load_image_for(self.image_processor, image)
@@ -312,13 +301,11 @@ class SearchIndex:
             return rows, torch.empty(0)
         shards, starts = np.unique(rows[:, 0], return_index=True)
         parts = zip(shards.tolist(), np.split(rows[:, 1], starts[1:]), strict=True)
-        scores = [self._similarity(self._store.read("features", *part), queries) for part in parts]
+        features = (torch.from_numpy(self._store.read("features", *part)) for part in parts)
+        # The mean over the queries of the highest cosine of each with those of a picture
+        scores = [image_text_similarity(x.to(queries.device).float(), queries).mean(dim=1) for x in features]
         best = torch.cat(scores).topk(min(count, len(rows)))
         return rows[best.indices.cpu().numpy()], best.values.cpu()
-
-    def _similarity(self, features: np.ndarray, queries: torch.Tensor) -> torch.Tensor:
-        """Return the mean over the queries of the highest cosine of each with those of a picture."""
-        return image_text_similarity(torch.from_numpy(features).to(queries.device).float(), queries).mean(dim=1)
 
     def _rerank(
         self, rows: np.ndarray, scores: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
@@ -326,17 +313,13 @@ class SearchIndex:
         """Return the rows whose picture is still there, and as scores the logit of "match" plus the cosine."""
         kept: list[int] = []
         logits = [torch.empty(0)]
-        with logging.tqdm(total=len(rows), desc="Re-ranking", unit="picture", disable=not self.show_progress) as bar:
-            for start in range(0, len(rows), _BATCH_SIZE):
-                part = rows[start : start + _BATCH_SIZE]
-                readable, image_embeds = self._embeds(part)
-                if image_embeds is not None:
-                    pairs = [tokens.expand(len(readable), -1) for tokens in (input_ids, attention_mask)]
-                    key_values = self.model.get_image_key_values(image_embeds)
-                    matching = self.model.get_matching_logits(*pairs, image_key_values=key_values)
-                    logits.append(matching[:, 1].float().cpu())
-                    kept += [start + i for i in readable]
-                bar.update(len(part))
+        starts = range(0, len(rows), _BATCH_SIZE)
+        for start in logging.tqdm(starts, desc="Re-ranking", unit="batch", disable=not self.show_progress):
+            readable, image_embeds = self._embeds(rows[start : start + _BATCH_SIZE])
+            if image_embeds is not None:
+                pairs = [tokens.expand(len(readable), -1) for tokens in (input_ids, attention_mask)]
+                logits.append(self.model.get_matching_logits(*pairs, image_embeds=image_embeds)[:, 1].float().cpu())
+                kept += [start + i for i in readable]
         return rows[kept], scores[kept] + torch.cat(logits)
 
     def _embeds(self, rows: np.ndarray) -> tuple[Sequence[int], torch.Tensor | None]:
@@ -345,8 +328,8 @@ class SearchIndex:
             stored = np.concatenate([self._store.read("embeds", shard, [row]) for shard, row in rows.tolist()])
             dtype = next(self.model.qformer.parameters()).dtype
             return range(len(rows)), torch.from_numpy(stored).to(self.model.device, dtype)
-        paths = [self._store.name(shard, row) for shard, row in rows.tolist()]
-        pictures = PictureInputs([self.folder / path for path in paths], self.image_processor)
+        paths = [self.folder / self._store.name(shard, row) for shard, row in rows.tolist()]
+        pictures = PictureInputs(paths, self.image_processor)
         with ThreadPoolExecutor() as pool:
             batch = collate_pictures(list(pool.map(pictures.__getitem__, range(len(paths)))))
         for reason in batch.errors.values():
@@ -362,8 +345,8 @@ class SearchIndex:
             )
         if store_embeds and not self._store.has_embeds:
             raise ValueError(
-                f"{self.directory} was built without the tower's output. To store it, begin anew with rebuild=True "
-                "(--rebuild), or leave it."
+                f"{self.directory} was built without the tower's output. Leave out store_embeds (--store-embeds), or "
+                "begin anew with rebuild=True (--rebuild)."
             )
 
 

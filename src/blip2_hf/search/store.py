@@ -24,25 +24,19 @@ LOCK = ".lock"
 
 _VERSION = 1
 _BROKEN = "broken.json"
-_SHARD_FILE = re.compile(r"(?:features|embeds|pictures)-(\d+)\.(?:npy|json)")
-_PICTURES_FILE = re.compile(r"pictures-(\d+)\.json")
+_SHARD_FILE = re.compile(r"(features|embeds|pictures)-(\d+)\.(?:npy|json)")
 _APPROXIMATE_FILE = re.compile(r"approximate-(\d+)\.faiss")
-_UNFINISHED = (".npy.tmp", ".json.tmp", ".faiss.tmp")  # of earlier releases
 
 
 def read_description(directory: Path) -> dict[str, Any]:
     """Return what made an index. Refuse a folder that has none, or one of another version."""
     path = directory / DESCRIPTION
     if not path.exists():
-        raise FileNotFoundError(
-            f"{directory} has no index: {DESCRIPTION} was looked for in it. Build one: blip2-hf index FOLDER --model "
-            "MODEL."
-        )
+        raise FileNotFoundError(f"{directory} has no index. Build one: blip2-hf index FOLDER --model MODEL.")
     description = _read(path)
-    if description.get("version") != _VERSION:
+    if (found := description.get("version")) != _VERSION:
         raise ValueError(
-            f"{path} has version {description.get('version')}, this release reads {_VERSION}. Remove {directory}, "
-            "and build the index anew."
+            f"{path} has version {found}, but {_VERSION} was expected. Remove {directory}, and build it anew."
         )
     return description
 
@@ -61,16 +55,11 @@ def check_is_free(directory: Path):
 
 def create_store(directory: Path, description: dict[str, Any]):
     """Make an empty index, in a folder of its own or in place of another index."""
-    _remove_files(directory)
-    write_json(directory / DESCRIPTION, {"version": _VERSION, **description})
-
-
-def _remove_files(directory: Path):
-    """Remove an index but for its description: lists of pictures first, because a shard with a list counts."""
+    # Lists of pictures go first, because a shard with a list counts
     for path in sorted(directory.iterdir(), key=lambda path: not path.name.startswith("pictures-")):
-        is_own = _SHARD_FILE.fullmatch(path.name) or _APPROXIMATE_FILE.fullmatch(path.name) or path.name == _BROKEN
-        if is_own or path.name.endswith(_UNFINISHED):
+        if _SHARD_FILE.fullmatch(path.name) or _APPROXIMATE_FILE.fullmatch(path.name) or path.name == _BROKEN:
             path.unlink()
+    write_json(directory / DESCRIPTION, {"version": _VERSION, **description})
 
 
 @dataclass
@@ -99,9 +88,9 @@ class Store:
 
     def _read_shards(self) -> list[Shard]:
         shards, seen = [], set()
-        matches = [match for path in self.directory.iterdir() if (match := _PICTURES_FILE.fullmatch(path.name))]
+        matches = filter(None, (_SHARD_FILE.fullmatch(path.name) for path in self.directory.iterdir()))
         # A run that was killed while it gathered shards has left pictures in two shards, of which the later counts
-        for number in sorted((int(match[1]) for match in matches), reverse=True):
+        for number in sorted((int(match[2]) for match in matches if match[1] == "pictures"), reverse=True):
             if all(self._path(name, number).exists() for name in self._arrays):
                 columns = _read(self._path("pictures", number))
                 paths = [None if picture in seen else picture for picture in columns["paths"]]
@@ -127,16 +116,11 @@ class Store:
 
     def read(self, name: str, shard: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Read features or embeds of rows of a shard, in rising order."""
-        return self._read(name, self.shards[shard], rows)
-
-    def _read(self, name: str, shard: Shard, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        path = self._path(name, shard.number)
+        path = self._path(name, self.shards[shard].number)
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is gone: the index was changed after it was opened. Open it again, or run the search again."
-            )
+            raise FileNotFoundError(f"{path} is gone: the index was changed after it was opened. Open it again.")
         # If not all rows are wanted, the others are not read
-        return np.load(path) if len(rows) == len(shard.ids) else np.load(path, mmap_mode="r")[rows]
+        return np.load(path) if len(rows) == len(self.shards[shard].ids) else np.load(path, mmap_mode="r")[rows]
 
     def add(self, paths: list[str], stats: list[list[int]], parts: list[dict[str, np.ndarray]]):
         """Add a shard of new pictures."""
@@ -160,9 +144,7 @@ class Store:
     def drop(self, paths: set[str]):
         """Leave pictures out."""
         self._rows = None
-        for shard in list(self.shards):
-            if paths.isdisjoint(shard.paths):
-                continue
+        for shard in [shard for shard in self.shards if not paths.isdisjoint(shard.paths)]:
             shard.paths = [None if path in paths else path for path in shard.paths]
             if shard.alive():
                 self._write_pictures(shard)
@@ -188,15 +170,10 @@ class Store:
     def _gather(self, group: list[Shard]):
         """Put one shard in place of several. It counts as soon as it is there, by its number, which is the highest."""
         rows = [(shard, row) for shard in group for row in shard.alive()]
-        gathered = Shard(
-            self._next_number(),
-            [shard.ids[row] for shard, row in rows],
-            [shard.paths[row] for shard, row in rows],
-            [shard.stats[row] for shard, row in rows],
-        )
-        arrays = {
-            name: np.concatenate([self._read(name, shard, shard.alive()) for shard in group]) for name in self._arrays
-        }
+        columns = [[getattr(shard, name)[row] for shard, row in rows] for name in ("ids", "paths", "stats")]
+        places = [(self.shards.index(shard), shard.alive()) for shard in group]
+        arrays = {name: np.concatenate([self.read(name, *place) for place in places]) for name in self._arrays}
+        gathered = Shard(self._next_number(), *columns)
         self._write_shard(gathered, arrays)
         for shard in group:
             self._remove_shard(shard)
@@ -207,11 +184,8 @@ class Store:
         numbers = {shard.number for shard in self.shards}
         newest, _ = self.approximate_file()
         for path in self.directory.iterdir():
-            shard = _SHARD_FILE.fullmatch(path.name)
-            is_old = (shard and int(shard[1]) not in numbers) or (
-                _APPROXIMATE_FILE.fullmatch(path.name) and path != newest
-            )
-            if is_old or path.name.endswith(_UNFINISHED):
+            shard, is_approximate = _SHARD_FILE.fullmatch(path.name), _APPROXIMATE_FILE.fullmatch(path.name)
+            if (shard and int(shard[2]) not in numbers) or (is_approximate and path != newest):
                 path.unlink()
 
     def check_is_there(self):

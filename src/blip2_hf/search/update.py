@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,41 +45,18 @@ def find_pictures(folder: str | os.PathLike, directory: str | os.PathLike | None
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 
+@dataclass
 class Updater:
-    """
-    Computes the features of pictures of a folder, and stores them.
+    """Computes the features of pictures of a folder, and stores them. Options are those of [`SearchIndex.build`]."""
 
-    Args:
-        store ([`Store`]):
-            Where they go.
-        folder (`Path`):
-            The pictures.
-        model, image_processor:
-            What computes them.
-        batch_size, rows_per_shard, num_workers, show_progress:
-            Those of [`SearchIndex.build`].
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        folder: Path,
-        model: Blip2ImageTextPreTrainedModel,
-        image_processor: Any,
-        batch_size: int,
-        rows_per_shard: int,
-        num_workers: int,
-        show_progress: bool,
-    ):
-        self.store = store
-        self.folder = folder
-        self.model = model
-        self.image_processor = image_processor
-        self.batch_size = BatchSize(batch_size)
-        self.rows_per_shard = rows_per_shard
-        self.num_workers = num_workers
-        self.show_progress = show_progress
-        self.is_space_checked = False
+    store: Store
+    folder: Path
+    model: Blip2ImageTextPreTrainedModel
+    image_processor: Any
+    batch_size: BatchSize
+    rows_per_shard: int
+    num_workers: int
+    show_progress: bool
 
     def update(self, found: dict[str, list[int]]):
         """Make the index that of the pictures that were found, with their sizes and mtimes."""
@@ -105,29 +83,32 @@ class Updater:
         if not stats:
             return
         paths = list(stats)
-        broken, rows, parts = self.store.read_broken(), [], []
+        broken, is_space_checked = self.store.read_broken(), False
+        rows: list[str] = []
+        parts: list[dict[str, np.ndarray]] = []
         inputs = PictureInputs([self.folder / path for path in paths], self.image_processor)
+
+        def add():
+            self.store.write_broken(broken)
+            if rows:
+                self.store.add(rows, [stats[path] for path in rows], parts)
+
         with logging.tqdm(total=len(paths), desc="Pictures", unit="picture", disable=not self.show_progress) as bar:
             for batch in load_ahead(inputs, self.num_workers, batch_size=self.batch_size.size):
                 broken |= {paths[i]: (*stats[paths[i]], reason) for i, reason in batch.errors.items()}
-                items = (
-                    [] if batch.pixel_values is None else list(zip(batch.readable, batch.pixel_values, strict=True))
-                )
+                pixel_values = [] if batch.pixel_values is None else batch.pixel_values
+                items = list(zip(batch.readable, pixel_values, strict=True))
                 for some, part in self.batch_size.run(partial(self._features, paths), items):
-                    if not self.is_space_checked:
+                    if not is_space_checked:
                         self._check_space(part, len(paths))
+                        is_space_checked = True
                     rows += [paths[i] for i, _ in some]
                     parts.append(part)
                 if len(rows) >= self.rows_per_shard:
-                    self._add(rows, parts, stats, broken)
+                    add()
                     rows, parts = [], []
                 bar.update(len(batch.numbers))
-        self._add(rows, parts, stats, broken)
-
-    def _add(self, rows: list[str], parts: list[dict[str, np.ndarray]], stats: dict[str, list[int]], broken: dict):
-        self.store.write_broken(broken)
-        if rows:
-            self.store.add(rows, [stats[path] for path in rows], parts)
+        add()
 
     @torch.inference_mode()
     def _features(self, paths: list[str], items: Sequence[tuple[int, torch.Tensor]]) -> dict[str, np.ndarray]:
@@ -140,19 +121,14 @@ class Updater:
         arrays = {name: array.to(torch.float16) for name, array in arrays.items()}
         for name, array in arrays.items():
             if not array.isfinite().all():
-                advice = (
-                    "Let the model compute in bfloat16 or float32 (dtype, --dtype)."
-                    if name == "features"
-                    else "Build the index without store_embeds (--store-embeds)."
-                )
                 raise ValueError(
                     f"The {name} of {paths[items[0][0]]}, or of one of {len(items) - 1} pictures after it, are not "
-                    f"finite in float16. {advice}"
+                    "finite in float16. Let the model compute in bfloat16 or float32 (dtype, --dtype), or leave out "
+                    "the tower's output (store_embeds, --store-embeds)."
                 )
         return {name: array.cpu().numpy() for name, array in arrays.items()}
 
     def _check_space(self, part: dict[str, np.ndarray], count: int):
-        self.is_space_checked = True
         size = sum(array[0].nbytes for array in part.values())
         free = shutil.disk_usage(self.store.directory).free
         self._tell(
@@ -161,9 +137,8 @@ class Updater:
         )
         if size * count > free:
             raise OSError(
-                f"{self.store.directory} has {free / 1e9:.3g} GB of free space, the index needs "
-                f"{size * count / 1e9:.3g} GB more. Free some, put the index on another disk, or leave out the "
-                "tower's output (store_embeds)."
+                f"{self.store.directory} has {free / 1e9:.3g} GB of free space, but the index needs "
+                f"{size * count / 1e9:.3g} GB more. Free some, or leave out the tower's output (store_embeds)."
             )
 
     def _tell(self, text: str):

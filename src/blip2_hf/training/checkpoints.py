@@ -51,6 +51,7 @@ _BINDING_ARGUMENTS = (
 )
 # Options of the scripts that do not; --skip_bad_rows is what a run that a bad row has stopped goes on with
 _FREE_OPTIONS = {
+    "allow_urls",
     "attn_implementation",
     "early_stopping_patience",
     "group_by",

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from .captions import Words, check_words, count_ngrams
 
 
-# COCO's smoothing: no zero in a product, no division by zero.
+# COCO's smoothing, against zeros in products and divisions by zero
 _TINY, _SMALL = 1e-15, 1e-9
 
 
 def bleu(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, float]:
     r"""
-    BLEU of a corpus, up to four words: clipped precision of n-grams over the whole corpus, with a penalty for brevity
-    against the references closest in length. That of one caption is the BLEU of a corpus of one.
+    Compute BLEU of a corpus for up to four words: the clipped precision of n-grams over the whole corpus, with a
+    penalty for brevity against the references closest in length. BLEU of one caption is that of a corpus of one.
 
     Args:
         predictions (`list[list[str]]`):

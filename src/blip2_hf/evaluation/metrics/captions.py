@@ -1,4 +1,4 @@
-"""What the caption metrics share: checked input, and all of them at once."""
+"""What the caption metrics share: checks of the input, tokens and n-grams."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Words = Sequence[str]
 
 
 def check_pairs(predictions: Sequence, references: Sequence, wanted: str) -> None:
-    """Raises a `ValueError` where predictions and lists of references do not belong together."""
+    """Raise a `ValueError` if predictions and lists of references do not fit together."""
     if isinstance(predictions, str) or isinstance(references, str):
         raise ValueError(f"predictions and references are lists, one entry for each picture, not one text; {wanted}")
     if len(predictions) != len(references):
@@ -26,7 +26,7 @@ def check_pairs(predictions: Sequence, references: Sequence, wanted: str) -> Non
 
 
 def check_words(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> None:
-    """[`check_pairs`], and that captions are lists of words."""
+    """Check as [`check_pairs`], and that captions are lists of words."""
     wanted = "a caption is a list of words, as ptb_tokenize gives it; caption_metrics takes texts"
     check_pairs(predictions, references, wanted)
     for caption in chain(predictions, *references):
@@ -35,7 +35,7 @@ def check_words(predictions: Sequence[Words], references: Sequence[Sequence[Word
 
 
 def check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """[`check_pairs`], and that captions are texts."""
+    """Check as [`check_pairs`], and that captions are texts."""
     wanted = "predictions are a list of texts, references a list of lists of texts"
     check_pairs(predictions, references, wanted)
     for caption in chain(predictions, *references):
@@ -44,7 +44,7 @@ def check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def count_ngrams(caption: Words, longest: int = 4) -> Counter[tuple[str, ...]]:
-    """How often each run of one to `longest` words occurs. A token with a no-break space in it counts as its parts."""
+    """Count the runs of one to `longest` words. A token with a no-break space in it counts as its parts."""
     words = " ".join(caption).split()
     return Counter(
         tuple(words[start : start + size]) for size in range(1, longest + 1) for start in range(len(words) - size + 1)
@@ -55,7 +55,7 @@ def tokenize_captions(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
     r"""
-    Captions as the caption metrics take them: [`ptb_tokenize`] of each.
+    Tokenise captions for the caption metrics, each by [`ptb_tokenize`].
 
     Args:
         predictions (`list[str]`):

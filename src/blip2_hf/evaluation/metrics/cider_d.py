@@ -15,10 +15,10 @@ _Weights = list[dict[tuple[str, ...], float]]  # for each size of n-grams
 
 def cider_d_scores(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
     r"""
-    CIDEr-D of each caption: cosine similarity of tf-idf weighted n-grams of one to four words to each reference,
-    clipped to the reference's weights and penalised for another length; the mean over references and sizes, times 10.
-    In how many pictures an n-gram occurs is counted in the references given, so a score depends on the corpus, and is
-    0 for a corpus of one picture.
+    Compute CIDEr-D of each caption: the cosine similarity of tf-idf weighted n-grams of one to four words to each
+    reference. Weights are clipped to the reference's, and another length is penalised. The score is the mean over
+    references and sizes, times 10. The given references are the documents of the idf, so a score depends on the
+    corpus, and is 0 for a corpus of one picture.
 
     Args:
         predictions (`list[list[str]]`):
@@ -46,7 +46,7 @@ def cider_d_scores(predictions: Sequence[Words], references: Sequence[Sequence[W
 
 
 def cider_d(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, float]:
-    """`CIDEr-D` of a corpus: the mean of [`cider_d_scores`]. Papers print it times 100: 1.37 as 137."""
+    """Compute `CIDEr-D` of a corpus: the mean of [`cider_d_scores`]. Papers print it times 100: 1.37 as 137."""
     return {"CIDEr-D": float(cider_d_scores(predictions, references).mean())}
 
 
@@ -63,7 +63,7 @@ def _cider_d(counts: Counter, references: list[Counter], rarity: dict, unseen: f
 
 
 def _weigh(counts: Counter, rarity: dict, unseen: float) -> tuple[_Weights, list[float], int]:
-    """The weights of n-grams by size, their norms, and the length: COCO's scorer counts pairs of words."""
+    """Return the weights of n-grams by size, their norms, and the length, which is in pairs of words as in COCO's."""
     weights: _Weights = [{}, {}, {}, {}]
     for ngram, count in counts.items():
         weights[len(ngram) - 1][ngram] = count * rarity.get(ngram, unseen)

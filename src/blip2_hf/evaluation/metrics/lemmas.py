@@ -28,8 +28,8 @@ def load_lemmatizer() -> Any:
 
 def lemmatize_answers(answers: Sequence[str]) -> list[str]:
     r"""
-    Lemmatise answers as LAVIS does for OK-VQA, where the annotators' answers are lemmatised already: nouns and verbs
-    become their base form, and spaces separate words and signs. It needs spaCy and its model `en_core_web_sm`.
+    Lemmatise answers as LAVIS does for OK-VQA, because the annotators' answers are lemmatised. Nouns and verbs become
+    their base form, and spaces separate words and signs. This needs spaCy and its model `en_core_web_sm`.
 
     Args:
         answers (`list[str]`):

@@ -1,8 +1,8 @@
 """
-Captions to words, as COCO's caption evaluation cuts them: Penn Treebank tokens in lower case, without punctuation.
+The tokens of COCO's caption evaluation: those of the Penn Treebank, in lower case, without punctuation.
 
 The reference is Stanford's PTBTokenizer 3.4.1 with `-preserveLines -lowerCase`, which pycocoevalcap runs in Java. The
-rules below say what it was seen to do; docs/metrics.md says where they differ.
+rules below were written from its behaviour; docs/metrics.md lists the differences.
 """
 
 import re

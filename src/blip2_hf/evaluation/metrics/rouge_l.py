@@ -12,7 +12,7 @@ _BETA = 1.2  # recall counts for more than precision
 
 def rouge_l_scores(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
     r"""
-    ROUGE-L of each caption: the F-measure of the best precision and the best recall that any reference gives, both
+    Compute ROUGE-L of each caption: the F-measure of the best precision and the best recall over its references, both
     from the longest common subsequence of words.
 
     Args:
@@ -32,7 +32,7 @@ def rouge_l_scores(predictions: Sequence[Words], references: Sequence[Sequence[W
 
 
 def rouge_l(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, float]:
-    """`ROUGE-L` of a corpus: the mean of [`rouge_l_scores`]."""
+    """Compute `ROUGE-L` of a corpus: the mean of [`rouge_l_scores`]."""
     return {"ROUGE-L": float(rouge_l_scores(predictions, references).mean())}
 
 
@@ -50,7 +50,7 @@ def _rouge_l(prediction: Words, references: Sequence[Words]) -> float:
 
 
 def longest_common_subsequence(first: Words, second: Words) -> int:
-    """The length of the longest list of words that occurs in both, in order, with gaps or without."""
+    """Return the length of the longest list of words that occurs in both, in order, with gaps or without."""
     places: dict[str, int] = {}
     for index, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << index

@@ -37,7 +37,7 @@ _REPAIRED["somebody'd"] = "somebodyd"  # the official table has this one the wro
 
 
 def _strip_punctuation(answer: str) -> str:
-    """A sign that stands beside a space anywhere in the answer goes; another becomes a space."""
+    """Remove each sign that is beside a space anywhere in the answer, and replace the others by a space."""
     text = answer
     comma_in_number = _COMMA_IN_NUMBER.search(answer) is not None  # then nothing becomes a space
     for sign in _PUNCTUATION:
@@ -74,7 +74,7 @@ def _strip_ends(answer: str) -> str:
 
 
 def comparable_answer(answer: str) -> str:
-    """Return [`normalize_vqa_answer`] of an answer, or of one that has only articles or signs ("A", "+") these."""
+    """Return [`normalize_vqa_answer`] of an answer, but keep the articles or signs of one without words ("A", "+")."""
     return normalize_vqa_answer(answer) or _strip_punctuation(answer).strip().lower() or answer.strip()
 
 
