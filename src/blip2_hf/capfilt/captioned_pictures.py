@@ -46,11 +46,7 @@ class CaptionedPictures(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self,
-        dataset: datasets.Dataset,
-        image_column: str,
-        text_column: str,
-        allow_urls: bool | Sequence[str] = False,
+        self, dataset: datasets.Dataset, image_column: str, text_column: str, allow_urls: bool | Sequence[str]
     ):
         has_features = EMBEDS in dataset.column_names
         columns = [*(FEATURE_COLUMNS if has_features else [image_column]), text_column]

@@ -163,7 +163,14 @@ def _rank_missing(files: ResultFiles, ranking: "_Ranking", batch_size: int, num_
         to_write = f"files to write: {len(missing):,} of {len(files.names):,}"
         tqdm.write(f"{len(ranking.pictures):,} rows, {to_write}{tell_share(state)} ({files.folder})", file=sys.stderr)
     state.wait_for_everyone()
-    _write(files, share(missing, state), ranking, batch_size, num_workers, is_shown=state.is_main_process)
+    own = share(missing, state)
+    rows = [files.rows[shard] for shard in own]
+    read = load_shards(ranking.pictures, rows, batch_size, num_workers, collate_fn=list)
+    is_hidden = not state.is_main_process
+    with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="CapFilt", disable=is_hidden) as bar:
+        for shard, batches in zip(own, read, strict=True):
+            report = ShardReport()
+            files.write(shard, ranking.tables(batches, report, bar), report)
     state.wait_for_everyone()
     if state.is_main_process:
         tqdm.write(files.finish(), file=sys.stderr)
@@ -215,17 +222,6 @@ class _Ranking:
         arrays += [pa.array(x, self.schema.field(name).type) for name, x in zip(ADDED, columns, strict=True)]
         # The result may be moved to where files that rows only name are missing, but URLs are not
         return embed_table_storage(pa.Table.from_arrays(arrays, schema=self.schema), remote_files=False)
-
-
-def _write(
-    files: ResultFiles, shards: Sequence[int], ranking: _Ranking, batch_size: int, num_workers: int, is_shown: bool
-):
-    rows = [files.rows[shard] for shard in shards]
-    read = load_shards(ranking.pictures, rows, batch_size, num_workers, collate_fn=list)
-    with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="CapFilt", disable=not is_shown) as bar:
-        for shard, batches in zip(shards, read, strict=True):
-            report = ShardReport()
-            files.write(shard, ranking.tables(batches, report, bar), report)
 
 
 __all__ = ["capfilt_dataset"]

@@ -74,9 +74,8 @@ class CaptionOutput(ABC):
         return {position for position in positions if position is not None}
 
     def parts(self) -> list[Path]:
-        found = self.base.parent.glob("*") if self.base.parent.is_dir() else ()
         pattern = re.compile(re.escape(self.base.name) + r"\.part-\d{5,}\.jsonl")
-        return sorted(path for path in found if pattern.fullmatch(path.name))
+        return sorted(path for path in self.base.parent.glob("*") if pattern.fullmatch(path.name))
 
     def has_parts(self) -> bool:
         """Tell whether a run that was not finished has left something in its parts."""
