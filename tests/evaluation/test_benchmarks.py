@@ -324,9 +324,9 @@ def test_lemmas_are_those_of_nouns_and_verbs(spacy):
 def test_lemmatizing_is_a_part_of_scores_alone(opt, tmp_path, monkeypatch, spacy):
     model, processor = opt
     samples, preset = questions_with(["dog"] * 10, ["ride"] * 10), fast_preset("vqa", model)
-    write = "blip2_hf.evaluation.text_prediction._Writer.write"
+    write = "blip2_hf.evaluation.text_prediction.write_texts"
     with monkeypatch.context() as patch:
-        patch.setattr(write, lambda self, prompts, pictures: ["dogs", "riding"])
+        patch.setattr(write, lambda *_: ["dogs", "riding"])
         results = evaluate_vqa(model, processor, samples, tmp_path, preset, lemmatize=True)
     assert results["scores"] == {"vqa_accuracy": 1} and results["settings"]["lemmatize"] is True
     assert "| vqa (protocol official, lemmatized) |" in (tmp_path / "table.md").read_text()

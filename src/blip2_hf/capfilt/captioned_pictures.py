@@ -9,37 +9,24 @@ import pyarrow as pa
 import torch
 
 from ..data.bad_rows import (
-    PICTURE_MISSING,
-    PICTURE_UNREADABLE,
     TEXT_EMPTY,
     TEXT_MISSING,
+    BadPictureError,
     BadRow,
     RowName,
     find_file,
+    open_row_picture,
 )
 from ..data.feature_cache import EMBEDS, FEATURE_COLUMNS, read_cached_features
-from ..data.rows import get_column, open_image, select_columns
+from ..data.rows import get_column, select_columns
 from ..data.text import clean_caption
 from ..jobs.errors import shorten
 from ..jobs.fingerprints import fingerprint, sampled_rows
-from ..models.image_loading import ImageLoadError
 
 
 @dataclass
 class CaptionedPicture:
-    r"""
-    A row.
-
-    Args:
-        name (`RowName`):
-            What messages call it.
-        originals (`list[str]`):
-            The captions that it came with, as they are.
-        picture (`PIL.Image.Image` or `torch.Tensor`, *optional*):
-            The picture, or its features; `None` if it can't be read.
-        bad (`BadRow`, *optional*):
-            Why it can't be read.
-    """
+    """A row: its own captions, and its picture, or the features in its place, or why it can't be read."""
 
     name: RowName
     originals: list[str]
@@ -53,27 +40,13 @@ class CaptionedPicture:
 
 
 class CaptionedPictures(torch.utils.data.Dataset):
-    r"""
-    The rows of a dataset. Features that [`~data.cache_features`] stored are read in place of pictures.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            The rows.
-        image_column (`str`):
-            Column of the pictures.
-        text_column (`str`):
-            Column of the captions: texts, or lists of texts.
-        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
-            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
-            the hosts in it.
+    """
+    The rows of a dataset. Features that [`~data.cache_features`] stored are read in place of pictures. `allow_urls` is
+    that of [`capfilt_dataset`].
     """
 
     def __init__(
-        self,
-        dataset: datasets.Dataset,
-        image_column: str,
-        text_column: str,
-        allow_urls: bool | Sequence[str] = False,
+        self, dataset: datasets.Dataset, image_column: str, text_column: str, allow_urls: bool | Sequence[str]
     ):
         has_features = EMBEDS in dataset.column_names
         columns = [*(FEATURE_COLUMNS if has_features else [image_column]), text_column]
@@ -94,14 +67,10 @@ class CaptionedPictures(torch.utils.data.Dataset):
         value = get_column(row, self.image_column)
         name = RowName(number, find_file(row, value))
         originals = self._originals(row, name)
-        if value is None or (isinstance(value, Mapping) and not any(value.get(key) for key in ("bytes", "path"))):
-            bad = bad_row(name, PICTURE_MISSING, f"has no picture in column {self.image_column!r}.")
-            return CaptionedPicture(name, originals, bad=bad)
         try:
-            picture = open_image(value, str(RowName(number)), self.allow_urls)
-        except ImageLoadError as error:
-            bad = BadRow(number, name.file, str(error), PICTURE_UNREADABLE)
-            return CaptionedPicture(name, originals, bad=bad)
+            picture = open_row_picture(value, name, self.image_column, self.allow_urls)
+        except BadPictureError as error:
+            return CaptionedPicture(name, originals, bad=BadRow(number, name.file, str(error), error.kind))
         return CaptionedPicture(name, originals, picture)
 
     def _originals(self, row: Mapping, name: RowName) -> list[str]:

@@ -11,6 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from ..captioning.captions import MAX_NEW_TOKENS
 from ..jobs.batch_size import BatchSize
 from ..jobs.fingerprints import model_settings
+from ..jobs.inference import eval_mode
 from ..models.image_loading import check_reads_8_bit
 from ..models.modeling_pretraining import Blip2ForPreTraining
 
@@ -74,13 +75,9 @@ class ModelCaptioner:
         Returns:
             `list[list[str]]`: the captions of each.
         """
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            inputs = picture_inputs(pictures, self.processor.image_processor)
+        inputs = picture_inputs(pictures, self.processor.image_processor)
+        with eval_mode(self.model):
             return [texts for _, found in self._batch_size.run(self._write, inputs) for texts in found]
-        finally:
-            self.model.train(was_training)
 
     def _write(self, inputs: torch.Tensor) -> list[list[str]]:
         is_stage1 = isinstance(self.model, Blip2ForPreTraining)

@@ -7,6 +7,7 @@ import torch
 from transformers.processing_utils import ProcessorMixin
 
 from ..jobs.fingerprints import model_settings
+from ..jobs.inference import eval_mode
 from ..models.losses import image_text_similarity
 from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 from ..retrieval.two_stage import TwoStageRetrieval
@@ -96,12 +97,8 @@ class RetrievalFilter:
         inputs = picture_inputs(pictures, self.processor.image_processor).to(self.model.device)
         if inputs.dim() == 3:
             return inputs
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with eval_mode(self.model):
             return self.model.get_image_embeds(inputs)
-        finally:
-            self.model.train(was_training)
 
     def settings(self) -> dict[str, Any]:
         """Return what the scores depend on."""

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,11 @@ def capfilt_dataset(
     (412, 1000)
     >>> pairs = ImageTextPairs(datasets.load_dataset("filtered", split="train"), text_column="kept_captions")
     ```"""
-    _check_arguments(dataset, keep, batch_size, rows_per_shard)
+    check_dataset(dataset, ADDED)
+    if min(keep, batch_size, rows_per_shard) < 1:
+        raise ValueError(
+            f"keep={keep}, batch_size={batch_size}, rows_per_shard={rows_per_shard}: 1 at least was expected of each."
+        )
     pictures = CaptionedPictures(dataset, image_column, text_column, allow_urls)
     settings = {
         **pictures.describe(),
@@ -156,9 +160,17 @@ def _rank_missing(files: ResultFiles, ranking: "_Ranking", batch_size: int, num_
     state.wait_for_everyone()
     if state.is_main_process:
         files.prepare()
-        _announce(files, len(ranking.pictures), len(missing), state)
+        to_write = f"files to write: {len(missing):,} of {len(files.names):,}"
+        tqdm.write(f"{len(ranking.pictures):,} rows, {to_write}{tell_share(state)} ({files.folder})", file=sys.stderr)
     state.wait_for_everyone()
-    _write(files, share(missing, state), ranking, batch_size, num_workers, is_shown=state.is_main_process)
+    own = share(missing, state)
+    rows = [files.rows[shard] for shard in own]
+    read = load_shards(ranking.pictures, rows, batch_size, num_workers, collate_fn=list)
+    is_hidden = not state.is_main_process
+    with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="CapFilt", disable=is_hidden) as bar:
+        for shard, batches in zip(own, read, strict=True):
+            report = ShardReport()
+            files.write(shard, ranking.tables(batches, report, bar), report)
     state.wait_for_everyone()
     if state.is_main_process:
         tqdm.write(files.finish(), file=sys.stderr)
@@ -172,39 +184,17 @@ def _settings_of(function: Any) -> Any:
     return None if function is None else stable_repr(function)
 
 
-def _check_arguments(dataset: Any, keep: int, batch_size: int, rows_per_shard: int):
-    check_dataset(dataset, ADDED)
-    if min(keep, batch_size, rows_per_shard) < 1:
-        raise ValueError(
-            f"keep={keep}, batch_size={batch_size}, rows_per_shard={rows_per_shard}: 1 at least was expected of each."
-        )
-
-
-def _announce(files: ResultFiles, rows: int, missing: int, state: PartialState):
-    to_write = f"files to write: {missing:,} of {len(files.names):,}"
-    tqdm.write(f"{rows:,} rows, {to_write}{tell_share(state)} ({files.folder})", file=sys.stderr)
-
-
+@dataclass
 class _Ranking:
     """Makes tables of rows with their ranked captions."""
 
-    def __init__(
-        self,
-        pictures: CaptionedPictures,
-        captioner: Captioner | None,
-        caption_filter: CaptionFilter,
-        keep: int,
-        min_score: float | None,
-        seed: int,
-        schema: pa.Schema,
-    ):
-        self.pictures = pictures
-        self.captioner = captioner
-        self.caption_filter = caption_filter
-        self.keep = keep
-        self.min_score = min_score
-        self.seed = seed
-        self.schema = schema
+    pictures: CaptionedPictures
+    captioner: Captioner | None
+    caption_filter: CaptionFilter
+    keep: int
+    min_score: float | None
+    seed: int
+    schema: pa.Schema
 
     def tables(self, batches: Iterator[list[CaptionedPicture]], report: ShardReport, bar: Any) -> Iterator[pa.Table]:
         for batch in batches:
@@ -232,17 +222,6 @@ class _Ranking:
         arrays += [pa.array(x, self.schema.field(name).type) for name, x in zip(ADDED, columns, strict=True)]
         # The result may be moved to where files that rows only name are missing, but URLs are not
         return embed_table_storage(pa.Table.from_arrays(arrays, schema=self.schema), remote_files=False)
-
-
-def _write(
-    files: ResultFiles, shards: Sequence[int], ranking: _Ranking, batch_size: int, num_workers: int, is_shown: bool
-):
-    rows = [files.rows[shard] for shard in shards]
-    read = load_shards(ranking.pictures, rows, batch_size, num_workers, collate_fn=list)
-    with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="CapFilt", disable=not is_shown) as bar:
-        for shard, batches in zip(shards, read, strict=True):
-            report = ShardReport()
-            files.write(shard, ranking.tables(batches, report, bar), report)
 
 
 __all__ = ["capfilt_dataset"]

@@ -100,14 +100,6 @@ class ShardReport:
         self.counts.add(other.counts)
         self.left_out += other.left_out
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "ShardReport":
-        values = json.loads(text)
-        return cls(CapFiltCounts(**values["counts"]), [BadRow(**row) for row in values["left_out"]])
-
 
 def _without_captions(row: CaptionedPicture, ranked: list[RankedCaption], min_score: float | None) -> BadRow:
     if not ranked:
@@ -118,27 +110,10 @@ def _without_captions(row: CaptionedPicture, ranked: list[RankedCaption], min_sc
 
 
 class ResultFiles:
-    r"""
-    The files of a result, which become a dataset once all of them are there.
-
-    Args:
-        folder (`Path`):
-            The folder.
-        features (`datasets.Features`):
-            Those of the result.
-        num_rows (`int`), rows_per_shard (`int`):
-            Rows of the dataset, and of a file.
-        settings (`dict`):
-            What the result depends on.
-    """
+    """The files of a result, which become a dataset once all of them are there. `settings` are what it depends on."""
 
     def __init__(
-        self,
-        folder: Path,
-        features: datasets.Features,
-        num_rows: int,
-        rows_per_shard: int,
-        settings: dict[str, Any],
+        self, folder: Path, features: datasets.Features, num_rows: int, rows_per_shard: int, settings: dict[str, Any]
     ):
         self.folder = folder
         self.schema = features.arrow_schema
@@ -204,7 +179,7 @@ class ResultFiles:
         with atomic_file(self.place / self.names[shard]) as file, pq.ParquetWriter(file, self.schema) as writer:
             for table in _large(tables):
                 writer.write_table(table)
-            writer.add_key_value_metadata({_REPORT: report.to_json()})
+            writer.add_key_value_metadata({_REPORT: json.dumps(asdict(report))})
 
     def finish(self) -> str:
         """Make the files a dataset, and return which rows were left out and what became of the captions."""
@@ -228,7 +203,8 @@ class ResultFiles:
 
 def _read_report(path: Path) -> ShardReport:
     try:
-        return ShardReport.from_json(pq.read_metadata(path).metadata[_REPORT.encode()])
+        values = json.loads(pq.read_metadata(path).metadata[_REPORT.encode()])
+        return ShardReport(CapFiltCounts(**values["counts"]), [BadRow(**row) for row in values["left_out"]])
     except (ValueError, KeyError, TypeError) as error:  # no Parquet, or without the report
         raise StateFileError(
             f"{path} can't be read as a file of CapFilt ({error}): it was cut off or changed. Delete it, and run the "

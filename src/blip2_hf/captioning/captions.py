@@ -10,6 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from ..jobs.batch_size import BatchSize, first_batch_size
+from ..jobs.inference import eval_mode
 from ..jobs.picture_inputs import PictureInputs, PictureStream, load_ahead
 
 
@@ -83,16 +84,12 @@ def caption_images(
     is_sequence = isinstance(images, (Sequence, Dataset)) and not isinstance(images, IterableDataset)
     inputs = (PictureInputs if is_sequence else PictureStream)(images, processor.image_processor, "image")
     writer = CaptionWriter(model, processor, prompt, {"max_new_tokens": max_new_tokens, **generate_kwargs})
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in load_ahead(inputs, num_workers, batch_size=batch_size or first_batch_size(model.device)):
             texts = iter([] if batch.pixel_values is None else writer(batch.pixel_values))
             for number in batch.numbers:
                 error = batch.errors.get(number)
                 yield PictureCaption(number, None if error else next(texts), error)
-    finally:
-        model.train(was_training)
 
 
 class CaptionWriter:

@@ -139,17 +139,20 @@ def _caption_missing(
     state.wait_for_everyone()
     if state.is_main_process:
         files.prepare(settings)
-        _announce(num_pictures, len(missing), state, files)
+        to_do = f"{num_pictures:,} pictures, {len(done):,} done already, {len(missing):,} to caption"
+        tqdm.write(f"{to_do}{tell_share(state)}: {files.place}", file=sys.stderr)
     state.wait_for_everyone()
     own = share(missing, state)
     captioned, broken = _write(caption(own), own, files, part, is_shown=state.is_main_process)
-    if state.num_processes > 1:
-        captioned, broken = (sum(column) for column in zip(*gather_object([(captioned, broken)]), strict=True))
+    captioned, broken = map(sum, zip(*gather_object([(captioned, broken)]), strict=True))
     counts = CaptionCounts(num_pictures, len(done), captioned, broken)
     if state.is_main_process:
         files.finish()
         files.check_complete()
-        _report(counts, files)
+        message = f"Captions written: {captioned:,}."
+        if broken:
+            message += f" Pictures that can't be read: {broken:,}; {files.broken} says why."
+        tqdm.write(message, file=sys.stderr)
     state.wait_for_everyone()
     return counts
 
@@ -185,18 +188,6 @@ def _settings(
         "generation": generation,
     }
     return as_json(settings)
-
-
-def _announce(pictures: int, missing: int, state: PartialState, files: CaptionOutput):
-    done = f"{pictures:,} pictures, {pictures - missing:,} done already"
-    tqdm.write(f"{done}, {missing:,} to caption{tell_share(state)}: {files.place}", file=sys.stderr)
-
-
-def _report(counts: CaptionCounts, files: CaptionOutput):
-    message = f"Captions written: {counts.captioned:,}."
-    if counts.broken:
-        message += f" Pictures that can't be read: {counts.broken:,}; {files.broken} says why."
-    tqdm.write(message, file=sys.stderr)
 
 
 def _write(

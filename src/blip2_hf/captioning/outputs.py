@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
@@ -38,43 +38,44 @@ _OTHERWISE = (
 
 
 class CaptionOutput(ABC):
-    r"""
-    What a run writes: the result, and beside it `settings.json`, `broken.jsonl` and, until it is finished, the parts.
-
-    Args:
-        base (`Path`):
-            What the names of the files beside the result begin with.
-        pictures ([`Pictures`]):
-            The pictures.
+    """
+    What a run writes: the result at `place`, and beside it `settings.json`, `broken.jsonl` and, until the run is
+    finished, the parts. The names of these files begin with `base`.
     """
 
-    def __init__(self, base: Path, pictures: Pictures):
+    def __init__(self, place: Path, base: Path, pictures: Pictures):
+        self.place = place
         self.base = base
         self.pictures = pictures
         self.settings = _beside(base, "settings.json")
         self.broken = _beside(base, "broken.jsonl")
         self.lock = base.with_name(f".{base.name}.lock")
 
-    @property
-    @abstractmethod
-    def place(self) -> Path:
-        """Return where the captions are, for messages."""
-
-    @abstractmethod
-    def done(self) -> set[int]:
-        """Return the pictures that have a caption, or were found broken in a run that was not finished."""
-
     @abstractmethod
     def remove_captions(self): ...
 
     @abstractmethod
+    def has_captions(self) -> bool:
+        """Tell whether there are captions whose settings count. A run that failed at its first pictures has none."""
+
     def check(self, settings: Mapping[str, Any]):
         """Refuse captions that other settings made."""
+        if self.has_captions():
+            check_settings_file(self.settings, settings, self.place, _OTHERWISE, free=("model",))
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Yield the records of a result that is one file."""
+        return iter(())
+
+    def done(self) -> set[int]:
+        """Return the pictures that have a caption, or were found broken in a run that was not finished."""
+        records = chain(self.results(), *map(self.read, self.parts()))
+        positions = {self.pictures.position(record) for record in records}
+        return {position for position in positions if position is not None}
 
     def parts(self) -> list[Path]:
-        found = self.base.parent.glob("*") if self.base.parent.is_dir() else ()
         pattern = re.compile(re.escape(self.base.name) + r"\.part-\d{5,}\.jsonl")
-        return sorted(path for path in found if pattern.fullmatch(path.name))
+        return sorted(path for path in self.base.parent.glob("*") if pattern.fullmatch(path.name))
 
     def has_parts(self) -> bool:
         """Tell whether a run that was not finished has left something in its parts."""
@@ -161,37 +162,25 @@ class CaptionFile(CaptionOutput):
     """Captions in one file, JSON lines or Parquet, that appears when the run is finished."""
 
     def __init__(self, path: Path, pictures: Pictures, output_format: str):
-        super().__init__(path, pictures)
-        self.path = path
+        super().__init__(path, path, pictures)
         self.output_format = output_format
 
-    @property
-    def place(self) -> Path:
-        return self.path
-
-    def done(self) -> set[int]:
-        sources = [self.results(), *map(self.read, self.parts())]
-        positions = {self.pictures.position(record) for source in sources for record in source}
-        return {position for position in positions if position is not None}
-
     def results(self) -> Iterator[dict[str, Any]]:
-        if not self.path.exists():
+        if not self.place.exists():
             return iter(())
-        return self.read(self.path) if self.output_format == "jsonl" else _read_parquet(self.path)
+        return self.read(self.place) if self.output_format == "jsonl" else _read_parquet(self.place)
 
     def remove_captions(self):
-        self.path.unlink(missing_ok=True)
+        self.place.unlink(missing_ok=True)
 
-    def check(self, settings: Mapping[str, Any]):
-        # A run that failed at its first pictures binds no other
-        if self.path.exists() or (self.settings.exists() and self.has_parts()):
-            check_settings_file(self.settings, settings, self.place, _OTHERWISE, free=("model",))
+    def has_captions(self) -> bool:
+        return self.place.exists() or (self.settings.exists() and self.has_parts())
 
     def join(self, parts: list[Path]) -> list[dict[str, Any]]:
         broken: list[dict[str, Any]] = []
         records = self.in_order(self.results(), *map(self.read, parts))
         captions = _take_out_broken(records, broken)
-        with atomic_file(self.path) as file:
+        with atomic_file(self.place) as file:
             if self.output_format == "jsonl":
                 file.writelines(map(json_line, captions))
             else:
@@ -204,7 +193,7 @@ class SidecarFiles(CaptionOutput):
 
     def __init__(self, folder: Path | None, pictures: FolderPictures):
         self.folder = pictures.folder if folder is None else folder
-        super().__init__(self.folder / "captions", pictures)
+        super().__init__(self.folder, self.folder / "captions", pictures)
         self.sidecars = [self.folder / f"{os.path.splitext(name)[0]}.txt" for name in pictures.names]
         first: dict[Path, str] = {}
         for name, sidecar in zip(pictures.names, self.sidecars, strict=True):
@@ -215,22 +204,15 @@ class SidecarFiles(CaptionOutput):
                 )
             first[sidecar] = name
 
-    @property
-    def place(self) -> Path:
-        return self.folder
-
     def done(self) -> set[int]:
-        positions = {self.pictures.position(record) for path in self.parts() for record in self.read(path)}
-        found = {index for index, sidecar in enumerate(self.sidecars) if sidecar.exists()}
-        return found | {position for position in positions if position is not None}
+        return super().done() | {index for index, sidecar in enumerate(self.sidecars) if sidecar.exists()}
 
     def remove_captions(self):
         for sidecar in self.sidecars:
             sidecar.unlink(missing_ok=True)
 
-    def check(self, settings: Mapping[str, Any]):
-        if self.settings.exists() and (self.has_parts() or any(self.folder.rglob("*.txt"))):
-            check_settings_file(self.settings, settings, self.place, _OTHERWISE, free=("model",))
+    def has_captions(self) -> bool:
+        return self.settings.exists() and (self.has_parts() or any(self.folder.rglob("*.txt")))
 
     def folders(self) -> set[Path]:
         return {self.folder, *(path.parent for path in self.sidecars)}
@@ -248,19 +230,9 @@ class SidecarFiles(CaptionOutput):
 
 
 def open_output(output: str | os.PathLike | None, output_format: str | None, pictures: Pictures) -> CaptionOutput:
-    r"""
-    Return the output of a format, by default the one that the ending of its name tells.
-
-    Args:
-        output (`str` or `os.PathLike`, *optional*):
-            A file or, for .txt files, a folder. Without it, the folder of the pictures.
-        output_format (`str`, *optional*):
-            `"txt"`, `"jsonl"` or `"parquet"`.
-        pictures ([`Pictures`]):
-            The pictures.
-
-    Raises:
-        CollectionError: if the format does not go with the output or the pictures.
+    """
+    Return the output of a format, by default the one that the ending of its name tells. Without `output`, .txt files
+    lie in the folder of the pictures.
     """
     path = None if output is None else Path(output)
     suffix = "" if path is None else path.suffix

@@ -15,6 +15,7 @@ from ..jobs.atomic_files import atomic_file
 from ..jobs.errors import printable
 from ..jobs.state_files import json_line
 from ..models.image_loading import ImageLoadError
+from .rows import open_image
 
 
 if TYPE_CHECKING:
@@ -35,29 +36,23 @@ _SHOWN = 5  # rows that a report tells of
 
 
 class RowName(str):
-    r"""
-    The name of a row in messages, such as `row 17 of coco (dogs/17.jpg)`.
-
-    Args:
-        number (`int`):
-            Number of the row in its dataset.
-        file (`str`, *optional*):
-            File from which the row comes.
-        source (`str`, *optional*):
-            Name of the dataset.
+    """
+    The name of a row in messages, such as `row 17 of coco (dogs/17.jpg)`: its number in the dataset `source`, and the
+    file from which it comes.
     """
 
     number: int
     file: str | None
+    source: str | None
 
     def __new__(cls, number: int, file: str | None = None, source: str | None = None):
         of_source = "" if source is None else f" of {source}"
         name = super().__new__(cls, f"row {number}{of_source}" + ("" if file is None else f" ({file})"))
-        name.number, name.file, name._arguments = number, file, (number, file, source)
+        name.number, name.file, name.source = number, file, source
         return name
 
     def __getnewargs__(self) -> tuple:
-        return self._arguments
+        return self.number, self.file, self.source
 
     @property
     def at_start(self) -> str:
@@ -209,6 +204,20 @@ def leave_out_bad_rows(
 def count_kinds(counts: Counter) -> str:
     """Return a text such as `3 text empty, 1 picture missing`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+
+
+def open_row_picture(value: Any, name: RowName, column: str, allow_urls: bool | Sequence[str] = False) -> Image.Image:
+    """Open the picture that a row has in a column. A [`BadPictureError`] names the row and the file."""
+    is_record = isinstance(value, Mapping)
+    if value is None or (is_record and value.get("bytes") is None and value.get("path") is None):
+        raise BadPictureError(f"{name.at_start} has no picture in column {column!r}.", name, PICTURE_MISSING)
+    try:
+        return open_image(value, RowName(name.number, source=name.source), allow_urls)
+    except ImageLoadError as error:
+        message = str(error)
+        if name.file is not None and repr(name.file) not in message:
+            message = f"{name.file}: {message}"
+        raise BadPictureError(message, name, PICTURE_UNREADABLE) from error
 
 
 def find_file(row: Mapping, picture: Any) -> str | None:

@@ -173,30 +173,27 @@ class LanguageModelCollator:
         prompt_lengths = batch.get("qformer_attention_mask", torch.zeros_like(batch["attention_mask"])).sum(dim=1)
         lengths = torch.stack([positions, num_labels, prompt_lengths], dim=1).tolist()
         for i, (row, (length, count, prompt_length)) in enumerate(zip(rows, lengths, strict=True)):
-            name = row.get("row", f"row {i} of the batch")
+            problem, kind = None, TEXT_TOO_LONG
             if self.max_qformer_positions is not None and prompt_length > self.max_qformer_positions:
-                raise BadRowError(
-                    f"{name} has a prompt of {prompt_length} tokens, but the Q-Former has "
-                    f"{self.max_qformer_positions} positions. Give a max_length of at most that, to cut long prompts, "
-                    "or leave the row out: check_pairs finds all such rows.",
-                    name,
-                    TEXT_TOO_LONG,
+                problem = (
+                    f"has a prompt of {prompt_length} tokens, but the Q-Former has {self.max_qformer_positions} "
+                    "positions. Give a max_length of at most that, to cut long prompts"
                 )
-            if self.max_positions is not None and length > self.max_positions:
-                raise BadRowError(
-                    f"{name} takes {length} positions, but the model has {self.max_positions}. Give a smaller "
-                    "max_length than that, to cut long texts, or leave the row out: check_pairs finds all such rows.",
-                    name,
-                    TEXT_TOO_LONG,
+            elif self.max_positions is not None and length > self.max_positions:
+                problem = (
+                    f"takes {length} positions, but the model has {self.max_positions}. Give a smaller max_length "
+                    "than that, to cut long texts"
                 )
-            # One label is the end token
-            if count <= 1:
+            elif count <= 1:  # the end token
+                kind = NOTHING_TO_LEARN
+                problem = (
+                    f"has nothing left to learn: max_length={self.max_length} cuts all of its text, "
+                    f"{shorten(row['text'])}, after the prompt {shorten(row.get('prompt', ''))}. Allow more"
+                )
+            if problem is not None:
+                name = row.get("row", f"row {i} of the batch")
                 raise BadRowError(
-                    f"{name} has nothing left to learn: max_length={self.max_length} cuts all of its text, "
-                    f"{shorten(row['text'])}, after the prompt {shorten(row.get('prompt', ''))}. Allow more, or "
-                    "leave the row out: check_pairs finds all such rows.",
-                    name,
-                    NOTHING_TO_LEARN,
+                    f"{name} {problem}, or leave the row out: check_pairs finds all such rows.", name, kind
                 )
 
 

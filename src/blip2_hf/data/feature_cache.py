@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json
 from ..jobs.batch_size import BatchSize
 from ..jobs.fingerprints import check_settings_file, fingerprint, sampled_rows, sampled_weights, stable_repr
+from ..jobs.inference import eval_mode
 from ..jobs.output import check_still_there, only_writer
 from ..jobs.picture_inputs import PictureBatch, PictureInput, load_shards, split_rows
 from ..jobs.state_files import read_json, read_whole
@@ -157,16 +158,12 @@ def cache_features(
     image_processor = processor.image_processor if isinstance(processor, ProcessorMixin) else processor
     check_reads_8_bit(image_processor)
     pictures = _Views(dataset, image_column, image_processor, views, transform, seed, skip_broken, allow_urls)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         shards = _Shards(Path(folder), pictures, model, dtype, rows_per_shard, batch_size)
         with only_writer(shards.folder / f".part-{part_index}-of-{num_parts}.lock", shards.folder):
             own = range(part_index, len(shards.rows), num_parts)
             shards.write(shards.prepare(own), num_workers)
             check_still_there([shards.folder / _DESCRIPTION, *(shards.paths[shard] for shard in own)], shards.folder)
-    finally:
-        model.train(was_training)
     return shards.folder
 
 
@@ -411,7 +408,9 @@ class _Shards:
         shards = load_shards(self.pictures, rows, self.rows_at_once, num_workers)
         with logging.tqdm(total=sum(map(len, rows)), unit="row", desc="Features") as progress:
             for shard, batches in zip(missing, shards, strict=True):
-                _write_shard(self.paths[shard], self.schema, self._tables(batches, progress))
+                with atomic_file(self.paths[shard]) as file, pa.ipc.new_stream(file, self.schema) as writer:
+                    for table in self._tables(batches, progress):
+                        writer.write_table(table)
 
     def _tables(self, batches: Iterator[PictureBatch], progress) -> Iterator[pa.Table]:
         for batch in batches:
@@ -451,12 +450,6 @@ class _Shards:
             pa.array(rows, pa.int64()),
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
-
-
-def _write_shard(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]):
-    with atomic_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
-        for table in tables:
-            writer.write_table(table)
 
 
 def _open_shard(path: Path) -> datasets.Dataset:

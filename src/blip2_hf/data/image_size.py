@@ -44,7 +44,10 @@ def with_image_size(image_processor: Any, image_size: int | None) -> Any:
     square: dict[str, Any] = {"size": {"height": image_size, "width": image_size}}
     try:
         if "data_config" in settings:
-            sized = BlipImageProcessorPil(**square, **_timm_settings(settings["data_config"]))
+            timm = settings["data_config"]
+            resample = Image.Resampling[timm["interpolation"].upper()]
+            own = {"resample": resample, "image_mean": list(timm["mean"]), "image_std": list(timm["std"])}
+            sized = BlipImageProcessorPil(**square, **own)
         elif "crop_pct" in settings:
             names = ("resample", "image_mean", "image_std", "do_rescale", "rescale_factor", "do_normalize")
             sized = BlipImageProcessorPil(**square, **{name: settings[name] for name in names if name in settings})
@@ -66,14 +69,6 @@ def own_image_size(image_processor: Any) -> dict[str, int]:
     is_cropped = getattr(image_processor, "do_center_crop", None)
     size = image_processor.crop_size if is_cropped else image_processor.size
     return {name: value for name, value in dict(size).items() if value is not None}
-
-
-def _timm_settings(data_config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "resample": Image.Resampling[data_config["interpolation"].upper()],
-        "image_mean": list(data_config["mean"]),
-        "image_std": list(data_config["std"]),
-    }
 
 
 def _scales_whole_images(image_processor: Any, image_size: int) -> bool:

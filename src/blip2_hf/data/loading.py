@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from .feature_cache import load_cached_features
-from .rows import ROW_NUMBER, check_id, get_column, select_columns
+from .rows import ROW_NUMBER, check_id, get_column, read_row_numbers, select_columns
 
 
 _BUILDERS = {  # of `datasets`, by the ending of a file
@@ -23,8 +23,8 @@ _BUILDERS = {  # of `datasets`, by the ending of a file
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-# Files that `cache_features` and `Dataset.save_to_disk` write into a folder
-_MARKS = ("cache.json", "dataset_info.json")
+# What opens the folders that `cache_features` and `Dataset.save_to_disk` write, by a file in them
+_FOLDERS = {"cache.json": load_cached_features, "dataset_info.json": datasets.load_from_disk}
 
 
 def load_rows(
@@ -52,7 +52,7 @@ def load_rows(
     """
     name, config, split = _read_name(str(data), split)
     path = Path(name)
-    for mark, load in (("cache.json", load_cached_features), ("dataset_info.json", datasets.load_from_disk)):
+    for mark, load in _FOLDERS.items():
         if (path / mark).exists():
             if split != "train":
                 raise ValueError(f"{name} has no splits, but {split!r} was asked for. Give the name alone.")
@@ -100,7 +100,7 @@ def _read_name(data: str, split: str) -> tuple[str, str | None, str]:
     if not ends or Path(data).exists() or Path(data).suffix in _BUILDERS:
         return data, None, split
     path = Path(name)
-    if path.is_file() or path.suffix in _BUILDERS or any((path / mark).exists() for mark in _MARKS):
+    if path.is_file() or path.suffix in _BUILDERS or any((path / mark).exists() for mark in _FOLDERS):
         raise ValueError(
             f"{data!r} has {ends[0]!r} after {name!r}, which has no splits: a dataset of the Hub, or a folder with "
             "files of several splits, was expected. Give the name alone."
@@ -174,11 +174,9 @@ def _count_held_out(share: float, num_images: int) -> int:
 
 
 def _with_row_numbers(rows: datasets.Dataset) -> datasets.Dataset:
+    if read_row_numbers(rows) is not None:
+        return rows
     if ROW_NUMBER in rows.column_names:
-        numbers = rows.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER]
-        if len(set(numbers)) == len(numbers):
-            return rows
-        # Parts of several datasets that were put together
         rows = rows.remove_columns(ROW_NUMBER)
     # Adding a column removes the format
     form = rows.format

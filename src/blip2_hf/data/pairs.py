@@ -5,6 +5,7 @@ import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -12,17 +13,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
 from transformers.utils import logging
 
 from ..jobs.errors import shorten
 from ..jobs.fingerprints import fingerprint, sampled_rows, stable_repr
-from ..models.image_loading import ImageLoadError
 from ..models.processing_blip2 import IMAGE_TOKEN
 from .bad_rows import (
     ID_MISSING,
     PICTURE_MISSING,
-    PICTURE_UNREADABLE,
     TEXT_EMPTY,
     TEXT_MISSING,
     TEXT_UNREADABLE,
@@ -32,6 +30,7 @@ from .bad_rows import (
     RowName,
     count_kinds,
     find_file,
+    open_row_picture,
 )
 from .feature_cache import EMBEDS, FEATURE_COLUMNS, ROW, SHAPE, read_cached_features
 from .rows import (
@@ -39,66 +38,54 @@ from .rows import (
     check_id,
     column_names,
     get_column,
-    open_image,
+    read_row_numbers,
     seeded_generator,
     select_columns,
     stable_hash,
 )
-from .text import clean_caption, clean_question, split_prefix
+from .text import LONE_SURROGATE, clean_caption, clean_question, split_prefix
 
 
 logger = logging.get_logger(__name__)
 
 
+@dataclass(eq=False, repr=False)
 class _Pairs:
     """Base class of both kinds of pairs: makes an item of a row."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        *,
-        image_column: str,
-        text_column: str,
-        transform: Callable | None,
-        id_column: str | None,
-        clean_text: bool,
-        seed: int,
-        train: bool,
-        source: str | None,
-        prompt: str | None,
-        prompt_column: str | None,
-        prefix_lm: bool,
-        allow_urls: bool | Sequence[str],
-        images: Any = None,
-        images_column: str = "image",
-    ):
-        _check_prompt(prompt, prompt_column)
-        columns = column_names(dataset if images is None else images)
+    dataset: Any
+    image_column: str = "image"
+    text_column: str = "caption"
+    transform: Callable | None = None
+    id_column: str | None = None
+    clean_text: bool = True
+    seed: int = 0
+    train: bool = True
+    source: str | None = None
+    prompt: str | None = None
+    prompt_column: str | None = None
+    prefix_lm: bool = False
+    allow_urls: bool | Sequence[str] = field(default=False, kw_only=True)
+
+    # Fields of ImageTextPairs alone
+    images = None
+    images_column = "image"
+
+    def __post_init__(self):
+        _check_prompt(self.prompt, self.prompt_column)
+        columns = column_names(self.dataset if self.images is None else self.images)
         self.has_features = columns is not None and EMBEDS in columns
-        if self.has_features and transform is not None:
+        if self.has_features and self.transform is not None:
             raise ValueError(_TRANSFORM_OF_FEATURES)
-        self.picture_column = image_column if images is None else images_column
+        self.picture_column = self.image_column if self.images is None else self.images_column
         picture_columns = FEATURE_COLUMNS if self.has_features else (self.picture_column,)
-        columns_of_row = [name for name in (text_column, id_column, prompt_column) if name is not None]
-        if images is None:
-            self.dataset = _select(dataset, [*picture_columns, *columns_of_row])
-            self.images = None
+        own_columns = [name for name in (self.text_column, self.id_column, self.prompt_column) if name is not None]
+        if self.images is None:
+            self.dataset = _select(self.dataset, [*picture_columns, *own_columns])
         else:
-            self.dataset = _select(dataset, [image_column, *columns_of_row])
-            self.images = _select(images, picture_columns)
-        self.image_column = image_column
-        self.text_column = text_column
-        self.transform = transform
-        self.id_column = id_column
-        self.clean_text = clean_text
-        self.seed = seed
-        self.train = train
-        self.source = source
-        self._called = source  # by messages
-        self.prompt = prompt
-        self.prompt_column = prompt_column
-        self.prefix_lm = prefix_lm
-        self.allow_urls = allow_urls
+            self.dataset = _select(self.dataset, [self.image_column, *own_columns])
+            self.images = _select(self.images, picture_columns)
+        self._called = self.source  # by messages
         # Shared memory: workers that outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -132,7 +119,7 @@ class _Pairs:
         if EMBEDS in picture_row:
             item["image_embeds"] = self._features(picture_row, generator)
         else:
-            image = self._open(picture, name)
+            image = open_row_picture(picture, name, self.picture_column, self.allow_urls)
             item["image"] = image if self.transform is None else self.transform(image, generator)
         item |= self._texts(row, name, generator)
         if self.id_column is not None:
@@ -155,24 +142,10 @@ class _Pairs:
         views = row[SHAPE][0]
         return read_cached_features(row, int(torch.randint(views, (), generator=generator)) if self.train else 0)
 
-    def _open(self, picture: Any, name: RowName) -> Image.Image:
-        is_record = isinstance(picture, Mapping)
-        if picture is None or (is_record and picture.get("bytes") is None and picture.get("path") is None):
-            raise BadPictureError(
-                f"{name.at_start} has no picture in column {self.picture_column!r}.", name, PICTURE_MISSING
-            )
-        try:
-            return open_image(picture, RowName(name.number, source=self._called), self.allow_urls)
-        except ImageLoadError as error:
-            message = str(error)
-            if name.file is not None and repr(name.file) not in message:
-                message = f"{name.file}: {message}"
-            raise BadPictureError(message, name, PICTURE_UNREADABLE) from error
-
     def _texts(self, row: Mapping, name: RowName, generator: torch.Generator) -> dict[str, str]:
         """Return `text` and, if there is one, `prompt`."""
         texts = self._own_texts(row, name, self.clean_text)
-        is_drawn = self.train and _is_list(self._value(row))
+        is_drawn = self.train and _is_list(get_column(row, self.text_column))
         text = texts[int(torch.randint(len(texts), (), generator=generator)) if is_drawn else 0]
         if self.prompt is None and not self.prefix_lm:
             return {"text": text}
@@ -186,30 +159,21 @@ class _Pairs:
             prompt = f"{prompt.rstrip()} {prefix}".lstrip() if prefix else prompt
         return {"text": text, "prompt": prompt}
 
-    def _value(self, row: Mapping) -> Any:
-        return get_column(row, self.text_column)
-
     def _own_texts(self, row: Mapping, name: RowName, cleaned: bool) -> list[str]:
         """Return the texts of a row. Those after a question are answers, which are not cleaned."""
-        value = self._value(row)
+        value = get_column(row, self.text_column)
         clean = clean_caption if cleaned and self.prompt_column is None else None
         texts = value or [value] if _is_list(value) else [value]
         return [self._check(text, self.text_column, name, clean) for text in texts]
 
     def _check(self, text: Any, column: str, name: RowName, clean: Callable[[str], str] | None) -> str:
+        found = f"{name.at_start} has {shorten(text)} in column {column!r}"
         if not isinstance(text, str):
             expected = "a text, or a list of texts," if column == self.text_column else "a text"
+            raise BadRowError(f"{found}; {expected} was expected.", name, TEXT_MISSING)
+        if LONE_SURROGATE.search(text):
             raise BadRowError(
-                f"{name.at_start} has {shorten(text)} in column {column!r}; {expected} was expected.",
-                name,
-                TEXT_MISSING,
-            )
-        if _has_surrogates(text):
-            raise BadRowError(
-                f"{name.at_start} has {shorten(text)} in column {column!r}, with a lone surrogate, which no tokenizer "
-                "reads; a text that UTF-8 can hold was expected.",
-                name,
-                TEXT_UNREADABLE,
+                f"{found}, with a lone surrogate; a text that UTF-8 can hold was expected.", name, TEXT_UNREADABLE
             )
         cleaned = text if clean is None else clean(text)
         if not cleaned.strip():
@@ -220,6 +184,7 @@ class _Pairs:
         return cleaned
 
 
+@dataclass(eq=False, repr=False)
 class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
     r"""
     Pictures, or their stored features, with their texts. Random choices (the crop, one of several texts, one of the
@@ -291,43 +256,14 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
     {'row': 'row 0', 'image': <PIL.Image.Image image mode=RGB size=640x480>, 'text': 'a dog', 'image_id': 0}
     ```"""
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset | Sequence[Mapping],
-        image_column: str = "image",
-        text_column: str = "caption",
-        transform: Callable | None = None,
-        id_column: str | None = None,
-        clean_text: bool = True,
-        seed: int = 0,
-        train: bool = True,
-        source: str | None = None,
-        prompt: str | None = None,
-        prompt_column: str | None = None,
-        prefix_lm: bool = False,
-        images: datasets.Dataset | Sequence[Mapping] | None = None,
-        images_column: str = "image",
-        allow_urls: bool | Sequence[str] = False,
-    ):
+    images: datasets.Dataset | Sequence[Mapping] | None = None
+    images_column: str = "image"
+
+    def __post_init__(self):
+        dataset, images = self.dataset, self.images
         if isinstance(dataset, datasets.IterableDataset) or isinstance(images, datasets.IterableDataset):
             raise ValueError("A datasets.IterableDataset has no length and no rows by number: use ImageTextStream.")
-        super().__init__(
-            dataset,
-            image_column=image_column,
-            text_column=text_column,
-            transform=transform,
-            id_column=id_column,
-            clean_text=clean_text,
-            seed=seed,
-            train=train,
-            source=source,
-            prompt=prompt,
-            prompt_column=prompt_column,
-            prefix_lm=prefix_lm,
-            allow_urls=allow_urls,
-            images=images,
-            images_column=images_column,
-        )
+        super().__post_init__()
         # For each row that was not left out, the place of its features
         self._places: dict[int, int] | None = None
         if self.has_features and self.images is not None:
@@ -338,11 +274,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             self.dataset = self.dataset.with_format("arrow")
         self._kept: np.ndarray | None = None
         # For a part of a dataset, such as one that was held out, the number of each row in the whole
-        self._numbers: np.ndarray | None = None
-        if isinstance(dataset, datasets.Dataset) and ROW_NUMBER in dataset.column_names:
-            numbers = np.asarray(dataset.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER])
-            # Parts of several datasets that were put together have some numbers twice, which are then of no use
-            self._numbers = numbers if len(np.unique(numbers)) == len(numbers) else None
+        self._numbers = read_row_numbers(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset) if self._kept is None else len(self._kept)
@@ -471,6 +403,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         return _read_row(self.images, place), image_number
 
 
+@dataclass(eq=False, repr=False)
 class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
     r"""
     The items of [`ImageTextPairs`], from rows that come one after the other: a `datasets.IterableDataset`, such as any
@@ -510,60 +443,29 @@ prefix_lm, allow_urls:
         ValueError: if the rows can be read only once, or a column is missing, or arguments do not fit.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.IterableDataset | Iterable[Mapping],
-        image_column: str = "image",
-        text_column: str = "caption",
-        transform: Callable | None = None,
-        id_column: str | None = None,
-        clean_text: bool = True,
-        seed: int = 0,
-        train: bool = True,
-        source: str | None = None,
-        skip_broken: bool = False,
-        check: Callable[[dict[str, Any]], Any] | None = None,
-        repeat: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        prompt: str | None = None,
-        prompt_column: str | None = None,
-        prefix_lm: bool = False,
-        allow_urls: bool | Sequence[str] = False,
-    ):
-        if isinstance(dataset, Iterator):
+    skip_broken: bool = False
+    check: Callable[[dict[str, Any]], Any] | None = None
+    repeat: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        if isinstance(self.dataset, Iterator):
             raise ValueError(
-                f"A {type(dataset).__name__} can be read only once. Give a list, or an object whose __iter__ starts "
-                "again, or datasets.IterableDataset.from_generator."
+                f"A {type(self.dataset).__name__} can be read only once. Give a list, or an object whose __iter__ "
+                "starts again, or datasets.IterableDataset.from_generator."
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: 0 to {world_size - 1} was expected.")
-        if isinstance(dataset, datasets.IterableDataset) and world_size > 1:
-            dataset = split_dataset_by_node(dataset, rank, world_size)
-        super().__init__(
-            dataset,
-            image_column=image_column,
-            text_column=text_column,
-            transform=transform,
-            id_column=id_column,
-            clean_text=clean_text,
-            seed=seed,
-            train=train,
-            source=source,
-            prompt=prompt,
-            prompt_column=prompt_column,
-            prefix_lm=prefix_lm,
-            allow_urls=allow_urls,
-        )
-        has_numbers = ROW_NUMBER in (column_names(dataset) or ())
-        if isinstance(dataset, datasets.IterableDataset) and not has_numbers and source is None:
-            # Shards and shuffling hide the number that a row has in its file
-            self._called = "the stream"
-        self.skip_broken = skip_broken
-        self.check = check
-        self.repeat = repeat
-        self.rank = rank
-        self.world_size = world_size
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank={self.rank} of world_size={self.world_size}: 0 to {self.world_size - 1} was expected."
+            )
+        super().__post_init__()
+        if isinstance(self.dataset, datasets.IterableDataset):
+            if self.world_size > 1:
+                self.dataset = split_dataset_by_node(self.dataset, self.rank, self.world_size)
+            if self.source is None and ROW_NUMBER not in (self.dataset.column_names or ()):
+                # Shards and shuffling hide the number that a row has in its file
+                self._called = "the stream"
 
     def shared_out(self, rank: int, world_size: int) -> "ImageTextStream":
         """
@@ -688,13 +590,3 @@ def _hash_id(value: int | str, name: RowName) -> int:
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name.at_start} has the id {value}, which does not fit into 64 bits. Give it as a string.")
     return value
-
-
-def _has_surrogates(text: str) -> bool:
-    if text.isascii():
-        return False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import datasets
 import fsspec
+import numpy as np
 import torch
 from PIL import Image
 
@@ -47,21 +48,8 @@ def get_column(row: Mapping, column: str) -> Any:
 
 def check_id(value: Any, name: str, column: str) -> int | str:
     """
-    Return the id of an image, which is the same in all of its rows.
-
-    Args:
-        value:
-            What the row holds.
-        name (`str`):
-            What an error calls the row, such as `"Row 3"`.
-        column (`str`):
-            Name of the column.
-
-    Returns:
-        `int` or `str`: the id.
-
-    Raises:
-        ValueError: if it is neither an integer nor a string.
+    Return the id of an image, which is the same in all of its rows: an integer or a string, or else a `ValueError`
+    that calls the row `name`.
     """
     if isinstance(value, str):
         return value
@@ -124,24 +112,21 @@ def column_names(dataset: Any) -> list[str] | None:
     return None
 
 
+def read_row_numbers(dataset: Any) -> np.ndarray | None:
+    """Return which row of the whole each row of a part of a dataset is, or `None` if that is not known."""
+    if not isinstance(dataset, datasets.Dataset) or ROW_NUMBER not in dataset.column_names:
+        return None
+    numbers = np.asarray(dataset.with_format(None).select_columns(ROW_NUMBER)[:][ROW_NUMBER])
+    # Parts of several datasets that were put together have some numbers twice, which are then of no use
+    return numbers if len(np.unique(numbers)) == len(numbers) else None
+
+
 def open_image(value: Any, name: str, allow_urls: bool | Sequence[str] | None = False) -> Image.Image:
     """
-    Open a picture of a row, of any kind that [`~image_loading.load_image`] takes, or a file that `datasets` refers to.
-
-    Args:
-        value:
-            What the row holds.
-        name (`str`):
-            What an error calls the picture, such as `"row 3"`.
-        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
-            Which URLs are fetched, as [`~image_loading.load_image`] takes it. Files of other machines that are not
-            fetched by HTTP, such as `s3://bucket/x.png`, are opened only if their host or bucket is in the list.
-
-    Returns:
-        `PIL.Image.Image`: mode RGB.
-
-    Raises:
-        ImageLoadError: if it can't be read, or is a URL that is not allowed.
+    Open a picture of a row: anything that [`~image_loading.load_image`] takes, or a file that `datasets` refers to. If
+    the picture can't be read, or is a URL that is not allowed, an `ImageLoadError` calls it `name`, such as `row 3`.
+    `allow_urls` is that of [`~image_loading.load_image`]. Files of other machines that are not fetched by HTTP, such
+    as `s3://bucket/x.png`, are opened only if their host or bucket is in the list.
     """
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
     if not isinstance(path, str) or "://" not in path:

@@ -7,6 +7,7 @@ import torch
 
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 _SPACES = re.compile(r"\s{2,}")
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character, which no tokenizer reads
 _WORD = re.compile(r"\S+")
 
 

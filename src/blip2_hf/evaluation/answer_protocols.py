@@ -33,23 +33,9 @@ ANSWER_PROTOCOLS = {
 
 
 def check_protocol(samples: Sequence[QuestionSample], protocol: str | None, lemmatize: bool) -> str:
-    r"""
-    Check that the answers can be scored as asked, which takes no predictions.
-
-    Args:
-        samples (`list[QuestionSample]`):
-            The questions. Those without answers are not scored.
-        protocol (`str`, *optional*):
-            One of `ANSWER_PROTOCOLS`. Without it, the data choose ([`choose_vqa_protocol`]).
-        lemmatize (`bool`):
-            Whether predictions are lemmatised.
-
-    Returns:
-        `str`: the protocol.
-
-    Raises:
-        ValueError: if there is no such protocol, or a question has another number of answers than it takes.
-        ImportError: if predictions are lemmatised, and spaCy or its model is not installed.
+    """
+    Check, before anything is predicted, that the answers can be scored as asked, and return the protocol: the one that
+    is given, or the one that the data choose ([`choose_vqa_protocol`]). Questions without answers are not scored.
     """
     scored = [sample for sample in samples if sample.answers]
     references = [sample.answers for sample in scored]
@@ -58,21 +44,17 @@ def check_protocol(samples: Sequence[QuestionSample], protocol: str | None, lemm
     if protocol not in ANSWER_PROTOCOLS:
         raise ValueError(f"protocol={protocol!r}: one of {', '.join(ANSWER_PROTOCOLS)} was expected.")
     if protocol in ("normalized", "strict"):
-        _check_single_answers(scored, protocol)
+        for sample in scored:
+            if len(sample.answers) > 1:
+                raise ValueError(
+                    f"question {sample.question_id} has {len(sample.answers)} answers; protocol={protocol!r} is GQA's "
+                    "and takes one. Give protocol='exact': a match with one of several counts 1."
+                )
     else:
         check_annotators(references, protocol, [sample.question_id for sample in scored])
     if lemmatize and scored:
         load_lemmatizer()
     return protocol
-
-
-def _check_single_answers(samples: Sequence[QuestionSample], protocol: str):
-    for sample in samples:
-        if len(sample.answers) > 1:
-            raise ValueError(
-                f"question {sample.question_id} has {len(sample.answers)} answers; protocol={protocol!r} is GQA's and "
-                "takes one. Give protocol='exact': a match with one of several counts 1."
-            )
 
 
 def answer_scorer(protocol: str, lemmatize: bool) -> Callable[[list[str], list[list[str]]], dict[str, float]]:

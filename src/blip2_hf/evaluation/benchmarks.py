@@ -19,10 +19,11 @@ from .samples import (
     CaptionSample,
     QuestionSample,
     Sample,
-    check_distinct,
+    check_distinct_ids,
     check_text,
     sample_id,
     sample_name,
+    sample_references,
 )
 from .text_prediction import predict_texts, prediction_settings
 
@@ -76,9 +77,8 @@ def evaluate_captioning(
         output,
         preset,
         task,
-        references=[sample.captions for sample in samples],
         score=caption_metrics,
-        submit=lambda sample, text: {"image_id": sample.image_id, "caption": text},
+        names=("image_id", "caption"),
         **kwargs,
     )
 
@@ -99,15 +99,10 @@ def evaluate_vqa(
     LAVIS writes them ([`~data.clean_question`]). All processes of accelerate call it together, and share the pictures.
 
     Args:
-        model ([`Blip2ForConditionalGeneration`]):
-            The model, on the device of this process.
-        processor ([`Blip2Processor`]):
-            Its processor.
+        model, processor, output, kwargs:
+            As in [`evaluate_captioning`].
         samples (`list[QuestionSample]`):
             Questions, such as [`read_vqa`] and [`read_gqa`] return.
-        output (`str` or `os.PathLike`):
-            Folder for `results.json`, `table.md`, `predictions.json`, and `parts`, with which an interrupted
-            evaluation goes on.
         preset (`str` or [`~generation_presets.GenerationPreset`], *optional*, defaults to `"vqa"`):
             Prompt and arguments of `generate`, or the name of the paper's.
         task (`str`, *optional*, defaults to `"vqa"`):
@@ -119,22 +114,16 @@ def evaluate_vqa(
         lemmatize (`bool`, *optional*, defaults to `False`):
             Whether predictions are scored as [`~metrics.lemmatize_answers`] writes them, as LAVIS does for OK-VQA.
             Those in `output` are as the model wrote them.
-        kwargs:
-            `image_size`, `batch_size`, `num_workers` and `show_progress` of [`predict_texts`].
 
     Returns:
         `dict`: what results.json holds, in all processes.
 
     Raises:
-        ValueError: if `output` holds predictions that other settings made, if another run is writing to it, if two
-            samples have the same id, or if arguments do not fit, such as a protocol for ten annotators with fewer than
-            four.
-        OSError: if files are gone at the end, as when `output` was deleted meanwhile.
-        ImageLoadError: if a picture can't be read.
+        ValueError, OSError, ImageLoadError: as in [`evaluate_captioning`], and if a question has too few answers for
+            its protocol.
         ImportError: if `lemmatize=True`, and spaCy or its model is not installed.
     """
     protocol = check_protocol(samples, protocol, lemmatize)
-    _, question_name, answer_name = ANSWER_PROTOCOLS[protocol]
     preset = _preset(preset, model, samples)
     check_preset(preset, asks=True)
     questions = [clean_question(sample.question) for sample in samples]
@@ -150,9 +139,8 @@ def evaluate_vqa(
         output,
         preset,
         task,
-        references=[sample.answers for sample in samples],
         score=answer_scorer(protocol, lemmatize),
-        submit=lambda sample, text: {question_name: sample.question_id, answer_name: text},
+        names=(ANSWER_PROTOCOLS[protocol].question_name, ANSWER_PROTOCOLS[protocol].answer_name),
         scoring={"protocol": protocol, "lemmatize": lemmatize},
         **kwargs,
     )
@@ -181,14 +169,14 @@ def _evaluate(
     output: str | os.PathLike,
     preset: GenerationPreset,
     task: str,
-    references: list[list[str]],
     score: Callable,
-    submit: Callable,
+    names: tuple[str, str],
     scoring: dict[str, Any] | None = None,
     image_size: int | None = None,
     **kwargs,
 ) -> dict[str, Any]:
-    check_distinct(samples, sample_id, "have the same id, and each needs its own")
+    """Predict, score and report. `names` are what the benchmark calls the id and the text of a prediction."""
+    check_distinct_ids(samples)
     _check_prompts(samples, prompts, preset.prompt, processor.tokenizer)
     state = PartialState(cpu=model.device.type == "cpu")
     settings = prediction_settings(model, processor, preset, samples, image_size)
@@ -198,14 +186,18 @@ def _evaluate(
             model, processor, samples, prompts, preset.generate_kwargs, store, image_size=image_size, **kwargs
         )
         if state.is_main_process:
+            references = [sample_references(sample) for sample in samples]
             groups = _groups(samples)
             scored = {group: [n for n in numbers if references[n]] for group, numbers in groups.items()}
+            if scoring and scored[OVERALL]:
+                settings |= scoring
+            id_name, text_name = names
             write_report(
                 output,
                 task,
                 model,
-                {"preset": preset.name, **settings, **((scoring or {}) if any(scored.values()) else {})},
-                [submit(sample, text) for sample, text in zip(samples, texts, strict=True)],
+                {"preset": preset.name, **settings},
+                [{id_name: sample_id(sample), text_name: text} for sample, text in zip(samples, texts, strict=True)],
                 {
                     group: score([texts[n] for n in numbers], [references[n] for n in numbers])
                     for group, numbers in scored.items()

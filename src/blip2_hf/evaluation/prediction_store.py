@@ -15,23 +15,10 @@ from ..jobs.state_files import appended_lines, read_json_lines
 
 
 class PredictionStore:
-    r"""
+    """
     A folder with settings.json, which says what makes the predictions, and a file of lines for each process. All
-    processes of a run open it together, and no other run does. As long as there are no predictions, the settings may
-    change.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The folder.
-        settings (`Mapping`):
-            What the predictions depend on.
-        state ([`~accelerate.PartialState`]):
-            The processes.
-        results (`Sequence[str]`, *optional*, defaults to `("part-*.jsonl",)`):
-            Patterns of the files that the settings have made.
-
-    Raises:
-        ValueError: if the folder holds predictions that other settings made.
+    processes of a run open it together, and no other run does. As long as no file that matches one of the patterns
+    `results` has anything in it, the settings may change; then other settings are an error.
     """
 
     def __init__(

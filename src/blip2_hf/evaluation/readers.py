@@ -14,10 +14,11 @@ from .samples import (
     QuestionSample,
     RowImage,
     check_distinct,
+    check_distinct_ids,
+    check_distinct_pictures,
     check_id,
     check_list,
     check_text,
-    picture_key,
     sample_id,
 )
 
@@ -64,7 +65,7 @@ def read_karpathy(
         ]
         samples.append(CaptionSample(pictures.find(path, filename), image_id, captions, source=where))
     pictures.check()
-    _check_pictures(samples)
+    check_distinct_pictures(samples)
     return samples
 
 
@@ -100,13 +101,8 @@ def read_nocaps(annotations: str | os.PathLike, images: str | os.PathLike) -> li
     if captions and not any(sample.captions for sample in samples):
         raise ValueError(f"{annotations}: no 'image_id' of its annotations is an 'id' of its images.")
     pictures.check()
-    _check_pictures(samples)
+    check_distinct_pictures(samples)
     return samples
-
-
-def _check_pictures(samples: list[CaptionSample]):
-    check_distinct(samples, sample_id, "have the same id, and each needs its own")
-    check_distinct(samples, picture_key, "are about the same picture: a picture's captions belong in one entry")
 
 
 def read_vqa(
@@ -150,7 +146,7 @@ def read_vqa(
         texts, group = answers.get(question_id, ([], None))
         samples.append(QuestionSample(path, image_id, question_id, question, texts, group, where))
     pictures.check()
-    check_distinct(samples, sample_id, "have the same id, and each needs its own")
+    check_distinct_ids(samples)
     return samples
 
 

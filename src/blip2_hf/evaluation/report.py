@@ -32,32 +32,19 @@ def write_report(
     without_references: list[int | str],
     run: dict[str, Any],
 ):
-    r"""
-    Write `predictions.json`, `table.md` and, when all else is there, `results.json`.
-
-    Args:
-        output (`str` or `os.PathLike`):
-            The folder.
-        task (`str`):
-            What was evaluated.
-        model ([`PreTrainedModel`]):
-            The model.
-        settings (`dict`):
-            What the predictions depend on, and how answers are scored.
-        predictions (`list[dict]` or `dict`):
-            The predictions, as the benchmark's authors want them where they say.
-        scores (`dict[str, dict[str, float]]`):
-            Those of each group, and of all samples as `overall`; empty where there are no references.
-        num_samples (`dict[str, int]`):
-            How many samples a group has, and `overall`.
-        num_scored (`dict[str, int]`):
-            How many of them have references.
-        without_references (`list[int]` or `list[str]`):
-            Ids of the others.
-        run (`dict`):
-            How the predictions were made, where they do not depend on it.
+    """
+    Write `predictions.json`, as the benchmark's authors want them if they say so, `table.md` and, when all else is
+    there, `results.json`. `scores` are those of each group, and of all samples as `overall`; empty if there are no
+    references. `run` says how the predictions were made, as far as they do not depend on it.
     """
     folder = Path(output)
+    versions = {
+        "blip2_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }
     results = {
         "task": task,
         "scores": scores.get(OVERALL, {}),
@@ -66,7 +53,7 @@ def write_report(
         "num_scored": num_scored,
         "without_references": without_references[:_NAMED],
         "settings": {"model": model.config.name_or_path, **settings},
-        "run": {"device": str(model.device), **run, "versions": versions()},
+        "run": {"device": str(model.device), **run, "versions": versions},
     }
     remove_leftovers(folder)
     write_text(folder / "predictions.json", _to_json(predictions))
@@ -86,19 +73,14 @@ def _to_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _title(task: str, settings: dict[str, Any]) -> str:
-    """Return the task, and how its answers were scored."""
-    if "protocol" not in settings:
-        return task
-    return f"{task} (protocol {settings['protocol']}{', lemmatized' if settings['lemmatize'] else ''})"
-
-
 def make_table(results: dict[str, Any]) -> str:
     """
     Return the scores of results.json as a table in Markdown, times 100 as papers have them, with a line for each
     group, and what is not scored.
     """
-    title = _title(results["task"], results["settings"])
+    title, settings = results["task"], results["settings"]
+    if "protocol" in settings:
+        title += f" (protocol {settings['protocol']}{', lemmatized' if settings['lemmatize'] else ''})"
     scores, num_scored = results["scores"], results["num_scored"]
     if not scores:
         return f"{title}: there are no references, and so no scores.\n"
@@ -111,17 +93,6 @@ def make_table(results: dict[str, Any]) -> str:
         names += ["..."] if count > len(names) else []
         lines += ["", f"Not scored, because they have no references: {count} of {total} samples ({', '.join(names)})."]
     return "\n".join(lines) + "\n"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
-    return {
-        "blip2_hf": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "python": platform.python_version(),
-    }
 
 
 __all__ = ["make_table", "read_results", "write_report"]

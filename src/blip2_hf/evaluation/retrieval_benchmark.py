@@ -27,9 +27,7 @@ from .samples import (
     OVERALL,
     CaptionSample,
     RowImage,
-    check_distinct,
-    picture_key,
-    sample_id,
+    check_distinct_pictures,
     sample_name,
     samples_fingerprint,
 )
@@ -97,15 +95,22 @@ def evaluate_retrieval(
     """
     if not samples:
         raise ValueError("There are no samples.")
-    check_distinct(samples, sample_id, "have the same id, and each needs its own")
-    check_distinct(samples, picture_key, "are about the same picture: a picture's captions belong in one sample")
+    check_distinct_pictures(samples)
     texts = _texts(samples, processor.image_token)
     state = PartialState(cpu=model.device.type == "cpu")
     image_processor = with_image_size(processor.image_processor, image_size)
     tokenizer = processor.qformer_tokenizer or processor.tokenizer
     start = batch_size or first_batch_size(model.device)
     retrieval = _SharedRetrieval(model, tokenizer, k, start, show_progress=show_progress and state.is_main_process)
-    settings = _settings(retrieval, image_processor, samples, texts)
+    # Not `k`, because features and scores of pairs do not depend on it
+    settings = {
+        **model_settings(model, image_processor),
+        "max_length": retrieval.max_length,
+        "image_size": own_image_size(image_processor),
+        "num_samples": len(samples),
+        "num_texts": len(texts),
+        "samples": samples_fingerprint(samples, texts),
+    }
     with only_writer(Path(output) / ".lock", output, state):
         retrieval.store = PredictionStore(Path(output) / "parts", settings, state, _RESULTS)
         images = _tower_outputs(model, image_processor, samples, retrieval.store, start, num_workers)
@@ -142,21 +147,6 @@ def _texts(samples: Sequence[CaptionSample], image_token: str) -> list[str]:
     if not texts:
         raise ValueError(f"None of {len(samples)} images has a caption: there is no recall.")
     return texts
-
-
-def _settings(
-    retrieval: TwoStageRetrieval, image_processor: Any, samples: Sequence[CaptionSample], texts: Sequence[str]
-) -> dict[str, Any]:
-    """Return what features and scores of pairs depend on: not `k`, which only says of which pairs."""
-    model = retrieval.model
-    return {
-        **model_settings(model, image_processor),
-        "max_length": retrieval.max_length,
-        "image_size": own_image_size(image_processor),
-        "num_samples": len(samples),
-        "num_texts": len(texts),
-        "samples": samples_fingerprint(samples, texts),
-    }
 
 
 def _tower_outputs(

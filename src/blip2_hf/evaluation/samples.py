@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.rows import open_image
+from ..data.text import LONE_SURROGATE
 from ..jobs.errors import shorten
 from ..jobs.fingerprints import fingerprint, sampled_rows
 
@@ -20,19 +21,10 @@ OVERALL = "overall"  # the group of all samples
 
 @dataclass(frozen=True)
 class RowImage:
-    r"""
-    A picture in a row of a dataset, which is read when it is needed.
-
-    Args:
-        rows (`datasets.Dataset` or `Sequence[Mapping]`):
-            The dataset.
-        row (`int`):
-            Number of the row.
-        column (`str`):
-            Column of the pictures.
-        allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
-            Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
-            the hosts in it.
+    """
+    A picture in a row of a dataset (anything with rows by number), which is read when it is needed. `allow_urls` says
+    which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of the
+    hosts in it.
     """
 
     rows: Any = field(repr=False)
@@ -139,13 +131,11 @@ def check_text(value: Any, name: str):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         hint = ' Write numbers as texts, such as "2".' if is_number else ""
         raise ValueError(f"{name} is {shorten(value)}; a text was expected.{hint}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
+    if half := LONE_SURROGATE.search(value):
         raise ValueError(
-            f"{name} is {shorten(value)}, with a lone surrogate ({value[error.start]!r}), which is half a character. "
-            "Write the character in full."
-        ) from None
+            f"{name} is {shorten(value)}, with a lone surrogate ({half[0]!r}), which is half a character. Write the "
+            "character in full."
+        )
 
 
 def check_list(value: Any, name: str):
@@ -172,6 +162,17 @@ def check_distinct(samples: Sequence[Sample], key: Callable[[Sample], Hashable],
             raise ValueError(f"{names} {what} ({shorten(key(sample))}).")
 
 
+def check_distinct_ids(samples: Sequence[Sample]):
+    """Refuse samples of which two have the same id."""
+    check_distinct(samples, sample_id, "have the same id, and each needs its own")
+
+
+def check_distinct_pictures(samples: Sequence[Sample]):
+    """Refuse samples of which two have the same id, or are about the same picture."""
+    check_distinct_ids(samples)
+    check_distinct(samples, picture_key, "are about the same picture: a picture's captions belong in one sample")
+
+
 def sample_name(sample: Sample, number: int) -> str:
     """Return the name of a sample in errors."""
     return sample.source or f"sample {number}"
@@ -180,6 +181,11 @@ def sample_name(sample: Sample, number: int) -> str:
 def sample_id(sample: Sample) -> int | str:
     """Return the id of a sample in the output."""
     return sample.question_id if isinstance(sample, QuestionSample) else sample.image_id
+
+
+def sample_references(sample: Sample) -> list[str]:
+    """Return what people wrote about a sample."""
+    return sample.answers if isinstance(sample, QuestionSample) else sample.captions
 
 
 def picture_key(sample: Sample) -> Hashable:
@@ -204,14 +210,11 @@ def samples_fingerprint(samples: Sequence[Sample], texts: Sequence[str] = ()) ->
     Return a hash of what a model is given: the pictures, files by their paths and some of them by what they show, and
     texts. Ids, references and groups have a part in the output alone.
     """
-    pictures: dict[Hashable, bytes] = {}
-    for sample in samples:
-        key = picture_key(sample)
-        if key not in pictures:
-            pictures[key] = _picture_digest(sample)
+    pictures = {picture_key(sample): sample for sample in samples}
+    digests = {key: _picture_digest(sample) for key, sample in pictures.items()}
     return fingerprint(
         itertools.chain(
-            (pictures[picture_key(sample)] for sample in samples),
+            (digests[picture_key(sample)] for sample in samples),
             (json.dumps(text).encode() for text in texts),
             (_pixels(samples[number]) for number in sampled_rows(len(samples))),
         )

@@ -10,12 +10,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..data.image_size import own_image_size, with_image_size
 from ..jobs.batch_size import BatchSize, first_batch_size
 from ..jobs.fingerprints import model_settings
+from ..jobs.inference import eval_mode
 from ..jobs.output import share
 from ..jobs.picture_inputs import PictureInputs, load_ahead
 from ..models.generation_presets import GenerationPreset
@@ -68,35 +68,28 @@ def predict_texts(
     images = share(_by_image(samples, store.read()), store.state)
     image_processor = with_image_size(processor.image_processor, image_size)
     queue = _read_pictures(samples, images, image_processor, num_workers)
-    writer = _Writer(model, processor, generate_kwargs)
     current = BatchSize(batch_size or first_batch_size(model.device))
 
+    @torch.no_grad()
     def write(rows: list[tuple[int, torch.Tensor]]) -> list[str]:
-        return writer.write([prompts[number] for number, _ in rows], [picture for _, picture in rows])
+        own_prompts, pictures = [prompts[number] for number, _ in rows], [picture for _, picture in rows]
+        return write_texts(model, processor, generate_kwargs, own_prompts, pictures)
 
-    was_training = model.training
-    model.eval()
-    try:
-        is_shown = show_progress and store.state.is_main_process
-        total = sum(map(len, images))
-        with store.open() as add, logging.tqdm(total=total, unit="text", disable=not is_shown) as progress:
-            while rows := list(islice(queue, current.size)):
-                for part, texts in current.run(write, rows):
-                    for (number, _), text in zip(part, texts, strict=True):
-                        add([number, text])
-                    progress.update(len(part))
-    finally:
-        model.train(was_training)
+    is_shown = show_progress and store.state.is_main_process
+    total = sum(map(len, images))
+    progress = logging.tqdm(total=total, unit="text", disable=not is_shown)
+    with eval_mode(model), store.open() as add, progress:
+        while rows := list(islice(queue, current.size)):
+            for part, texts in current.run(write, rows):
+                for (number, _), text in zip(part, texts, strict=True):
+                    add([number, text])
+                progress.update(len(part))
     store.state.wait_for_everyone()
     return store.read_all(len(samples)), current.size
 
 
 def prediction_settings(
-    model: Any,
-    processor: Any,
-    preset: GenerationPreset,
-    samples: Sequence[Sample],
-    image_size: int | None,
+    model: Any, processor: Any, preset: GenerationPreset, samples: Sequence[Sample], image_size: int | None
 ) -> dict[str, Any]:
     """
     Return what predictions depend on: neither the batch size nor the number of processes, and neither references nor
@@ -129,7 +122,7 @@ def _read_pictures(
     samples: Sequence[Sample], images: Sequence[list[int]], image_processor: Any, num_workers: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the number of each sample and its picture, those about one picture one after the other."""
-    inputs = PictureInputs(_Pictures([samples[numbers[0]] for numbers in images]), image_processor)
+    inputs = _SampleInputs([samples[numbers[0]] for numbers in images], image_processor)
     for batch in load_ahead(inputs, num_workers, batch_size=1, prefetch_factor=16 if num_workers else None):
         if batch.pixel_values is None:
             raise ImageLoadError(*batch.errors.values())
@@ -138,46 +131,34 @@ def _read_pictures(
             yield number, picture
 
 
-class _Pictures(Dataset):
-    """The pictures of samples."""
+class _SampleInputs(PictureInputs):
+    """The model's input for the pictures of samples."""
 
-    def __init__(self, samples: Sequence[Sample]):
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        return open_sample_image(self.samples[index])
+    def open_picture(self, number: int) -> Any:
+        return open_sample_image(self.pictures[number])
 
 
-class _Writer:
-    """Writes texts about pictures."""
+def write_texts(
+    model: Any, processor: Any, generate_kwargs: dict[str, Any], prompts: list[str], pictures: Sequence[torch.Tensor]
+) -> list[str]:
+    """Return a text for each prompt and picture."""
+    inputs = processor(text=prompts, return_tensors="pt").to(model.device)
+    if processor.qformer_tokenizer is not None:
+        # The Q-Former reads the question: each has features of its own
+        inputs["pixel_values"] = _stack(pictures, model)
+    else:
+        distinct = {id(picture): picture for picture in pictures}
+        row = {key: number for number, key in enumerate(distinct)}
+        features = model.get_image_features(_stack(list(distinct.values()), model)).pooler_output
+        inputs["image_features"] = features[[row[id(picture)] for picture in pictures]]
+    tokens = model.generate(**inputs, **generate_kwargs)
+    return processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
 
-    def __init__(self, model: Any, processor: Any, generate_kwargs: dict[str, Any]):
-        self.model = model
-        self.processor = processor
-        self.generate_kwargs = generate_kwargs
 
-    @torch.no_grad()
-    def write(self, prompts: list[str], pictures: Sequence[torch.Tensor]) -> list[str]:
-        """Return a text for each prompt and picture."""
-        inputs = self.processor(text=prompts, return_tensors="pt").to(self.model.device)
-        if self.processor.qformer_tokenizer is not None:
-            # The Q-Former reads the question: each has features of its own
-            inputs["pixel_values"] = self._stack(pictures)
-        else:
-            distinct = {id(picture): picture for picture in pictures}
-            row = {key: number for number, key in enumerate(distinct)}
-            features = self.model.get_image_features(self._stack(list(distinct.values()))).pooler_output
-            inputs["image_features"] = features[[row[id(picture)] for picture in pictures]]
-        tokens = self.model.generate(**inputs, **self.generate_kwargs)
-        return self.processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
-
-    def _stack(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        if len(sizes := {tuple(picture.shape) for picture in pictures}) > 1:
-            raise ValueError(f"The image processor makes pictures of several sizes, {sorted(sizes)}: give image_size.")
-        return torch.stack(list(pictures)).to(self.model.device, self.model.dtype)
+def _stack(pictures: Sequence[torch.Tensor], model: Any) -> torch.Tensor:
+    if len(sizes := {tuple(picture.shape) for picture in pictures}) > 1:
+        raise ValueError(f"The image processor makes pictures of several sizes, {sorted(sizes)}: give image_size.")
+    return torch.stack(list(pictures)).to(model.device, model.dtype)
 
 
 __all__ = ["predict_texts"]

@@ -21,19 +21,9 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    r"""
-    Open a file that takes its name once it is written to the end. If anything fails before, such as a full disk, a
-    file of that name stays as it was.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file. Its folder must be there.
-
-    Returns:
-        context manager of a binary file.
-
-    Raises:
-        OSError: if it can't be written; the error names `path`.
+    """
+    Open a file of bytes that takes its name once it is written to the end. If anything fails before, such as a full
+    disk, a file of that name stays as it was. An `OSError` names `path`. The folder of `path` must be there.
     """
     path = Path(path)
     # The name does not contain that of the file, which may already be as long as a name can be

@@ -10,23 +10,15 @@ from transformers.utils import is_accelerate_available, logging
 
 logger = logging.get_logger(__name__)
 
-_FIRST = {"cpu": 16}  # because a CPU has no error that tells that memory runs out
-_FIRST_OF_ACCELERATORS = 128
-
 
 def first_batch_size(device: torch.device) -> int:
     """Return how many items are computed at a time, before memory runs out."""
-    return _FIRST.get(device.type, _FIRST_OF_ACCELERATORS)
+    # A CPU has no error that tells that memory runs out
+    return 16 if device.type == "cpu" else 128
 
 
 class BatchSize:
-    r"""
-    A number of items that is halved whenever memory runs out, and stays so.
-
-    Args:
-        size (`int`, *optional*):
-            The number to begin with. Without it, all items at a time.
-    """
+    """A number of items that is halved whenever memory runs out, and stays so. Without `size`, all items at a time."""
 
     def __init__(self, size: int = sys.maxsize):
         if size < 1:
@@ -34,20 +26,9 @@ class BatchSize:
         self.size = size
 
     def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[tuple[Any, Any]]:
-        r"""
-        Call a function with items, as many at a time as memory takes.
-
-        Args:
-            function (`Callable`):
-                What computes. It is called again with half as many items if memory runs out.
-            items (sequence or `torch.Tensor`):
-                The items; they are sliced.
-
-        Returns:
-            iterator of some of the items and what `function` returned for them.
-
-        Raises:
-            RuntimeError: if memory does not even take one item.
+        """
+        Call a function with some of the items, which are sliced, as many at a time as memory takes. Yield these items
+        and what the function returned for them. The error stays if memory does not even take one item.
         """
         done = 0
         while done < len(items):
@@ -65,18 +46,9 @@ class BatchSize:
             self._halve(len(part))
 
     def fit(self, function: Callable[[int], Any]) -> Any:
-        r"""
-        Call a function with the number, until memory takes it.
-
-        Args:
-            function (`Callable`):
-                Computes with no more items at a time than it is given.
-
-        Returns:
-            what `function` returns.
-
-        Raises:
-            RuntimeError: if memory does not even take one item.
+        """
+        Return what a function returns that is called with the number, until memory takes it. The error stays if memory
+        does not even take one item.
         """
         while True:
             try:

@@ -74,24 +74,10 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 def check_settings_file(
     path: Path, given: Mapping[str, Any], place: str | os.PathLike, advice: str, free: Collection[str] = ()
 ):
-    r"""
-    Refuse results that other settings made, by the file beside them that says which did.
-
-    Args:
-        path (`Path`):
-            The file of settings.
-        given (`Mapping`):
-            The settings of this run.
-        place (`str` or `os.PathLike`):
-            The results, for the message.
-        advice (`str`):
-            What to do, a sentence such as `"Give the same options to go on, or another --output."`.
-        free (`Collection[str]`, *optional*):
-            Settings that may differ, such as the name of a model whose weights are compared.
-
-    Raises:
-        MadeOtherwiseError: if settings differ, or there is no file of settings.
-        StateFileError: if the file can't be read.
+    """
+    Refuse results that other settings made, by the file beside them that says which did. `place` is what the message
+    calls the results, `advice` a sentence that says what to do. Settings in `free`, such as the name of a model whose
+    weights are compared, may differ.
     """
     if not path.exists():
         raise MadeOtherwiseError(
@@ -113,7 +99,7 @@ def check_settings(
     names = sorted(name for name in {*found, *given} if found.get(name) != given.get(name))
     if set(names) - set(free):
         details = "; ".join(
-            f"{difference}" for name in names for difference in _differences(name, found.get(name), given.get(name))
+            difference for name in names for difference in _differences(name, found.get(name), given.get(name))
         )
         raise MadeOtherwiseError(f"{place} was made otherwise ({details}). {advice}")
 

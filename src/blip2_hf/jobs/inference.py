@@ -1,6 +1,8 @@
 """Models that jobs compute with: with all their weights, all of which are numbers."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,24 +11,9 @@ from ..models.backbones import load_whole
 
 
 def load_model(model_class: Any, name: str | os.PathLike, expected: str, **kwargs) -> Any:
-    r"""
-    Load a model with all its weights, all of which are numbers.
-
-    Args:
-        model_class (`type`):
-            Class of the model.
-        name (`str` or `os.PathLike`):
-            Folder or id on the Hub.
-        expected (`str`):
-            The kind of checkpoint that the error asks for.
-        kwargs:
-            Those of `from_pretrained`, such as `dtype`.
-
-    Returns:
-        [`~transformers.PreTrainedModel`].
-
-    Raises:
-        ValueError: if weights are missing, NaN or infinite.
+    """
+    Load a model with all its weights, all of which are numbers. If weights are missing, NaN or infinite, a
+    `ValueError` asks for `expected`, a kind of checkpoint. `kwargs` are those of `from_pretrained`, such as `dtype`.
     """
     model = load_whole(model_class, name, expected, **kwargs)
     check_finite(model, name)
@@ -35,16 +22,8 @@ def load_model(model_class: Any, name: str | os.PathLike, expected: str, **kwarg
 
 def check_finite(model: torch.nn.Module, name: str | os.PathLike):
     """
-    Refuse a model out of which nothing can come.
-
-    Args:
-        model (`nn.Module`):
-            The model. Weights that are quantised, or that accelerate has put on the disk, are not looked at.
-        name (`str` or `os.PathLike`):
-            Where it comes from, for the message.
-
-    Raises:
-        ValueError: if weights are NaN or infinite.
+    Refuse a model whose weights are NaN or infinite. Weights that are quantised, or that accelerate has put on the
+    disk, are not looked at. `name` is where the model comes from, for the message.
     """
     weights = [(key, x) for key, x in model.state_dict().items() if isinstance(x, torch.Tensor) and not x.is_meta]
     broken = [key for key, x in weights if x.is_floating_point() and x.itemsize > 1 and not x.isfinite().all()]
@@ -55,3 +34,14 @@ def check_finite(model: torch.nn.Module, name: str | os.PathLike):
             f"{len(weights)} ({broken[0]}{', ...' if len(broken) > 1 else ''}). Its training diverged, or its values "
             "are too large for that type: give an earlier checkpoint, or another dtype."
         )
+
+
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Run a model without dropout; it is left as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

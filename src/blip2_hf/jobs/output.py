@@ -22,21 +22,10 @@ logger = logging.get_logger(__name__)
 def only_writer(
     lock: str | os.PathLike, output: Any, state: "PartialState | None" = None, wait: float = 0
 ) -> Iterator[None]:
-    r"""
-    Keep other runs from an output. The system lifts the lock if the process is killed.
-
-    Args:
-        lock (`str` or `os.PathLike`):
-            The file that is locked, and stays: a hidden one, in or beside the output.
-        output (`str` or `os.PathLike`):
-            The output, for the message.
-        state ([`~accelerate.PartialState`], *optional*):
-            The processes of this run, all of which call this: the first one locks.
-        wait (`float`, *optional*, defaults to 0):
-            Seconds to wait for another run.
-
-    Raises:
-        OutputInUseError: in all processes, if another run is writing to the output.
+    """
+    Keep other runs from an output: an [`OutputInUseError`], in all processes, if another run is writing to it. The
+    system lifts the lock if the process is killed. `lock` is a hidden file, in or beside the output, which stays. The
+    processes of `state` all call this, and the first one locks. `wait` is how many seconds to wait for another run.
     """
     Path(lock).parent.mkdir(parents=True, exist_ok=True)
     file = FileLock(lock)

@@ -33,22 +33,11 @@ def is_picture_name(name: str) -> bool:
 def find_picture_files(
     folder: str | os.PathLike, left_out: str | os.PathLike | None = None
 ) -> dict[str, os.stat_result]:
-    r"""
-    Find the pictures in a folder and in the folders inside it, by the endings of their names. Names that begin with a
-    dot are passed over, links to folders are not followed, and what is no file, such as a named pipe, is no picture.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The folder.
-        left_out (`str` or `os.PathLike`, *optional*):
-            A folder inside it that is passed over.
-
-    Returns:
-        `dict[str, os.stat_result]`: size and times of each picture, by its path inside `folder`, in the order of these
-        paths.
-
-    Raises:
-        CollectionError: if there is no such folder.
+    """
+    Find the pictures in a folder and in the folders inside it, by the endings of their names. Return the size and the
+    times of each, by its path inside `folder`, in the order of these paths. Names that begin with a dot and the folder
+    `left_out` are passed over, links to folders are not followed, and what is no file, such as a named pipe, is no
+    picture.
     """
     folder = Path(folder)
     if not folder.is_dir():

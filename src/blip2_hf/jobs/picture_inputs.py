@@ -22,17 +22,10 @@ PictureInput = tuple[int, torch.Tensor | str]
 
 
 class PictureInputs(Dataset):
-    r"""
-    The model's input for each picture, or why it can't be read.
-
-    Args:
-        pictures (`Sequence` or `Dataset`):
-            Anything that [`~image_loading.load_image`] takes. `pictures[i]` may raise an
-            [`~image_loading.ImageLoadError`].
-        image_processor (`BaseImageProcessor`):
-            Makes the input.
-        name (`str`, *optional*):
-            What an error calls a picture, such as `"image"` for `image 3 of 8`. A path is always told.
+    """
+    The model's input for each picture, or why it can't be read. A picture is anything that
+    [`~image_loading.load_image`] takes; `pictures[i]` may raise an [`~image_loading.ImageLoadError`]. With
+    `name="image"`, an error calls a picture `image 3 of 8`. A path is always told.
     """
 
     def __init__(self, pictures: Sequence | Dataset, image_processor: Any, name: str | None = None):
@@ -45,7 +38,11 @@ class PictureInputs(Dataset):
 
     def __getitem__(self, number: int) -> PictureInput:
         name = None if self.name is None else f"{self.name} {number + 1} of {len(self)}"
-        return number, prepare(lambda: self.pictures[number], self.image_processor, name)
+        return number, prepare(lambda: self.open_picture(number), self.image_processor, name)
+
+    def open_picture(self, number: int) -> Any:
+        """Return a picture, or what `load_image` makes one of."""
+        return self.pictures[number]
 
 
 class PictureStream(IterableDataset):
@@ -73,16 +70,9 @@ def prepare(open_picture: Callable[[], Any], image_processor: Any, name: str | N
 
 @dataclass
 class PictureBatch:
-    r"""
-    Some pictures.
-
-    Args:
-        numbers (`list[int]`):
-            Which pictures they are.
-        errors (`dict[int, str]`):
-            Why some can't be read, by their number.
-        arrays (`np.ndarray` of shape `(num_readable, channels, height, width)`, *optional*):
-            The model's input for the others, in their order; `None` if there are none.
+    """
+    Some pictures: their numbers, why some of them can't be read, by their number, and the model's input for the
+    others, in their order, of shape `(num_readable, channels, height, width)`; `None` if there are none.
     """
 
     numbers: list[int]
@@ -102,19 +92,9 @@ class PictureBatch:
 
 
 def collate_pictures(items: Sequence[PictureInput]) -> PictureBatch:
-    r"""
-    Make a batch of pictures.
-
-    Args:
-        items (`list[tuple[int, torch.Tensor | str]]`):
-            Of each picture its number, and its input of shape `(views, channels, height, width)` or why it can't be
-            read.
-
-    Returns:
-        [`PictureBatch`].
-
-    Raises:
-        ValueError: if the inputs have several sizes.
+    """
+    Make a batch of pictures: of each its number, and its input of shape `(views, channels, height, width)` or why it
+    can't be read.
     """
     readable = [value for _, value in items if isinstance(value, torch.Tensor)]
     shapes = {tuple(value.shape[1:]) for value in readable}
@@ -128,20 +108,10 @@ def collate_pictures(items: Sequence[PictureInput]) -> PictureBatch:
 
 
 def load_ahead(dataset: Dataset, num_workers: int, **kwargs) -> Iterator:
-    r"""
-    Read a dataset in batches, the next of which are made while the model computes.
-
-    Args:
-        dataset (`Dataset`):
-            The dataset. One that is no sequence is read by a thread.
-        num_workers (`int`):
-            Processes that read it; 0 takes a thread of this one.
-        kwargs:
-            Those of `DataLoader`, such as `batch_size` or `batch_sampler`, and `collate_fn`, which is
-            [`collate_pictures`] if it is not given.
-
-    Returns:
-        iterator of what `collate_fn` returns.
+    """
+    Yield what `collate_fn` makes of the batches of a dataset, the next of which are made while the model computes.
+    `num_workers` processes read the dataset; 0 takes a thread of this one, as does a dataset that is no sequence.
+    `kwargs` are those of `DataLoader`, such as `batch_size` or `batch_sampler`.
     """
     num_workers = 0 if isinstance(dataset, IterableDataset) else num_workers
     loader = DataLoader(
@@ -162,21 +132,10 @@ def split_rows(num_rows: int, rows_per_shard: int) -> list[range]:
 def load_shards(
     dataset: Dataset, shards: Sequence[range], batch_size: int, num_workers: int, **kwargs
 ) -> Iterator[Iterator]:
-    r"""
-    Read a dataset shard by shard. A batch lies within one shard, so that a shard does not depend on where a run began.
-
-    Args:
-        dataset (`Dataset`):
-            The dataset.
-        shards (`list[range]`):
-            The rows of each shard.
-        batch_size (`int`):
-            Rows of a batch.
-        num_workers (`int`), kwargs:
-            Those of [`load_ahead`].
-
-    Returns:
-        iterator of an iterator of batches for each shard, which is read to its end before the next one is asked for.
+    """
+    Read a dataset shard by shard: return an iterator of batches for each, which is read to its end before the next one
+    is asked for. A batch lies within one shard, so that a shard does not depend on where a run began. `shards` are the
+    rows of each, `kwargs` those of [`load_ahead`].
     """
     plan = [[rows[i : i + batch_size] for i in range(0, len(rows), batch_size)] for rows in shards]
     batches = load_ahead(dataset, num_workers, batch_sampler=list(itertools.chain(*plan)), **kwargs)

@@ -12,42 +12,14 @@ from .errors import StateFileError
 
 
 def read_json(path: str | os.PathLike, advice: str) -> dict[str, Any]:
-    r"""
-    Read a file with one object.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file.
-        advice (`str`):
-            What to do if it can't be read, a sentence.
-
-    Returns:
-        `dict`: the object.
-
-    Raises:
-        StateFileError: if the file has something else. The message names it.
-        FileNotFoundError: if there is no such file.
-    """
+    """Read a file with one object. A [`StateFileError`] names the file, and says what to do: `advice`, a sentence."""
     return _parse(Path(path).read_bytes(), str(path), advice)
 
 
 def read_json_lines(path: str | os.PathLike, advice: str) -> Iterator[Any]:
-    r"""
-    Read a file with JSON in each line. A last line without its end, which a process that was killed leaves, is no
-    line.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file.
-        advice (`str`):
-            What to do if it can't be read, a sentence.
-
-    Returns:
-        iterator of what the lines hold.
-
-    Raises:
-        StateFileError: if a line has something else. The message names the file and the line.
-        FileNotFoundError: if there is no such file.
+    """
+    Yield what the lines of a file of JSON hold. A last line without its end, which a process that was killed leaves,
+    is no line. A [`StateFileError`] names the file and the line, and says what to do: `advice`, a sentence.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -56,23 +28,9 @@ def read_json_lines(path: str | os.PathLike, advice: str) -> Iterator[Any]:
 
 
 def read_whole(path: str | os.PathLike, read: Callable[[Path], Any], advice: str) -> Any:
-    r"""
-    Read a file of another format.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file.
-        read (`Callable`):
-            Reads it, such as `numpy.load`.
-        advice (`str`):
-            What to do if it can't be read, a sentence.
-
-    Returns:
-        what `read` returns.
-
-    Raises:
-        StateFileError: if it can't be read. The message names it.
-        FileNotFoundError: if there is no such file.
+    """
+    Return what `read`, such as `numpy.load`, makes of a file. A [`StateFileError`] names the file, and says what to
+    do: `advice`, a sentence.
     """
     try:
         return read(Path(path))
@@ -84,19 +42,10 @@ def read_whole(path: str | os.PathLike, read: Callable[[Path], Any], advice: str
 
 @contextlib.contextmanager
 def appended_lines(path: str | os.PathLike) -> Iterator[Callable[[Any], None]]:
-    r"""
-    Add to a file of lines. What a process that was killed has left of a line is removed first.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file; made if it is not there.
-
-    Returns:
-        context manager of a function that adds a line. The line is out of this process then, and stays if the process
-        is killed.
-
-    Raises:
-        OSError: if the disk is full; the error names the file.
+    """
+    Open a file of lines, which is made if it is not there, and yield a function that adds a line. The line is out of
+    this process then, and stays if the process is killed. What such a process has left of a line is removed first. The
+    error of a full disk names the file.
     """
 
     def add(record: Any):

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..data.feature_cache import read_cached_features
 from ..jobs.batch_size import BatchSize
+from ..jobs.inference import eval_mode
 from ..models.losses import image_text_similarity
 from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
 
@@ -107,13 +108,8 @@ def _in_eval_mode(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                return method(self, *args, **kwargs)
-        finally:
-            self.model.train(training)
+        with eval_mode(self.model), torch.no_grad():
+            return method(self, *args, **kwargs)
 
     return run
 

@@ -180,30 +180,18 @@ def _find_checkpoint(trainer: "Blip2Trainer", settings: dict[str, Any]) -> str |
 
 def _check_neighbours(checkpoint: str, folder: Path, settings: dict[str, Any]):
     """Refuse a folder in which later checkpoints, that other settings made, would be taken for those of this run."""
-    path, given = folder / _SETTINGS, Path(checkpoint).resolve()
-    steps = {step: old for step, old in _checkpoints(folder).items() if old.resolve() != given}
-    if given.parent == folder.resolve():
-        step = next((step for step, old in _checkpoints(folder).items() if old.resolve() == given), -1)
-        steps = {other: old for other, old in steps.items() if other > step}
-    if steps and not (path.exists() and read_json(path, f"{_ANEW}.") == settings):
-        names = ", ".join(old.name for old in steps.values())
+    path, found = folder / _SETTINGS, _checkpoints(folder)
+    own = next((step for step, old in found.items() if old.resolve() == Path(checkpoint).resolve()), -1)
+    later = [old.name for step, old in found.items() if step > own]
+    if later and not (path.exists() and read_json(path, f"{_ANEW}.") == settings):
         raise ValueError(
-            f"{folder} has checkpoints that other settings made ({names}), and the next run would take them for those "
-            f"of this one. To go on from {checkpoint}, give another --output_dir, or move them away."
+            f"{folder} has checkpoints that other settings made ({', '.join(later)}), and the next run would take "
+            f"them for those of this one. To go on from {checkpoint}, give another --output_dir, or move them away."
         )
 
 
 def refuse_weights_alone(checkpoint: str | os.PathLike | None):
-    """
-    Refuse a checkpoint of `save_only_model`: `Trainer` would go on at its step with a schedule that begins anew.
-
-    Args:
-        checkpoint (`str` or `os.PathLike`, *optional*):
-            The folder.
-
-    Raises:
-        ValueError: if it has the weights alone.
-    """
+    """Refuse a checkpoint of `save_only_model`: `Trainer` would go on at its step with a schedule that begins anew."""
     if checkpoint is not None and _has_weights_alone(Path(checkpoint)):
         raise ValueError(
             f"{checkpoint} has weights alone (save_only_model), without the state of the optimizer and the schedule: "

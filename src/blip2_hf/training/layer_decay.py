@@ -51,14 +51,8 @@ def vision_layer_scales(model: Blip2PreTrainedModel, decay: float) -> dict[nn.Pa
 
 def split_by_scale(optimizer: torch.optim.Optimizer, scales: dict[nn.Parameter, float]):
     """
-    Split the groups of a new optimizer, so that each has the learning rate of its layers. A scheduler multiplies them
-    all alike.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`):
-            The optimizer.
-        scales (`dict`):
-            Factor of a parameter's learning rate, if it is not 1.
+    Split the groups of a new optimizer, so that each has the learning rate of its layers: that of the optimizer times
+    the factor of a parameter, which is 1 if `scales` has none. A scheduler multiplies them all alike.
     """
     groups = []
     for group in optimizer.param_groups:

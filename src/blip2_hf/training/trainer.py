@@ -23,6 +23,7 @@ from ..data.callbacks import SetEpochCallback
 from ..data.pairs import ImageTextStream
 from ..hub import fetch_card, is_of_this_package
 from ..hub.model_card import CARD_NAME, PIPELINE_TAGS, class_name, write_model_card
+from ..jobs.atomic_files import write_json
 from ..models.configuration_blip2 import is_hub_id
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
 from ..models.modeling_pretraining import Blip2ForPreTraining
@@ -322,9 +323,7 @@ def _leave_out_local_base(path: Path):
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     base = config.get("base_model_name_or_path")
     if base and not is_hub_id(base):
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(config | {"base_model_name_or_path": None}, indent=2), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, config | {"base_model_name_or_path": None})
 
 
 def _scores(logs: dict[str, Any]) -> dict[str, Any]:

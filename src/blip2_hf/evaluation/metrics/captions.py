@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 from .ptb import ptb_tokenize
 
@@ -28,20 +29,18 @@ def check_words(predictions: Sequence[Words], references: Sequence[Sequence[Word
     """Check as [`check_pairs`], and that captions are lists of words."""
     wanted = "a caption is a list of words, as ptb_tokenize gives it; caption_metrics takes texts"
     check_pairs(predictions, references, wanted)
-    for prediction, own in zip(predictions, references, strict=True):
-        for caption in (prediction, *own):
-            if isinstance(caption, str):
-                raise ValueError(f"{wanted}, not {caption!r}")
+    for caption in chain(predictions, *references):
+        if isinstance(caption, str):
+            raise ValueError(f"{wanted}, not {caption!r}")
 
 
 def check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     """Check as [`check_pairs`], and that captions are texts."""
     wanted = "predictions are a list of texts, references a list of lists of texts"
     check_pairs(predictions, references, wanted)
-    for prediction, own in zip(predictions, references, strict=True):
-        for caption in (prediction, *own):
-            if not isinstance(caption, str):
-                raise ValueError(f"{wanted}, but a caption is {caption!r}")
+    for caption in chain(predictions, *references):
+        if not isinstance(caption, str):
+            raise ValueError(f"{wanted}, but a caption is {caption!r}")
 
 
 def count_ngrams(caption: Words, longest: int = 4) -> Counter[tuple[str, ...]]:
