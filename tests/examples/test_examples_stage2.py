@@ -1,9 +1,6 @@
 """The scripts of stage 2 and fine-tuning, as a user runs them, on tiny parts."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -12,6 +9,7 @@ import pytest
 import torch
 import transformers
 from paths import EXAMPLES
+from processes import run_script
 from stage1 import STAGE1_QFORMER, Processor, make_stage1
 from tiny import LANGUAGE_MODELS, assert_sees_the_whole, make_cropping_image_processor, make_image, make_tokenizer
 
@@ -40,16 +38,10 @@ def write_rows(path: Path, broken: bool = False):
 
 def run(script: str, folder: Path, *options: str, error: str | None = None) -> str:
     common = "--per_device_train_batch_size 2 --max_steps 2 --warmup_steps 1 --logging_steps 1 --report_to none"
-    command = [sys.executable, str(EXAMPLES / script), "--output_dir", str(folder), "--use_cpu", "--image_size", "28"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *common.split(), *options], env=environment, capture_output=True, text=True, cwd=folder.parent
-    )
-    if error is not None:
-        assert result.returncode != 0 and error in result.stderr, result.stderr[-3000:]
-        return result.stdout
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    options = ("--output_dir", str(folder), "--use_cpu", "--image_size", "28", *common.split(), *options)
+    printed = run_script(EXAMPLES / script, *options, folder=folder.parent, fails=error is not None)
+    assert error is None or error in printed.stderr
+    return printed.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,13 @@
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import transformers
-from paths import HELPERS
+from processes import run, start
 from stage1 import Processor, gradients, make_inputs, make_pairs, make_stage1
+from train_stage1 import train_stage1
 
 from blip2_hf.data import ImageTextCollator, ImageTextPairs
 from blip2_hf.evaluation import contrastive_retrieval_metrics, retrieval_recall
@@ -21,9 +18,6 @@ from blip2_hf.training import (
     describe_trained_parts,
     last_complete_checkpoint,
 )
-
-
-PROGRAM = HELPERS / "train_stage1.py"
 
 
 def make_arguments(folder, **kwargs) -> Stage1Arguments:
@@ -405,21 +399,9 @@ def test_weights_alone_are_told_by_what_trainer_saves(tmp_path):
         assert (last_complete_checkpoint(tmp_path / name) is None) == alone
 
 
-def command(folder, *options: str, processes: int = 1) -> list[str]:
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    common = "--warmup_steps 2 --learning_rate 1e-3 --logging_steps 1 --report_to none --use_cpu --disable_tqdm True"
-    return [*start, str(PROGRAM), "--output_dir", str(folder), *common.split(), *options]
-
-
-def run(folder, *options: str, processes: int = 1):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command(folder, *options, processes=processes), env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return losses(folder)
+def arguments_of_a_run(folder, **arguments) -> dict:
+    common = {"warmup_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    return {"output_dir": str(folder), "disable_tqdm": True, **common, **arguments}
 
 
 def losses(folder) -> dict[int, list[float]]:
@@ -432,36 +414,25 @@ def losses(folder) -> dict[int, list[float]]:
     }
 
 
-@pytest.mark.parametrize("options", [(), ("--stream",)], ids=["rows", "stream"])
-def test_killed_and_resumed(tmp_path, options):
-    options = (
-        *options,
-        *["--max_steps", "16", "--save_steps", "3", "--save_total_limit", "2", "--per_device_train_batch_size", "4"],
-        *["--eval_strategy", "steps", "--eval_steps", "5"],
-    )
-    expected = run(tmp_path / "whole", *options)
+@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
+def test_killed_and_resumed(tmp_path, stream):
+    settings = {"max_steps": 16, "save_steps": 3, "save_total_limit": 2, "per_device_train_batch_size": 4}
+    settings |= {"eval_strategy": "steps", "eval_steps": 5}
+    run(train_stage1, arguments_of_a_run(tmp_path / "whole", **settings), stream, folder=tmp_path)
     folder = tmp_path / "killed"
+    arguments = arguments_of_a_run(folder, **settings)
     # Once as soon as a second checkpoint has begun to be written, and once some time after the next
     for checkpoint, delay in (("checkpoint-6", 0.0), ("checkpoint-12", 0.05)):
-        process = subprocess.Popen(
-            command(folder, *options),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start(train_stage1, arguments, stream, folder=tmp_path)
         while not (folder / checkpoint).exists():
-            assert process.poll() is None, "ended before it was killed"
+            assert process.is_alive(), "ended before it was killed"
             time.sleep(0.0005)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not (folder / "log.json").exists()
-    assert run(folder, *options) == expected
-
-
-def test_a_stream_in_two_processes(tmp_path):
-    options = ("--stream", "--max_steps", "4", "--save_strategy", "no", "--per_device_train_batch_size", "4")
-    assert len(run(tmp_path, *options, processes=2)) == 4
+    run(train_stage1, arguments, stream, folder=tmp_path)
+    assert losses(folder) == losses(tmp_path / "whole")
 
 
 def test_joined_data_sets_want_names(tmp_path):
@@ -483,10 +454,19 @@ def test_held_out_texts_of_one_image(tmp_path):
     assert metrics["eval_loss"] > 0
 
 
+def test_a_stream_in_two_processes(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "no", "per_device_train_batch_size": 4}
+    run(train_stage1, arguments_of_a_run(tmp_path / "two", **settings), True, folder=tmp_path, processes=2)
+    assert len(losses(tmp_path / "two")) == 4
+
+
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    options = ("--max_steps", "5", "--save_strategy", "no", "--without-chance")
-    one = run(tmp_path / "one", *options, "--per_device_train_batch_size", "8")
-    two = run(tmp_path / "two", *options, "--per_device_train_batch_size", "4", processes=2)
+    for name, processes, batch_size in (("one", 1, 8), ("two", 2, 4)):
+        settings = {"max_steps": 5, "save_strategy": "no", "per_device_train_batch_size": batch_size}
+        arguments = arguments_of_a_run(tmp_path / name, **settings)
+        # Without a stream, and without chance
+        run(train_stage1, arguments, False, True, folder=tmp_path, processes=processes)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 5
     for step in one:
         assert two[step] == pytest.approx(one[step], abs=2e-4)
