@@ -17,7 +17,7 @@ from PIL import Image
 from transformers.configuration_utils import PreTrainedConfig
 
 from .models.modeling_base import Blip2PreTrainedModel
-from .models.modeling_retrieval import Blip2ImageTextPreTrainedModel
+from .models.modeling_image_text import Blip2ImageTextPreTrainedModel
 
 
 METHODS = ("gradcam", "attention")

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from .models.configuration_blip2 import Blip2Config
 from .models.modeling_base import Blip2PreTrainedModel
 from .models.modeling_blip2 import Blip2ForConditionalGeneration
-from .models.modeling_retrieval import Blip2ImageTextPreTrainedModel
+from .models.modeling_image_text import Blip2ImageTextPreTrainedModel
 
 
 FORMATS = {".pt2": "torch", ".onnx": "onnx"}

@@ -9,7 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 from ..jobs.fingerprints import model_settings
 from ..jobs.inference import eval_mode
 from ..models.losses import image_text_similarity
-from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
+from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
 from ..retrieval.two_stage import TwoStageRetrieval
 from .captioners import picture_inputs
 
@@ -21,8 +21,9 @@ CaptionFilter = Callable[[list[Any], list[list[str]]], Sequence[Sequence[float]]
 
 class RetrievalFilter:
     r"""
-    Scores of captions by a model for retrieval. A picture goes through the tower once, and its keys and values are
-    computed once, however many captions it has; a caption of several pictures is read once for contrast.
+    Scores of captions by a model for retrieval. A picture goes through the tower once, however many captions it has. Its
+    keys and values are computed once for contrast and once for matching. A caption of several pictures is read once for
+    contrast.
 
     Args:
         model ([`Blip2ForImageTextRetrieval`] or [`Blip2ForPreTraining`]):

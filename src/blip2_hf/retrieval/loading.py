@@ -12,7 +12,8 @@ import torch
 
 from ..jobs.fingerprints import check_settings, fingerprint, sampled_weights
 from ..jobs.inference import load_model
-from ..models.modeling_retrieval import Blip2ForImageTextRetrieval, Blip2ImageTextPreTrainedModel
+from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
+from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
 from ..models.processing_blip2 import Blip2Processor
 
 

@@ -19,7 +19,7 @@ from ..data.feature_cache import read_cached_features
 from ..jobs.batch_size import BatchSize
 from ..jobs.inference import eval_mode
 from ..models.losses import image_text_similarity
-from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
+from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
 
 
 @dataclass

@@ -15,7 +15,7 @@ from ..jobs.output import only_writer
 from ..jobs.picture_inputs import PictureInputs, collate_pictures
 from ..models.image_loading import check_reads_8_bit, load_image_for
 from ..models.losses import image_text_similarity
-from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
+from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
 from ..retrieval.loading import check_same_model, describe_model, model_and_processor
 from .approximate import ApproximateIndex, import_faiss
 from .store import DESCRIPTION, LOCK, Store, check_is_free, create_store, read_description

@@ -18,7 +18,7 @@ from ..jobs.batch_size import BatchSize
 from ..jobs.errors import printable
 from ..jobs.picture_files import find_picture_files
 from ..jobs.picture_inputs import PictureInputs, load_ahead
-from ..models.modeling_retrieval import Blip2ImageTextPreTrainedModel
+from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
 from .store import Store
 
 
