@@ -19,7 +19,7 @@ ARROWS = [
     "cli export jobs models",
     "cli attention_maps models",
     "training data jobs models",
-    "training hub models",
+    "training hub jobs models",
 ]
 ROOMS = {name for row in ARROWS for name in row.split()}
 # What a model asks for when it is pushed, if the package is installed

@@ -21,9 +21,9 @@ CaptionFilter = Callable[[list[Any], list[list[str]]], Sequence[Sequence[float]]
 
 class RetrievalFilter:
     r"""
-    Scores of captions by a model for retrieval. A picture goes through the tower once, however many captions it has. Its
-    keys and values are computed once for contrast and once for matching. A caption of several pictures is read once for
-    contrast.
+    Scores of captions by a model for retrieval. A picture goes through the tower once, however many captions it has.
+    Its keys and values are computed once for contrast and once for matching. A caption of several pictures is read
+    once for contrast.
 
     Args:
         model ([`Blip2ForImageTextRetrieval`] or [`Blip2ForPreTraining`]):

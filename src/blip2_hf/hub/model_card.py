@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers.utils import logging
 
+from ..jobs.atomic_files import write_text
 from ..models.configuration_blip2 import is_hub_id
 
 
@@ -127,9 +128,7 @@ def write_model_card(
     facts = {key: old.get(key) for key in _KEPT if old.get(key) is not None} | given
     reports = [_read_results(report) for report in _as_list(results)]
     text = _text(model, name, _metadata(model, name, facts, reports, old), reports, training)
-    temporary = path.with_name(f"{CARD_NAME}.tmp")
-    temporary.write_bytes(f"{text}{_MARK}{_digest(text)}, {kind}, weights {weights}{_MARK_END}".encode())
-    os.replace(temporary, path)
+    write_text(path, f"{text}{_MARK}{_digest(text)}, {kind}, weights {weights}{_MARK_END}")
     return path
 
 

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.pipelines.base import Pipeline
 from transformers.processing_utils import ProcessorMixin
 
+from ..jobs.atomic_files import write_text
 from .model_card import write_model_card
 
 
@@ -87,7 +87,7 @@ def write_code(folder: str | os.PathLike, shared: Any):
         _add_to_json(folder / "config.json", {name: value for name, value in fields.items() if value})
         references += [*auto_map.values(), *(pipeline["impl"] for pipeline in pipelines.values())]
     for source in source_files(references):
-        _copy(source, folder / source.name)
+        write_text(folder / source.name, source.read_text(encoding="utf-8"))
 
 
 def write_code_and_card(folder: str | os.PathLike, shared: Any):
@@ -142,17 +142,9 @@ def source_files(references: list[str]) -> list[Path]:
     return sorted(files)
 
 
-def _copy(source: Path, target: Path):
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-
-
 def _add_to_json(path: Path, fields: dict[str, Any]):
     content = json.loads(path.read_text(encoding="utf-8")) | fields
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def all_source_names() -> set[str]:
