@@ -37,8 +37,8 @@ def same(image):
     np.testing.assert_array_equal(np.asarray(image), np.asarray(PICTURE))
 
 
-def captioned_picture(rows, **allowed):
-    found = CaptionedPictures(rows, "image", "caption", **allowed)[1]
+def captioned_picture(rows, allow_urls=False):
+    found = CaptionedPictures(rows, "image", "caption", allow_urls)[1]
     if found.bad is not None:
         raise ImageLoadError(found.bad.reason)
     return found.picture

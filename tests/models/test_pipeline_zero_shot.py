@@ -143,7 +143,7 @@ def test_padding_on_the_left_and_labels_that_spell_special_tokens(folder, rerank
     found = classifier(make_image(), **options)
     assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
     assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], rel=1e-4)
-    labels = classifier._read(**options)
+    labels = classifier._encode(**options)
     assert labels.input_ids[-1].eq(classifier.tokenizer.sep_token_id).sum() == 1
 
 
