@@ -288,7 +288,7 @@ def test_a_disk_that_is_full_from_each_write_on(job, undisturbed, tmp_path):
         assert not list(folder.rglob("*.tmp"))
         if status == 0:
             break
-        assert "No space left on device" in error and str(folder) in error
+        assert "No space left on device" in error and str(folder) in error, (status, step, error)
         job.check_partial(folder, undisturbed)
         job.go_on(folder)
         assert job.result(folder) == undisturbed
