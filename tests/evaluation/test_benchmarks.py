@@ -484,7 +484,7 @@ def test_one_bar_tells_of_all_pairs(retrieval, tmp_path, monkeypatch):
 
 def test_features_that_were_not_written_may_be_of_another_size(retrieval, tmp_path, monkeypatch):
     model, processor, samples, *_ = retrieval
-    write_shards = "blip2_hf.data.feature_cache._write_shard"
+    write_shards = "blip2_hf.data.feature_cache._Shards.write"
     with monkeypatch.context() as patch:
         patch.setattr(write_shards, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -17,6 +17,7 @@ from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.cli import main
 from blip2_hf.data import clean_question
 from blip2_hf.evaluation.metrics import vqa_accuracy_scores
+from blip2_hf.jobs.errors import shorten
 
 
 FEATURES = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
@@ -201,7 +202,12 @@ def test_another_model_is_not_taken_for_the_one_that_was_trained(parts, tmp_path
     out = tmp_path / "out"
     run("finetune_captioning.py", out, "--model", str(tmp_path / "first"), *options)
     second = ("--model", str(tmp_path / "second"), *options)
-    run("finetune_captioning.py", out, *second, error=f"--model: '{tmp_path}/first' there, '{tmp_path}/second' now")
+    run(
+        "finetune_captioning.py",
+        out,
+        *second,
+        error=f"--model: {shorten(f'{tmp_path}/first')} there, {shorten(f'{tmp_path}/second')} now",
+    )
     run("finetune_captioning.py", out, *second, "--overwrite")
     trained, given = (Blip2ForConditionalGeneration.from_pretrained(path) for path in (out, tmp_path / "second"))
     head = "language_model.lm_head.weight"

@@ -32,6 +32,7 @@ def printable(text: str) -> str:
 
 
 def shorten(value: Any) -> str:
-    """Return what a message shows of a value."""
+    """Return what a message shows of a value: of a long one its beginning and its end, by which paths differ."""
     shown = repr(value)
-    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
+    half = _LONGEST_VALUE // 2
+    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:half]}...{shown[-half:]}"
