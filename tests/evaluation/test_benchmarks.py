@@ -484,9 +484,9 @@ def test_one_bar_tells_of_all_pairs(retrieval, tmp_path, monkeypatch):
 
 def test_features_that_were_not_written_may_be_of_another_size(retrieval, tmp_path, monkeypatch):
     model, processor, samples, *_ = retrieval
-    write_shards = "blip2_hf.data.feature_cache._Shards.write"
+    open_shard = "blip2_hf.data.feature_cache.atomic_file"
     with monkeypatch.context() as patch:
-        patch.setattr(write_shards, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(open_shard, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             evaluate_retrieval(model, processor, samples[:2], tmp_path, k=0, image_size=42, show_progress=False)
     results = evaluate_retrieval(model, processor, samples[:2], tmp_path, k=0, show_progress=False)

@@ -18,6 +18,8 @@ _EVENTS = {"os.rename": RENAME, "os.remove": REMOVE, "os.rmdir": REMOVE, "shutil
 
 def run_apart(run: Callable[[], object], report: Path) -> tuple[int, str]:
     """Return the exit status, which is -9 if the process was killed, and the exception that ended it."""
+    # Before the child begins, which may have ended when the parent goes on
+    report.unlink(missing_ok=True)
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -30,7 +32,6 @@ def run_apart(run: Callable[[], object], report: Path) -> tuple[int, str]:
                 file.write(f"{type(error).__name__}: {error}")
         finally:
             os._exit(status)
-    report.unlink(missing_ok=True)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return status, report.read_text() if report.exists() else ""
 
