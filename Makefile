@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
-PYTEST = -m pytest
+# A worker needs a gigabyte and a half of memory, so not one for each core of a large machine. A file stays in one worker,
+# with what its tests share.
+PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 10
 
 .PHONY: help demo test test-slow test-oldest check format clean
 
@@ -16,7 +18,7 @@ test: $(VENV)/.test ## the test suite
 	$(VENV)/bin/python $(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.test ## the tests that take minutes
-	$(VENV)/bin/python $(PYTEST) -m slow $(ARGS)
+	$(VENV)/bin/python $(PYTEST) --dist load -m slow $(ARGS)
 
 test-oldest: $(OLDEST)/.test ## the test suite on the oldest versions that setup.cfg admits
 	$(OLDEST)/bin/python $(PYTEST) $(ARGS)

@@ -5,6 +5,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +40,11 @@ def run(function: Callable, *arguments, folder: Path, processes: int = 1, fails:
     for rank in range(processes):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         started.append(start(function, *arguments, folder=folder, rank=rank, **environment))
+    # Until all have ended, or one has failed, which others may be waiting for
+    while alive := [process.sentinel for process in started if process.is_alive()]:
+        if any(process.exitcode for process in started) or not wait(alive, TIMEOUT):
+            break
     for process in started:
-        process.join(TIMEOUT)
         process.kill()
         process.join()
     printed = [Printed(*(file.read_text() for file in _files(folder, rank))) for rank in range(processes)]

@@ -1,12 +1,6 @@
-"""
-A run of stage 2 on tiny parts, as a program: for the tests to run it in several processes.
-
-    python tests/helpers/train_stage2.py FOLDER --max_steps 4 ...
-"""
+"""A run of stage 2 on tiny parts: for the tests to run it in several processes."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -19,10 +13,10 @@ from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.training import Blip2Trainer, Stage2Arguments
 
 
-def main():
-    torch.set_num_threads(1)
+def train_stage2(arguments: dict):
+    """Train with Stage2Arguments, and evaluate."""
     transformers.logging.set_verbosity_error()
-    (arguments,) = transformers.HfArgumentParser(Stage2Arguments).parse_args_into_dataclasses(sys.argv[1:])
+    arguments = Stage2Arguments(**arguments)
     torch.manual_seed(0)
     model = make_model()
     remove_dropout(model)
@@ -47,11 +41,3 @@ def main():
         trainer.evaluate()
     if trainer.is_world_process_zero():
         Path(arguments.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
-    # gloo's threads abort a process now and then that ends by way of the interpreter (pytorch/pytorch#179291); where
-    # the process group is destroyed, with DistributedDataParallel, they can stop it for good
-    sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,16 @@
 """Several processes, each with its share of a batch: together they are to be one process with the whole of it."""
 
-from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from sharding import sharded_gradients
+from processes import run
+from sharding import sharded_gradients, wrap_in_fsdp, wrap_in_fsdp2
 from stage1 import assert_same, gradients, make_inputs, make_stage1
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2_hf.models.distributed import GlobalBatch
-from blip2_hf.models.modeling_qformer import Blip2QFormerLayer, FoldedLinear
 
 
 pytestmark = pytest.mark.usefixtures("likeliest_negatives")
@@ -48,11 +44,11 @@ def share(inputs: dict, rows: slice) -> dict:
     return {name: value[:, :length] if value.dim() == 2 else value for name, value in own.items()}
 
 
-def run_process(rank: int, world_size: int, folder: str):
-    torch.set_num_threads(1)
+def run_process(folder: Path):
     torch.multinomial = lambda weights, *args, **kwargs: weights.argmax(-1, keepdim=True)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    bounds = {2: [0, 3, 7], 3: [0, 3, 5, 7]}[world_size]
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    bounds = {2: [0, 3, 7], 3: [0, 3, 5, 7]}[dist.get_world_size()]
     results = {}
     for name, case in CASES.items():
         model, inputs = prepare(case)
@@ -69,24 +65,9 @@ def run_process(rank: int, world_size: int, folder: str):
         outputs.loss.backward()
         results[name] = {"loss": outputs.loss.detach(), "gradients": sharded_gradients(model)}
     results["fetched"] = count_what_travels(rank)
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def wrap_in_fsdp(model) -> FullyShardedDataParallel:
-    policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={Blip2QFormerLayer, FoldedLinear})
-    return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
-    )
-
-
-def wrap_in_fsdp2(model):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for module in reversed(list(model.modules())):
-        if isinstance(module, (Blip2QFormerLayer, FoldedLinear)):
-            fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def count_what_travels(rank: int) -> list[int]:
@@ -104,7 +85,7 @@ def count_what_travels(rank: int) -> list[int]:
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"processes-{request.param}")
-    mp.spawn(run_process, args=(request.param, str(folder)), nprocs=request.param)
+    run(run_process, folder, folder=folder, processes=request.param)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
