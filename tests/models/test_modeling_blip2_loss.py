@@ -1,5 +1,7 @@
 """The loss of stage 2, with the scores of labels alone and with all scores."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -114,3 +116,22 @@ def test_scores_are_there_for_whoever_calls_the_model():
     model, batch = make_model(), make_batch()
     assert model.train()(**batch).logits is not None
     assert model.eval()(**batch, num_items_in_batch=3).logits is not None
+
+
+def test_a_wrapped_language_model_is_given_positions_and_labels():
+    """PEFT's wrapper names no arguments in its forward."""
+    from peft import LoraConfig, get_peft_model
+
+    plain, batch = make_model("gpt2"), make_batch()
+    batch = {name: value.flip(1) if name != "pixel_values" else value for name, value in batch.items()}
+    wrapped_lm = get_peft_model(copy.deepcopy(plain.language_model), LoraConfig(target_modules=["c_attn"]))
+    wrapped = Blip2ForConditionalGeneration(plain.config, plain.vision_model, wrapped_lm).eval()
+    # As they were given: a new model draws the weights that transformers has not made
+    assert not any(p.any() for name, p in wrapped_lm.named_parameters() if "lora_B" in name)
+    for name in ("query_tokens", "qformer", "language_projection"):
+        getattr(wrapped, name).load_state_dict(getattr(plain, name).state_dict())
+    lengths = []
+    wrapped.get_output_embeddings().register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    expected = plain(**batch, skip_logits=False).loss
+    torch.testing.assert_close(wrapped(**batch, skip_logits=True).loss, expected)
+    assert lengths[0] < batch["input_ids"].shape[1] - 1

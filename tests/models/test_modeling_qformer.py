@@ -1,3 +1,6 @@
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 import transformers
@@ -300,3 +303,28 @@ def test_an_image_serves_several_rows():
             encoder_key_values=qformer.project_image(image),
             encoder_attention_mask=torch.ones(6, image.shape[1]),
         )
+    with pytest.raises(ValueError, match="5 rows were given with 2 images: the same number of rows"):
+        qformer(query_embeds=rows[:5], encoder_key_values=qformer.project_image(image))
+    sets = [qformer.project_image(image)] * 2
+    with pytest.raises(ValueError, match="encoder_attention_mask was given with 2 sets of images"):
+        qformer(query_embeds=rows[:4], encoder_key_values=sets, encoder_attention_mask=torch.ones(4, image.shape[1]))
+
+
+def test_dropout_of_adapters_is_the_same_when_states_are_computed_again():
+    """The backward pass computes the second half of a feed-forward network again, and adapters in it with it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def step(computes_again: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules=["output_query.dense"], lora_dropout=0.5, init_lora_weights=False)
+        qformer = inject_adapter_in_model(config, make_qformer(hidden_dropout_prob=0.0)).train()
+        queries, _, image = inputs()
+        with contextlib.ExitStack() as stack:
+            if not computes_again:
+                plainly = lambda function, *args, use_reentrant, **kwargs: function(*args, **kwargs)  # noqa: E731
+                stack.enter_context(mock.patch("blip2_hf.models.modeling_qformer.checkpoint", plainly))
+            output = qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
+            trained = [p for name, p in qformer.named_parameters() if "lora_" in name]
+            return torch.autograd.grad(output.sin().sum(), trained)
+
+    torch.testing.assert_close(step(True), step(False))

@@ -12,6 +12,12 @@ def is_frozen(part: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in part.parameters())
 
 
+def keep_weights(part: nn.Module):
+    """Tell `post_init` of a model that a given part has its weights: it would draw those of PEFT's adapters anew."""
+    for module in part.modules():
+        module._is_hf_initialized = True
+
+
 def cast_parameters(part: nn.Module, dtype: torch.dtype):
     """
     Cast the parameters of a frozen part. `part.to(dtype)` would also round buffers that stay in float32 for every

@@ -90,7 +90,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         )
         cache, generate_kwargs = self._prepare_generate_kwargs(generate_kwargs, image_features is not None)
         # The language model was made before the generation config of a checkpoint was read
-        _generating_part(self.language_model).generation_config = self.generation_config
+        generating_part(self.language_model).generation_config = self.generation_config
         if image_features is None:
             return self._generate_without_image(input_ids, inputs_embeds, attention_mask, cache, generate_kwargs)
         if input_ids is None and inputs_embeds is None:
@@ -291,9 +291,9 @@ class _PromptStreamer(BaseStreamer):
         self.streamer.end()
 
 
-def _generating_part(language_model: nn.Module) -> Any:
+def generating_part(language_model: nn.Module) -> Any:
     """Return the model inside wrappers of PEFT and torch.compile, whose methods GenerationMixin calls."""
-    return next(part for part in language_model.modules() if isinstance(part, GenerationMixin))
+    return next((part for part in language_model.modules() if isinstance(part, GenerationMixin)), language_model)
 
 
 def _with_embedded_text(language_model: PreTrainedModel) -> PreTrainedModel:
@@ -301,7 +301,7 @@ def _with_embedded_text(language_model: PreTrainedModel) -> PreTrainedModel:
     Return the language model, or a view of it for one call that shares all weights: GenerationMixin only gives
     embedded text to models that name it in `prepare_inputs_for_generation`, but some pass it on without naming it.
     """
-    part = _generating_part(language_model)
+    part = generating_part(language_model)
     prepare_inputs = part.prepare_inputs_for_generation
     if "inputs_embeds" in inspect.signature(prepare_inputs).parameters:
         return language_model
@@ -328,7 +328,7 @@ def _with_assisted_decoding(language_model: PreTrainedModel, is_image: torch.Ten
     from the text alone, and the first draft is embedded after the prompt. `is_image` of shape `(length,)` marks the
     image features in the prompt.
     """
-    part = _generating_part(language_model)
+    part = generating_part(language_model)
     view, prepare_inputs, get_generator = (
         copy.copy(part),
         part.prepare_inputs_for_generation,

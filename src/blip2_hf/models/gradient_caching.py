@@ -1,4 +1,9 @@
-"""Gradient caching: stage 1 on a contrastive batch that is larger than memory (arXiv 2101.06983)."""
+"""
+Gradient caching: stage 1 on a contrastive batch that is larger than memory (arXiv 2101.06983).
+
+It is not one loop with `Blip2ForPreTraining._losses`, because there both passes share keys and values, which would be
+kept in memory here.
+"""
 
 from functools import partial
 from typing import Any
@@ -51,6 +56,7 @@ class GradientCachingMixin:
             texts = self._embed_texts(input_ids, attention_mask)
             images = self.get_image_key_values(image_embeds)
             image_features, text_features, itg_logits, _ = self._first_pass(images, texts)
+            # Over 1, so a sum: it is divided by the labels of all chunks
             loss_sum = image_grounded_text_generation_loss(itg_logits, texts.labels, num_items=1)
             return image_features, text_features, loss_sum
 

@@ -44,9 +44,9 @@ class Blip2ImageTextMergingMixin:
             num_added = self._num_in_front(image_features, len(text))
             index = self.config.image_token_index
             # A mask may also cover a cache, which comes first
-            past = attention_mask.shape[1] - text.shape[1]
-            is_image = _put_in_front(torch.zeros_like(attention_mask[:, past:]).bool(), num_added, True)
-            attention_mask = _put_in_front(attention_mask, num_added, 1, past)
+            num_cached = attention_mask.shape[1] - text.shape[1]
+            is_image = _put_in_front(torch.zeros_like(attention_mask[:, num_cached:]).bool(), num_added, True)
+            attention_mask = _put_in_front(attention_mask, num_added, 1, num_cached)
             inputs_embeds = _put_in_front(inputs_embeds, num_added, 0.0)
             if input_ids is not None:
                 input_ids = _put_in_front(input_ids, num_added, -1 if index is None else index)

@@ -15,7 +15,7 @@ from ._hub_mixin import HubMixin
 from .backbones import blank_image, load_tower, load_tower_config, measure_width
 from .bert_weights import copy_bert_weights, load_bert, qformer_config_from_bert
 from .configuration_blip2 import Blip2Config, TransformersBlip2Config, public_class_name, tower_hidden_size
-from .frozen import is_frozen
+from .frozen import is_frozen, keep_weights
 from .modeling_qformer import Blip2QFormerModel, Blip2TextEmbeddings, ImageKeyValues
 from .modeling_vision import build_vision_model
 from .text_inputs import check_one_image_input, check_texts, pad_right
@@ -56,6 +56,7 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
         qformer_config = config.qformer_config
         if vision_model is not None:
             config.vision_config = vision_model.config
+            keep_weights(vision_model)
         self.vision_model = build_vision_model(config, vision_model)
         self.query_tokens = Blip2QueryTokens(config)
         if qformer_config.use_qformer_text_input:

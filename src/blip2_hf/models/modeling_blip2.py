@@ -18,8 +18,8 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from ._compat import CACHE_NAME, CACHE_NAMES, cached_length
 from .backbones import image_token_id, language_model_class, load_language_model, load_whole
 from .configuration_blip2 import Blip2Config
-from .frozen import checkpoint_in_eval_mode, is_frozen
-from .generation_blip2 import Blip2GenerationMixin
+from .frozen import checkpoint_in_eval_mode, is_frozen, keep_weights
+from .generation_blip2 import Blip2GenerationMixin, generating_part
 from .image_text_merging import Blip2ImageTextMergingMixin
 from .losses import language_modeling_loss
 from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
@@ -113,6 +113,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         self._build_image_side(config, vision_model)
         if language_model is not None:
             config.text_config = language_model.config
+            keep_weights(language_model)
         else:
             language_model = language_model_class(config.text_config).from_config(config.text_config)
         # Width of the embeddings, which in some models (OPT-350m) are narrower than the hidden states
@@ -124,7 +125,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
             if getattr(language_model, name, False):
                 setattr(self, name, True)
         self.generation_config = copy.deepcopy(language_model.generation_config)
-        accepted = inspect.signature(language_model.forward).parameters
+        # Of the model inside wrappers such as PEFT's, whose forward names no arguments
+        accepted = inspect.signature(generating_part(language_model).forward).parameters
         self.accepts_position_ids, self.accepts_logits_to_keep = (
             name in accepted for name in ("position_ids", "logits_to_keep")
         )
@@ -140,8 +142,8 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         """
         super().check_that_it_can_be_saved()
         # transformers sets this on models that it has quantised
-        quantizers = [getattr(part, "hf_quantizer", None) for part in (self, self.language_model)]
-        if quantizers[0] is None and quantizers[1] is not None:
+        own, of_language_model = (getattr(part, "hf_quantizer", None) for part in (self, self.language_model))
+        if own is None and of_language_model is not None:
             raise ValueError(
                 "The language model was quantised on its own, and would not load again as a part of this model. Train "
                 "and save adapters (PEFT, the presets lora_...), or give the language model in bfloat16."
@@ -443,12 +445,10 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
     ) -> tuple[torch.Tensor, ModelOutput]:
         """Return the loss and the language model's outputs. `shift_labels` are what each position predicts."""
         if skip_logits and self.accepts_logits_to_keep and not torch.compiler.is_compiling():
-            # The head, as wide as the vocabulary, runs only at positions at which some row has a label
+            # The head, as wide as the vocabulary, runs only at positions at which some row has a label: counted from
+            # the end, and on the CPU because the head may be on another device than the labels
             positions = shift_labels.ne(-100).any(dim=0).nonzero().squeeze(1)
-            given = (inputs.get(name) for name in ("decoder_input_ids", "inputs_embeds", "input_ids"))
-            length = next(text.shape[1] for text in given if text is not None)
-            # On the CPU, because the head may be on another device than the labels
-            inputs = inputs | {"logits_to_keep": (positions + length - shift_labels.shape[1]).cpu()}
+            inputs = inputs | {"logits_to_keep": (positions - shift_labels.shape[1]).cpu()}
             shift_labels = shift_labels[:, positions]
         outputs = self.language_model(**inputs, return_dict=True)
         logits = outputs.logits[:, -shift_labels.shape[1] :]

@@ -299,6 +299,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         """Embed both copies of the texts in one look-up, because the gradient of the vocabulary is large."""
         length = input_ids.shape[1]
         dec = torch.full_like(input_ids[:, :1], self.config.qformer_config.bos_token_id)
+        # [DEC], behind the text, has the position of [CLS]
         positions = torch.arange(length + 1, device=input_ids.device) % length
         embeds = self.embeddings(input_ids=torch.cat([input_ids, dec], dim=1), position_ids=positions[None])
         embeds, dec_embeds = embeds[:, :length], embeds[:, length:]
@@ -386,13 +387,13 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
 
     @staticmethod
     def _pair_losses(batch, compared, itm_logits, is_match) -> dict[str, torch.Tensor]:
-        share = batch.size / batch.world_size
+        rows_per_process = batch.size / batch.world_size
         # Pairs, then negative images and negative texts, which are ignored if a pair has none
-        negatives = is_match.all(dim=1).long() * -100
+        negatives = torch.where(is_match.all(dim=1), -100, 0)
         labels = torch.cat([torch.ones_like(negatives), negatives, negatives])
         return {
             "loss_itc": image_text_contrastive_loss(
-                compared["logits_per_image"], compared["logits_per_text"], is_match, num_items=share
+                compared["logits_per_image"], compared["logits_per_text"], is_match, num_items=rows_per_process
             ),
             "loss_itm": image_text_matching_loss(itm_logits, labels, batch.mean_share(labels.ne(-100).sum())),
             "itm_logits": itm_logits,

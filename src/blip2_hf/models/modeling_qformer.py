@@ -87,10 +87,9 @@ class FoldedLinear(nn.Linear):
 
 def fold_layernorm(
     image_embeds: torch.Tensor, layernorm: nn.LayerNorm
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | tuple[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
-    Normalize image features, and leave the weight and the bias of the LayerNorm to [`FoldedLinear`] if only they are
-    trained.
+    Normalize image features. If only the LayerNorm is trained, leave its weight and bias to [`FoldedLinear`].
 
     Args:
         image_embeds (`torch.Tensor` of shape `(num_images, num_features, hidden_size)`):
@@ -99,13 +98,13 @@ def fold_layernorm(
             The LayerNorm that follows the tower.
 
     Returns:
-        `tuple`: the arguments of [`FoldedLinear`], the features alone or with `scale` and `shift`.
+        `tuple`: the arguments of [`FoldedLinear`], of which `scale` and `shift` are `None` if nothing is left to it.
     """
     image_embeds = image_embeds.to(layernorm.weight.dtype)
     # accelerate loads offloaded weights only for a call of their own module
     is_trained = torch.is_grad_enabled() and layernorm.weight.requires_grad and not layernorm.weight.is_meta
     if not is_trained or image_embeds.requires_grad:
-        return (layernorm(image_embeds),)
+        return layernorm(image_embeds), None, None
     return layer_norm(image_embeds, layernorm.normalized_shape, eps=layernorm.eps), layernorm.weight, layernorm.bias
 
 
@@ -198,6 +197,7 @@ class Blip2QFormerCrossAttention(Blip2QFormerMultiHeadAttention):
         self.value = FoldedLinear(config.encoder_hidden_size, config.hidden_size)
 
     def project_image(self, *features: torch.Tensor) -> KeyValues:
+        """Return the key and the value of image features, which are the arguments of [`FoldedLinear`]."""
         return self.split_heads(self.key(*features)), self.split_heads(self.value(*features))
 
     def forward(
@@ -211,19 +211,22 @@ class Blip2QFormerCrossAttention(Blip2QFormerMultiHeadAttention):
         query = self.split_heads(self.query(hidden_states))
         if len(key_values) == 1:
             return self._attend_to_images(query, *key_values[0], attention_mask, **kwargs)
+        if attention_mask is not None:
+            raise ValueError(
+                f"encoder_attention_mask was given with {len(key_values)} sets of images: one set was expected."
+            )
         pairs = zip(query.chunk(len(key_values)), key_values, strict=True)
         return torch.cat([self._attend_to_images(rows, *images, **kwargs)[0] for rows, images in pairs]), None
 
     def _attend_to_images(self, query, key, value, attention_mask=None, **kwargs):
-        """Attend to images, each of which serves the same number of rows, one after the other."""
+        """Attend to images: with `n` rows for each, the first image serves the first `n` rows, and so on."""
         (rows, heads, query_length, head_dim), images = query.shape, key.shape[0]
         if images == rows:
             return self.attend(query, key, value, attention_mask, **kwargs)
-        if attention_mask is not None:
-            raise ValueError(
-                f"encoder_attention_mask was given with {images} images for {rows} rows: one image for each row was "
-                "expected."
-            )
+        if rows % images or attention_mask is not None:
+            mask = "" if attention_mask is None else " and an encoder_attention_mask"
+            expected = "the same number of rows for each image" if attention_mask is None else "one image for each row"
+            raise ValueError(f"{rows} rows were given with {images} images{mask}: {expected} was expected.")
         # The rows of an image become one row of more queries, so that its keys are not repeated
         query = query.view(images, -1, heads, query_length, head_dim).transpose(1, 2).flatten(2, 3)
         output, _ = self.attend(query, key, value, **kwargs)
@@ -267,6 +270,7 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
         query_length: int = 0,
         past_key_values: QFormerTextCache | Cache | None = None,
         output_length: int | None = None,
+        # One by one, because reentrant activation checkpointing does not look into tuples
         *image_keys_and_values: torch.Tensor,
         **kwargs,
     ) -> torch.Tensor:
@@ -303,7 +307,7 @@ class Blip2QFormerLayer(GradientCheckpointingLayer):
         def narrow(wide):
             return output.dense(intermediate.intermediate_act_fn(wide))
 
-        narrowed = checkpoint(narrow, wide, use_reentrant=False, preserve_rng_state=False)
+        narrowed = checkpoint(narrow, wide, use_reentrant=False)
         return output.LayerNorm(output.dropout(narrowed) + states)
 
 
@@ -371,21 +375,21 @@ class Blip2HfQFormerModel(PreTrainedModel):
             `(num_images, num_attention_heads, num_features, head_dim)`: the argument `encoder_key_values` of
             `forward`.
         """
-        layers = [layer.crossattention.attention for layer in self.encoder.layer if layer.has_cross_attention]
-        projections = [projection for layer in layers for projection in (layer.key, layer.value)]
+        attentions = [layer.crossattention.attention for layer in self.encoder.layer if layer.has_cross_attention]
+        scale, shift = None, None
         if layernorm is None:
-            features = (encoder_hidden_states,)
-        elif all(isinstance(projection, FoldedLinear) for projection in projections):
-            features = fold_layernorm(encoder_hidden_states, layernorm)
+            features = encoder_hidden_states
+        elif all(isinstance(projection, FoldedLinear) for a in attentions for projection in (a.key, a.value)):
+            features, scale, shift = fold_layernorm(encoder_hidden_states, layernorm)
         else:
             # An adapter, a quantised layer or FSDP has taken the place of a projection
-            features = (layernorm(encoder_hidden_states.to(layernorm.weight.dtype)),)
-        features = tuple(tensor.to(self.layernorm.weight.dtype) for tensor in features)
-        kind = encoder_hidden_states.device.type
-        if torch.is_autocast_enabled(kind):
-            # Cast once, because each projection would keep a copy of its own
-            features = (features[0].to(torch.get_autocast_dtype(kind)), *features[1:])
-        return tuple(layer.project_image(*features) for layer in layers)
+            features = layernorm(encoder_hidden_states.to(layernorm.weight.dtype))
+        kind, dtype = features.device.type, self.layernorm.weight.dtype
+        # Cast once for all projections, of which each would keep a copy of its own
+        features = features.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype)
+        if scale is None:
+            return tuple(attention.project_image(features) for attention in attentions)
+        return tuple(attention.project_image(features, scale.to(dtype), shift.to(dtype)) for attention in attentions)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -445,9 +449,10 @@ class Blip2HfQFormerModel(PreTrainedModel):
         attention_mask = additive_mask(attention_mask, hidden_states.dtype)
         encoder_attention_mask = additive_mask(encoder_attention_mask, hidden_states.dtype)
         image_sets = encoder_key_values if isinstance(encoder_key_values, list) else [encoder_key_values or ()]
-        key_values = zip(*image_sets, strict=True)
+        # For each layer with cross-attention, its (key, value) of each set of images
+        key_values_of_layers = zip(*image_sets, strict=True)
         for index, layer in enumerate(self.encoder.layer):
-            images = next(key_values) if layer.has_cross_attention and query_length > 0 else ()
+            key_values = next(key_values_of_layers) if layer.has_cross_attention and query_length > 0 else ()
             hidden_states = layer(
                 hidden_states,
                 attention_mask,
@@ -455,8 +460,7 @@ class Blip2HfQFormerModel(PreTrainedModel):
                 query_length,
                 past_key_values,
                 output_length if index == len(self.encoder.layer) - 1 else None,
-                # One by one, because reentrant activation checkpointing does not look into tuples
-                *(tensor for key_value in images for tensor in key_value),
+                *(tensor for key_value in key_values for tensor in key_value),
                 **kwargs,
             )
         return BaseModelOutputWithPoolingAndCrossAttentions(
