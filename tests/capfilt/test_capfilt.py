@@ -1,7 +1,6 @@
 """CapFilt: the best of all captions by each pair alone, whatever interrupts the job and however many share it."""
 
 import argparse
-import io
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers
 from stage1 import STAGE1_QFORMER, make_stage1
-from tiny import VOCAB_SIZE, make_image, make_image_processor, make_model, make_processor, make_tokenizer
+from tiny import VOCAB_SIZE, encode, make_image, make_image_processor, make_model, make_processor, make_tokenizer
 from transformers import pipeline
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
@@ -84,12 +83,6 @@ def rows():
     return datasets.Dataset.from_dict(
         {"image": pictures, "caption": captions, "source": [f"page {i}" for i in range(7)]}, features=features
     )
-
-
-def encode(image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def draw_words(pictures) -> list[list[str]]:

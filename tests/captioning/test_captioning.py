@@ -13,9 +13,8 @@ import processes
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from stage1 import make_stage1
-from tiny import make_image, make_image_processor, make_model, make_processor
+from tiny import encode, make_image, make_image_processor, make_model, make_processor
 from transformers import pipeline
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
@@ -64,12 +63,6 @@ def photos(tmp_path):
     (folder / BROKEN).write_bytes(b"no picture")
     (folder / "notes.md").write_text("no picture either")
     return folder
-
-
-def encode(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def expected_captions(parts, images, **kwargs) -> list[str]:

@@ -48,12 +48,6 @@ from blip2_hf.evaluation.retrieval_benchmark import evaluate_retrieval
 from blip2_hf.evaluation.samples import CaptionSample, QuestionSample
 
 
-@pytest.fixture(scope="module")
-def opt():
-    torch.manual_seed(0)
-    return make_model(), make_processor()
-
-
 @pytest.mark.parametrize("prompt", ["a photo of", ""])
 def test_captions_are_those_of_one_picture_at_a_time(opt, tmp_path, prompt):
     model, processor = opt
