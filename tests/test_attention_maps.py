@@ -86,15 +86,6 @@ def train_to_match(model, processor, steps=200, num_pictures=512, batch_size=32)
     return model.eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a model that has learned which colours are in a picture, and its processor."""

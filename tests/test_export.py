@@ -11,7 +11,6 @@ from tiny import make_config, make_model, make_pixel_values
 
 import blip2_hf.export
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Model, Blip2VisionConfig
-from blip2_hf.cli import export as command
 from blip2_hf.cli import main
 from blip2_hf.export import export_image_encoder
 
@@ -135,12 +134,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-@pytest.fixture
-def with_command(monkeypatch):
-    monkeypatch.setattr("blip2_hf.cli.COMMANDS", (command,))
-
-
-def test_the_command(with_command, tmp_path, capsys):
+def test_the_command(tmp_path, capsys):
     torch.manual_seed(0)
     model = make_model()
     model.save_pretrained(tmp_path / "model")

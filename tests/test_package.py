@@ -4,12 +4,12 @@ import subprocess
 import sys
 import textwrap
 
-import pytest
 from paths import REPOSITORY
 
 
-def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+def run(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -46,27 +46,35 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_auto_classes_know_ours_whatever_is_imported_first(order):
-    code = (
-        ORDERS[order]
-        + "\n"
-        + textwrap.dedent(
-            """
-        from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
-        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-        from transformers.pipelines import PIPELINE_REGISTRY
-        config = AutoConfig.for_model("blip2")
-        assert type(config) is blip2_hf.Blip2Config
-        for auto, ours in ((AutoModel, "Blip2Model"), (AutoModelForImageTextToText, "Blip2ForConditionalGeneration")):
-            assert auto._model_mapping[type(config)] is getattr(blip2_hf, ours)
-        assert PROCESSOR_MAPPING[type(config)] is blip2_hf.Blip2Processor
-        assert "image-to-text" in PIPELINE_REGISTRY.get_supported_tasks()
-        print("ok")
-        """
-        )
-    )
-    assert run(code) == "ok"
+IN_EACH_ORDER = """
+    import os, sys, traceback
+    # Without a say in the order, and long to import
+    import torch, torch._dynamo, torch.distributed.tensor
+
+    for order in sys.argv[1:]:
+        if os.fork() == 0:
+            try:
+                exec(order)
+                from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+                from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+                from transformers.pipelines import PIPELINE_REGISTRY
+                kind = type(AutoConfig.for_model("blip2"))
+                assert kind is blip2_hf.Blip2Config
+                assert AutoModel._model_mapping[kind] is blip2_hf.Blip2Model
+                assert AutoModelForImageTextToText._model_mapping[kind] is blip2_hf.Blip2ForConditionalGeneration
+                assert PROCESSOR_MAPPING[kind] is blip2_hf.Blip2Processor
+                assert "image-to-text" in PIPELINE_REGISTRY.get_supported_tasks()
+            except BaseException:
+                print(order, traceback.format_exc(), sep="\\n", flush=True)
+                os._exit(1)
+            os._exit(0)
+        print(os.wait()[1], flush=True)
+"""
+
+
+def test_auto_classes_know_ours_whatever_is_imported_first():
+    printed = run(IN_EACH_ORDER, *ORDERS.values())
+    assert printed.splitlines() == ["0"] * len(ORDERS), printed
 
 
 def test_an_installation_holds_all_files(tmp_path):

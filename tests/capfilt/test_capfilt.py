@@ -1,20 +1,16 @@
 """CapFilt: the best of all captions by each pair alone, whatever interrupts the job and however many share it."""
 
 import argparse
-import io
 import json
-import os
-import socket
-import subprocess
-import sys
-import textwrap
+from pathlib import Path
 
 import datasets
+import processes
 import pytest
 import torch
 import transformers
 from stage1 import STAGE1_QFORMER, make_stage1
-from tiny import VOCAB_SIZE, make_image, make_image_processor, make_model, make_processor, make_tokenizer
+from tiny import VOCAB_SIZE, encode, make_image, make_image_processor, make_model, make_processor, make_tokenizer
 from transformers import pipeline
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
@@ -27,20 +23,12 @@ from blip2_hf.capfilt import (
     propose_captions,
     rank_captions,
 )
-from blip2_hf.cli import capfilt
+from blip2_hf.cli import capfilt, main
 from blip2_hf.data import ImageTextPairs, cache_features, clean_caption, load_cached_features, load_rows
 from blip2_hf.search import load_retrieval_model
 
 
 WORDS = ["a red dog", "two people", "the bus near a street", "a woman", "clouds and grass", "a bike", "an umbrella"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -95,12 +83,6 @@ def rows():
     return datasets.Dataset.from_dict(
         {"image": pictures, "caption": captions, "source": [f"page {i}" for i in range(7)]}, features=features
     )
-
-
-def encode(image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def draw_words(pictures) -> list[list[str]]:
@@ -215,33 +197,18 @@ def test_what_is_stopped_goes_on_as_if_it_had_not_been(rows, captioner, retrieve
     assert shards(tmp_path / "other") != shards(tmp_path / "whole") and other.rows == whole.rows
 
 
+def run_with_cache(command: list[str], cache: Path):
+    datasets.config.HF_DATASETS_CACHE = cache
+    main(command)
+
+
 def test_two_processes_are_one(rows, stage1_folder, captioner_folder, tmp_path):
     rows.to_parquet(tmp_path / "rows.parquet")
     options = ["--captioner", captioner_folder, "--filter", stage1_folder, "--num-captions", "3"]
     options += ["--max-new-tokens", "6", "--rows-per-shard", "2", "--num-workers", "0"]
-    code = """
-        import argparse
-        from blip2_hf.cli import capfilt
-        parser = argparse.ArgumentParser()
-        capfilt.add_parser(parser.add_subparsers())
-        options = parser.parse_args()
-        options.run(options)
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", textwrap.dedent(code), "capfilt", tmp_path / "rows.parquet"]
-    command += [*options, "--output", tmp_path / "two"]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    processes = [
-        subprocess.Popen(
-            command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    command = ["capfilt", str(tmp_path / "rows.parquet"), *map(str, options), "--output", str(tmp_path / "two")]
+    printed = processes.run(run_with_cache, command, tmp_path / "cache", folder=tmp_path, processes=2)
+    errors = [output.stderr for output in printed]
     assert "7 rows, files to write: 4 of 4 in 2 processes" in errors[0]
     assert "Original captions:" in errors[0] and "Original captions:" not in errors[1]
     run(tmp_path / "rows.parquet", *options, "--output", tmp_path / "one")

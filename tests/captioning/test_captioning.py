@@ -5,20 +5,16 @@ import io
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import tarfile
-import textwrap
 import threading
 
 import datasets
+import processes
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from stage1 import make_stage1
-from tiny import make_image, make_image_processor, make_model, make_processor
+from tiny import encode, make_image, make_image_processor, make_model, make_processor
 from transformers import pipeline
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
@@ -31,21 +27,13 @@ from blip2_hf.captioning import (
     caption_images,
 )
 from blip2_hf.captioning.captions import CaptionWriter
-from blip2_hf.cli import caption
+from blip2_hf.cli import caption, main
 from blip2_hf.jobs.errors import StateFileError
 
 
 NAMES = ["b.png", "a/x.jpg", "a/y.PNG", "c/z/w.webp", "b0.bmp", "d.gif"]
 BROKEN = "a/z.jpg"
 TOKENS = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +63,6 @@ def photos(tmp_path):
     (folder / BROKEN).write_bytes(b"no picture")
     (folder / "notes.md").write_text("no picture either")
     return folder
-
-
-def encode(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def expected_captions(parts, images, **kwargs) -> list[str]:
@@ -431,29 +413,9 @@ def test_what_does_not_fit(photos, parts, model_folder, tmp_path):
 
 def test_two_processes_are_one(photos, parts, model_folder, tmp_path):
     output = tmp_path / "captions.jsonl"
-    code = """
-        import argparse
-        from blip2_hf.cli import caption
-        parser = argparse.ArgumentParser()
-        caption.add_parser(parser.add_subparsers())
-        options = parser.parse_args()
-        options.run(options)
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", textwrap.dedent(code), "caption", photos, "--model", model_folder]
-    command += ["--output", output, "--max-new-tokens", str(TOKENS), "--num-workers", "0"]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    command = ["caption", str(photos), "--model", str(model_folder), "--output", str(output), "--num-workers", "0"]
+    command += ["--max-new-tokens", str(TOKENS)]
+    errors = [printed.stderr for printed in processes.run(main, command, folder=tmp_path, processes=2)]
     assert "7 to caption in 2 processes" in errors[0] and "Captions written: 6." in errors[0]
     assert "to caption" not in errors[1]
     assert read_lines(output) == expected_records(parts, photos)

@@ -23,11 +23,6 @@ from blip2_hf.convert.folders import load_checkpoint
 from blip2_hf.convert.processors import image_processor_of_size
 
 
-@pytest.fixture(autouse=True)
-def with_command(monkeypatch):
-    monkeypatch.setattr("blip2_hf.cli.COMMANDS", (command,))
-
-
 def convert(source, output, *options):
     main(["convert", str(source), "--output", str(output), *map(str, options)])
 

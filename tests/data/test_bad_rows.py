@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import make_image, make_processor
+from tiny import encode, make_image, make_processor
 from torch.utils.data import DataLoader
 
 from blip2_hf.data import (
@@ -30,12 +30,6 @@ from blip2_hf.data import (
 )
 from blip2_hf.data.bad_rows import RowName
 from blip2_hf.models.image_loading import ImageLoadError
-
-
-def encode(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")

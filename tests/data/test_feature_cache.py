@@ -1,6 +1,5 @@
 """Stored features are the tower's, to the byte, however often the work was interrupted; training reads no more."""
 
-import io
 import json
 import re
 import subprocess
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import make_config, make_image, make_image_processor, randomize
+from tiny import encode, make_config, make_image, make_image_processor, randomize
 from torch.utils.data import DataLoader
 
 from blip2_hf import Blip2Model
@@ -66,12 +65,6 @@ def cache(dataset, model, processor, folder, **options):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.match("*.lock")}
-
-
-def encode(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def with_picture(dataset, row, data):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from accelerate.data_loader import IterableDatasetShard
-from tiny import make_image, make_image_processor
+from tiny import encode, make_image, make_image_processor
 from torch.utils.data import DataLoader
 
 from blip2_hf import Blip2Processor
@@ -35,12 +35,6 @@ from blip2_hf.models.image_loading import ImageLoadError
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "bus", "red", "blue", "sits", "on", "the"]
 WORDS += ["grass"]
 CAPTIONS = ["A dog!", "a (red) bus", "The cat sits on the grass.", "a blue bus", "a cat", "dog on grass", "red", "bus"]
-
-
-def encode(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def make_rows(num_rows=8):

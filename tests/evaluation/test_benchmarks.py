@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -14,6 +12,7 @@ import pytest
 import torch
 import tqdm
 import transformers
+from accelerate import PartialState
 from benchmark_files import karpathy_entry, make_pictures, nocaps_file, vqa_files, write
 from benchmark_runs import (
     QUESTIONS,
@@ -25,6 +24,7 @@ from benchmark_runs import (
     predictions,
     question_samples,
 )
+from processes import run
 from stage1 import make_stage1
 from tiny import (
     CAPTIONS,
@@ -46,12 +46,6 @@ from blip2_hf.evaluation.metrics.lemmas import load_lemmatizer
 from blip2_hf.evaluation.readers import read_caption_rows
 from blip2_hf.evaluation.retrieval_benchmark import evaluate_retrieval
 from blip2_hf.evaluation.samples import CaptionSample, QuestionSample
-
-
-@pytest.fixture(scope="module")
-def opt():
-    torch.manual_seed(0)
-    return make_model(), make_processor()
 
 
 @pytest.mark.parametrize("prompt", ["a photo of", ""])
@@ -675,19 +669,12 @@ def test_a_setting_of_generation_that_is_none(folder, tmp_path, capsys):
     assert "'num_beams': NAME=VALUE was expected" in capsys.readouterr().err
 
 
-# One start of two processes for several commands, each of which would end the process group
-PROGRAM = """
-import json, sys
-import torch
-from accelerate import PartialState
-from blip2_hf.cli import main
-from blip2_hf.cli.evaluate import _GQA_PROTOCOLS, _VQA_PROTOCOLS
-torch.set_num_threads(1)
-PartialState.destroy_process_group = lambda self: None
-for arguments in json.loads(sys.argv[1]):
-    main(arguments)
-torch.distributed.destroy_process_group()
-"""
+def run_commands(commands: list[list[str]]):
+    """Run commands one after another, each of which would end the process group."""
+    PartialState.destroy_process_group = lambda self: None
+    for arguments in commands:
+        main(arguments)
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
@@ -696,15 +683,7 @@ def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
     for task, options in tasks.items():
         main(command(folder, task, tmp_path / task / "one", *options))
     arguments = [command(folder, task, tmp_path / task / "two", *options) for task, options in tasks.items()]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    result = subprocess.run(
-        [*start, sys.executable, "-c", PROGRAM, json.dumps(arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    first, _ = run(run_commands, arguments, folder=tmp_path, processes=2)
     tables = ""
     for task in tasks:
         one, two = (json.loads((tmp_path / task / name / "results.json").read_text()) for name in ("one", "two"))
@@ -712,5 +691,5 @@ def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
         assert one["scores"] == two["scores"] and one["settings"] == two["settings"]
         assert predictions(tmp_path / task / "one") == predictions(tmp_path / task / "two")
         tables += (tmp_path / task / "two" / "table.md").read_text()
-    assert result.stdout == tables
+    assert first.stdout == tables
     assert len(list((tmp_path / "coco-caption" / "two" / "parts").glob("part-*.jsonl"))) == 2

@@ -30,12 +30,6 @@ from blip2_hf.models.image_loading import ImageLoadError
 
 
 @pytest.fixture(scope="module")
-def opt():
-    torch.manual_seed(0)
-    return make_model(), make_processor()
-
-
-@pytest.fixture(scope="module")
 def retrieval():
     return make_retrieval_and_processor()
 

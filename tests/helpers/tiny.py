@@ -1,5 +1,7 @@
 """Tiny models, tokenizers and pictures, made on the spot: random weights, large enough for every part to matter."""
 
+import io
+
 import numpy as np
 import torch
 import transformers
@@ -166,6 +168,13 @@ def make_processor(is_encoder_decoder: bool = False, **kwargs) -> Blip2Processor
 def make_image(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    """Return the bytes of a file of the image."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
 
 
 def make_pixel_values(num_images: int = 2, size: int = 28) -> torch.Tensor:

@@ -191,14 +191,6 @@ JOBS: dict[str, Callable[[Any], Job]] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a process that is forked has no other
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> SimpleNamespace:
     """Models, and a folder of pictures of which one is broken."""

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import encode
 
 from blip2_hf.models import image_fetching, image_loading
 from blip2_hf.models.image_loading import ImageLoadError, load_image, load_images
@@ -31,12 +32,6 @@ def picture():
     """5 rows, 6 columns, every value different; no side could be taken for the channels."""
     array = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3) * 2
     return Image.fromarray(array)
-
-
-def encode(image, format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def png_header(width, height):

@@ -195,14 +195,6 @@ def make(make_model):
     return model.eval(), *rest
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def images():
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
