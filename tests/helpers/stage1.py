@@ -83,3 +83,16 @@ def make_pairs(count: int = 24) -> datasets.Dataset:
     words = WORDS.split()
     texts = [[" ".join(words[(i * k) % 18] for k in range(1, 3 + i % 5)), words[i % 18]] for i in range(count)]
     return datasets.Dataset.from_dict({"image": [make_image(i) for i in range(count)], "caption": texts})
+
+
+def one_by_one(model, image_embeds, input_ids, attention_mask, matching: bool) -> torch.Tensor:
+    """Scores of all pairs, of one image and one text without padding at a time."""
+    rows = []
+    for image in image_embeds:
+        scores = []
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            ids = ids[mask.bool()][None]
+            outputs = model(image_embeds=image[None], input_ids=ids, use_image_text_matching_head=matching)
+            scores.append(outputs.logits_per_image[0] if matching else outputs.logits_per_image[0, 0])
+        rows.append(torch.stack(scores))
+    return torch.stack(rows)
