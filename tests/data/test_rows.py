@@ -84,6 +84,15 @@ def test_a_url_in_a_row_is_fetched_only_if_it_is_allowed(reader, kind, server, t
     assert server.connections == 1
 
 
+@pytest.mark.parametrize("reader", ["pairs", "shared pictures", "captioning", "captions", "questions"])
+def test_a_url_in_a_row_that_is_made_on_the_fly(reader, server):
+    rows = make_rows("pictures of datasets", f"{server.url}/picture.png").with_transform(lambda batch: batch)
+    with pytest.raises(ImageLoadError, match=r"row 1.*allow_urls=True \(--allow-urls\)"):
+        READERS[reader](rows)
+    assert server.connections == 0
+    same(READERS[reader](rows, allow_urls=["127.0.0.1"]))
+
+
 def test_features_of_pictures_by_url(server, tmp_path):
     rows = make_rows("pictures of datasets", f"{server.url}/picture.png")
     arguments = rows, make_model().eval(), make_image_processor()

@@ -78,16 +78,18 @@ def check_dataset(dataset: Any, added: Iterable[str]):
 def select_columns(dataset: Any, columns: Iterable[str]) -> Any:
     """
     Return the columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them. It can
-    say whose picture is broken, and fetches no URL unasked, which `datasets` would. What is no dataset of `datasets`,
-    or makes its rows on the fly, stays as it is.
+    say whose picture is broken, and fetches no URL unasked, which `datasets` would. A dataset that makes its rows on the
+    fly keeps all columns, and its function gets pictures as they are stored. What is no dataset of `datasets` stays as
+    it is.
     """
     names = column_names(dataset)
-    if names is None:
+    if names is not None:
+        wanted = [column if column in names else column.split(".")[0] for column in columns]
+        if missing := [name for name in wanted if name not in names]:
+            raise ValueError(f"The dataset has no column {missing[0]!r}; its columns are {sorted(names)}.")
+        dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
+    elif not isinstance(dataset, datasets.Dataset):
         return dataset
-    wanted = [column if column in names else column.split(".")[0] for column in columns]
-    if missing := [name for name in wanted if name not in names]:
-        raise ValueError(f"The dataset has no column {missing[0]!r}; its columns are {sorted(names)}.")
-    dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
     for name, feature in dataset.features.items():
         if (stored := _without_decoding(feature)) != feature:
             dataset = dataset.cast_column(name, stored)
