@@ -324,16 +324,22 @@ def test_two_runs_at_once(job, undisturbed, tmp_path):
         ("cache features", "cache.json"),
         ("capfilt", "capfilt.json"),
         ("capfilt", "data/train-00000-*.parquet"),
+        ("captions.jsonl", "captions.jsonl"),
+        ("captions.parquet, more", "captions.parquet"),
+        ("index, updated", "features-000001.npy"),
+        ("index, updated", "embeds-000001.npy"),
+        ("index, anew", "approximate-*.faiss"),
     ],
 )
 def test_a_file_that_was_changed_is_named(name, pattern, world, tmp_path):
     job = JOBS[name](world)
+    job.before(tmp_path)
     job.run(tmp_path)
     (path,) = (tmp_path / job.output).glob(pattern)
     before = path.read_bytes()
     path.write_bytes(b"half\n")
     with pytest.raises(StateFileError, match=f"^{re.escape(str(path))}.* can't be read") as error:
-        job.run(tmp_path)
+        job.go_on(tmp_path)
     assert "elete" in str(error.value)  # what to do
     path.write_bytes(before)
-    job.run(tmp_path)
+    job.go_on(tmp_path)

@@ -251,6 +251,27 @@ def test_a_file_that_can_not_be_read(build, name):
     assert (len(again), num_seen) == (10, 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_lost"), [("features-000000.npy", 7), ("embeds-000001.npy", 3), ("approximate-000000010.faiss", 0)]
+)
+def test_a_file_that_was_cut_off(build, loaded, pictures, name, num_lost):
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    index, _ = build(store_embeds=True, approximate=True, rows_per_shard=5)
+    path = index.directory / name
+    path.write_bytes(path.read_bytes()[:-100])
+    for action in (
+        lambda: index.search(TEXT, rerank=20),
+        lambda: SearchIndex.open(pictures, *loaded, show_progress=False).search(TEXT),
+        build,
+    ):
+        with pytest.raises(StateFileError, match=f"{name} can't be read .*cut off or changed. Delete it"):
+            action()
+    path.unlink()
+    again, num_seen = build(approximate=True)
+    assert (len(again), num_seen) == (10, num_lost)
+    assert_ranked(again.search(TEXT), all_pairs(*loaded, pictures), 10)
+
+
 def test_rebuilt_next_to_files_of_others(build, pictures):
     index, _ = build()
     (index.directory / "notes.txt").write_text("mine")

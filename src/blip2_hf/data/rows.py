@@ -78,9 +78,9 @@ def check_dataset(dataset: Any, added: Iterable[str]):
 def select_columns(dataset: Any, columns: Iterable[str]) -> Any:
     """
     Return the columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them. It can
-    say whose picture is broken, and fetches no URL unasked, which `datasets` would. A dataset that makes its rows on the
-    fly keeps all columns, and its function gets pictures as they are stored. What is no dataset of `datasets` stays as
-    it is.
+    say whose picture is broken, and fetches no URL unasked, which `datasets` would. A dataset that makes its rows on
+    the fly keeps all columns, and its function gets pictures as they are stored. What is no dataset of `datasets`
+    stays as it is.
     """
     names = column_names(dataset)
     if names is not None:

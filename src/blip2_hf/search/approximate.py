@@ -9,7 +9,8 @@ import torch
 from transformers.utils import logging
 
 from ..jobs.atomic_files import atomic_file
-from .store import Store
+from ..jobs.state_files import read_whole
+from .store import UNREADABLE, Store
 
 
 logger = logging.get_logger(__name__)
@@ -57,7 +58,7 @@ class ApproximateIndex:
         elif self.store.rows[:, 0].max() < covered:
             return
         else:
-            index = faiss.read_index(str(path))
+            index = _read_index(faiss, path)
         self._add(index, self.store.rows[self.store.rows[:, 0] >= covered], show_progress)
         target = self.store.new_approximate_file(self.store.next_id())
         with atomic_file(target) as file:
@@ -123,4 +124,8 @@ class ApproximateIndex:
 
 def _map_index(faiss: Any, path: Path) -> Any:
     """Map the index into memory: a query reads an eighth of it."""
-    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    return _read_index(faiss, path, faiss.IO_FLAG_MMAP)
+
+
+def _read_index(faiss: Any, path: Path, *flags: int) -> Any:
+    return read_whole(path, lambda path: faiss.read_index(str(path), *flags), UNREADABLE)

@@ -8,6 +8,7 @@ under these numbers, so it may lag behind.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,12 @@ import numpy as np
 
 from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json
 from ..jobs.output import check_still_there
-from ..jobs.state_files import read_json
+from ..jobs.state_files import read_json, read_whole
 
 
 DESCRIPTION = "index.json"
 LOCK = ".lock"
+UNREADABLE = "Delete it, and build the index again, which computes anew what is missing."
 
 _VERSION = 1
 _BROKEN = "broken.json"
@@ -62,6 +64,14 @@ def create_store(directory: Path, description: dict[str, Any]):
     write_json(directory / DESCRIPTION, {"version": _VERSION, **description})
 
 
+def _map_rows(path: Path, count: int) -> np.ndarray:
+    """Map an array into memory, which fails if the file was cut off, and check its number of rows."""
+    array = np.load(path, mmap_mode="r")
+    if len(array) != count:
+        raise ValueError(f"{count} rows were expected, got {len(array)}")
+    return array
+
+
 @dataclass
 class Shard:
     """Pictures whose features lie in one file: row by row their number, their path (`None`: gone), size and mtime."""
@@ -96,6 +106,8 @@ class Store:
                 paths = [None if picture in seen else picture for picture in columns["paths"]]
                 seen.update(paths)
                 shards.append(Shard(number, columns["ids"], paths, columns["stats"]))
+                for name in self._arrays:
+                    read_whole(self._path(name, number), partial(_map_rows, count=len(paths)), UNREADABLE)
         return [shard for shard in reversed(shards) if shard.alive()]
 
     @property
@@ -119,8 +131,10 @@ class Store:
         path = self._path(name, self.shards[shard].number)
         if not path.exists():
             raise FileNotFoundError(f"{path} is gone: the index was changed after it was opened. Open it again.")
+        count = len(self.shards[shard].ids)
         # If not all rows are wanted, the others are not read
-        return np.load(path) if len(rows) == len(self.shards[shard].ids) else np.load(path, mmap_mode="r")[rows]
+        read = np.load if len(rows) == count else lambda path: _map_rows(path, count)[rows]
+        return read_whole(path, read, UNREADABLE)
 
     def add(self, paths: list[str], stats: list[list[int]], parts: list[dict[str, np.ndarray]]):
         """Add a shard of new pictures."""
