@@ -362,7 +362,7 @@ def test_files_that_can_not_be_read(photos, parts, tmp_path, ending):
         settings.write_bytes(content)
     if ending == "jsonl":
         output.write_text('{"name": "b.png"}\n')
-        with pytest.raises(StateFileError, match="captions.jsonl: a line with file was expected"):
+        with pytest.raises(StateFileError, match="line 1: an object of JSON with file was expected.*the file or"):
             caption_dataset(*parts, photos, output, max_new_tokens=TOKENS)
     output.unlink()
     assert caption_dataset(*parts, photos, output, max_new_tokens=TOKENS).captioned == len(NAMES)

@@ -16,15 +16,21 @@ def test_a_file_that_is_no_object(tmp_path, content):
     with pytest.raises(StateFileError, match="index.json.*Build it anew.$"):
         read_json(path, "Build it anew.")
     path.write_text('{"a": [1]}')
-    assert read_json(path, "") == {"a": [1]}
+    assert read_json(path, "") == read_json(path, "", keys=["a"]) == {"a": [1]}
+    with pytest.raises(
+        StateFileError, match=r"index.json: an object of JSON with a, b was expected, got \{'a': \[1\]\}"
+    ):
+        read_json(path, "", keys=["a", "b"])
 
 
 def test_lines(tmp_path):
     path = tmp_path / "part.jsonl"
     path.write_bytes(b'{"a": 1}\n[2]\n{"a": 3')
-    assert list(read_json_lines(path, "")) == [{"a": 1}, [2]]
+    assert list(read_json_lines(path, "", "a list", lambda line: True)) == [{"a": 1}, [2]]
+    with pytest.raises(StateFileError, match=r"line 1: a list was expected, got \{'a': 1\}. Delete it.$"):
+        list(read_json_lines(path, "Delete it.", "a list", lambda line: isinstance(line, list)))
     path.write_bytes(b'{"a": 1}\n\x00\x00\n{"a": 3}\n')
-    lines = read_json_lines(path, "Delete that line.")
+    lines = read_json_lines(path, "Delete that line.", "an object", lambda line: True)
     assert next(lines) == {"a": 1}
     with pytest.raises(StateFileError, match="part.jsonl, line 2 .*Delete that line.$"):
         next(lines)
@@ -37,6 +43,7 @@ def test_lines_are_added_behind_whole_ones(tmp_path):
         with appended_lines(path) as add:
             add({"b": "\udcff"})
             # Out of the process at once
-            assert list(read_json_lines(path, "")) == [*after, {"b": "\udcff"}]
+            lines = read_json_lines(path, "", "an object", lambda line: True)
+            assert list(lines) == [*after, {"b": "\udcff"}]
     with pytest.raises(OSError, match="part.jsonl"), appended_lines(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

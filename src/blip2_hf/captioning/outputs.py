@@ -128,13 +128,13 @@ class CaptionOutput(ABC):
             raise_lost(self.place, f"{missing:,} of {len(self.pictures):,} pictures have no caption there")
 
     def read(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Yield the records of a file of lines."""
-        advice = "Delete that line: its picture is captioned again."
-        for record in read_json_lines(path, advice):
-            if not isinstance(record, Mapping) or not self.pictures.columns.keys() <= record.keys():
-                names = ", ".join(self.pictures.columns)
-                raise StateFileError(f"{path}: a line with {names} was expected, got {record!r}. {advice}")
-            yield record
+        """Return the records of a file of lines."""
+        return read_json_lines(
+            path,
+            "Delete the file or that line: its pictures are captioned again.",
+            f"an object of JSON with {', '.join(self.pictures.columns)}",
+            lambda record: isinstance(record, dict) and record.keys() >= self.pictures.columns.keys(),
+        )
 
     @abstractmethod
     def join(self, parts: list[Path]) -> list[dict[str, Any]]:

@@ -45,7 +45,8 @@ class PredictionStore:
         """Return all predictions that are there, by number; no process writes before all have read."""
         found: dict[int, Any] = {}
         for path in sorted(self.folder.glob("part-*.jsonl")):
-            found.update(read_json_lines(path, "Delete it: what it holds is predicted again."))
+            advice = "Delete the file: what it holds is predicted again."
+            found.update(read_json_lines(path, advice, "[number, prediction]", _is_prediction))
         self.state.wait_for_everyone()
         return found
 
@@ -59,6 +60,10 @@ class PredictionStore:
     def open(self) -> AbstractContextManager[Callable[[list], None]]:
         """Open the file of this process for `add([number, prediction])`."""
         return appended_lines(self.folder / f"part-{self.state.process_index:05d}.jsonl")
+
+
+def _is_prediction(line: Any) -> bool:
+    return isinstance(line, list) and len(line) == 2 and type(line[0]) is int
 
 
 __all__ = ["PredictionStore"]

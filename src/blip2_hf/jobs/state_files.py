@@ -3,28 +3,35 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .atomic_files import named_in_errors
-from .errors import StateFileError
+from .errors import StateFileError, shorten
 
 
-def read_json(path: str | os.PathLike, advice: str) -> dict[str, Any]:
-    """Read a file with one object. A [`StateFileError`] names the file, and says what to do: `advice`, a sentence."""
-    return _parse(Path(path).read_bytes(), str(path), advice)
-
-
-def read_json_lines(path: str | os.PathLike, advice: str) -> Iterator[Any]:
+def read_json(path: str | os.PathLike, advice: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     """
-    Yield what the lines of a file of JSON hold. A last line without its end, which a process that was killed leaves,
-    is no line. A [`StateFileError`] names the file and the line, and says what to do: `advice`, a sentence.
+    Read a file with one object, which has `keys`. A [`StateFileError`] names the file, and says what to do: `advice`,
+    a sentence.
+    """
+    expected = f"an object of JSON with {', '.join(keys)}" if keys else "an object of JSON"
+    return _parse(
+        Path(path).read_bytes(), str(path), advice, expected, lambda x: isinstance(x, dict) and x.keys() >= set(keys)
+    )
+
+
+def read_json_lines(path: str | os.PathLike, advice: str, expected: str, fits: Callable[[Any], bool]) -> Iterator[Any]:
+    """
+    Yield what the lines of a file of JSON hold, each of which `fits`. A last line without its end, which a process
+    that was killed leaves, is no line. A [`StateFileError`] names the file and the line, and says what was `expected`
+    and what to do: `advice`, a sentence.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
-                yield _parse(line, f"{path}, line {number}", advice, kind=object)
+                yield _parse(line, f"{path}, line {number}", advice, expected, fits)
 
 
 def read_whole(path: str | os.PathLike, read: Callable[[Path], Any], advice: str) -> Any:
@@ -68,13 +75,13 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _parse(data: bytes, place: str, advice: str, kind: type = dict) -> Any:
+def _parse(data: bytes, place: str, advice: str, expected: str, fits: Callable[[Any], bool]) -> Any:
     try:
         found = json.loads(data)
     except ValueError as error:
         raise StateFileError(
             f"{place} can't be read as JSON ({len(data)} bytes; {error}): it was cut off or changed. {advice}"
         ) from error
-    if not isinstance(found, kind):
-        raise StateFileError(f"{place}: an object of JSON was expected, got a {type(found).__name__}. {advice}")
+    if not fits(found):
+        raise StateFileError(f"{place}: {expected} was expected, got {shorten(found)}. {advice}")
     return found
