@@ -17,9 +17,7 @@ def test_a_file_that_is_no_object(tmp_path, content):
         read_json(path, "Build it anew.")
     path.write_text('{"a": [1]}')
     assert read_json(path, "") == read_json(path, "", keys=["a"]) == {"a": [1]}
-    with pytest.raises(
-        StateFileError, match=r"index.json: an object of JSON with a, b was expected, got \{'a': \[1\]\}"
-    ):
+    with pytest.raises(StateFileError, match=r"index.json: .* with a, b was expected, got \{'a': \[1\]\}"):
         read_json(path, "", keys=["a", "b"])
 
 

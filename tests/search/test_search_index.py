@@ -241,11 +241,22 @@ def test_a_file_that_is_gone(build, loaded, pictures):
     assert_ranked(again.search(TEXT), all_pairs(*loaded, pictures), 10)
 
 
-@pytest.mark.parametrize("name", ["index.json", "pictures-000000.json", "broken.json"])
-def test_a_file_that_can_not_be_read(build, name):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("index.json", "", " can't be read"),
+        ("index.json", '{"version": 1}', ": an object of JSON with folder, model, .* was expected"),
+        ("pictures-000000.json", "", " can't be read"),
+        ("pictures-000000.json", "{}", ": an object of JSON with ids, paths, stats was expected"),
+        ("broken.json", "", " can't be read"),
+        ("broken.json", '{"broken.JPG": 1}', ": .*size, mtime, reason.* was expected"),
+        ("broken.json", '{"broken.JPG": [1, 2]}', ": .*size, mtime, reason.* was expected"),
+    ],
+)
+def test_a_file_that_can_not_be_read(build, name, content, message):
     index, _ = build()
-    (index.directory / name).write_bytes(b"")
-    with pytest.raises(StateFileError, match=f"{name} can't be read .*--rebuild"):
+    (index.directory / name).write_text(content)
+    with pytest.raises(StateFileError, match=f"{name}{message}.*--rebuild"):
         build()
     again, num_seen = build(rebuild=True)
     assert (len(again), num_seen) == (10, 10)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json
+from ..jobs.errors import StateFileError
 from ..jobs.output import check_still_there
 from ..jobs.state_files import read_json, read_whole
 
@@ -25,6 +26,8 @@ LOCK = ".lock"
 UNREADABLE = "Delete it, and build the index again, which computes anew what is missing."
 
 _VERSION = 1
+_REBUILD = "Build the index anew: rebuild=True (--rebuild)."
+_DESCRIBED = ("folder", "model", "store_embeds", "num_query_tokens", "image_text_hidden_size", "precision", "weights")
 _BROKEN = "broken.json"
 _SHARD_FILE = re.compile(r"(features|embeds|pictures)-(\d+)\.(?:npy|json)")
 _APPROXIMATE_FILE = re.compile(r"approximate-(\d+)\.faiss")
@@ -40,11 +43,11 @@ def read_description(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has version {found}, but {_VERSION} was expected. Remove {directory}, and build it anew."
         )
-    return description
+    return _read(path, _DESCRIBED)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, "Build the index anew: rebuild=True (--rebuild).")
+def _read(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    return read_json(path, _REBUILD, keys)
 
 
 def check_is_free(directory: Path):
@@ -102,7 +105,7 @@ class Store:
         # A run that was killed while it gathered shards has left pictures in two shards, of which the later counts
         for number in sorted((int(match[2]) for match in matches if match[1] == "pictures"), reverse=True):
             if all(self._path(name, number).exists() for name in self._arrays):
-                columns = _read(self._path("pictures", number))
+                columns = _read(self._path("pictures", number), ("ids", "paths", "stats"))
                 paths = [None if picture in seen else picture for picture in columns["paths"]]
                 seen.update(paths)
                 shards.append(Shard(number, columns["ids"], paths, columns["stats"]))
@@ -224,7 +227,10 @@ class Store:
         path = self.directory / _BROKEN
         if not path.exists():
             return {}
-        return {name: (size, mtime, reason) for name, (size, mtime, reason) in _read(path).items()}
+        try:
+            return {name: (size, mtime, reason) for name, (size, mtime, reason) in _read(path).items()}
+        except (TypeError, ValueError) as error:
+            raise StateFileError(f"{path}: [size, mtime, reason] of each picture was expected. {_REBUILD}") from error
 
     def write_broken(self, broken: dict[str, tuple[int, int, str]]):
         """Write what `read_broken` will return."""
