@@ -227,8 +227,9 @@ class Store:
         path = self.directory / _BROKEN
         if not path.exists():
             return {}
+        entries = _read(path).items()
         try:
-            return {name: (size, mtime, reason) for name, (size, mtime, reason) in _read(path).items()}
+            return {name: (size, mtime, reason) for name, (size, mtime, reason) in entries}
         except (TypeError, ValueError) as error:
             raise StateFileError(f"{path}: [size, mtime, reason] of each picture was expected. {_REBUILD}") from error
 
