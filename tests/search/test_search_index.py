@@ -283,6 +283,14 @@ def test_a_file_that_was_cut_off(build, loaded, pictures, name, num_lost):
     assert_ranked(again.search(TEXT), all_pairs(*loaded, pictures), 10)
 
 
+def test_rebuilt_without_what_says_which_model_it_was(build, loaded, pictures):
+    index, _ = build()
+    (index.directory / "index.json").write_text("{")
+    with pytest.raises(StateFileError, match="index.json can't be read .*name its model: .*--model MODEL --rebuild"):
+        SearchIndex.build(pictures, rebuild=True)
+    assert len(SearchIndex.build(pictures, *loaded, rebuild=True, show_progress=False)) == 10
+
+
 def test_rebuilt_next_to_files_of_others(build, pictures):
     index, _ = build()
     (index.directory / "notes.txt").write_text("mine")

@@ -26,7 +26,7 @@ LOCK = ".lock"
 UNREADABLE = "Delete it, and build the index again, which computes anew what is missing."
 
 _VERSION = 1
-_REBUILD = "Build the index anew: rebuild=True (--rebuild)."
+_REBUILD = "Build the index anew, and name its model: model=MODEL, rebuild=True (--model MODEL --rebuild)."
 _DESCRIBED = ("folder", "model", "store_embeds", "num_query_tokens", "image_text_hidden_size", "precision", "weights")
 _BROKEN = "broken.json"
 _SHARD_FILE = re.compile(r"(features|embeds|pictures)-(\d+)\.(?:npy|json)")
