@@ -1,10 +1,16 @@
 """One run writes to an output at a time, and what it wrote is looked at."""
 
+import errno
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
+from accelerate import PartialState
 from faults import run_apart
+from filelock import FileLock
+from processes import run
+from transformers.utils import logging
 
 from blip2_hf.jobs.errors import OutputInUseError, OutputLostError
 from blip2_hf.jobs.output import check_still_there, only_writer
@@ -47,6 +53,35 @@ def test_a_writer_that_is_killed_holds_no_lock(tmp_path):
         pass
     os.close(end)
     os.close(begun)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl", reason="flock is of Unix")
+
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(logging.get_logger("blip2_hf"), "propagate", True)
+    with only_writer(tmp_path / ".lock", "out"):
+        (tmp_path / "written").touch()
+    assert "has no locks: let no other run write to out" in caplog.text
+
+
+def fail_to_lock(folder):
+    """Fail in the first of two processes."""
+    state = PartialState(cpu=True)
+    if state.is_main_process:
+        FileLock.acquire = Mock(side_effect=OSError(errno.EIO, "broken disk"))
+    with pytest.raises(OSError, match="broken disk"), only_writer(folder / ".lock", "out", state):
+        pass
+    print("told")
+
+
+def test_all_processes_are_told_why_the_first_can_not_lock(tmp_path):
+    printed = run(fail_to_lock, tmp_path, folder=tmp_path, processes=2)
+    assert [out.stdout for out in printed] == ["told\n"] * 2
 
 
 def test_files_that_are_gone(tmp_path):

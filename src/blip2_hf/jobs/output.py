@@ -1,12 +1,13 @@
 """An output that one run writes to at a time, its processes together, and that is there at the end."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from transformers.utils import logging
 
 from .errors import OutputInUseError, OutputLostError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 logger = logging.get_logger(__name__)
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # of some network file systems
 
 
 @contextlib.contextmanager
@@ -27,28 +30,36 @@ def only_writer(
     system lifts the lock if the process is killed. `lock` is a hidden file, in or beside the output, which stays. The
     processes of `state` all call this, and the first one locks. `wait` is how many seconds to wait for another run.
     """
-    Path(lock).parent.mkdir(parents=True, exist_ok=True)
     file = FileLock(lock)
-    is_mine = [True]
-    if state is None or state.is_main_process:
-        try:
-            file.acquire(timeout=wait)
-        except Timeout:
-            is_mine = [False]
-        except NotImplementedError:
-            logger.warning(f"The file system of {lock} has no locks: let no other run write to {output}.")
+    errors = [_acquire(file, output, wait) if state is None or state.is_main_process else None]
     if state is not None and state.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
-        is_mine = broadcast_object_list(is_mine)
-    if not is_mine[0]:
-        raise OutputInUseError(
-            f"Another run is writing to {output}: it holds {lock}. Wait until it has ended, or give another output."
-        )
+        # The other processes would wait for ever
+        errors = broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise errors[0]
     try:
         yield
     finally:
         file.release()
+
+
+def _acquire(file: BaseFileLock, output: Any, wait: float) -> Exception | None:
+    """Lock an output, and return the error if that fails."""
+    try:
+        Path(file.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        file.acquire(timeout=wait)
+    except Timeout:
+        return OutputInUseError(
+            f"Another run is writing to {output}: it holds {file.lock_file}. Wait until it has ended, or give another "
+            "output."
+        )
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            return error
+        logger.warning(f"The file system of {file.lock_file} has no locks: let no other run write to {output}.")
+    return None
 
 
 def share(items: Sequence, state: "PartialState") -> Sequence:
