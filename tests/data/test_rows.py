@@ -150,13 +150,14 @@ def test_a_file_of_another_machine_is_opened_only_if_its_host_is_named(path, hos
     opened = []
     monkeypatch.setattr("fsspec.open", lambda path, mode: opened.append(path) or io.BytesIO(picture_bytes()))
     record = {"path": path, "bytes": None}
-    for allow_urls in (False, True, [], ["example.com"]):
+    for allow_urls in (False, True, [], ["example.com"], f"{host}.example.com"):
         with pytest.raises(ImageLoadError, match=rf"row 3 \('{path}'\).*" + (f"'{host}'" if host else "no file")):
             open_image(record, "row 3", allow_urls)
     assert opened == []
     if host is not None and "::x.json" not in path:
         same(open_image(record, "row 3", [host]))
-        assert opened == [path]
+        same(open_image(record, "row 3", host))
+        assert opened == [path] * 2
 
 
 def test_files_of_this_machine_and_of_the_hub_are_opened(tmp_path, monkeypatch):

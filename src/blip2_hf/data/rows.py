@@ -156,7 +156,8 @@ def _check_part(part: str, allow_urls: bool | Sequence[str] | None):
             raise FetchError(f"{path} is no file, or a FIFO, a device or a socket. Check the path")
     elif protocol not in _OWN_FILE_SYSTEMS and allow_urls is not None:
         host = urlsplit(part).hostname
-        if isinstance(allow_urls, bool) or host not in allow_urls:
+        hosts = [allow_urls] if isinstance(allow_urls, str) else allow_urls
+        if isinstance(hosts, bool) or host not in hosts:
             raise FetchError(
                 f"a file of another machine in a row of a dataset is opened only if its host or bucket is named: "
                 f"allow_urls=[{host!r}] (--allow-urls {host}). Or download the pictures first"
