@@ -67,6 +67,12 @@ def test_what_is_compressed_twice_is_refused(server):
         load_image(f"{server.url}/bomb-in-bomb")
 
 
+@pytest.mark.parametrize("path", ["cut-gzip", "cut-deflate", "empty-gzip"])
+def test_what_is_compressed_and_cut_off_is_refused(server, path):
+    with pytest.raises(image_fetching.FetchError, match="the compressed file is cut off"):
+        image_fetching.fetch(f"{server.url}/{path}", 10.0)
+
+
 # --- what messages tell ---
 
 
@@ -214,6 +220,9 @@ def test_a_name_that_resolves_otherwise_the_second_time(server, monkeypatch):
         ("::ffff:10.0.0.1", False),
         ("64:ff9b::a9fe:a9fe", False),
         ("ff02::1", False),
+        ("2002:7f00:1::", False),
+        ("::7f00:1", False),
+        ("fec0::1", False),
     ],
 )
 def test_which_addresses_are_public(address, is_public):

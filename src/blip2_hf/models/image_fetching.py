@@ -16,6 +16,8 @@ MAX_BYTES = 256 * 2**20  # of one file after decompression; PIL's own limit of p
 
 _MAX_REDIRECTS = 10
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # addresses of IPv6 that stand for one of IPv4
+# Other addresses of IPv6 that stand for one of IPv4, and site-local ones: out of use, and global to some Pythons
+_OUT_OF_USE = [ipaddress.ip_network(network) for network in ("2002::/16", "::/96", "fec0::/10")]
 _USER_AGENT = "blip2-hf image loader"  # some hosts refuse the nameless default of an HTTP client
 
 
@@ -204,18 +206,21 @@ def _is_public(address: str) -> bool:
     ip = getattr(ip, "ipv4_mapped", None) or ip
     if ip.version == 6 and ip in _NAT64:
         ip = ipaddress.IPv4Address(int(ip) % 2**32)
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _OUT_OF_USE)
 
 
 def _decompress(data: bytearray, encoding: str) -> bytes:
     """Decompress what a server compressed unasked."""
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise FetchError("the server compresses the file in a way that was not asked for. Download the file first")
+    decompressor = zlib.decompressobj(wbits=47)  # gzip or zlib
     try:
-        content = zlib.decompressobj(wbits=47).decompress(data, MAX_BYTES + 1)  # 47: gzip or zlib
+        content = decompressor.decompress(data, MAX_BYTES + 1)
     except zlib.error:
         raise FetchError("the compressed file is broken. Check the URL") from None
     _check_length(content)
+    if not decompressor.eof:
+        raise FetchError("the compressed file is cut off. Check the URL or try again")
     return content
 
 
