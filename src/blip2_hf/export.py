@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from .jobs.atomic_files import rename, temporary_folder
 from .models.configuration_blip2 import Blip2Config
 from .models.modeling_base import Blip2PreTrainedModel
 from .models.modeling_blip2 import Blip2ForConditionalGeneration
@@ -129,13 +129,13 @@ def _in_eval_mode(encoder: ImageEncoder) -> Iterator[None]:
 def _write(program: torch.export.ExportedProgram, path: Path, format: str):
     """Write into a folder beside `path` first, under the final names because an ONNX names the file of its weights."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder, path.name)
+    with temporary_folder(path.parent) as folder:
+        file = folder / path.name
         if format == "torch":
             torch.export.save(program, file)
         else:
             onnx = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
             onnx.save(file, external_data=True)
         # The weights first, so that there is no graph without them
-        for written in sorted(Path(folder).iterdir(), key=lambda found: found.name == path.name):
-            os.replace(written, path.parent / written.name)
+        for written in sorted(folder.iterdir(), key=lambda found: found.name == path.name):
+            rename(written, path.parent / written.name)

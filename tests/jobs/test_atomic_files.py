@@ -9,7 +9,15 @@ import time
 import pytest
 from faults import run_apart
 
-from blip2_hf.jobs.atomic_files import atomic_file, remove_leftovers, rename, write_json, write_text
+from blip2_hf.jobs.atomic_files import (
+    atomic_file,
+    remove_leftovers,
+    rename,
+    sync_folder,
+    temporary_folder,
+    write_json,
+    write_text,
+)
 
 
 def names(folder) -> list[str]:
@@ -93,6 +101,50 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     remove_leftovers(tmp_path / "nosuch")
 
 
+def test_a_folder_that_is_left_by_the_dead_goes(tmp_path):
+    with temporary_folder(tmp_path / ".") as living:
+        (living / "a.txt").write_text("x")
+
+        def run():
+            with temporary_folder(tmp_path) as folder:
+                (folder / "half.txt").write_text("x")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert run_apart(run, tmp_path / "error.txt")[0] == -signal.SIGKILL
+        assert len(names(tmp_path)) == 2
+        with temporary_folder(tmp_path) as folder:
+            assert names(tmp_path) == sorted([living.name, folder.name]) and living != folder
+        assert (living / "a.txt").exists()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/ns/pid"), reason="containers are of Linux")
+def test_a_number_of_a_process_counts_in_its_own_container(tmp_path, monkeypatch):
+    leave_unfinished(tmp_path / "a.txt")
+    readlink = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]" if path == "/proc/self/ns/pid" else readlink(path))
+    remove_leftovers(tmp_path)
+    assert len(names(tmp_path)) == 1
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_link_stays_and_its_file_is_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("there.txt", "not yet.txt"):
+        link, target = tmp_path / f"link to {name}", tmp_path / "elsewhere" / name
+        link.symlink_to(target)
+        write_text(link, "new")
+        assert link.is_symlink() and target.read_text() == "new" and not target.is_symlink()
+    assert names(tmp_path / "elsewhere") == ["not yet.txt", "there.txt"]
+
+
+def test_a_folder_that_can_not_be_read_is_no_error(tmp_path):
+    """Its files may be written all the same."""
+    sync_folder(tmp_path / "nosuch")
+
+
 def test_leftovers_of_another_machine_go_after_a_day(tmp_path):
     leave_unfinished(tmp_path / "a.txt")
     (leftover,) = tmp_path.glob(".blip2-hf-*")
@@ -121,3 +173,6 @@ def test_names_are_put_on_the_disk(tmp_path, monkeypatch):
     (tmp_path / "unfinished").mkdir()
     rename(tmp_path / "unfinished", tmp_path / "data")
     assert calls[3:] == ["rename", "folder"] and (tmp_path / "data").is_dir()
+    (tmp_path / "data" / "b.txt").write_text("x")
+    rename(tmp_path / "data", tmp_path / "more")
+    assert calls[5:] == ["file", "rename", "folder"]

@@ -13,6 +13,7 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from ..jobs.atomic_files import rename, temporary_folder
 from ..jobs.inference import check_finite
 from ..models.configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
 from ..models.modeling_base import Blip2Model, Blip2PreTrainedModel
@@ -118,15 +119,16 @@ def check_output(output: str | os.PathLike, overwrite: bool, sources: Iterable[s
 def whole_folder(output: str | os.PathLike) -> Iterator[Path]:
     """Yield a new folder beside `output`, which takes its place once all is written. If that fails, it is removed."""
     target = Path(output).resolve()
-    part, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("part", "old"))
-    part.mkdir(parents=True)
-    try:
+    # Whoever is killed between the two renamings finds here what was there before
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target.parent) as part:
         yield part
-        if target.exists():
-            os.replace(target, old)
-        os.replace(part, target)
-    finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            if target.exists():
+                rename(target, old)
+            rename(part, target)
+        finally:
+            if old.exists() and not target.exists():
+                rename(old, target)
+            shutil.rmtree(old, ignore_errors=True)
