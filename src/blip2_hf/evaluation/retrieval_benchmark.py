@@ -177,11 +177,21 @@ def _tower_outputs(
         num_workers=num_workers,
         part_index=state.process_index,
         num_parts=state.num_processes,
-        # The user gave what is not in a row
-        allow_urls=next((x.image.allow_urls for x in samples if isinstance(x.image, RowImage)), None),
+        allow_urls=_allowed_urls(samples),
     )
     state.wait_for_everyone()
     return load_cached_features(folder)
+
+
+def _allowed_urls(samples: Sequence[CaptionSample]) -> bool | list[str] | None:
+    """Return which URLs may be fetched for all rows: those of no row if one row of them may lead to none."""
+    allowed = [sample.image.allow_urls for sample in samples if isinstance(sample.image, RowImage)]
+    if not allowed:
+        return None  # the user gave them
+    if False in allowed:
+        return False
+    hosts = [set() if x is True else {x} if isinstance(x, str) else set(x) for x in allowed]
+    return sorted(set.intersection(*hosts))
 
 
 def _image_rows(samples: Sequence[CaptionSample]) -> tuple[datasets.Dataset, str]:
