@@ -10,7 +10,8 @@ from importlib.machinery import ModuleSpec
 
 def lazy_attributes(package: str, exports: dict[str, list[str]]) -> tuple[Callable, Callable, list[str]]:
     """
-    `__getattr__`, `__dir__` and `__all__` of a package whose modules are imported at the first use of their names.
+    Return `__getattr__`, `__dir__` and `__all__` of a package whose modules are imported when their names are first
+    used.
 
     Args:
         package (`str`):
@@ -117,7 +118,7 @@ _watcher = _ImportWatcher("transformers", "blip2_hf")
 
 def when_imported(module: str, callback: Callable[[], None]):
     """
-    Calls `callback` once `module`, of transformers, has been imported: at once if it has been.
+    Call `callback` once `module`, of transformers, has been imported: at once if it has been.
 
     Args:
         module (`str`):

@@ -82,12 +82,12 @@ class PictureBatch:
 
     @property
     def readable(self) -> list[int]:
-        """The numbers of the pictures that can be read."""
+        """Return the numbers of the pictures that can be read."""
         return [number for number in self.numbers if number not in self.errors]
 
     @property
     def pixel_values(self) -> torch.Tensor | None:
-        """`arrays` as a tensor."""
+        """Return `arrays` as a tensor."""
         return None if self.arrays is None else torch.from_numpy(self.arrays)
 
 

@@ -50,7 +50,7 @@ def load_image(
     allow_urls: bool | Sequence[str] | None = None,
 ) -> Image.Image:
     """
-    Loads one picture as upright 8-bit RGB: EXIF rotation applied, transparency put on white, the first frame of an
+    Load one picture as upright 8-bit RGB: EXIF rotation applied, transparency put on white, the first frame of an
     animation, 16-bit values scaled (not clipped).
 
     Args:
@@ -81,7 +81,7 @@ def load_image(
 
 def load_images(images: Iterable[Any], timeout: float | None = 30.0) -> list[Image.Image]:
     """
-    Loads a batch of pictures with [`load_image`]; an error says which one is broken: `image 3 of 8 ('x.jpg'): ...`.
+    Load a batch of pictures with [`load_image`]; an error says which one is broken: `image 3 of 8 ('x.jpg'): ...`.
 
     Args:
         images (iterable of anything that [`load_image`] takes):
@@ -252,7 +252,7 @@ def _has_floats(image: Any) -> bool:
 
 
 def _from_floats(image: Any) -> "torch.Tensor":
-    """An array, a tensor or a PIL image of floats to a tensor of shape (3, height, width), with the same values."""
+    """Return an array, a tensor or a PIL image of floats as a tensor of shape (3, height, width), values unchanged."""
     import torch
 
     is_tensor = _is_tensor(image)
@@ -344,7 +344,7 @@ def _open_string(image: str) -> Image.Image:
 
 
 def _from_base64(text: str) -> bytes | None:
-    """Bytes of a standard or URL-safe base64 string, with or without padding and line breaks; None if it is none."""
+    """Return the bytes of a standard or URL-safe base64 string, with or without padding and line breaks, else None."""
     compact = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
@@ -486,7 +486,7 @@ def _too_large(reason: str) -> _Problem:
 
 
 def _from_array(array: np.ndarray, channels_last: bool) -> Image.Image:
-    """Array of shape (height, width), (height, width, channels) or (channels, height, width) to L, LA, RGB or RGBA."""
+    """Convert an array of shape (height, width[, channels]) or (channels, height, width) to L, LA, RGB or RGBA."""
     array = _to_uint8(_to_channels_last(array, channels_last))
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -494,7 +494,7 @@ def _from_array(array: np.ndarray, channels_last: bool) -> Image.Image:
 
 
 def _to_channels_last(array: np.ndarray, channels_last: bool) -> np.ndarray:
-    """The same values in the shape (height, width) or (height, width, channels), of 1 to 4 channels."""
+    """Return the same values in the shape (height, width) or (height, width, channels), of 1 to 4 channels."""
     if array.ndim not in (2, 3):
         hint = ". Give the images of a batch as a list" if array.ndim == 4 else ""
         raise _Problem(
@@ -514,7 +514,7 @@ def _to_channels_last(array: np.ndarray, channels_last: bool) -> np.ndarray:
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
-    """Values of any numeric type to 8 bits by what the type says: full scale for unsigned, [0, 1] for floats."""
+    """Scale values of any numeric type to 8 bits by what the type says: full scale for unsigned, [0, 1] for floats."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -568,7 +568,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _wide_to_l(image: Image.Image) -> Image.Image:
-    """Modes I (32-bit integers) and F (floats), which hold 8-bit, 16-bit or [0, 1] values, to 8-bit grey."""
+    """Convert modes I (32-bit integers) and F (floats), which hold 8-bit, 16-bit or [0, 1] values, to 8-bit grey."""
     array = np.asarray(image)
     low, high = array.min(), array.max()
     if image.mode == "F" and low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK:

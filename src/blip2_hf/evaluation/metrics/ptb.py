@@ -169,7 +169,7 @@ _FOLLOWED_BY_CLITIC = re.compile(rf"{_APOSTROPHE}(?i:[sdm]|ll|re|ve)")
 
 def ptb_tokenize(caption: str) -> list[str]:
     r"""
-    The words of a caption as pycocoevalcap's `PTBTokenizer` gives them, without Java.
+    Return the words of a caption as pycocoevalcap's `PTBTokenizer` gives them, without Java.
 
     Args:
         caption (`str`):
