@@ -1,6 +1,7 @@
 """Fetching ends in time, reads no more than it may, tells nothing of what it read, and goes where it may."""
 
 import os
+import queue
 import signal
 import threading
 import time
@@ -146,6 +147,21 @@ def test_the_first_interrupt_ends_it(server, path, timeout):
         load_image(f"{server.url}/{path}", timeout=timeout)
     assert time.monotonic() - start < 2
     assert server.hung_up.wait(2)
+
+
+def test_waiting_is_short_at_a_time(server, monkeypatch):
+    """Windows passes an interrupt on between two waits."""
+    waits = []
+
+    class Queue(queue.SimpleQueue):
+        def get(self, block=True, timeout=None):
+            waits.append(timeout)
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(image_fetching.queue, "SimpleQueue", Queue)
+    with pytest.raises(ImageLoadError, match="not fetched within 0.5 seconds"):
+        load_image(f"{server.url}/silent", timeout=0.5)
+    assert len(waits) >= 3 and max(waits) <= 0.2
 
 
 # --- addresses ---

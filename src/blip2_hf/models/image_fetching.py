@@ -3,9 +3,11 @@
 import contextlib
 import io
 import ipaddress
+import math
 import queue
 import socket
 import threading
+import time
 import zlib
 from collections.abc import Collection, Iterable
 from http.client import responses
@@ -15,6 +17,7 @@ from typing import Any
 MAX_BYTES = 256 * 2**20  # of one file after decompression; PIL's own limit of pixels is as many bytes of RGB
 
 _MAX_REDIRECTS = 10
+_SLICE = 0.2  # seconds that Ctrl-C may wait: Windows passes it on between two waits
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # addresses of IPv6 that stand for one of IPv4
 # Other addresses of IPv6 that stand for one of IPv4, and site-local ones: out of use, and global to some Pythons
 _OUT_OF_USE = [ipaddress.ip_network(network) for network in ("2002::/16", "::/96", "fec0::/10")]
@@ -50,9 +53,7 @@ def fetch(url: str, timeout: float | None, public_except: Collection[str] | None
     download = _Download(_import_httpx(), url, timeout, public_except)
     try:
         threading.Thread(target=download.run, name="fetch", daemon=True).start()
-        result = download.result.get(timeout=timeout)
-    except queue.Empty:
-        raise _late(timeout) from None
+        result = download.wait()
     finally:
         download.stop()
     if isinstance(result, BaseException):
@@ -102,6 +103,14 @@ class _Download:
         except BaseException as error:  # belongs to the thread that waits
             result = error
         self.result.put(result)
+
+    def wait(self) -> bytes | BaseException:
+        """Return what the thread has made, in time."""
+        deadline = math.inf if self.timeout is None else time.monotonic() + self.timeout
+        while (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                return self.result.get(timeout=min(left, _SLICE))
+        raise _late(self.timeout)
 
     def stop(self):
         """End the thread, whatever it waits for; only the resolution of a name is left to end by itself."""
