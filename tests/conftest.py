@@ -1,6 +1,10 @@
 import os
+import shutil
+import tempfile
 
 
+# Nobody's own cache, and one for each process of pytest-xdist
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="blip2_hf-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # In the processes that tests start, too: with matrices this small, threads only wait for each other
@@ -14,6 +18,10 @@ import transformers
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

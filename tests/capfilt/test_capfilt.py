@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 import datasets
 import processes
@@ -29,11 +28,6 @@ from blip2_hf.search import load_retrieval_model
 
 
 WORDS = ["a red dog", "two people", "the bus near a street", "a woman", "clouds and grass", "a bike", "an umbrella"]
-
-
-@pytest.fixture(autouse=True)
-def datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -197,18 +191,12 @@ def test_what_is_stopped_goes_on_as_if_it_had_not_been(rows, captioner, retrieve
     assert shards(tmp_path / "other") != shards(tmp_path / "whole") and other.rows == whole.rows
 
 
-def run_with_cache(command: list[str], cache: Path):
-    datasets.config.HF_DATASETS_CACHE = cache
-    main(command)
-
-
 def test_two_processes_are_one(rows, stage1_folder, captioner_folder, tmp_path):
     rows.to_parquet(tmp_path / "rows.parquet")
     options = ["--captioner", captioner_folder, "--filter", stage1_folder, "--num-captions", "3"]
     options += ["--max-new-tokens", "6", "--rows-per-shard", "2", "--num-workers", "0"]
     command = ["capfilt", str(tmp_path / "rows.parquet"), *map(str, options), "--output", str(tmp_path / "two")]
-    printed = processes.run(run_with_cache, command, tmp_path / "cache", folder=tmp_path, processes=2)
-    errors = [output.stderr for output in printed]
+    errors = [printed.stderr for printed in processes.run(main, command, folder=tmp_path, processes=2)]
     assert "7 rows, files to write: 4 of 4 in 2 processes" in errors[0]
     assert "Original captions:" in errors[0] and "Original captions:" not in errors[1]
     run(tmp_path / "rows.parquet", *options, "--output", tmp_path / "one")

@@ -134,6 +134,8 @@ def run_example(monkeypatch, parts, data, folder, *options: str):
     length = "--max_steps 2 --warmup_steps 1 --per_device_train_batch_size 4 --held_out 4 --use_cpu --report_to none"
     arguments = ["--data", str(data), *fields.split(), *length.split(), "--output_dir", str(folder), *options]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
+    # At each end of a stream, for the sake of a process that ends
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     runpy.run_path(str(EXAMPLE), run_name="__main__")
 
 
