@@ -355,7 +355,7 @@ def test_files_that_can_not_be_read(photos, parts, tmp_path, ending):
     caption_dataset(*parts, photos, output, max_new_tokens=TOKENS)
     settings = tmp_path / f"{output.name}.settings.json"
     content = settings.read_bytes()
-    for broken, advice in ((settings, "delete it and .*captions"), (output, "captioned again")):
+    for broken, advice in ((settings, "what made .*captions.*--overwrite"), (output, "captioned again")):
         broken.write_bytes(b'{"file": \n')
         with pytest.raises(StateFileError, match=f"{broken.name}.* can't be read.*{advice}"):
             caption_dataset(*parts, photos, output, max_new_tokens=TOKENS)

@@ -85,7 +85,7 @@ def caption_images(
     inputs = (PictureInputs if is_sequence else PictureStream)(images, processor.image_processor, "image")
     writer = CaptionWriter(model, processor, prompt, {"max_new_tokens": max_new_tokens, **generate_kwargs})
     with eval_mode(model):
-        for batch in load_ahead(inputs, num_workers, batch_size=batch_size or first_batch_size(model.device)):
+        for batch in load_ahead(inputs, num_workers, batch_size=first_batch_size(batch_size, model.device)):
             texts = iter([] if batch.pixel_values is None else writer(batch.pixel_values))
             for number in batch.numbers:
                 error = batch.errors.get(number)

@@ -174,7 +174,7 @@ class CaptionFile(CaptionOutput):
         self.place.unlink(missing_ok=True)
 
     def has_captions(self) -> bool:
-        return self.place.exists() or (self.settings.exists() and self.has_parts())
+        return self.place.exists() or self.has_parts()
 
     def join(self, parts: list[Path]) -> list[dict[str, Any]]:
         broken: list[dict[str, Any]] = []
@@ -212,7 +212,8 @@ class SidecarFiles(CaptionOutput):
             sidecar.unlink(missing_ok=True)
 
     def has_captions(self) -> bool:
-        return self.settings.exists() and (self.has_parts() or any(self.folder.rglob("*.txt")))
+        # Without settings, texts beside pictures are those of the user
+        return self.has_parts() or (self.settings.exists() and any(self.folder.rglob("*.txt")))
 
     def folders(self) -> set[Path]:
         return {self.folder, *(path.parent for path in self.sidecars)}

@@ -75,12 +75,27 @@ def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Na
     from ..jobs.errors import printable
 
     try:
+        check_device(getattr(options, "device", None))
         run(options)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
     except KeyboardInterrupt:
         end_workers()
         raise SystemExit("blip2-hf: stopped.") from None
+
+
+def check_device(name: str | None):
+    """Refuse a device that is not there, before anything is loaded."""
+    if name is not None:
+        import torch
+
+        try:
+            torch.empty(0, device=name)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"--device {name}: there is no such device ({reason}). Give cpu, or leave it out."
+            ) from error
 
 
 def end_workers():

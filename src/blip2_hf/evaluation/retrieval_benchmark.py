@@ -100,7 +100,7 @@ def evaluate_retrieval(
     state = PartialState(cpu=model.device.type == "cpu")
     image_processor = with_image_size(processor.image_processor, image_size)
     tokenizer = processor.qformer_tokenizer or processor.tokenizer
-    start = batch_size or first_batch_size(model.device)
+    start = first_batch_size(batch_size, model.device)
     retrieval = _SharedRetrieval(model, tokenizer, k, start, show_progress=show_progress and state.is_main_process)
     # Not `k`, because features and scores of pairs do not depend on it
     settings = {

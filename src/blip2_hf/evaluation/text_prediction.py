@@ -68,7 +68,7 @@ def predict_texts(
     images = share(_by_image(samples, store.read()), store.state)
     image_processor = with_image_size(processor.image_processor, image_size)
     queue = _read_pictures(samples, images, image_processor, num_workers)
-    current = BatchSize(batch_size or first_batch_size(model.device))
+    current = BatchSize(first_batch_size(batch_size, model.device))
 
     @torch.no_grad()
     def write(rows: list[tuple[int, torch.Tensor]]) -> list[str]:

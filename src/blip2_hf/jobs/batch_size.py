@@ -11,10 +11,12 @@ from transformers.utils import is_accelerate_available, logging
 logger = logging.get_logger(__name__)
 
 
-def first_batch_size(device: torch.device) -> int:
-    """Return how many items are computed at a time, before memory runs out."""
+def first_batch_size(given: int | None, device: torch.device) -> int:
+    """Return how many items are computed at a time, before memory runs out: the number that is given, if there is one."""
+    if given is not None and given < 1:
+        raise ValueError(f"batch_size={given}: at least 1 was expected.")
     # A CPU has no error that tells that memory runs out
-    return 16 if device.type == "cpu" else 128
+    return given or (16 if device.type == "cpu" else 128)
 
 
 class BatchSize:

@@ -83,8 +83,7 @@ def check_settings_file(
         raise MadeOtherwiseError(
             f"{place} is there already, without {path.name}, which would tell what made it. {advice}"
         )
-    unreadable = f"Restore it, or delete it and {place}: without it, it is not known what made them."
-    check_settings(read_json(path, unreadable), given, place, advice, free)
+    check_settings(read_json(path, f"It says what made {place}: restore it. {advice}"), given, place, advice, free)
 
 
 def check_settings(
