@@ -349,6 +349,20 @@ def test_other_settings_are_refused(photos, parts, tmp_path):
     assert foreign.read_text() == "{}\n"
 
 
+def test_parts_of_a_run_whose_settings_are_gone_are_not_taken(photos, parts, tmp_path):
+    output = tmp_path / "captions.jsonl"
+    caption_dataset(*parts, photos, output, max_new_tokens=TOKENS)
+    output.rename(tmp_path / "captions.jsonl.part-00000.jsonl")
+    (tmp_path / "captions.jsonl.settings.json").unlink()
+    with pytest.raises(CollectionError, match="without captions.jsonl.settings.json.*--overwrite"):
+        caption_dataset(*parts, photos, output, max_new_tokens=TOKENS + 1)
+
+
+def test_a_batch_of_nothing_is_refused(photos, parts, tmp_path):
+    with pytest.raises(ValueError, match="batch_size=0: at least 1 was expected"):
+        caption_dataset(*parts, photos, tmp_path / "captions.jsonl", batch_size=0)
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_files_that_can_not_be_read(photos, parts, tmp_path, ending):
     output = tmp_path / f"captions.{ending}"

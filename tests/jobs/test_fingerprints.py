@@ -51,7 +51,8 @@ def test_settings_that_are_not_known(tmp_path):
         check_settings_file(path, GIVEN, "captions.jsonl", ADVICE)
     path.write_text("")
     with pytest.raises(
-        StateFileError, match="settings.json can't be read.*what made captions.jsonl: restore it.*--overwrite"
+        StateFileError,
+        match="settings.json can't be read.*what made captions.jsonl: restore it, or delete both.*--overwrite",
     ):
         check_settings_file(path, GIVEN, "captions.jsonl", ADVICE)
 

@@ -93,9 +93,7 @@ def check_device(name: str | None):
             torch.empty(0, device=name)
         except (AssertionError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"--device {name}: there is no such device ({reason}). Give cpu, or leave it out."
-            ) from error
+            raise ValueError(f"--device {name} is not there ({reason}). Give cpu, or leave it out.") from error
 
 
 def end_workers():

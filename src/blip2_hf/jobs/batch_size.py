@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 
 def first_batch_size(given: int | None, device: torch.device) -> int:
-    """Return how many items are computed at a time, before memory runs out: the number that is given, if there is one."""
+    """Return the number that is given, or else how many items are computed at a time before memory runs out."""
     if given is not None and given < 1:
         raise ValueError(f"batch_size={given}: at least 1 was expected.")
     # A CPU has no error that tells that memory runs out

@@ -83,7 +83,9 @@ def check_settings_file(
         raise MadeOtherwiseError(
             f"{place} is there already, without {path.name}, which would tell what made it. {advice}"
         )
-    check_settings(read_json(path, f"It says what made {place}: restore it. {advice}"), given, place, advice, free)
+    check_settings(
+        read_json(path, f"It says what made {place}: restore it, or delete both. {advice}"), given, place, advice, free
+    )
 
 
 def check_settings(
