@@ -16,7 +16,7 @@ FOLDER = cache_folder() / "recipe"
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast a stage learns."""
+    """Length and learning rates of a stage."""
 
     steps: int
     batch_size: int

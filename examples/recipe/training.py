@@ -1,4 +1,4 @@
-"""What both stages of the recipe share: options, a training in which new parts learn faster, and results."""
+"""Options, training with higher learning rates for new parts, and results, for both stages of the recipe."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What the Auto classes and the pipelines of transformers are told of this library."""
+"""Registration of this library with the Auto classes and the pipelines of transformers."""
 
 import functools
 from collections.abc import Collection

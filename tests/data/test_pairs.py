@@ -291,6 +291,12 @@ def test_rows_that_are_made_on_the_fly(dataset, rows):
     np.testing.assert_array_equal(np.asarray(item["image"]), np.asarray(rows[1]["image"]))
 
 
+def test_a_function_that_makes_rows_is_given_opened_pictures(dataset, rows):
+    made = dataset.with_transform(lambda batch: batch | {"image": [picture.rotate(180) for picture in batch["image"]]})
+    expected = np.asarray(rows[1]["image"].rotate(180))
+    np.testing.assert_array_equal(np.asarray(ImageTextPairs(made)[1]["image"]), expected)
+
+
 def test_a_file_inside_an_archive(tmp_path):
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
         archive.writestr("a.png", encode(make_image(3)))

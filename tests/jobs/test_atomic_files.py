@@ -118,7 +118,7 @@ def test_a_folder_that_is_left_by_the_dead_goes(tmp_path):
     assert names(tmp_path) == []
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/ns/pid"), reason="containers are of Linux")
+@pytest.mark.skipif(not os.path.exists("/proc/self/ns/pid"), reason="only Linux has namespaces of processes")
 def test_a_number_of_a_process_counts_in_its_own_container(tmp_path, monkeypatch):
     leave_unfinished(tmp_path / "a.txt")
     readlink = os.readlink

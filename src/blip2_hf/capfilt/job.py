@@ -77,7 +77,7 @@ def capfilt_dataset(
             first view is read. They are told from those of another dataset by their number, columns and 32 of them.
         captioner (`Callable`, *optional*):
             [`ModelCaptioner`], [`PipelineCaptioner`], or any function from a list of pictures to a list of captions
-            for each. `None` proposes nothing: the filter ranks the captions that are there.
+            for each. `None` proposes nothing: the filter ranks the existing captions.
         caption_filter (`Callable`):
             [`RetrievalFilter`], or any function of a list of pictures, and a list of captions for each, that returns a
             list of scores for each.

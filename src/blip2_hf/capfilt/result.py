@@ -76,7 +76,7 @@ class CapFiltCounts:
 
 @dataclass
 class ShardReport:
-    """What became of the rows of a file; the file carries it."""
+    """Counts of the rows of a file, which are stored in its metadata."""
 
     counts: CapFiltCounts = field(default_factory=CapFiltCounts)
     left_out: list[BadRow] = field(default_factory=list)

@@ -85,7 +85,7 @@ def caption_dataset(
         prompt, max_new_tokens, batch_size, num_workers:
             As in [`caption_images`].
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to delete the captions that are there, and begin anew.
+            Whether to delete the existing captions, and begin anew.
         generate_kwargs (`dict`):
             Those of [`~Blip2ForConditionalGeneration.generate`]: values that JSON has. A preset of the paper is
             given as its parts: `prompt=preset.prompt, **preset.generate_kwargs`.

@@ -1,4 +1,4 @@
-"""What the commands share: nothing heavy is imported before a command runs."""
+"""Options, errors and loading of all commands. Nothing heavy is imported before a command runs."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-_LONGEST_WAIT = timedelta(days=30)  # of a process that has done its share, for the others
+_LONGEST_WAIT = timedelta(days=30)  # until the other processes have done their share, too
 
 
 def generate_argument(text: str) -> tuple[str, Any]:
@@ -180,7 +180,7 @@ def tell_image_size(processor: Any, given: int | None, of_paper: int):
     if given is None and set(own.values()) != {of_paper} and PartialState().is_main_process:
         print(
             f"blip2-hf: pictures have the size of the checkpoint's image processor, {own}. The paper's have "
-            f"{of_paper} px: --image-size {of_paper}, for a model that was trained so.",
+            f"{of_paper} px: --image-size {of_paper}, if the model was trained with it.",
             file=sys.stderr,
         )
 

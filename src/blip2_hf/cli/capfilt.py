@@ -15,7 +15,7 @@ def add_parser(commands: Any):
     add("--filter", "ranks them: a model of stage 1 or for retrieval", required=True, metavar="MODEL")
     add("--output", "folder of the result; run again to go on", required=True, metavar="FOLDER")
     add("--image-column")
-    add("--text-column", "column of the captions that are there: texts, or lists of texts", default="caption")
+    add("--text-column", "column of the existing captions: texts, or lists of texts", default="caption")
     add("--num-captions", "captions to propose for each picture; 0 ranks those that are there", type=int, default=10)
     add("--keep", "captions of a picture that are kept", type=int, default=2)
     add("--score", "logit of matching, cosine of contrast, or their sum", choices=["sum", "itm", "itc"], default="sum")
@@ -38,7 +38,7 @@ def add_parser(commands: Any):
 
 def _run(options: argparse.Namespace):
     if options.num_captions and options.captioner is None:
-        raise ValueError("give --captioner, or --num-captions 0 to rank the captions that are there.")
+        raise ValueError("give --captioner, or --num-captions 0 to rank the existing captions.")
 
     from ..capfilt import RetrievalFilter, capfilt_dataset
     from ..search import load_retrieval_model

@@ -33,7 +33,7 @@ def add_parser(commands: Any):
     add("--config")
     add("--split")
     add("--allow-urls")
-    add("--overwrite", "delete the captions that are there, and begin anew", action="store_true")
+    add("--overwrite", "delete the existing captions, and begin anew", action="store_true")
 
 
 def _run(options: argparse.Namespace):

@@ -203,7 +203,8 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         dataset (`datasets.Dataset` or sequence of `dict`):
             The rows. With a column `image_embeds`, as from [`load_cached_features`], pictures are not read. Errors
             name the number of a row here or, in a part that [`hold_out`] made, in the whole.
-            A function of `with_transform` gets pictures as they are stored, which [`~image_loading.load_image`] opens.
+            A function of `with_transform` gets opened pictures or, from a column that has URLs, pictures as they are
+            stored, which [`~image_loading.load_image`] opens.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures: anything that [`~image_loading.load_image`] takes.
         text_column (`str`, *optional*, defaults to `"caption"`):

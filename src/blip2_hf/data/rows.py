@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import datasets
 import fsspec
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
@@ -79,8 +80,8 @@ def select_columns(dataset: Any, columns: Iterable[str]) -> Any:
     """
     Return the columns of a dataset that are read, with pictures as they are stored: `open_image` decodes them. It can
     say whose picture is broken, and fetches no URL unasked, which `datasets` would. A dataset that makes its rows on
-    the fly keeps all columns, and its function gets pictures as they are stored. What is no dataset of `datasets`
-    stays as it is.
+    the fly (`with_transform`) keeps all columns. Its function gets opened pictures, except from a column that has
+    files of other machines. What is no dataset of `datasets` stays as it is.
     """
     names = column_names(dataset)
     if names is not None:
@@ -91,9 +92,19 @@ def select_columns(dataset: Any, columns: Iterable[str]) -> Any:
     elif not isinstance(dataset, datasets.Dataset):
         return dataset
     for name, feature in dataset.features.items():
-        if (stored := _without_decoding(feature)) != feature:
+        stored = _without_decoding(feature)
+        if stored != feature and (names is not None or _has_remote_files(dataset, name)):
             dataset = dataset.cast_column(name, stored)
     return dataset
+
+
+def _has_remote_files(dataset: datasets.Dataset, name: str) -> bool:
+    """Return whether `datasets` would open files of other machines to decode a column, or may do so inside of it."""
+    if not isinstance(dataset.features[name], datasets.Image):
+        return True
+    column = dataset.data.column(name)
+    paths = pc.struct_field(column, "path").filter(pc.struct_field(column, "bytes").is_null())
+    return bool(pc.any(pc.match_substring(paths, "://")).as_py())
 
 
 def _without_decoding(feature: Any) -> Any:
