@@ -8,8 +8,8 @@ import processes
 import pytest
 import torch
 import transformers
-from stage1 import STAGE1_QFORMER, make_stage1
-from tiny import VOCAB_SIZE, encode, make_image, make_image_processor, make_model, make_processor, make_tokenizer
+from saved_models import save_captioner, save_stage1
+from tiny import VOCAB_SIZE, encode, make_image, make_image_processor, make_tokenizer
 from transformers import pipeline
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
@@ -32,21 +32,12 @@ WORDS = ["a red dog", "two people", "the bus near a street", "a woman", "clouds 
 
 @pytest.fixture(scope="module")
 def stage1_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("stage1")
-    sizes = {"vocab_size": VOCAB_SIZE, "bos_token_id": VOCAB_SIZE - 1, "eos_token_id": 2, "pad_token_id": 1}
-    make_stage1(qformer_config={**STAGE1_QFORMER, **sizes}).save_pretrained(folder)
-    Blip2Processor(make_image_processor(), make_tokenizer(eos=True)).save_pretrained(folder)
-    return folder
+    return save_stage1(tmp_path_factory.mktemp("stage1"))
 
 
 @pytest.fixture(scope="module")
 def captioner_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("captioner")
-    make_model().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
+    return save_captioner(tmp_path_factory.mktemp("captioner"))
 
 
 @pytest.fixture(scope="module")

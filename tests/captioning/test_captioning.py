@@ -13,6 +13,7 @@ import processes
 import pyarrow.parquet as pq
 import pytest
 import torch
+from saved_models import save_captioner
 from stage1 import make_stage1
 from tiny import encode, make_image, make_image_processor, make_model, make_processor
 from transformers import pipeline
@@ -38,11 +39,7 @@ TOKENS = 5
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
+    return save_captioner(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
