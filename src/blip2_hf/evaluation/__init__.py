@@ -4,7 +4,7 @@ from ..retrieval.two_stage import EncodedTexts, Ranking, TwoStageRankings, TwoSt
 from .benchmarks import evaluate_captioning, evaluate_vqa
 from .generated_text import GeneratedTextMetrics, exact_match, score_answers, word_f1
 from .readers import read_caption_rows, read_gqa, read_karpathy, read_nocaps, read_question_rows, read_vqa
-from .retrieval import contrastive_retrieval_metrics, retrieval_recall
+from .recall import contrastive_retrieval_metrics, retrieval_recall
 from .retrieval_benchmark import evaluate_retrieval
 from .samples import CaptionSample, QuestionSample
 
