@@ -8,7 +8,7 @@ import torch
 from datasets import Features, List, Value
 from evaluate import Metric, MetricInfo
 
-from ..retrieval import retrieval_recall
+from ..recall import retrieval_recall
 from . import bleu, caption_metrics, cider_d, gqa_accuracy, rouge_l, tokenize_captions, vqa_accuracy
 
 
