@@ -505,7 +505,7 @@ def test_no_approximate_index_where_all_pictures_are_broken(build, pictures):
 
 def test_without_faiss(build, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match=r"pip install 'blip2-hf\[search\]'"):
+    with pytest.raises(ImportError, match=r'pip install "blip2-hf\[search\]"'):
         build(approximate=True)
     monkeypatch.setattr("blip2_hf.search.approximate.APPROXIMATE_FROM", 5)
     with patch.object(logger, "warning") as warning:
