@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+# Options that are names of models, in any command
+_MODELS = ("model", "captioner", "filter", "vision_model", "language_model", "text_encoder", "stage1")
+
 _LONGEST_WAIT = timedelta(days=30)  # until the other processes have done their share, too
 
 
@@ -111,7 +114,7 @@ def add_command(
     parser = commands.add_parser(
         name, help=text, description=description or text, example=example, group_titles=tuple(_GROUPS)
     )
-    parser.set_defaults(run=partial(_run_command, run))
+    parser.set_defaults(run=partial(_run_command, run), takes_files=False)
     return partial(add_option, parser)
 
 
@@ -122,6 +125,7 @@ def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Na
     with tell_errors("blip2-hf"):
         try:
             check_device(getattr(options, "device", None))
+            check_names(options)
             run(options)
         except KeyboardInterrupt:
             stop("stopped.")
@@ -144,6 +148,18 @@ def check_device(name: str | None):
         except (AssertionError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"--device {name} is not there ({reason}). Give cpu, or leave it out.") from error
+
+
+def check_names(options: argparse.Namespace):
+    """Refuse names of models and of data that lead nowhere, before anything is loaded."""
+    from ..jobs.names import check_data_name, check_model_name
+
+    for name in _MODELS:
+        if (value := getattr(options, name, None)) is not None and not (options.takes_files and Path(value).is_file()):
+            check_model_name(value)
+    data = getattr(options, "data", None) or []
+    for value in [data] if isinstance(data, str) else data:
+        check_data_name(value)
 
 
 def end_workers():
@@ -249,11 +265,14 @@ def find_device(given: str | None) -> Any:
 
 def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
     """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
+    from ..jobs.checkpoints import WRITING, check_checkpoint
     from ..jobs.inference import load_model
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
     from ..models.processing_blip2 import Blip2Processor
 
+    if not is_stage1:
+        check_checkpoint(name, WRITING)
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
     expected = f"A model that writes text, of {model_class.__name__},"
     model = load_model(model_class, name, expected, dtype=dtype or "auto")

@@ -44,12 +44,14 @@ def _run(options: argparse.Namespace):
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size
+    from ..jobs.checkpoints import check_checkpoint
     from ..jobs.inference import check_finite
     from ..models.backbones import load_whole
     from ..models.modeling_base import Blip2Model
 
     dataset = load_dataset(options.data, options.config, options.split)
     if options.model is not None:
+        check_checkpoint(options.model)
         model = load_whole(Blip2Model, options.model, "A BLIP-2")
     else:
         model = VisionTower(options.vision_model, options.vision_feature_layer)

@@ -161,8 +161,10 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
 def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
     """Return the prompt and the settings, for which the model's configuration is enough."""
     from ..evaluation.benchmarks import check_preset
+    from ..jobs.checkpoints import WRITING, check_checkpoint
     from ..models.configuration_blip2 import Blip2Config
 
+    check_checkpoint(options.model, WRITING)
     preset = generation_preset(options.preset or task.preset, Blip2Config.from_pretrained(options.model))
     if options.prompt is not None:
         preset = replace(preset, prompt=options.prompt)

@@ -43,19 +43,16 @@ def _run(options: argparse.Namespace):
 
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """Load a model or, if there is a text, one with heads for matching and its processor."""
+    from ..jobs.checkpoints import MATCHING, check_checkpoint
     from ..jobs.inference import load_model
-    from ..models.configuration_blip2 import Blip2Config
     from ..models.modeling_base import Blip2Model
     from ..retrieval.loading import load_retrieval_model
 
     if options.text is None:
+        check_checkpoint(options.model)
         model = load_model(Blip2Model, options.model, "A BLIP-2", dtype=options.dtype or "auto")
         return model.to(find_device(options.device)), None
-    if not Blip2Config.from_pretrained(options.model).qformer_config.use_qformer_text_input:
-        raise ValueError(
-            f"{options.model} has not learned to match images with texts: give a model of stage 1 or for retrieval, "
-            "or leave out TEXT to draw what the queries attend to."
-        )
+    check_checkpoint(options.model, MATCHING, advice=", or leave out TEXT to draw what the queries attend to")
     return load_retrieval_model(options.model, options.device, options.dtype)
 
 

@@ -1,8 +1,9 @@
 """Errors of jobs. Each message says what was given, what was expected and what to do."""
 
 import contextlib
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -39,6 +40,12 @@ def shorten(value: Any) -> str:
     shown = repr(value)
     half = _LONGEST_VALUE // 2
     return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:half]}...{shown[-half:]}"
+
+
+def did_you_mean(given: str, known: Iterable[str], form: str = "{}") -> str:
+    """Return the end of a message about a name that is not known: the most similar one in a form, if there is one."""
+    found = difflib.get_close_matches(given, list(known), n=1)
+    return f" Did you mean {form.format(found[0])}?" if found else ""
 
 
 @contextlib.contextmanager

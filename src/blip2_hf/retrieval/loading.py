@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..jobs.checkpoints import MATCHING, check_checkpoint
 from ..jobs.fingerprints import check_settings, fingerprint, sampled_weights
 from ..jobs.inference import load_model
 from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
@@ -44,6 +45,7 @@ def load_retrieval_model(
     Raises:
         ValueError: if it has not learned to compare images with texts, or weights are NaN or infinite.
     """
+    check_checkpoint(name, MATCHING)
     expected = "A model for retrieval, of Blip2ForImageTextRetrieval or Blip2ForPreTraining,"
     model = load_model(Blip2ForImageTextRetrieval, name, expected, dtype=dtype or "auto")
     if device is None:
