@@ -194,7 +194,7 @@ def find_device(given: str | None) -> Any:
 
 def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
     """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
-    from ..jobs.inference import load_model
+    from ..jobs.inference import load_model, processor_place
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
     from ..models.processing_blip2 import Blip2Processor
@@ -202,4 +202,4 @@ def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = 
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
     expected = f"A model that writes text, of {model_class.__name__},"
     model = load_model(model_class, name, expected, dtype=dtype or "auto")
-    return model.to(device), Blip2Processor.from_pretrained(name)
+    return model.to(device), Blip2Processor.from_pretrained(processor_place(name))
