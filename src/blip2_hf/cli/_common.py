@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import logging
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,6 +124,7 @@ def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Na
     """Run a command. An error that users can mend is told in a line, without a traceback."""
     from ..jobs.errors import tell_errors
 
+    quieten_libraries()
     with tell_errors("blip2-hf"):
         try:
             check_device(getattr(options, "device", None))
@@ -129,6 +132,12 @@ def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Na
             run(options)
         except KeyboardInterrupt:
             stop("stopped.")
+
+
+def quieten_libraries():
+    """Keep back what packages say at their import of others that are not needed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def stop(message: str) -> NoReturn:
@@ -265,15 +274,14 @@ def find_device(given: str | None) -> Any:
 
 def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
     """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
-    from ..jobs.checkpoints import WRITING, check_checkpoint
+    from ..jobs.checkpoints import WRITING, check_checkpoint, load_processor
     from ..jobs.inference import load_model
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
-    from ..models.processing_blip2 import Blip2Processor
 
     if not is_stage1:
         check_checkpoint(name, WRITING)
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
     expected = f"A model that writes text, of {model_class.__name__},"
-    model = load_model(model_class, name, expected, dtype=dtype or "auto")
-    return model.to(device), Blip2Processor.from_pretrained(name)
+    processor = load_processor(name)
+    return load_model(model_class, name, expected, dtype=dtype or "auto").to(device), processor

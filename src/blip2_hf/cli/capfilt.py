@@ -41,8 +41,10 @@ def _run(options: argparse.Namespace):
         raise ValueError("give --captioner, or --num-captions 0 to rank the existing captions.")
 
     from ..capfilt import RetrievalFilter, capfilt_dataset
+    from ..jobs.checkpoints import MATCHING, check_checkpoint
     from ..search import load_retrieval_model
 
+    check_checkpoint(options.filter, MATCHING)
     with processes(options.device) as state:
         device = options.device or state.device
         rows = load_dataset(options.data, options.config, options.split)
@@ -57,12 +59,12 @@ def _open_captioner(options: argparse.Namespace, device: Any) -> Any:
     from transformers import AutoConfig, pipeline
 
     from ..capfilt import ModelCaptioner, PipelineCaptioner
-    from ..jobs.inference import check_finite
+    from ..jobs.inference import check_finite, weights_place
 
     kwargs = {"max_new_tokens": options.max_new_tokens, **dict(options.generate or [])}
     if kwargs.get("do_sample", True):
         kwargs.setdefault("top_p", options.top_p)
-    config = AutoConfig.from_pretrained(options.captioner)
+    config = AutoConfig.from_pretrained(weights_place(options.captioner))
     if config.model_type in ("blip2", "blip-2"):
         parts = load_captioner(options.captioner, options.dtype, device, is_stage1=config.text_config is None)
         return ModelCaptioner(*parts, options.num_captions, options.prompt, **kwargs)

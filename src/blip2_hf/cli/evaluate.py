@@ -83,6 +83,9 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
     _check(options, task)
+    from ..jobs.checkpoints import MATCHING, WRITING, check_checkpoint
+
+    check_checkpoint(options.model, MATCHING if task.kind == "retrieval" else WRITING)
     with processes(options.device) as state:
         run = _evaluate_retrieval if task.kind == "retrieval" else _evaluate_texts
         run(options, task, _read(options, task), options.device or state.device)
@@ -161,11 +164,11 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
 def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
     """Return the prompt and the settings, for which the model's configuration is enough."""
     from ..evaluation.benchmarks import check_preset
-    from ..jobs.checkpoints import WRITING, check_checkpoint
+    from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
 
-    check_checkpoint(options.model, WRITING)
-    preset = generation_preset(options.preset or task.preset, Blip2Config.from_pretrained(options.model))
+    config = Blip2Config.from_pretrained(weights_place(options.model))
+    preset = generation_preset(options.preset or task.preset, config)
     if options.prompt is not None:
         preset = replace(preset, prompt=options.prompt)
     check_preset(preset, asks=task.kind == "vqa")

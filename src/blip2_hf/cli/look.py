@@ -58,12 +58,10 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def _load_image_processor(options: argparse.Namespace) -> Any:
     """Load one that scales the whole picture to the size that the model reads, and cuts nothing off."""
-    # In transformers 5.17 the name in the package itself asks for torchvision
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     from ..data.image_size import own_image_size, with_image_size
+    from ..jobs.checkpoints import load_image_processor
 
-    image_processor = AutoImageProcessor.from_pretrained(options.model)
+    image_processor = load_image_processor(options.model)
     own_sides = set(own_image_size(image_processor).values())
     if options.image_size is None and len(own_sides) > 1:
         raise ValueError(f"The pictures of {options.model} are no squares: give --image-size.")

@@ -5,8 +5,13 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+# In transformers 5.17 the name in the package itself asks for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
 from ..models.configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
-from .names import adapter_base
+from ..models.processing_blip2 import Blip2Processor
+from .errors import first_sentence
+from .inference import processor_place, weights_place
 
 
 WRITING, MATCHING = "writing", "matching"  # what a model is needed for
@@ -58,11 +63,31 @@ def check_checkpoint(name: str | os.PathLike, need: str | None = None, advice: s
 
 
 def read_class(name: str | os.PathLike) -> tuple[str | None, str | None]:
-    """Return the type and the class of a checkpoint, or of the model that adapters belong to, as config.json has it."""
-    content, _ = PreTrainedConfig.get_config_dict(adapter_base(name) or name)
+    """Return type and class of a checkpoint, or of the model that adapters belong to, as config.json has them."""
+    content, _ = PreTrainedConfig.get_config_dict(weights_place(name))
     architectures: Any = content.get("architectures") or [None]
     architecture = architectures[0]
     return content.get("model_type"), architecture and architecture.replace("Blip2Hf", "Blip2")
 
 
-__all__ = ["MATCHING", "WRITING", "check_checkpoint", "read_class"]
+def load_processor(name: str | os.PathLike) -> Blip2Processor:
+    """Load the processor of a model or, of adapters without one, that of their model."""
+    return _load_part(Blip2Processor, name, "processor")
+
+
+def load_image_processor(name: str | os.PathLike) -> Any:
+    """Load the image processor of a model or, of adapters without one, that of their model."""
+    return _load_part(AutoImageProcessor, name, "image processor")
+
+
+def _load_part(part_class: Any, name: str | os.PathLike, kind: str) -> Any:
+    try:
+        return part_class.from_pretrained(processor_place(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} has no {kind} that can be loaded ({first_sentence(error)}). Copy what the model that it was made "
+            "of has beside its weights: processor_config.json or preprocessor_config.json, and the tokenizer's files."
+        ) from error
+
+
+__all__ = ["MATCHING", "WRITING", "check_checkpoint", "load_image_processor", "load_processor", "read_class"]

@@ -2,12 +2,14 @@
 
 import contextlib
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 
 _LONGEST_VALUE = 80  # characters of a value that a message shows
+_LONGEST_SENTENCE = 160  # characters of another's message in ours
 
 
 class CollectionError(ValueError):
@@ -81,3 +83,9 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return str(error)
+
+
+def first_sentence(error: Exception) -> str:
+    """Return how a long message of a library begins, without the full stop."""
+    text = str(error).strip() or type(error).__name__
+    return re.split(r"\n|\.(?=\s|$)", text, maxsplit=1)[0][:_LONGEST_SENTENCE]

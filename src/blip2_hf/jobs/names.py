@@ -2,15 +2,16 @@
 
 import difflib
 import glob
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+
+from .errors import first_sentence
 
 
 # In the folder of a model, or of adapters of PEFT
 _CONFIGS = ("config.json", "adapter_config.json")
+_WEIGHTS = (".safetensors", ".bin")
 _FILE_ENDINGS = re.compile(
     r"\.(pth?|bin|ckpt|safetensors|gguf|onnx|json[l5]?|csv|tsv|txt|parquet|pq|arrow|tar|zip|jpe?g|png|webp|gif|hei[cf])$",
     re.I,
@@ -80,26 +81,18 @@ def check_data_name(name: str | os.PathLike):
         _check_repository(str(path), "dataset", "README.md")
 
 
-def adapter_base(name: str | os.PathLike) -> str | None:
-    """Return the name of the model that a folder of PEFT's adapters belongs to; `None` if it is no such folder."""
-    path = Path(name, "adapter_config.json")
-    if Path(name, "config.json").exists() or not path.is_file():
-        return None
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} can't be read, or does not name the model of the adapters.") from error
-    if not base:
-        raise ValueError(f"{path} does not name the model of the adapters: write it at base_model_name_or_path.")
-    return base
-
-
 def _check_model_folder(path: Path):
     if not any((path / config).is_file() for config in _CONFIGS):
         inside = [file for config in _CONFIGS for file in path.glob(f"*/{config}")]
         newest = max(inside, key=os.path.getmtime, default=None)
         guess = "" if newest is None else f" Did you mean {newest.parent}?"
         raise FileNotFoundError(f"The folder {path} holds no model, because it has no config.json.{guess}")
+    if (path / "config.json").is_file():
+        if not any(file.suffix in _WEIGHTS for file in path.iterdir()):
+            raise FileNotFoundError(f"The folder {path} holds no weights, such as model.safetensors. Copy it whole.")
+        return
+    from .inference import adapter_base
+
     base = adapter_base(path)
     if base is not None:
         try:
@@ -169,7 +162,7 @@ def _check_repository(name: str, kind: str, file: str):
             f"{nothing}, and no such {kind} on the Hub, or a private one, for which there is `hf auth login`.{guess}"
         ) from error
     except (errors.HTTPError, OSError) as error:
-        reason = _first_line(error)
+        reason = first_sentence(error)
         raise ConnectionError(
             f"{nothing}, and the Hub can't be asked for a {kind} of this name ({reason}).{guess}"
         ) from error
@@ -185,7 +178,3 @@ def _is_cached(name: str, kind: str) -> bool:
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).is_dir()
-
-
-def _first_line(error: Any) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..jobs.checkpoints import MATCHING, check_checkpoint
+from ..jobs.checkpoints import MATCHING, check_checkpoint, load_processor
 from ..jobs.fingerprints import check_settings, fingerprint, sampled_weights
 from ..jobs.inference import load_model
 from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
 from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
-from ..models.processing_blip2 import Blip2Processor
 
 
 _WEIGHT_SAMPLES = 32  # values of each weight that tell a model from another
@@ -33,7 +32,7 @@ def load_retrieval_model(
     Args:
         name (`str` or `os.PathLike`):
             Folder or id on the Hub of a [`Blip2ForImageTextRetrieval`], a [`Blip2ForPreTraining`] or transformers'
-            own `Blip2ForImageTextRetrieval`, with its processor.
+            own `Blip2ForImageTextRetrieval`, with its processor, or of adapters (PEFT) of one.
         device (`str` or `torch.device`, *optional*):
             What it computes on. Without it, an accelerator if there is one.
         dtype (`str` or `torch.dtype`, *optional*):
@@ -46,13 +45,14 @@ def load_retrieval_model(
         ValueError: if it has not learned to compare images with texts, or weights are NaN or infinite.
     """
     check_checkpoint(name, MATCHING)
+    processor = load_processor(name)
     expected = "A model for retrieval, of Blip2ForImageTextRetrieval or Blip2ForPreTraining,"
     model = load_model(Blip2ForImageTextRetrieval, name, expected, dtype=dtype or "auto")
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     # Parts that from_pretrained keeps in float32 too
     model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return model.eval(), Blip2Processor.from_pretrained(name)
+    return model.eval(), processor
 
 
 def model_and_processor(
