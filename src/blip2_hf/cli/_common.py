@@ -274,13 +274,12 @@ def find_device(given: str | None) -> Any:
 
 def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
     """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
-    from ..jobs.checkpoints import WRITING, check_checkpoint, load_processor
+    from ..jobs.checkpoints import WRITING, WRITING_ALONE, check_checkpoint, load_processor
     from ..jobs.inference import load_model
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
 
-    if not is_stage1:
-        check_checkpoint(name, WRITING)
+    check_checkpoint(name, WRITING_ALONE if is_stage1 else WRITING)
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
     expected = f"A model that writes text, of {model_class.__name__},"
     processor = load_processor(name)

@@ -14,7 +14,8 @@ from .errors import first_sentence
 from .inference import processor_place, weights_place
 
 
-WRITING, MATCHING = "writing", "matching"  # what a model is needed for
+# What a model is needed for: to write with a language model, or also with the Q-Former alone, or to match
+WRITING, WRITING_ALONE, MATCHING = "writing", "writing alone", "matching"
 _STAGE1, _STAGE2, _RETRIEVAL = "Blip2ForPreTraining", "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
 _NAMES = {_STAGE1: "model of stage 1", _STAGE2: "model of stage 2", _RETRIEVAL: "model for retrieval"}
 _NEEDS = {
@@ -23,6 +24,7 @@ _NEEDS = {
         "has no language model",
         f"Give a model after stage 2 ({_STAGE2}), such as Salesforce/blip2-opt-2.7b",
     ),
+    WRITING_ALONE: ({_STAGE1, _STAGE2}, "writes no text", f"Give a model of stage 1 or 2 ({_STAGE1}, {_STAGE2})"),
     MATCHING: (
         {_STAGE1, _RETRIEVAL},
         "has not learned to match images with texts",
@@ -39,7 +41,8 @@ def check_checkpoint(name: str | os.PathLike, need: str | None = None, advice: s
         name (`str` or `os.PathLike`):
             Folder of a model or of adapters, or id on the Hub.
         need (`str`, *optional*):
-            `"writing"`, for which there must be a language model, or `"matching"` of images with texts.
+            `"writing"` with a language model, `"writing alone"` with that or the Q-Former alone, or `"matching"` of
+            images with texts.
         advice (`str`, *optional*, defaults to `""`):
             What else a user can do, for the end of the message.
 
@@ -90,4 +93,12 @@ def _load_part(part_class: Any, name: str | os.PathLike, kind: str) -> Any:
         ) from error
 
 
-__all__ = ["MATCHING", "WRITING", "check_checkpoint", "load_image_processor", "load_processor", "read_class"]
+__all__ = [
+    "MATCHING",
+    "WRITING",
+    "WRITING_ALONE",
+    "check_checkpoint",
+    "load_image_processor",
+    "load_processor",
+    "read_class",
+]

@@ -74,7 +74,7 @@ def check_data_name(name: str | os.PathLike):
         return
     elif glob.has_magic(str(path)):
         if not any(glob.iglob(str(path), recursive=True)):
-            raise FileNotFoundError(f"No file is called {path}.")
+            raise FileNotFoundError(f"no file is called {path}.")
     elif "/" not in str(path) or not _may_be_hub_id(str(path)):
         raise FileNotFoundError(f"There is no file or folder {path}.{_similar(path)}")
     else:
