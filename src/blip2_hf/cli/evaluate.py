@@ -8,6 +8,7 @@ from typing import Any
 
 from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
 from ._common import add_command, generate_kwargs, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._parser import at_least_zero, positive
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ _TASKS = {
 
 def add_parser(commands: Any):
     text = "Evaluate a model on the paper's benchmarks, or on a dataset. Start it with accelerate for many processes."
-    add = add_command(commands, "evaluate", _run, text)
+    add = add_command(commands, "evaluate", _run, text, check=_check)
     add("task", f"one of {', '.join(_TASKS)}; the last three take --data", choices=_TASKS, metavar="TASK")
     add("--model", required=True)
     add("--output", "folder of the results; run again to go on", required=True, metavar="FOLDER")
@@ -71,18 +72,18 @@ def add_parser(commands: Any):
     add("--protocol", protocol, choices=(*_VQA_PROTOCOLS, *_GQA_PROTOCOLS))
     lemmatize = "whether answers are lemmatised before they are scored, with spaCy; without it for okvqa alone"
     add("--lemmatize", lemmatize, action=argparse.BooleanOptionalAction)
-    add("--k", "retrieval: candidates of contrast that are matched; 0 for contrast alone", type=int, default=128)
+    candidates = "retrieval: candidates of contrast that are matched; 0 for contrast alone"
+    add("--k", candidates, type=at_least_zero, default=128)
     add("--image-size")
     add("--batch-size", "texts at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
-    add("--limit", "how many of the first samples count", type=int)
+    add("--limit", "how many of the first samples count", type=positive)
     add("--num-workers")
 
 
 def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
-    _check(options, task)
     from ..jobs.checkpoints import MATCHING, WRITING, check_checkpoint
 
     check_checkpoint(options.model, MATCHING if task.kind == "retrieval" else WRITING)
@@ -93,12 +94,10 @@ def _run(options: argparse.Namespace):
             print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")
 
 
-def _check(options: argparse.Namespace, task: _Task):
+def _check(options: argparse.Namespace):
+    task = _TASKS[options.task]
     if missing := [f"--{name}" for name in task.needs if getattr(options, name) is None]:
         raise ValueError(f"{options.task} needs {' and '.join(missing)}.")
-    for name, least in (("k", 0), ("limit", 1), ("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
-        if (value := getattr(options, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: at least {least} was expected.")
     names = {"annotations", "questions", "images", "data"} - {*task.needs}
     if options.task in ("vqav2", "okvqa"):
         names -= {"annotations"}

@@ -11,7 +11,6 @@ from .errors import first_sentence
 
 # In the folder of a model, or of adapters of PEFT
 _CONFIGS = ("config.json", "adapter_config.json")
-_WEIGHTS = (".safetensors", ".bin")
 _FILE_ENDINGS = re.compile(
     r"\.(pth?|bin|ckpt|safetensors|gguf|onnx|json[l5]?|csv|tsv|txt|parquet|pq|arrow|tar|zip|jpe?g|png|webp|gif|hei[cf])$",
     re.I,
@@ -81,6 +80,24 @@ def check_data_name(name: str | os.PathLike):
         _check_repository(str(path), "dataset", "README.md")
 
 
+def check_folder(name: str | os.PathLike):
+    """Refuse a name that is not that of a folder here, by a `FileNotFoundError` or a `NotADirectoryError`."""
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no folder {name}.{_similar(path)}")
+    if not path.is_dir():
+        raise NotADirectoryError(f"{name} is a file: a folder was expected.")
+
+
+def check_file(name: str | os.PathLike):
+    """Refuse a name that is not that of a file here, by a `FileNotFoundError` or an `IsADirectoryError`."""
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {name}.{_similar(path)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} is a folder: a file was expected.")
+
+
 def _check_model_folder(path: Path):
     if not any((path / config).is_file() for config in _CONFIGS):
         inside = [file for config in _CONFIGS for file in path.glob(f"*/{config}")]
@@ -88,8 +105,6 @@ def _check_model_folder(path: Path):
         guess = "" if newest is None else f" Did you mean {newest.parent}?"
         raise FileNotFoundError(f"The folder {path} holds no model, because it has no config.json.{guess}")
     if (path / "config.json").is_file():
-        if not any(file.suffix in _WEIGHTS for file in path.iterdir()):
-            raise FileNotFoundError(f"The folder {path} holds no weights, such as model.safetensors. Copy it whole.")
         return
     from .inference import adapter_base
 
@@ -124,7 +139,7 @@ def _may_be_hub_id(name: str) -> bool:
 
 def _similar(path: Path) -> str:
     """Return the end of a message: the path with what is most similar in place of its first part that is missing."""
-    parts = path.parts
+    parts = path.parts or (".",)
     missing = next(number for number in range(len(parts)) if not Path(*parts[: number + 1]).exists())
     folder, rest = Path(*parts[:missing]), parts[missing + 1 :]
     try:
