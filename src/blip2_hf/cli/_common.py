@@ -34,8 +34,12 @@ def generate_argument(text: str) -> tuple[str, Any]:
 _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--model": {"help": "BLIP-2: folder or id on the Hub"},
     "--config": {"help": "configuration of the dataset, if it has several"},
-    "--split": {"help": "split of the dataset, also `train[:1000]`", "default": "train"},
-    "--image-column": {"help": "column of the pictures", "default": "image"},
+    "--split": {"help": "split of the data, also `train[:1000]`; without it train"},
+    "--image-column": {"help": "column of the pictures; without it their only column, or image"},
+    "--image-root": {
+        "help": "folder from which the paths of pictures start that are not beside the file that names them",
+        "metavar": "FOLDER",
+    },
     "--image-size": {
         "help": "side in pixels of the square that pictures are scaled to; without it, that of the checkpoint",
         "type": int,
@@ -150,16 +154,16 @@ def processes(device: str | None) -> Iterator[Any]:
     state.destroy_process_group()
 
 
-def load_dataset(data: str, config: str | None, split: str) -> Any:
-    """Load what a user names: a file, several (`*`), a folder, or an id on the Hub."""
-    import datasets
-
+def load_dataset(options: argparse.Namespace, split: str | None = None) -> Any:
+    """Load the data that a user names, and tell which column has the pictures in `options.image_column`."""
     from ..data import load_rows
+    from ..data.rows import find_image_column
 
-    try:
-        return load_rows(data, split) if config is None else datasets.load_dataset(data, config, split=split)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{data} can't be read: {error.__cause__ or error}") from error
+    rows = load_rows(
+        options.data, split or options.split, **pick(options, "config", "image_column", "image_root")
+    )
+    options.image_column = options.image_column or find_image_column(rows)
+    return rows
 
 
 def generate_kwargs(preset: "GenerationPreset", given: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace):
     from ..models.backbones import load_whole
     from ..models.modeling_base import Blip2Model
 
-    dataset = load_dataset(options.data, options.config, options.split)
+    dataset = load_dataset(options)
     if options.model is not None:
         model = load_whole(Blip2Model, options.model, "A BLIP-2")
     else:

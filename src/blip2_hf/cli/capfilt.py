@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace):
 
     with processes(options.device) as state:
         device = options.device or state.device
-        rows = load_dataset(options.data, options.config, options.split)
+        rows = load_dataset(options)
         captioner = _open_captioner(options, device) if options.num_captions else None
         caption_filter = RetrievalFilter(*load_retrieval_model(options.filter, device, options.dtype), options.score)
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")

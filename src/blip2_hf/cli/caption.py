@@ -62,7 +62,7 @@ def _open_pictures(options: argparse.Namespace) -> Any:
             return folder
         if paths := sorted(map(str, path.rglob("*.tar"))):
             return TarPictures(paths, options.image_column)
-    rows = load_dataset(options.data, options.config, options.split)
+    rows = load_dataset(options)
     return RowPictures(rows, options.image_column, options.allow_urls)
 
 
