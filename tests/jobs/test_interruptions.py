@@ -4,6 +4,7 @@ gives what an undisturbed run gives.
 """
 
 import errno
+import json
 import multiprocessing
 import os
 import re
@@ -177,11 +178,50 @@ def capfilt(world) -> Job:
     return Job(run, files, 2 * 2)
 
 
+def captions_again(world, name: str, existing: str) -> Job:
+    """Into a folder of pictures with captions, those of the user or of another prompt."""
+
+    def run(folder: Path, existing: str = existing, **options):
+        output = None if name == "texts" else folder / "pictures" / name
+        caption_dataset(
+            *world.captioner, folder / "pictures", output, max_new_tokens=3, batch_size=1, existing=existing, **options
+        )
+
+    def before(folder: Path):
+        shutil.copytree(world.pictures, folder / "pictures")
+        if name == "texts":
+            (folder / "pictures" / "1.txt").write_text("my own text.")
+        elif name == "metadata.jsonl":
+            own = [{"file_name": "2.png", "caption": "mine", "stars": 5}, {"file_name": "0.png", "stars": 3}]
+            (folder / "pictures" / name).write_text("\n".join(map(json.dumps, own)))
+        else:
+            run(folder, "skip", prompt="a photo of")
+
+    def check_partial(folder: Path, undisturbed: Any):
+        """What is there stays, or becomes what it is to be."""
+        old, new = (files(folder.parent / start / "pictures") for start in ("before", "undisturbed"))
+        names = {"texts": [f"{number}.txt" for number in range(4)]}.get(name, [name])
+        for each in names:
+            found = folder / "pictures" / each
+            assert (found.read_bytes() if found.exists() else None) in (old.get(each), new[each])
+
+    # A run that overwrites goes on without being told so, and begins anew if it is
+    again = partial(run, existing="skip") if existing == "overwrite" else None
+    return Job(run, files, 1, before=before, again=again, check_partial=check_partial, output="pictures")
+
+
 # Name, and what makes the job of the models and pictures of `world`
 JOBS: dict[str, Callable[[Any], Job]] = {
     "captions.jsonl": partial(captions, name="captions.jsonl"),
     "captions.parquet, more": partial(captions, name="captions.parquet", num_before=3),
     "captions as .txt": partial(captions, name="texts"),
+    "captions as .csv": partial(captions, name="captions.csv"),
+    "captions as .txt, added": partial(captions_again, name="texts", existing="append"),
+    "captions as .txt, anew": partial(captions_again, name="texts", existing="overwrite"),
+    "captions.jsonl, added": partial(captions_again, name="captions.jsonl", existing="prepend"),
+    "captions.parquet, anew": partial(captions_again, name="captions.parquet", existing="overwrite"),
+    "metadata.jsonl": partial(captions_again, name="metadata.jsonl", existing="skip"),
+    "metadata.jsonl, added": partial(captions_again, name="metadata.jsonl", existing="append"),
     "index, updated": partial(index, store_embeds=True),
     "index, anew": partial(index, rebuild=True, approximate=True),
     "evaluate captions": evaluated_captions,

@@ -67,16 +67,32 @@ class FolderPictures(_NamedPictures):
     Args:
         folder (`str` or `os.PathLike`):
             The folder.
+        names (`list[str]`, *optional*):
+            Paths inside the folder, if only these pictures are meant.
 
     Raises:
         CollectionError: if there is no such folder.
     """
 
     columns = {"file": str}
+    _way = ""  # to the folder, in front of each name in the output
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, names: Sequence[str] | None = None):
         self.folder = Path(folder)
-        self.names = list(find_picture_files(self.folder))
+        self.names = list(find_picture_files(self.folder)) if names is None else sorted(set(names))
+
+    def named_from(self, folder: Path) -> "FolderPictures":
+        """Return the same pictures with the names that `metadata.jsonl` has for them in a folder above them."""
+        try:
+            way = self.folder.resolve().relative_to(folder.resolve()).as_posix()
+        except ValueError:
+            raise CollectionError(
+                f"A metadata file in {folder} does not find the pictures of {self.folder} by `file_name`. Write it "
+                f"into {self.folder}, or into a folder above."
+            ) from None
+        pictures = FolderPictures(self.folder, self.names)
+        pictures.columns, pictures._way = {"file_name": str}, "" if way == "." else f"{way}/"
+        return pictures
 
     def __len__(self) -> int:
         return len(self.names)
@@ -85,7 +101,7 @@ class FolderPictures(_NamedPictures):
         return load_image(self.folder / self.names[index])
 
     def identity(self, index: int) -> dict[str, Any]:
-        return {"file": _as_utf8(self.names[index])}
+        return {name: _as_utf8(self._way + self.names[index]) for name in self.columns}
 
     def describe(self) -> dict[str, Any]:
         return {"data": str(self.folder.resolve())}

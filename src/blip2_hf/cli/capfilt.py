@@ -57,12 +57,12 @@ def _open_captioner(options: argparse.Namespace, device: Any) -> Any:
     from transformers import AutoConfig, pipeline
 
     from ..capfilt import ModelCaptioner, PipelineCaptioner
-    from ..jobs.inference import check_finite
+    from ..jobs.inference import check_finite, weights_place
 
     kwargs = {"max_new_tokens": options.max_new_tokens, **dict(options.generate or [])}
     if kwargs.get("do_sample", True):
         kwargs.setdefault("top_p", options.top_p)
-    config = AutoConfig.from_pretrained(options.captioner)
+    config = AutoConfig.from_pretrained(weights_place(options.captioner))
     if config.model_type in ("blip2", "blip-2"):
         parts = load_captioner(options.captioner, options.dtype, device, is_stage1=config.text_config is None)
         return ModelCaptioner(*parts, options.num_captions, options.prompt, **kwargs)
