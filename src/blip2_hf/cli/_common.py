@@ -35,6 +35,13 @@ def generate_argument(text: str) -> tuple[str, Any]:
 
 _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--model": {"help": "BLIP-2: folder or id on the Hub"},
+    **dict.fromkeys(
+        ("data", "--data"),
+        {
+            "help": "folder of pictures, file (parquet, json, csv, tsv, arrow, tar, COCO's json), or id on the Hub",
+            "metavar": "DATA",
+        },
+    ),
     "--config": {"help": "configuration of the dataset, if it has several"},
     "--split": {"help": "split of the data, also `train[:1000]`; without it train"},
     "--image-column": {"help": "column of the pictures; without it their only column, or image"},
@@ -209,14 +216,18 @@ def processes(device: str | None) -> Iterator[Any]:
     state.destroy_process_group()
 
 
-def load_dataset(options: argparse.Namespace, split: str | None = None) -> Any:
-    """Load the data that a user names, and tell which column has the pictures in `options.image_column`."""
-    from ..data import load_rows
+def load_dataset(options: argparse.Namespace, default_split: str = "train") -> Any:
+    """
+    Load the data that a user names, and set `options.image_column` to the column of the pictures. `default_split` is
+    taken if the data have splits, and none is named.
+    """
+    from ..data import find_splits, load_rows
     from ..data.rows import find_image_column
 
-    rows = load_rows(
-        options.data, split or options.split, **pick(options, "config", "image_column", "image_root")
-    )
+    split = options.split
+    if split is None and default_split != "train" and find_splits(options.data, options.config) != []:
+        split = default_split
+    rows = load_rows(options.data, split, **pick(options, "config", "image_column", "image_root"))
     options.image_column = options.image_column or find_image_column(rows)
     return rows
 

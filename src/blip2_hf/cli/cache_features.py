@@ -9,11 +9,12 @@ from ._common import DTYPES, add_command, find_device, load_dataset, option_grou
 def add_parser(commands: Any):
     text = "Store the output of a frozen vision tower for the pictures of a dataset, so that training never runs it."
     add = add_command(commands, "cache-features", _run, text)
-    add("data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub", metavar="DATA")
+    add("data")
     add("--output", "folder of the features; run again to go on", required=True, metavar="FOLDER")
     add("--config")
     add("--split")
     add("--image-column")
+    add("--image-root")
     group = option_group(commands.choices["cache-features"], "--model")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="BLIP-2 whose tower is taken: folder or id on the Hub")

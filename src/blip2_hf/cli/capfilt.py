@@ -9,12 +9,12 @@ from ._common import add_command, load_captioner, load_dataset, pick, processes
 def add_parser(commands: Any):
     text = "Propose captions of pictures, rank them together with those that are there, and keep the best (CapFilt)."
     add = add_command(commands, "capfilt", _run, text, f"{text} Run again to go on.")
-    kinds = "file (parquet, tar, json, csv, arrow), folder of pictures or of cached features, or id on the Hub"
-    add("data", kinds, metavar="DATA")
+    add("data")
     add("--captioner", "writes captions: a BLIP-2, or what pipeline('image-to-text') loads", metavar="MODEL")
     add("--filter", "ranks them: a model of stage 1 or for retrieval", required=True, metavar="MODEL")
     add("--output", "folder of the result; run again to go on", required=True, metavar="FOLDER")
     add("--image-column")
+    add("--image-root")
     add("--text-column", "column of the existing captions: texts, or lists of texts", default="caption")
     add("--num-captions", "captions to propose for each picture; 0 ranks those that are there", type=int, default=10)
     add("--keep", "captions of a picture that are kept", type=int, default=2)

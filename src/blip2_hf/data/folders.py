@@ -16,7 +16,9 @@ from .tables import load_tables
 
 logger = logging.get_logger(__name__)
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_SAVED = ("cache.json", "dataset_info.json", "dataset_dict.json")  # of `cache_features` and `save_to_disk`
+_SHARDS = "data/*-*-of-*.parquet"  # as `push_to_hub` and CapFilt name them
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _TEXT_ENDINGS = (".txt", ".caption")
 _FILE = "file_name"
 
@@ -46,16 +48,18 @@ def find_picture_names(folder: Path) -> list[str]:
     return names
 
 
-def has_metadata(folder: Path) -> bool:
-    """Tell whether a folder has a metadata file of its own."""
-    return any((folder / name).is_file() for name in METADATA)
+def is_picture_folder(folder: Path) -> bool:
+    """Tell whether a folder has pictures, or metadata about them, and is no dataset that was saved in files."""
+    if any((folder / name).exists() for name in _SAVED) or any(folder.glob(_SHARDS)):
+        return False
+    return any((folder / name).is_file() for name in _METADATA) or bool(find_picture_files(folder))
 
 
 def _find_metadata(folder: Path, names: Iterable[str]) -> list[Path]:
     """Return the metadata files beside the pictures and above them, of which a folder may have one."""
     found = []
     for inner in sorted({".", *(str(parent) for name in names for parent in PurePosixPath(name).parents)}):
-        paths = [path for name in METADATA if (path := folder / inner / name).is_file()]
+        paths = [path for name in _METADATA if (path := folder / inner / name).is_file()]
         if len(paths) > 1:
             raise ValueError(
                 f"{folder / inner} has {' and '.join(path.name for path in paths)}, one of which was expected. Remove "
@@ -84,7 +88,7 @@ def _read_metadata(folder: Path, path: Path, names: set[str]) -> datasets.Datase
     others = table.remove_columns([name for name in table.column_names if name in columns or name in pictures])
     made = _make_rows(folder, pictures.pop("image"))
     for name, own in pictures.items():
-        made = made.add_column(name, _paths(folder, own)).cast_column(name, datasets.Image())
+        made = made.add_column(name, _paths(folder, own), feature=datasets.Image())
     return datasets.concatenate_datasets([made, others], axis=1) if others.column_names else made
 
 

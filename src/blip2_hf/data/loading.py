@@ -1,31 +1,23 @@
-"""Datasets by the name that a user gives, and images held out of them."""
+"""Datasets by the name that a user gives."""
 
 import glob
-import math
 import os
-import random
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
-import numpy as np
 
-from ..jobs.picture_files import find_picture_files
 from .feature_cache import load_cached_features
-from .folders import find_picture_names, has_metadata, load_picture_folder
+from .folders import find_picture_names, is_picture_folder, load_picture_folder
 from .picture_paths import find_pictures
-from .rows import ROW_NUMBER, check_id, get_column, read_row_numbers, select_columns
 from .shards import find_shards, load_shards
 from .splits import split_by_folder
 from .tables import ENDINGS, errors_that_name, find_annotated_splits, load_tables, table_ending
 
 
-_ID_TYPES = {"string", "large_string", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 # What opens the folders that `cache_features` and `Dataset.save_to_disk` write, by a file in them
 _FOLDERS = {"cache.json": load_cached_features, "dataset_info.json": datasets.load_from_disk}
-_SHARDS_OF_THE_HUB = "data/*-*-of-*.parquet"  # as `push_to_hub` and CapFilt name them
+_DICT = "dataset_dict.json"  # of a `DatasetDict`
 
 
 def load_rows(
@@ -107,7 +99,13 @@ def _load_folder(
                 raise ValueError(f"{path} has no splits, but {split!r} was asked for. Give the name alone.")
             rows = load(path)
             return rows.to_iterable_dataset() if streaming else rows
-    if not _is_picture_folder(path):
+    if (path / _DICT).exists():
+        _refuse(path, config=config, image_root=image_root)
+        parts = datasets.load_from_disk(path)
+        if split not in parts:
+            raise ValueError(f"{path} has the splits {', '.join(parts)}, but {split!r} was asked for. Give one.")
+        return parts[split].to_iterable_dataset() if streaming else parts[split]
+    if not is_picture_folder(path):
         return _load_files(path, config, split, streaming, image_column or "image", image_root)
     _refuse(path, config=config, image_root=image_root)
     rows = load_picture_folder(path, find_picture_names(path), split)
@@ -117,12 +115,6 @@ def _load_folder(
             f"{rows.column_names}."
         )
     return rows.to_iterable_dataset() if streaming else rows
-
-
-def _is_picture_folder(path: Path) -> bool:
-    if any(path.glob(_SHARDS_OF_THE_HUB)):
-        return False
-    return has_metadata(path) or bool(find_picture_files(path))
 
 
 def _refuse(path: Path, **arguments: object):
@@ -141,17 +133,21 @@ def _load_files(
     image_root: str | os.PathLike | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load a folder of files with rows, whose splits `datasets` finds by their names."""
-    if not any(table_ending(name) for _, _, names in os.walk(path) for name in names):
-        raise ValueError(
-            f"{path} is a folder without pictures and without files of rows ({ENDINGS}). Give a folder of pictures, "
-            "or such a file."
-        )
+    _check_has_rows(path)
     with errors_that_name(str(path)):
         if shards := find_shards(path):
             files = datasets.load_dataset_builder(str(path), config).config.data_files
             return load_shards(files, shards, split, streaming)
         rows = datasets.load_dataset(str(path), config, split=split, streaming=streaming)
     return find_pictures(rows, image_column, path, image_root, str(path))
+
+
+def _check_has_rows(path: Path):
+    if not any(table_ending(name) for _, _, names in os.walk(path) for name in names):
+        raise ValueError(
+            f"{path} is a folder without pictures and without files of rows ({ENDINGS}). Give a folder of pictures, "
+            "or such a file."
+        )
 
 
 def find_splits(data: str | os.PathLike, config: str | None = None) -> list[str] | None:
@@ -165,16 +161,26 @@ def find_splits(data: str | os.PathLike, config: str | None = None) -> list[str]
             Configuration of a folder of files.
 
     Returns:
-        `list[str]` or `None`: the names, none if there are no splits; `None` if the data are on the Hub.
+        `list[str]` or `None`: the names; none if there are no splits, or `data` ends in one; `None` if the data are
+        on the Hub.
+
+    Raises:
+        ValueError: if a folder has neither pictures nor files with rows.
+        FileNotFoundError: if there is no such file or folder.
     """
-    name, own_config, _ = _read_name(str(data))
+    name, own_config, own_split = _read_name(str(data))
     path = Path(name)
+    if own_split is not None:
+        return []
     if not path.is_dir():
         return None if _is_hub_name(name) else find_annotated_splits(name)
     if any((path / mark).exists() for mark in _FOLDERS):
         return []
-    if _is_picture_folder(path):
+    if is_picture_folder(path):
         return list(split_by_folder(find_picture_names(path)))
+    if (path / _DICT).exists():
+        return list(datasets.load_from_disk(path))
+    _check_has_rows(path)
     found = list(datasets.load_dataset_builder(str(path), config or own_config).config.data_files)
     return [] if found == ["train"] else found
 
@@ -236,101 +242,4 @@ def _read_name(data: str) -> tuple[str, str | None, str | None]:
     return (name, config, rest) if rest and "[" not in config else (name, None, ends[0])
 
 
-def hold_out(
-    rows: datasets.Dataset, share: float, id_column: str | None = None, seed: int = 0
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    r"""
-    Split rows into those to learn from and those of some held-out images. Both parts have a column `__row__` with the
-    numbers of their rows in `rows`, by which [`ImageTextPairs`] names them.
-
-    Args:
-        rows (`datasets.Dataset`):
-            The rows. `datasets` writes them anew if they were selected or shuffled before.
-        share (`float`):
-            Share of the images, or their number if it is 1 or more.
-        id_column (`str`, *optional*):
-            Column of integers or strings that are equal for rows of the same image. `None`: each row has an image of
-            its own.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the choice.
-
-    Returns:
-        `tuple[datasets.Dataset, datasets.Dataset]`: both parts.
-
-    Raises:
-        ValueError: if `share` is neither a share nor a number of images, or leaves none to learn from, or a row has no
-            id, or an id that is neither an integer nor a string.
-    """
-    # Ids are not needed if no image is held out
-    ids: Sequence[Any] = range(len(rows)) if id_column is None or share == 0 else _read_ids(rows, id_column)
-    images = sorted(set(ids))
-    count = _count_held_out(share, len(images))
-    chosen = set(random.Random(seed).sample(images, count))
-    parts: list[list[int]] = [[], []]
-    for row, image in enumerate(ids):
-        parts[image in chosen].append(row)
-    rows = _with_row_numbers(rows)
-    return rows.select(parts[0]), rows.select(parts[1])
-
-
-def find_id_column(rows: datasets.Dataset | datasets.IterableDataset, image_column: str = "image") -> str | None:
-    r"""
-    Find the column that tells which picture a row is about, for the `id_column` of [`hold_out`] and
-    [`ImageTextPairs`]: `image_id`, the `file_name` of a folder of pictures, or the pictures' own column if it has
-    paths or numbers of rows.
-
-    Args:
-        rows (`datasets.Dataset` or `datasets.IterableDataset`):
-            The rows.
-        image_column (`str`, *optional*, defaults to `"image"`):
-            Column of the pictures.
-
-    Returns:
-        `str` or `None`: the column, of integers or strings; `None` if there is none.
-    """
-    features = rows.features or {}
-    for name in ("image_id", "file_name", image_column):
-        if isinstance(feature := features.get(name), datasets.Value) and feature.dtype in _ID_TYPES:
-            return name
-    return None
-
-
-def _read_ids(rows: datasets.Dataset, column: str) -> list[int | str]:
-    selected = select_columns(rows.with_format(None), [column])
-    (name,) = selected.column_names
-    values = [get_column({name: value}, column) for value in selected[:][name]]
-    if missing := [number for number, value in enumerate(values) if value is None]:
-        raise ValueError(
-            f"{len(missing):,} rows, the first of which is row {missing[0]}, have no id in column {column!r}. They "
-            "could show images that are held out. Give each of them an id, or leave them out of the data."
-        )
-    return [check_id(value, f"Row {number}", column) for number, value in enumerate(values)]
-
-
-def _count_held_out(share: float, num_images: int) -> int:
-    if not 0 <= share < math.inf or (share >= 1 and share != int(share)):
-        raise ValueError(
-            f"{share} of the images are to be held out; a share below 1, or a whole number, was expected."
-        )
-    count = int(share if share >= 1 else share * num_images)
-    if count and count >= num_images:
-        raise ValueError(
-            f"{count} images are to be held out, but the data have {num_images}, and at least one has to remain to "
-            "learn from. Hold out fewer, or give other data to validate on."
-        )
-    return count
-
-
-def _with_row_numbers(rows: datasets.Dataset) -> datasets.Dataset:
-    if read_row_numbers(rows) is not None:
-        return rows
-    if ROW_NUMBER in rows.column_names:
-        rows = rows.remove_columns(ROW_NUMBER)
-    # Adding a column removes the format
-    form = rows.format
-    columns = [*form["columns"], ROW_NUMBER]
-    rows = rows.add_column(ROW_NUMBER, np.arange(len(rows)))
-    return rows.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
-
-
-__all__ = ["check_held_out", "find_id_column", "find_splits", "hold_out", "load_rows"]
+__all__ = ["check_held_out", "find_splits", "load_rows"]

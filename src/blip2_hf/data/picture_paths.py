@@ -54,9 +54,10 @@ def find_pictures(
     stored = select_columns(rows.with_format(None), [column])[:][column]
     if not _any_relative(_check_first(stored, places, name)):
         return rows
-    columns, feature = rows.column_names, rows.features[column]
-    changed = datasets.Dataset.from_dict({column: list(map(find, stored))})
-    rows = datasets.concatenate_datasets([rows.remove_columns(column), changed.cast_column(column, feature)], axis=1)
+    columns = rows.column_names
+    features = datasets.Features({column: rows.features[column]})
+    changed = datasets.Dataset.from_dict({column: list(map(find, stored))}, features=features)
+    rows = datasets.concatenate_datasets([rows.remove_columns(column), changed], axis=1)
     return rows.select_columns(columns)
 
 
@@ -99,9 +100,11 @@ def _find(value: Any, places: Sequence[str]) -> Any:
     """Return the absolute path of a relative one."""
     if (path := _relative_path(value)) is None:
         return value
-    found = [whole for place in places if os.path.exists(whole := os.path.join(place, path))]
+    found = [whole for place in places if os.path.exists(whole := os.path.normpath(os.path.join(place, path)))]
     if not found and not os.path.exists(path) and is_picture_name(path):
-        found = [os.path.join(place, path) for place in places]  # so that the error about the picture is whole
+        found = [
+            os.path.normpath(os.path.join(place, path)) for place in places
+        ]  # so that the error about the picture is whole
     if not found:
         return value
     return found[0] if isinstance(value, str) else {"bytes": None, "path": found[0]}
