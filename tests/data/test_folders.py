@@ -130,7 +130,7 @@ def transformers_warnings(caplog):
             {"metadata.csv": "file_name\na.png\n", "metadata.jsonl": '{"file_name": "a.png"}'},
             "one of which was expected",
         ),
-        ({"metadata.jsonl": '{"file_name": "a.png"'}, r"metadata.jsonl can't be read: .*Is it complete"),
+        ({"metadata.jsonl": '{"file_name": "a.png"'}, r"metadata.jsonl can't be read: .*Is the file complete"),
         ({"metadata.csv": ""}, r"metadata.csv can't be read"),
     ],
 )

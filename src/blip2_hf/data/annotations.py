@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,15 @@ def read_json_annotations(path: Path) -> list[dict[str, Any]] | None:
         return None
     if "annotations" in content:
         return _read_coco(content, path)
-    return [_karpathy_row(entry, f"{path}, images[{n}]") for n, entry in enumerate(content["images"])]
+    return [_karpathy_row(entry, where) for where, entry in _entries(content, "images", path)]
 
 
 def _read_coco(content: Mapping, path: Path) -> list[dict[str, Any]]:
     captions: dict[Any, list[str]] = {}
-    for number, entry in enumerate(content["annotations"]):
-        where = f"{path}, annotations[{number}]"
+    for where, entry in _entries(content, "annotations", path):
         captions.setdefault(_field(entry, "image_id", where), []).append(_field(entry, "caption", where))
     rows = []
-    for number, entry in enumerate(content["images"]):
-        where = f"{path}, images[{number}]"
+    for where, entry in _entries(content, "images", path):
         image_id = _field(entry, "id", where)
         row = {"image": _field(entry, "file_name", where), "image_id": image_id, "caption": captions.get(image_id, [])}
         rows.append(row)
@@ -58,6 +56,14 @@ def _karpathy_row(entry: Any, where: str) -> dict[str, Any]:
         "caption": [_field(sentence, "raw", where) for sentence in _field(entry, "sentences", where)],
         "split": "train" if split == "restval" else split,
     }
+
+
+def _entries(content: Mapping, name: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a list, each with what errors call it."""
+    if not isinstance(content[name], list):
+        raise ValueError(f"{path}: {name!r} is {shorten(content[name])}; a list was expected.")
+    for number, entry in enumerate(content[name]):
+        yield f"{path}, {name}[{number}]", entry
 
 
 def _field(entry: Any, name: str, where: str) -> Any:

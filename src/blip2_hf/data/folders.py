@@ -86,9 +86,7 @@ def _read_metadata(folder: Path, path: Path, names: set[str]) -> datasets.Datase
     }
     pictures = {"image" if name == main else name.removesuffix(f"_{_FILE}"): own for name, own in columns.items()}
     others = table.remove_columns([name for name in table.column_names if name in columns or name in pictures])
-    made = _make_rows(folder, pictures.pop("image"))
-    for name, own in pictures.items():
-        made = made.add_column(name, _paths(folder, own), feature=datasets.Image())
+    made = _make_rows(folder, pictures.pop("image"), **pictures)
     return datasets.concatenate_datasets([made, others], axis=1) if others.column_names else made
 
 
@@ -103,13 +101,12 @@ def _check_name(inner: str, value: object, names: set[str], path: Path) -> str:
     return name
 
 
-def _make_rows(folder: Path, names: Sequence[str]) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), _FILE: datasets.Value("string")})
-    return datasets.Dataset.from_dict({"image": _paths(folder, names), _FILE: list(names)}, features=features)
-
-
-def _paths(folder: Path, names: Iterable[str]) -> list[str]:
-    return [os.path.abspath(folder / name) for name in names]
+def _make_rows(folder: Path, names: Sequence[str], **others: Sequence[str]) -> datasets.Dataset:
+    """Make rows of pictures. `others` are the names of pictures in other columns."""
+    columns = {"image": names, **others}
+    features = datasets.Features({**dict.fromkeys(columns, datasets.Image()), _FILE: datasets.Value("string")})
+    paths = {column: [os.path.abspath(folder / name) for name in own] for column, own in columns.items()}
+    return datasets.Dataset.from_dict({**paths, _FILE: list(names)}, features=features)
 
 
 def _add_texts(folder: Path, rows: datasets.Dataset) -> datasets.Dataset:

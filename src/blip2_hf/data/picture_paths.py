@@ -47,7 +47,7 @@ def find_pictures(
         return rows
     find = partial(_find, places=places)
     if isinstance(rows, datasets.IterableDataset):
-        first = (row[column] for row in rows.select_columns([column]).take(_FIRST))
+        first = (row.get(column) for row in without_decoding(rows).take(_FIRST))
         if _any_relative(_check_first(first, places, name)):
             return rows.map(partial(_replace, find=find, column=column), features=rows.features)
         return rows
@@ -61,8 +61,15 @@ def find_pictures(
     return rows.select_columns(columns)
 
 
+def without_decoding(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Return rows whose pictures are not opened."""
+    return rows.decode(False) if rows.features else rows
+
+
 def _has_paths(rows: Rows, column: str) -> bool:
-    feature = (rows.features or {}).get(column)
+    if rows.features is None:  # of a stream, whose rows tell
+        return True
+    feature = rows.features.get(column)
     if isinstance(feature, datasets.Value):
         return feature.dtype in ("string", "large_string")
     if isinstance(feature, datasets.Image) and isinstance(rows, datasets.Dataset):

@@ -1,5 +1,6 @@
 """Files with rows: which endings are read, and how."""
 
+import csv
 import glob
 import itertools
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import datasets
 
 from .annotations import read_json_annotations, read_text_annotations
-from .picture_paths import Rows, find_pictures
+from .picture_paths import Rows, find_pictures, without_decoding
 from .shards import load_shards
 from .splits import select_split, split_by_column
 
@@ -99,16 +100,27 @@ def _load_groups(
 def _load(ending: str, files: str | list[str], split: str, streaming: bool, name: str) -> Rows:
     builder, kwargs = _BUILDERS[ending]
     with errors_that_name(name):
-        return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming, **kwargs)
+        rows = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming, **kwargs)
+        if streaming:
+            next(iter(without_decoding(rows)))
+        else:
+            rows.data.validate(full=True)  # Arrow reads JSON without a look at its encoding
+        return rows
 
 
 def _read_annotations(paths: Iterable[str], ending: str) -> dict[str, list[dict[str, Any]]] | None:
     """Return the rows of files of annotations, by their paths, or `None` if they are tables."""
-    if ending in _TEXTS:
-        return {path: read_text_annotations(Path(path)) for path in paths}
-    if ending != ".json":
+    if ending not in (".json", *_TEXTS):
         return None
-    found = {path: rows for path in paths if (rows := read_json_annotations(Path(path))) is not None}
+    read = read_json_annotations if ending == ".json" else read_text_annotations
+    found = {}
+    for path in paths:
+        try:
+            rows = read(Path(path))
+        except (UnicodeDecodeError, EOFError, csv.Error) as error:
+            raise _unreadable(path, str(error)) from error
+        if rows is not None:
+            found[path] = rows
     return found or None
 
 
@@ -132,10 +144,14 @@ def errors_that_name(name: str) -> Iterator[None]:
         if isinstance(reason, OSError) and reason.errno is not None:  # a full disk, or no permission
             raise
         is_empty = isinstance(reason, StopIteration) or "corresponds to no data" in str(reason)
-        lines = "there are no rows in it" if is_empty else str(reason).strip() or type(reason).__name__
-        raise ValueError(f"{name} can't be read: {lines.splitlines()[0]}. Is it complete, and in UTF-8?") from error
+        raise _unreadable(name, "there are no rows in it" if is_empty else str(reason)) from error
     finally:
         datasets.logging.set_verbosity(level)
+
+
+def _unreadable(name: str, reason: str) -> ValueError:
+    line = (reason.strip() or "it is empty").splitlines()[0].rstrip(".")
+    return ValueError(f"{name} can't be read: {line}. Is the file complete, and in UTF-8?")
 
 
 def _check_ending(name: str) -> str:
