@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import logging
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from ..models.generation_presets import GenerationPreset
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+# Options that are names of models, in any command
+_MODELS = ("model", "captioner", "filter", "vision_model", "language_model", "text_encoder", "stage1")
 
 _LONGEST_WAIT = timedelta(days=30)  # until the other processes have done their share, too
 
@@ -122,7 +127,7 @@ def add_command(
     parser = commands.add_parser(
         name, help=text, description=description or text, example=example, group_titles=tuple(_GROUPS)
     )
-    parser.set_defaults(run=partial(_run_command, run))
+    parser.set_defaults(run=partial(_run_command, run), takes_files=False)
     return partial(add_option, parser)
 
 
@@ -130,12 +135,20 @@ def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Na
     """Run a command. An error that users can mend is told in a line, without a traceback."""
     from ..jobs.errors import tell_errors
 
+    quieten_libraries()
     with tell_errors("blip2-hf"):
         try:
             check_device(getattr(options, "device", None))
+            check_names(options)
             run(options)
         except KeyboardInterrupt:
             stop("stopped.")
+
+
+def quieten_libraries():
+    """Keep back what packages say at their import of others that are not needed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def stop(message: str) -> NoReturn:
@@ -155,6 +168,18 @@ def check_device(name: str | None):
         except (AssertionError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"--device {name} is not there ({reason}). Give cpu, or leave it out.") from error
+
+
+def check_names(options: argparse.Namespace):
+    """Refuse names of models and of data that lead nowhere, before anything is loaded."""
+    from ..jobs.names import check_data_name, check_model_name
+
+    for name in _MODELS:
+        if (value := getattr(options, name, None)) is not None and not (options.takes_files and Path(value).is_file()):
+            check_model_name(value)
+    data = getattr(options, "data", None) or []
+    for value in [data] if isinstance(data, str) else data:
+        check_data_name(value)
 
 
 def end_workers():
@@ -264,12 +289,13 @@ def find_device(given: str | None) -> Any:
 
 def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
     """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
-    from ..jobs.inference import load_model, processor_place
+    from ..jobs.checkpoints import WRITING, WRITING_ALONE, check_checkpoint, load_processor
+    from ..jobs.inference import load_model
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
-    from ..models.processing_blip2 import Blip2Processor
 
+    check_checkpoint(name, WRITING_ALONE if is_stage1 else WRITING)
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
     expected = f"A model that writes text, of {model_class.__name__},"
-    model = load_model(model_class, name, expected, dtype=dtype or "auto")
-    return model.to(device), Blip2Processor.from_pretrained(processor_place(name))
+    processor = load_processor(name)
+    return load_model(model_class, name, expected, dtype=dtype or "auto").to(device), processor

@@ -41,8 +41,10 @@ def _run(options: argparse.Namespace):
         raise ValueError("give --captioner, or --num-captions 0 to rank the existing captions.")
 
     from ..capfilt import RetrievalFilter, capfilt_dataset
+    from ..jobs.checkpoints import MATCHING, check_checkpoint
     from ..search import load_retrieval_model
 
+    check_checkpoint(options.filter, MATCHING)
     with processes(options.device) as state:
         device = options.device or state.device
         rows = load_dataset(options)

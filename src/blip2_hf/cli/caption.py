@@ -39,7 +39,9 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     from ..captioning import caption_dataset
     from ..data import with_image_size
+    from ..jobs.checkpoints import WRITING, check_checkpoint
 
+    check_checkpoint(options.model, WRITING)
     with processes(options.device) as state:
         pictures = _open_pictures(options)
         model, processor = load_captioner(options.model, options.dtype, options.device or state.device)

@@ -84,6 +84,9 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
     _check(options, task)
+    from ..jobs.checkpoints import MATCHING, WRITING, check_checkpoint
+
+    check_checkpoint(options.model, MATCHING if task.kind == "retrieval" else WRITING)
     with processes(options.device) as state:
         run = _evaluate_retrieval if task.kind == "retrieval" else _evaluate_texts
         run(options, task, _read(options, task), options.device or state.device)
