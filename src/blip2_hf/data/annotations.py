@@ -103,7 +103,7 @@ def read_text_annotations(path: Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"{path}: a text file is read if it is Flickr8k's captions.txt, with the header {_FLICKR_HEADER!r}, or "
             "Flickr8k.token.txt, with lines such as 'name.jpg#0<TAB>caption'. Give a table with the columns image and "
-            "caption, such as a .csv."
+            "caption, such as a .csv or a .parquet."
         )
     return _group((match["image"], match["caption"]) for match in found if match)
 

@@ -1,12 +1,12 @@
 """Datasets by the name that a user gives."""
 
-import glob
 import os
 import re
 from pathlib import Path
 
 import datasets
 
+from ..jobs.names import is_dataset_id
 from .feature_cache import load_cached_features
 from .folders import find_picture_names, is_picture_folder, load_picture_folder
 from .picture_paths import find_pictures
@@ -76,7 +76,7 @@ def load_rows(
     path = Path(name)
     if path.is_dir():
         return _load_folder(path, config, split, streaming, image_column, image_root)
-    if not _is_hub_name(name):
+    if not _is_on_hub(name):
         if config is not None:
             raise ValueError(f"The configuration {config!r} was given, but {name} has none. Leave it out.")
         return load_tables(name, split, streaming, image_column or "image", image_root)
@@ -173,7 +173,7 @@ def find_splits(data: str | os.PathLike, config: str | None = None) -> list[str]
     if own_split is not None:
         return []
     if not path.is_dir():
-        return None if _is_hub_name(name) else find_annotated_splits(name)
+        return None if _is_on_hub(name) else find_annotated_splits(name)
     if any((path / mark).exists() for mark in _FOLDERS):
         return []
     if is_picture_folder(path):
@@ -185,17 +185,9 @@ def find_splits(data: str | os.PathLike, config: str | None = None) -> list[str]
     return [] if found == ["train"] else found
 
 
-def _is_hub_name(name: str) -> bool:
-    """Tell whether a name that is no folder is that of a dataset on the Hub, and refuse a path that leads nowhere."""
-    if "://" in name:
-        return table_ending(name) is None
-    if table_ending(name) or os.path.exists(name) or glob.has_magic(name):
-        return False
-    owner, slash, _ = name.partition("/")
-    if name.count("/") != 1 or owner in ("", ".", "..", "~") or os.path.isdir(owner) or "\\" in name:
-        hint = "" if slash else f" A dataset on the Hub is named with its owner, such as me/{name}."
-        raise FileNotFoundError(f"{name}: no such file or folder. Check the path.{hint}")
-    return True
+def _is_on_hub(name: str) -> bool:
+    """Tell whether data that are no folder are a dataset on the Hub, and refuse a path that leads nowhere."""
+    return table_ending(name) is None if "://" in name else is_dataset_id(name)
 
 
 def check_held_out(data: str | os.PathLike, *held_out: str | os.PathLike | None):

@@ -167,8 +167,6 @@ def _find_files(name: str) -> list[str]:
     """Return the paths of the files that a name means, in which `*` may stand for any characters."""
     if os.path.isfile(name):
         return [name]
-    if not glob.has_magic(name):
-        raise FileNotFoundError(f"{name}: no such file. Check the path.")
     if not (paths := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))):
-        raise FileNotFoundError(f"no file is called {name}. Check the path.")
+        raise FileNotFoundError(f"no file is called {name}.")
     return paths
