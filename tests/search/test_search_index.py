@@ -591,7 +591,7 @@ def test_the_sheet_of_a_picture_that_is_gone(tmp_path):
         (["search"], "give a text"),
         (["search", "x", "--image", "y.png"], "give a text"),
         (["search", "x", "--sheet", "out.jpg"], "ends in .png"),
-        (["search", "x", "--index", "nowhere"], "has no index"),
+        (["search", "x", "--index", "nowhere"], "There is no folder nowhere"),
         (["index", "nowhere", "--model", "x"], "There is no folder nowhere"),
         (["index", "pictures"], "has no index"),
     ],

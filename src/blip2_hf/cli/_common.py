@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ._parser import Parser, above_zero, at_least_zero, positive, probability
+from ._parser import Parser, above_zero, at_least_zero, folder_to_write, positive, probability
 
 
 if TYPE_CHECKING:
@@ -41,9 +41,21 @@ def generate_argument(text: str) -> tuple[str, Any]:
 
 _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--model": {"help": "BLIP-2: folder or id on the Hub"},
+    **dict.fromkeys(
+        ("data", "--data"),
+        {
+            "help": "folder of pictures, file (parquet, json, csv, tsv, arrow, tar, COCO's json), or id on the Hub",
+            "metavar": "DATA",
+        },
+    ),
+    "--output": {"type": folder_to_write, "metavar": "FOLDER"},
     "--config": {"help": "configuration of the dataset, if it has several"},
-    "--split": {"help": "split of the dataset, also `train[:1000]`", "default": "train"},
-    "--image-column": {"help": "column of the pictures", "default": "image"},
+    "--split": {"help": "split of the data, also `train[:1000]`; without it train"},
+    "--image-column": {"help": "column of the pictures; without it their only column, or image"},
+    "--image-root": {
+        "help": "folder from which the paths of pictures start that are not beside the file that names them",
+        "metavar": "FOLDER",
+    },
     "--image-size": {
         "help": "side in pixels of the square that pictures are scaled to; without it, that of the checkpoint",
         "type": positive,
@@ -242,16 +254,20 @@ def processes(device: str | None) -> Iterator[Any]:
     state.destroy_process_group()
 
 
-def load_dataset(data: str, config: str | None, split: str) -> Any:
-    """Load what a user names: a file, several (`*`), a folder, or an id on the Hub."""
-    import datasets
+def load_dataset(options: argparse.Namespace, default_split: str = "train") -> Any:
+    """
+    Load the data that a user names, and set `options.image_column` to the column of the pictures. `default_split` is
+    taken if the data have splits, and none is named.
+    """
+    from ..data import find_splits, load_rows
+    from ..data.rows import find_image_column
 
-    from ..data import load_rows
-
-    try:
-        return load_rows(data, split) if config is None else datasets.load_dataset(data, config, split=split)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{data} can't be read: {error.__cause__ or error}") from error
+    split = options.split
+    if split is None and default_split != "train" and find_splits(options.data, options.config) != []:
+        split = default_split
+    rows = load_rows(options.data, split, **pick(options, "config", "image_column", "image_root"))
+    options.image_column = options.image_column or find_image_column(rows)
+    return rows
 
 
 def generate_kwargs(preset: "GenerationPreset", given: dict[str, Any]) -> dict[str, Any]:

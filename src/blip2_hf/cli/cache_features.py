@@ -10,11 +10,12 @@ from ._parser import at_least_zero, positive
 def add_parser(commands: Any):
     text = "Store the output of a frozen vision tower for the pictures of a dataset, so that training never runs it."
     add = add_command(commands, "cache-features", _run, text, check=_check)
-    add("data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub", metavar="DATA")
-    add("--output", "folder of the features; run again to go on", required=True, metavar="FOLDER")
+    add("data")
+    add("--output", "folder of the features; run again to go on", required=True)
     add("--config")
     add("--split")
     add("--image-column")
+    add("--image-root")
     group = option_group(commands.choices["cache-features"], "--model")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="BLIP-2 whose tower is taken: folder or id on the Hub")
@@ -52,7 +53,7 @@ def _run(options: argparse.Namespace):
     if options.model is not None:
         check_checkpoint(name)
     image_processor = with_image_size(load_image_processor(name), options.size)
-    dataset = load_dataset(options.data, options.config, options.split)
+    dataset = load_dataset(options)
     if options.model is not None:
         model = load_model(Blip2Model, name, "A BLIP-2")
     else:

@@ -10,12 +10,12 @@ from ._parser import at_least_zero, positive
 def add_parser(commands: Any):
     text = "Propose captions of pictures, rank them together with those that are there, and keep the best (CapFilt)."
     add = add_command(commands, "capfilt", _run, text, f"{text} Run again to go on.", check=_check)
-    kinds = "file (parquet, tar, json, csv, arrow), folder of pictures or of cached features, or id on the Hub"
-    add("data", kinds, metavar="DATA")
+    add("data")
     add("--captioner", "writes captions: a BLIP-2, or what pipeline('image-to-text') loads", metavar="MODEL")
     add("--filter", "ranks them: a model of stage 1 or for retrieval", required=True, metavar="MODEL")
-    add("--output", "folder of the result; run again to go on", required=True, metavar="FOLDER")
+    add("--output", "folder of the result; run again to go on", required=True)
     add("--image-column")
+    add("--image-root")
     add("--text-column", "column of the existing captions: texts, or lists of texts", default="caption")
     add(
         "--num-captions",
@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace):
     check_checkpoint(options.filter, MATCHING)
     with processes(options.device) as state:
         device = options.device or state.device
-        rows = load_dataset(options.data, options.config, options.split)
+        rows = load_dataset(options)
         captioner = _open_captioner(options, device) if options.num_captions else None
         caption_filter = RetrievalFilter(*load_retrieval_model(options.filter, device, options.dtype), options.score)
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ._common import add_command, generate_kwargs, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._parser import to_write
 
 
 def add_parser(commands: Any):
     text = "Caption a collection of pictures. Run again to go on after an interruption, or with pictures that are new."
     add = add_command(commands, "caption", _run, text)
-    kinds = "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), or id on the Hub"
-    add("data", kinds, metavar="DATA")
+    add("data")
     add("--model", required=True)
-    add("--output", ".jsonl or .parquet file, or folder of .txt files; without it .txt files next to the pictures")
+    output = ".jsonl or .parquet file, or folder of .txt files; without it .txt files next to the pictures"
+    add("--output", output, type=to_write, metavar="FILE|FOLDER")
     add("--format", "without it, the ending of --output tells it", choices=["txt", "jsonl", "parquet"])
     add("--preset", "the paper's settings; other options come first", choices=["caption", "nocaps"])
     add("--prompt", "text that the captions go on from, such as 'a photo of'")
@@ -29,7 +30,8 @@ def add_parser(commands: Any):
     add("--dtype")
     add("--device")
     add("--num-workers", "processes that load pictures; 0 takes a thread", default=2)
-    add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told", default=None)
+    add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told")
+    add("--image-root")
     add("--config")
     add("--split")
     add("--allow-urls")
@@ -52,20 +54,36 @@ def _run(options: argparse.Namespace):
 
 
 def _open_pictures(options: argparse.Namespace) -> Any:
-    from ..captioning import FolderPictures, RowPictures, TarPictures
+    from ..captioning import FolderPictures, RowPictures
+    from ..data.folders import is_picture_folder
+    from ..data.shards import find_shards
 
     path = Path(options.data)
-    if path.suffix == ".tar":
+    if path.suffix.lower() == ".tar":
         if not (paths := sorted(glob.glob(options.data, recursive=True))):
             raise ValueError(f"no file is called {options.data}.")
-        return TarPictures(paths, options.image_column)
-    if path.is_dir() and not (path / "state.json").is_file():
-        if len(folder := FolderPictures(path)):
-            return folder
-        if paths := sorted(map(str, path.rglob("*.tar"))):
-            return TarPictures(paths, options.image_column)
-    rows = load_dataset(options.data, options.config, options.split)
+        return _open_shards(options, paths)
+    if path.is_dir() and is_picture_folder(path):
+        _refuse(options, "a folder of pictures, all of which are captioned", "image_column")
+        return FolderPictures(path)
+    if path.is_dir() and (paths := find_shards(path)):
+        return _open_shards(options, paths)
+    rows = load_dataset(options)
     return RowPictures(rows, options.image_column, options.allow_urls)
+
+
+def _open_shards(options: argparse.Namespace, paths: list[str]) -> Any:
+    from ..captioning import TarPictures
+
+    _refuse(options, "WebDataset, all of which is captioned")
+    return TarPictures(paths, options.image_column)
+
+
+def _refuse(options: argparse.Namespace, kind: str, *names: str):
+    """Refuse options that say which of several columns or splits is read, if there are none."""
+    given = pick(options, "config", "split", "image_root", *names)
+    if unused := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:
+        raise ValueError(f"{options.data} is {kind}: {unused[0]} has no use. Leave it out.")
 
 
 def _generation(options: argparse.Namespace, processor: Any, model_config: Any) -> tuple[str | None, dict[str, Any]]:

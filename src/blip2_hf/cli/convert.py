@@ -19,7 +19,7 @@ def add_parser(commands: Any):
     add = add_command(commands, "convert", _run, "Convert a checkpoint from or to another code.", text)
     commands.choices["convert"].set_defaults(takes_files=True)
     add("source", "file of LAVIS, or folder or id on the Hub with a BLIP-2 or an InstructBLIP", metavar="SOURCE")
-    add("--output", "the folder that is written", required=True, metavar="DIR")
+    add("--output", "the folder that is written", required=True)
     add("--vision-model", "tower that a file of LAVIS lacks: eva_vit_g.pth, clip_vit_L.pth, folder or id", metavar="X")
     add("--language-model", "language model that a file of LAVIS lacks: folder or id", metavar="Y")
     add("--tokenizer", f"for a file of LAVIS (default: the language model's; without one, {_BERT})", metavar="Z")

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from ._common import add_command
+from ._parser import file_to_write
 
 
 def add_parser(commands: Any):
@@ -13,7 +14,7 @@ def add_parser(commands: Any):
     )
     add = add_command(commands, "export", _run, "Write the image side of a model as ONNX or .pt2.", text, check=_check)
     add("model", "BLIP-2 or InstructBLIP: folder or id on the Hub", metavar="MODEL")
-    add("--output", "the graph: its ending tells the format", required=True, metavar="FILE.onnx|FILE.pt2")
+    add("--output", "the graph, a file that ends in .onnx or .pt2", required=True, type=file_to_write, metavar="FILE")
     add("--dtype", "precision; without it, the model's")
     add("--image-size", "side of the pictures in pixels; without it, the tower's")
 

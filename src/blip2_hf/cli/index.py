@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from ._common import add_command, pick, stop
+from ._parser import folder_to_write
 
 
 _SHOWN = 5  # broken pictures that are told of
@@ -16,7 +17,7 @@ def add_parser(commands: Any):
     folder = "the pictures, in this folder and those in it; run again to go on, or when they change"
     add("folder", folder, metavar="FOLDER")
     add("--model", "BLIP-2 for retrieval: folder or id on the Hub; an index that is there knows its own")
-    add("--index", "folder of the index (default: FOLDER/.blip2-index)", metavar="DIR")
+    add("--index", "folder of the index (default: FOLDER/.blip2-index)", type=folder_to_write, metavar="DIR")
     add("--store-embeds", "store the tower's output too, so that re-ranking need not run it", action="store_true")
     approximate = "make an approximate index with faiss, for many pictures (of itself from 100,000 on)"
     add("--approximate", approximate, action="store_true")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ._common import add_command, check_png, find_device, save_png
-from ._parser import at_least_zero
+from ._parser import at_least_zero, file_to_write
 
 
 def add_parser(commands: Any):
@@ -14,7 +14,7 @@ def add_parser(commands: Any):
     add("picture", "file or URL", metavar="PICTURE")
     add("text", 'word or sentence, such as "a red circle"', metavar="TEXT", nargs="?")
     add("--model", "BLIP-2, for a text one that matches images with texts: folder or id on the Hub", required=True)
-    add("--output", "the drawing", required=True, metavar="FILE.png")
+    add("--output", "the drawing", required=True, type=file_to_write, metavar="FILE.png")
     methods = ("gradcam", "attention")
     add("--method", "with TEXT: Grad-CAM of matching, or attention alone", default="gradcam", choices=methods)
     add(

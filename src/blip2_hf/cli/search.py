@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._common import add_command, check_png, pick, save_png
-from ._parser import at_least_zero, positive
+from ._parser import at_least_zero, file_to_write, positive
 
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ def add_parser(commands: Any):
     rerank = "how many of the first the model reads together with the text; the paper has 128"
     add("--rerank", rerank, type=at_least_zero, default=0)
     add("--exact", "compare with all pictures, even if there is an approximate index", action="store_true")
-    add("--sheet", "file of the sheet (default: search.png, or nowhere with --json)", metavar="FILE.png")
+    add(
+        "--sheet",
+        "PNG of the sheet (default: search.png, or none with --json)",
+        type=file_to_write,
+        metavar="FILE",
+    )
     add("--open", "show the sheet", action="store_true")
     add("--json", "print JSON, not a table", action="store_true")
     add("--device")
@@ -45,6 +50,11 @@ def _check(options: argparse.Namespace):
     if (options.text is None) == (options.image is None):
         raise ValueError("give a text to search for, or --image.")
     check_png(options.sheet or "search.png")
+    from ..jobs.names import check_file, check_folder
+
+    check_folder(options.index)
+    if options.image is not None and "://" not in options.image:
+        check_file(options.image)
 
 
 def _run(options: argparse.Namespace):

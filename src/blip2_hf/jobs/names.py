@@ -12,7 +12,7 @@ from .errors import first_sentence
 # In the folder of a model, or of adapters of PEFT
 _CONFIGS = ("config.json", "adapter_config.json")
 _FILE_ENDINGS = re.compile(
-    r"\.(pth?|bin|ckpt|safetensors|gguf|onnx|json[l5]?|csv|tsv|txt|parquet|pq|arrow|tar|zip|jpe?g|png|webp|gif|hei[cf])$",
+    r"\.(pth?|bin|ckpt|safetensors|gguf|onnx|json[l5]?|ndjson|csv|tsv|txt|token|gz|parquet|pq|arrow|tar|zip|jpe?g|png|webp|gif|hei[cf])$",
     re.I,
 )
 _TIMEOUT = 5  # seconds for the one request to the Hub
@@ -66,18 +66,12 @@ def check_data_name(name: str | os.PathLike):
         raise ValueError("An empty name was given: a file, a folder, or a dataset's id on the Hub, was expected.")
     # A split may stand behind the name; the colon of a protocol has slashes after it
     path = Path(name) if os.path.exists(name) else Path(re.split(r":(?!//)", name, maxsplit=1)[0])
-    if path.exists():
-        if path.is_dir() and not any(path.iterdir()):
-            raise FileNotFoundError(f"The folder {path} is empty.")
-    elif "://" in name:
+    if "://" in name:
         return
-    elif glob.has_magic(str(path)):
-        if not any(glob.iglob(str(path), recursive=True)):
-            raise FileNotFoundError(f"no file is called {path}.")
-    elif "/" not in str(path) or not _may_be_hub_id(str(path)):
-        raise FileNotFoundError(f"There is no file or folder {path}.{_similar(path)}")
-    else:
+    if is_dataset_id(str(path)):
         _check_repository(str(path), "dataset", "README.md")
+    elif path.is_dir() and not any(path.iterdir()):
+        raise FileNotFoundError(f"The folder {path} is empty.")
 
 
 def check_folder(name: str | os.PathLike):
@@ -96,6 +90,34 @@ def check_file(name: str | os.PathLike):
         raise FileNotFoundError(f"There is no file {name}.{_similar(path)}")
     if path.is_dir():
         raise IsADirectoryError(f"{name} is a folder: a file was expected.")
+
+
+def is_dataset_id(name: str) -> bool:
+    r"""
+    Tell whether a name may be that of a dataset on the Hub, without asking the Hub. Refuse a path that leads nowhere.
+
+    Args:
+        name (`str`):
+            Path, in which `*` may stand for any characters, or id on the Hub.
+
+    Returns:
+        `bool`: `False` for a path of something that is there.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    path = Path(name)
+    if path.exists():
+        return False
+    if glob.has_magic(name):
+        if not any(glob.iglob(name, recursive=True)):
+            raise FileNotFoundError(f"no file is called {name}.")
+        return False
+    owner, slash, _ = name.partition("/")
+    if not slash or os.path.isdir(owner) or not _may_be_hub_id(name):
+        kind = "file" if _FILE_ENDINGS.search(name) else "file or folder"
+        raise FileNotFoundError(f"There is no {kind} {name}.{_similar(path)}")
+    return True
 
 
 def _check_model_folder(path: Path):
