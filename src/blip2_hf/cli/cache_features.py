@@ -9,7 +9,8 @@ from ._parser import at_least_zero, positive
 
 def add_parser(commands: Any):
     text = "Store the output of a frozen vision tower for the pictures of a dataset, so that training never runs it."
-    add = add_command(commands, "cache-features", _run, text, check=_check)
+    example = "blip2-hf cache-features pictures.parquet --vision-model facebook/dinov2-small --output features"
+    add = add_command(commands, "cache-features", _run, text, check=_check, example=example)
     add("data")
     add("--output", "folder of the features; run again to go on", required=True)
     add("--config")
@@ -69,3 +70,5 @@ def _run(options: argparse.Namespace):
         transform=RandomResizedCropAndFlip(options.size) if options.views > 1 else None,
         **pick(options, *names, "part_index", "num_parts", "allow_urls"),
     )
+    others = "" if options.num_parts == 1 else ", once the other parts are written"
+    print(f"The features are in {options.output}. Next{others}: blip2-hf pretrain {options.output} ...")

@@ -1,6 +1,7 @@
 """`blip2-hf capfilt`: captions that a model proposes, ranked together with those that pictures came with."""
 
 import argparse
+import sys
 from typing import Any
 
 from ._common import add_command, load_captioner, load_dataset, pick, processes
@@ -9,7 +10,11 @@ from ._parser import at_least_zero, positive
 
 def add_parser(commands: Any):
     text = "Propose captions of pictures, rank them together with those that are there, and keep the best (CapFilt)."
-    add = add_command(commands, "capfilt", _run, text, f"{text} Run again to go on.", check=_check)
+    example = (
+        "blip2-hf capfilt pictures.parquet --captioner Salesforce/blip2-opt-2.7b --filter "
+        "Salesforce/blip2-itm-vit-g --output filtered"
+    )
+    add = add_command(commands, "capfilt", _run, text, f"{text} Run again to go on.", check=_check, example=example)
     add("data")
     add("--captioner", "writes captions: a BLIP-2, or what pipeline('image-to-text') loads", metavar="MODEL")
     add("--filter", "ranks them: a model of stage 1 or for retrieval", required=True, metavar="MODEL")
@@ -61,6 +66,8 @@ def _run(options: argparse.Namespace):
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")
         kwargs = pick(options, *names, "num_workers", "overwrite", "allow_urls")
         capfilt_dataset(rows, captioner, caption_filter, options.output, **kwargs)
+        if state.is_main_process:
+            print(f"Next: blip2-hf pretrain {options.output} --text-column kept_captions ...", file=sys.stderr)
 
 
 def _open_captioner(options: argparse.Namespace, device: Any) -> Any:

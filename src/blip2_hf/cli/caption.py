@@ -11,7 +11,8 @@ from ._parser import to_write
 
 def add_parser(commands: Any):
     text = "Caption a collection of pictures. Run again to go on after an interruption, or with pictures that are new."
-    add = add_command(commands, "caption", _run, text)
+    example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --dtype bfloat16 --output captions.jsonl"
+    add = add_command(commands, "caption", _run, text, example=example)
     add("data")
     add("--model", required=True)
     output = ".jsonl or .parquet file, or folder of .txt files; without it .txt files next to the pictures"

@@ -1,6 +1,7 @@
 """`blip2-hf evaluate`: the paper's benchmarks, and datasets of one's own."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,8 @@ _TASKS = {
 
 def add_parser(commands: Any):
     text = "Evaluate a model on the paper's benchmarks, or on a dataset. Start it with accelerate for many processes."
-    add = add_command(commands, "evaluate", _run, text, check=_check)
+    example = "blip2-hf evaluate caption --data pairs.parquet --model Salesforce/blip2-opt-2.7b --output scores"
+    add = add_command(commands, "evaluate", _run, text, check=_check, example=example)
     add("task", f"one of {', '.join(_TASKS)}; the last three take --data", choices=_TASKS, metavar="TASK")
     add("--model", required=True)
     add("--output", "folder of the results; run again to go on", required=True)
@@ -93,6 +95,7 @@ def _run(options: argparse.Namespace):
         run(options, task, _read(options, task), options.device or state.device)
         if state.is_main_process:
             print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")
+            print(f"The table, results.json and predictions.json are in {options.output}.", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace):

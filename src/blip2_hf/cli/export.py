@@ -12,7 +12,16 @@ def add_parser(commands: Any):
         "Write the vision tower, the Q-Former and the projection of a BLIP-2 as one graph: from any number of "
         "pictures to soft prompts for its language model, or, of a model for retrieval, to features."
     )
-    add = add_command(commands, "export", _run, "Write the image side of a model as ONNX or .pt2.", text, check=_check)
+    example = "blip2-hf export Salesforce/blip2-itm-vit-g --output encoder.onnx"
+    add = add_command(
+        commands,
+        "export",
+        _run,
+        "Write the image side of a model as ONNX or .pt2.",
+        text,
+        check=_check,
+        example=example,
+    )
     add("model", "BLIP-2 or InstructBLIP: folder or id on the Hub", metavar="MODEL")
     add("--output", "the graph, a file that ends in .onnx or .pt2", required=True, type=file_to_write, metavar="FILE")
     add("--dtype", "precision; without it, the model's")

@@ -10,7 +10,8 @@ from ._parser import at_least_zero, file_to_write
 
 def add_parser(commands: Any):
     text = "Draw over a picture where a BLIP-2 looks for a text, or, without a text, what its queries attend to."
-    add = add_command(commands, "look", _run, text, check=_check)
+    example = 'blip2-hf look cat.jpg "a black cat" --model Salesforce/blip2-itm-vit-g --output cat.png'
+    add = add_command(commands, "look", _run, text, check=_check, example=example)
     add("picture", "file or URL", metavar="PICTURE")
     add("text", 'word or sentence, such as "a red circle"', metavar="TEXT", nargs="?")
     add("--model", "BLIP-2, for a text one that matches images with texts: folder or id on the Hub", required=True)

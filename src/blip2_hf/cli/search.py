@@ -25,7 +25,8 @@ _GROUND, _FRAME, _INK, _PALE = "#ffffff", "#eeeeee", "#222222", "#777777"
 
 def add_parser(commands: Any):
     text = "Find the pictures of a folder that fit a text. `blip2-hf index` makes the index that is searched."
-    add = add_command(commands, "search", _run, text, check=_check)
+    example = 'blip2-hf search "a red bus" --index photos'
+    add = add_command(commands, "search", _run, text, check=_check, example=example)
     add("text", "what to look for", nargs="?", metavar="TEXT")
     add("--image", "look for pictures like this one, in place of a text", metavar="FILE")
     add("--index", "the folder of the index, or of the pictures", default=".", metavar="DIR")
