@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ._common import load_dataset
 from ._parser import above_zero, did_you_mean, positive
 
 
@@ -119,11 +118,9 @@ def open_rows(options: argparse.Namespace) -> dict[str, Any]:
     from ..data import check_held_out, load_rows
 
     check_held_out(options.data, options.validation)
-    is_stream = getattr(options, "streaming", False)
-    train = load_rows(options.data, streaming=True) if is_stream else load_dataset(options.data, None, "train")
     return {
-        "train": train,
-        "validation": None if options.validation is None else load_dataset(options.validation, None, "train"),
+        "train": load_rows(options.data, streaming=getattr(options, "streaming", False)),
+        "validation": None if options.validation is None else load_rows(options.validation),
     }
 
 
