@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from . import cache_features, capfilt, caption, convert, evaluate, export, index, look, search
+from . import ask, cache_features, capfilt, caption, convert, evaluate, export, index, look, search
 
 
-COMMANDS = (cache_features, capfilt, caption, convert, evaluate, export, index, look, search)
+COMMANDS = (ask, cache_features, capfilt, caption, convert, evaluate, export, index, look, search)
 
 
 def make_parser() -> argparse.ArgumentParser:
