@@ -80,6 +80,8 @@ def _sort(arguments: list[str]) -> tuple[list[str], list[str]]:
     pictures: list[str] = []
     questions = []
     for argument in arguments:
+        if not argument.strip():
+            raise ValueError("An empty argument was given: the name of a picture, or a question, was expected.")
         if (found := named_pictures(argument)) is not None:
             pictures += found
         elif Path(argument).is_file():
