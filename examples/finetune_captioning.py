@@ -18,28 +18,20 @@ refused in the same output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-import transformers
 from transformers import HfArgumentParser
 
-from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
-from blip2_hf.data import (
-    ImageTextPairs,
-    LanguageModelCollator,
-    RandomResizedCropAndFlip,
-    check_feature_size,
-    check_held_out,
-    leave_out_bad_rows,
-    load_rows,
-    with_image_size,
-)
+from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_size, check_held_out, load_rows
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.evaluation.metrics import caption_metrics
-from blip2_hf.models.backbones import load_whole
-from blip2_hf.models.frozen import cast_parameters
-from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
+from blip2_hf.training import (
+    FineTuningArguments,
+    load_writer,
+    make_trainer,
+    train_and_save,
+    training_pairs,
+    without_bad_rows,
+)
 
 
 @dataclass
@@ -63,59 +55,36 @@ class CaptioningArguments:
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
-def make_pairs(options: CaptioningArguments, data: str, train: bool = False, seed: int = 0) -> ImageTextPairs:
-    rows = load_rows(data)
-    is_cached = "image_embeds" in rows.column_names
-    return ImageTextPairs(
-        rows,
-        image_column=options.image_column,
-        text_column=options.text_column,
-        prompt=options.prompt,
-        allow_urls=options.allow_urls,
-        transform=RandomResizedCropAndFlip(options.image_size) if train and not is_cached else None,
-        seed=seed,
-        train=train,
-    )
-
-
-def load_model(options: CaptioningArguments) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
-    expected = "A Blip2ForConditionalGeneration"
-    model = load_whole(Blip2ForConditionalGeneration, options.model, expected, dtype=torch.float32)
-    cast_parameters(model.language_model, getattr(torch, options.language_model_dtype))
-    model.generation_config.max_new_tokens = options.max_new_tokens
-    processor = Blip2Processor.from_pretrained(options.model)
-    processor.image_processor = with_image_size(processor.image_processor, options.image_size)
-    return model, processor
-
-
 def main():
     options, arguments = HfArgumentParser((CaptioningArguments, FineTuningArguments)).parse_args_into_dataclasses()
     check_held_out(options.data, options.validation)
     check_feature_size(options.image_size, options.data, options.validation)
-    model, processor = load_model(options)
+    model, processor = load_writer(
+        options.model, options.image_size, options.language_model_dtype, options.max_new_tokens
+    )
+    names = ("image_column", "text_column", "prompt", "allow_urls")
+    columns = {name: getattr(options, name) for name in names}
     data = {
-        "train": make_pairs(options, options.data, train=True, seed=arguments.seed),
-        "validation": make_pairs(options, options.validation),
+        "train": training_pairs(load_rows(options.data), options.image_size, arguments.seed, **columns),
+        "validation": ImageTextPairs(load_rows(options.validation), train=False, **columns),
     }
     collator = LanguageModelCollator(processor, max_length=options.max_length)
     if options.skip_bad_rows:
-        for name, pairs in data.items():
-            data[name] = leave_out_bad_rows(pairs, collator, Path(arguments.output_dir) / f"bad_rows-{name}.jsonl")
-    is_generated = arguments.predict_with_generate
-    trainer = Blip2Trainer(
+        data = without_bad_rows(data, collator, arguments.output_dir)
+    metrics = None
+    if arguments.predict_with_generate:
+        metrics = GeneratedTextMetrics(processor, data["validation"], caption_metrics)
+    patience = options.early_stopping_patience
+    trainer = make_trainer(
         model,
+        processor,
         arguments,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        data_collator=collator,
-        compute_metrics=GeneratedTextMetrics(processor, data["validation"], caption_metrics) if is_generated else None,
-        processing_class=processor,
+        **data,
+        collator=collator,
+        compute_metrics=metrics,
+        early_stopping_patience=patience,
     )
-    if options.early_stopping_patience is not None:
-        trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
-    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["model"])
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    train_and_save(trainer, vars(options), models=["model"])
     trainer.log_metrics("eval", trainer.evaluate())
     if arguments.push_to_hub:
         trainer.push_to_hub()

@@ -21,26 +21,20 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import transformers
 from transformers import AutoTokenizer, HfArgumentParser
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
-from blip2_hf.data import (
-    ImageTextPairs,
-    LanguageModelCollator,
-    RandomResizedCropAndFlip,
-    check_feature_size,
-    check_held_out,
-    leave_out_bad_rows,
-    load_rows,
-    with_image_size,
-)
+from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_size, check_held_out, load_rows
 from blip2_hf.evaluation import GeneratedTextMetrics, score_answers
 from blip2_hf.evaluation.metrics import choose_vqa_protocol, vqa_accuracy_scores
-from blip2_hf.models.backbones import load_whole
-from blip2_hf.models.frozen import cast_parameters
-from blip2_hf.training import Blip2Trainer, FineTuningArguments, checkpoint_to_resume
+from blip2_hf.training import (
+    FineTuningArguments,
+    load_writer,
+    make_trainer,
+    train_and_save,
+    training_pairs,
+    without_bad_rows,
+)
 
 
 @dataclass
@@ -71,31 +65,35 @@ class VQAArguments:
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
-def make_pairs(options: VQAArguments, data: str, images: str | None, transform=None, train: bool = False, seed=0):
-    return ImageTextPairs(
-        load_rows(data),
-        image_column=options.image_column,
-        text_column=options.answer_column,
-        prompt=options.prompt,
-        prompt_column=options.question_column,
-        allow_urls=options.allow_urls,
-        images=None if images is None else load_rows(images),
-        transform=None if images is not None else transform,
-        seed=seed,
-        train=train,
-    )
+def make_data(options: VQAArguments, seed: int) -> dict[str, ImageTextPairs]:
+    columns = {
+        "image_column": options.image_column,
+        "text_column": options.answer_column,
+        "prompt": options.prompt,
+        "prompt_column": options.question_column,
+        "allow_urls": options.allow_urls,
+    }
+    parts = {"train": (options.data, options.images), "validation": (options.validation, options.validation_images)}
+    if options.test is not None:
+        parts["test"] = (options.test, options.test_images)
+    data = {}
+    for name, (rows, images) in parts.items():
+        kwargs = columns | {"images": None if images is None else load_rows(images)}
+        if name == "train":
+            data[name] = training_pairs(load_rows(rows), options.image_size, seed, flip=0, **kwargs)
+        else:
+            data[name] = ImageTextPairs(load_rows(rows), train=False, **kwargs)
+    return data
 
 
 def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
-    model = load_whole(
-        Blip2ForConditionalGeneration,
+    model, processor = load_writer(
         options.model,
-        "A Blip2ForConditionalGeneration",
-        dtype=torch.float32,
+        options.image_size,
+        options.language_model_dtype,
+        options.max_new_tokens,
         attn_implementation=options.attn_implementation,
     )
-    cast_parameters(model.language_model, getattr(torch, options.language_model_dtype))
-    processor = Blip2Processor.from_pretrained(options.model)
     if options.stage1 is not None:
         if (preset or "").startswith("lora"):
             raise SystemExit(
@@ -103,8 +101,6 @@ def load_model(options: VQAArguments, preset: str | None) -> tuple[Blip2ForCondi
             )
         model.attach_text_networks(options.stage1)
         processor.qformer_tokenizer = AutoTokenizer.from_pretrained(options.stage1)
-    processor.image_processor = with_image_size(processor.image_processor, options.image_size)
-    model.generation_config.max_new_tokens = options.max_new_tokens
     return model, processor
 
 
@@ -123,35 +119,25 @@ def main():
     pictures = (options.images, options.validation_images, options.test_images)
     check_feature_size(options.image_size, options.data, options.validation, options.test, *pictures)
     model, processor = load_model(options, arguments.preset)
-    crop = RandomResizedCropAndFlip(options.image_size, flip=0)
-    data = {
-        "train": make_pairs(options, options.data, options.images, crop, train=True, seed=arguments.seed),
-        "validation": make_pairs(options, options.validation, options.validation_images),
-    }
-    if options.test is not None:
-        data["test"] = make_pairs(options, options.test, options.test_images)
+    data = make_data(options, arguments.seed)
     groups = read_groups(options)  # before the training, because the column may not exist
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
     limit = model.config.qformer_config.max_position_embeddings
     collator = LanguageModelCollator(processor, max_positions=positions, max_qformer_positions=limit)
     if options.skip_bad_rows:
-        for name, pairs in data.items():
-            data[name] = leave_out_bad_rows(pairs, collator, Path(arguments.output_dir) / f"bad_rows-{name}.jsonl")
+        data = without_bad_rows(data, collator, arguments.output_dir)
     metrics = {name: GeneratedTextMetrics(processor, data[name], score_answers) for name in data if name != "train"}
-    trainer = Blip2Trainer(
+    trainer = make_trainer(
         model,
+        processor,
         arguments,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        data_collator=collator,
+        data["train"],
+        data["validation"],
+        collator,
         compute_metrics=metrics["validation"] if arguments.predict_with_generate else None,
-        processing_class=processor,
+        early_stopping_patience=options.early_stopping_patience,
     )
-    if options.early_stopping_patience is not None:
-        trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
-    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["model", "stage1"])
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    train_and_save(trainer, vars(options), models=["model", "stage1"])
 
     name = "test" if "test" in data else "validation"
     test, test_metrics = data[name], metrics[name]

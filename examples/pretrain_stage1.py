@@ -20,28 +20,26 @@ output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
-# Not from transformers itself: in 5.17 that name needs torchvision
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from blip2_hf import Blip2ForPreTraining, Blip2Processor
 from blip2_hf.data import (
     ImageTextCollator,
     ImageTextPairs,
-    ImageTextStream,
-    RandomResizedCropAndFlip,
     check_feature_size,
     check_held_out,
     hold_out,
-    leave_out_bad_rows,
     load_rows,
-    with_image_size,
 )
 from blip2_hf.evaluation import contrastive_retrieval_metrics
-from blip2_hf.training import Blip2Trainer, Stage1Arguments, checkpoint_to_resume
+from blip2_hf.training import (
+    Stage1Arguments,
+    make_stage1,
+    make_trainer,
+    train_and_save,
+    training_pairs,
+    without_bad_rows,
+)
 
 
 @dataclass
@@ -64,60 +62,42 @@ class PretrainingArguments:
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
-def make_datasets(options: PretrainingArguments, seed: int):
-    """Return the training pairs, the validation pairs, and whether features are stored."""
+def make_data(options: PretrainingArguments, seed: int) -> dict:
     check_held_out(options.data, options.validation)
     check_feature_size(options.image_size, options.data, options.validation)
     rows = load_rows(options.data, streaming=options.streaming)
-    is_cached = "image_embeds" in (rows.column_names or [])
     held_out = load_rows(options.validation) if options.validation else None
     columns = {name: getattr(options, name) for name in ("image_column", "text_column", "id_column", "allow_urls")}
-    transform = None if is_cached else RandomResizedCropAndFlip(options.image_size)
-    learning = {**columns, "seed": seed, "transform": transform}
-    if options.streaming:
-        rows = rows.shuffle(seed=seed, buffer_size=10_000)
-        train = ImageTextStream(rows, repeat=True, skip_broken=options.skip_bad_rows, **learning)
-    else:
-        if held_out is None:
-            rows, held_out = hold_out(rows, options.held_out, options.id_column, seed)
-        train = ImageTextPairs(rows, **learning)
-    return train, ImageTextPairs(held_out, train=False, **columns) if held_out else None, is_cached
+    stream = {"skip_broken": options.skip_bad_rows} if options.streaming else {}
+    if held_out is None and not options.streaming:
+        rows, held_out = hold_out(rows, options.held_out, options.id_column, seed)
+    return {
+        "train": training_pairs(rows, options.image_size, seed, **columns, **stream),
+        "held_out": ImageTextPairs(held_out, train=False, **columns) if held_out else None,
+    }
 
 
 def main():
     options, arguments = HfArgumentParser((PretrainingArguments, Stage1Arguments)).parse_args_into_dataclasses()
-    train, held_out, is_cached = make_datasets(options, arguments.seed)
-    if options.skip_bad_rows:
-        folder = Path(arguments.output_dir)
-        if not options.streaming:
-            train = leave_out_bad_rows(train, path=folder / "bad_rows-train.jsonl")
-        if held_out is not None:
-            held_out = leave_out_bad_rows(held_out, path=folder / "bad_rows-held_out.jsonl")
-    model = Blip2ForPreTraining.from_encoders_pretrained(
+    data = make_data(options, arguments.seed)
+    model, processor = make_stage1(
         options.vision_model,
         options.text_encoder,
+        options.image_size,
         vision_feature_layer=options.vision_feature_layer,
         num_query_tokens=options.num_query_tokens,
-        load_vision_tower=not is_cached,
+        load_vision_tower=not data["train"].has_features,
     )
-    tokenizer = AutoTokenizer.from_pretrained(options.text_encoder)
-    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    image_processor = AutoImageProcessor.from_pretrained(options.vision_model)
-    processor = Blip2Processor(with_image_size(image_processor, options.image_size), tokenizer)
-    trainer = Blip2Trainer(
-        model,
-        arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=ImageTextCollator(processor),
-        compute_metrics=contrastive_retrieval_metrics,
-        processing_class=processor,
+    collator = ImageTextCollator(processor)
+    if options.skip_bad_rows:
+        data = without_bad_rows(data, collator, arguments.output_dir)
+    train, held_out = data["train"], data["held_out"]
+    trainer = make_trainer(
+        model, processor, arguments, train, held_out, collator, compute_metrics=contrastive_retrieval_metrics
     )
-    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["vision_model", "text_encoder"])
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_and_save(trainer, vars(options), models=["vision_model", "text_encoder"])
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
-    trainer.save_model()
 
 
 if __name__ == "__main__":

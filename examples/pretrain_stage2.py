@@ -19,30 +19,20 @@ output_dir; --overwrite deletes its checkpoints.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-import transformers
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
-# Not from transformers itself: in 5.17 that name needs torchvision
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
-from blip2_hf.data import (
-    ImageTextPairs,
-    ImageTextStream,
-    LanguageModelCollator,
-    RandomResizedCropAndFlip,
-    check_feature_size,
-    hold_out,
-    leave_out_bad_rows,
-    load_rows,
-    with_image_size,
-)
+from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_size, hold_out, load_rows
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.evaluation.metrics import caption_metrics
-from blip2_hf.training import Blip2Trainer, Stage2Arguments, checkpoint_to_resume
+from blip2_hf.training import (
+    Stage2Arguments,
+    make_stage2,
+    make_trainer,
+    train_and_save,
+    training_pairs,
+    without_bad_rows,
+)
 
 
 @dataclass
@@ -70,20 +60,20 @@ class PretrainingArguments:
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out and list rows that cannot be used."})
 
 
-def make_datasets(options: PretrainingArguments, collator: LanguageModelCollator, seed: int):
-    """Return the training pairs, and pairs of all rows of some images that are held out."""
+def make_data(options: PretrainingArguments, collator: LanguageModelCollator, seed: int) -> dict:
+    """Return pairs to learn from, and pairs of all rows of some images that are held out."""
     check_feature_size(options.image_size, options.data)
-    rows = load_rows(options.data, streaming=options.streaming)
-    is_cached = "image_embeds" in (rows.column_names or [])
+    rows, held_out = load_rows(options.data, streaming=options.streaming), None
     columns = {name: getattr(options, name) for name in ("image_column", "text_column", "prompt", "allow_urls")}
-    transform = None if is_cached else RandomResizedCropAndFlip(options.image_size)
-    learning = {**columns, "seed": seed, "transform": transform, "prefix_lm": options.prefix_lm}
-    if options.streaming:
-        rows = rows.shuffle(seed=seed, buffer_size=10_000)
-        check = collator.check if options.skip_bad_rows else None
-        return ImageTextStream(rows, repeat=True, skip_broken=options.skip_bad_rows, check=check, **learning), None
-    rows, held_out = hold_out(rows, options.held_out, options.id_column, seed)
-    return ImageTextPairs(rows, **learning), ImageTextPairs(held_out, train=False, **columns) if held_out else None
+    learning = columns | {"prefix_lm": options.prefix_lm}
+    if not options.streaming:
+        rows, held_out = hold_out(rows, options.held_out, options.id_column, seed)
+    elif options.skip_bad_rows:
+        learning |= {"skip_broken": True, "check": collator.check}
+    return {
+        "train": training_pairs(rows, options.image_size, seed, **learning),
+        "held_out": ImageTextPairs(held_out, train=False, **columns) if held_out else None,
+    }
 
 
 def main():
@@ -94,44 +84,33 @@ def main():
         raise SystemExit(
             "--early_stopping_patience needs a best model: give --load_best_model_at_end and --eval_strategy steps."
         )
-    model = Blip2ForConditionalGeneration.from_pretrained_parts(
+    model, processor = make_stage2(
         options.stage1,
         options.language_model,
+        options.image_size,
         vision_model=options.vision_model,
-        language_model_kwargs={"dtype": getattr(torch, options.language_model_dtype)},
-    )
-    model.generation_config.max_new_tokens = options.max_length
-    image_processor = AutoImageProcessor.from_pretrained(options.vision_model or options.stage1)
-    processor = Blip2Processor(
-        with_image_size(image_processor, options.image_size),
-        AutoTokenizer.from_pretrained(options.language_model),
-        num_query_tokens=model.config.num_query_tokens,
-        is_encoder_decoder=model.config.is_encoder_decoder,
+        language_model_dtype=options.language_model_dtype,
+        max_new_tokens=options.max_length,
     )
     collator = LanguageModelCollator(processor, max_length=options.max_length)
-    train, held_out = make_datasets(options, collator, arguments.seed)
-    if options.skip_bad_rows and not options.streaming:
-        folder = Path(arguments.output_dir)
-        train = leave_out_bad_rows(train, collator, folder / "bad_rows-train.jsonl")
-        if held_out is not None:
-            held_out = leave_out_bad_rows(held_out, collator, folder / "bad_rows-held_out.jsonl")
+    data = make_data(options, collator, arguments.seed)
+    if options.skip_bad_rows:
+        data = without_bad_rows(data, collator, arguments.output_dir)
+    train, held_out = data["train"], data["held_out"]
     metrics = None
     if held_out is not None and arguments.predict_with_generate:
         metrics = GeneratedTextMetrics(processor, held_out, caption_metrics)
-    trainer = Blip2Trainer(
+    trainer = make_trainer(
         model,
+        processor,
         arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=collator,
+        train,
+        held_out,
+        collator,
         compute_metrics=metrics,
-        processing_class=processor,
+        early_stopping_patience=options.early_stopping_patience,
     )
-    if options.early_stopping_patience is not None:
-        trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
-    checkpoint = checkpoint_to_resume(trainer, vars(options), models=["stage1", "language_model", "vision_model"])
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    train_and_save(trainer, vars(options), models=["stage1", "language_model", "vision_model"])
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     if arguments.push_to_hub:

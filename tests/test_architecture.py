@@ -18,8 +18,8 @@ ARROWS = [
     "cli convert jobs models",
     "cli export jobs models",
     "cli attention_maps models",
-    "training data jobs models",
-    "training hub jobs models",
+    "cli training evaluation retrieval data jobs models",
+    "cli training hub jobs models",
 ]
 ROOMS = {name for row in ARROWS for name in row.split()}
 # What a model asks for when it is pushed, if the package is installed

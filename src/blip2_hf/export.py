@@ -68,7 +68,9 @@ def check_format(path: str | os.PathLike, format: str | None = None) -> str:
         formats = " or ".join(FORMATS.values())
         raise ValueError(f"{path}: a name that ends in {' or '.join(FORMATS)} was expected, or format {formats}.")
     if found == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
-        raise ImportError("ONNX needs onnx and onnxscript: pip install 'blip2-hf[export]', or both by their names.")
+        raise ImportError(
+            'ONNX needs onnx and onnxscript: pip install "blip2-hf[export]". A name that ends in .pt2 needs neither.'
+        )
     return found
 
 

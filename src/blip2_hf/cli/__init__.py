@@ -1,17 +1,19 @@
 """The command `blip2-hf`."""
 
-import argparse
 from collections.abc import Sequence
 
+from .. import __version__
 from . import ask, cache_features, capfilt, caption, convert, evaluate, export, index, look, search
+from ._parser import Parser
 
 
 COMMANDS = (ask, cache_features, capfilt, caption, convert, evaluate, export, index, look, search)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return the parser of all commands; `run` of what it returns is the function that runs one."""
-    parser = argparse.ArgumentParser(prog="blip2-hf", description="BLIP-2 for the Hugging Face stack.")
+    parser = Parser(prog="blip2-hf", description="BLIP-2 for the Hugging Face stack.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
@@ -19,6 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None):
-    """Run the command that `arguments` name; `None` takes them from the command line."""
-    options = make_parser().parse_args(arguments)
+    """
+    Run the command that `arguments` name; `None` takes them from the command line. The command finds arguments that
+    are not its own in `options.rest`, if it sets `takes_rest=True` with `set_defaults`.
+    """
+    options, _ = make_parser().parse_known_args(arguments)
     options.run(options)

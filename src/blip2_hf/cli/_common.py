@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from ._parser import Parser, above_zero, at_least_zero, positive, probability
 
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -35,10 +37,10 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--image-column": {"help": "column of the pictures", "default": "image"},
     "--image-size": {
         "help": "side in pixels of the square that pictures are scaled to; without it, that of the checkpoint",
-        "type": int,
+        "type": positive,
     },
-    "--batch-size": {"help": "pictures at a time", "type": int},
-    "--num-workers": {"help": "processes that load pictures", "type": int, "default": 0},
+    "--batch-size": {"help": "pictures at a time", "type": positive},
+    "--num-workers": {"help": "processes that load pictures", "type": at_least_zero, "default": 0},
     "--allow-urls": {
         "help": "fetch pictures that rows have as URLs, from public addresses; those of this machine and of private "
         "networks only from each HOST that is named",
@@ -46,9 +48,11 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "metavar": "HOST",
         "default": False,
     },
-    "--rows-per-shard": {"help": "rows of a file", "type": int, "default": 1000},
-    "--max-new-tokens": {"help": "the most tokens of a caption", "type": int},
-    "--top-p": {"help": "sample from the likeliest tokens that have this probability together", "type": float},
+    "--rows-per-shard": {"help": "rows of a file", "type": positive, "default": 1000},
+    "--max-new-tokens": {"help": "the most tokens of a caption", "type": positive},
+    "--num-beams": {"help": "beams; without it the model's own setting, which is mostly 1", "type": positive},
+    "--temperature": {"help": "sample at this temperature", "type": above_zero},
+    "--top-p": {"help": "sample from the likeliest tokens that have this probability together", "type": probability},
     "--generate": {
         "help": "other arguments of generate, such as length_penalty=0 repetition_penalty=1.15",
         "nargs": "+",
@@ -60,25 +64,71 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
 }
 
 
-def add_command(commands: Any, name: str, run: Callable, text: str, description: str | None = None) -> Callable:
-    """Add a command, and return the function that adds an option to it, as [`add_option`] does."""
-    parser = commands.add_parser(name, help=text, description=description or text)
+# Options by the group of the help that they are in, in the same order in all commands; what is not here is an option
+# of no group
+_GROUPS = {
+    "data": """
+        --data --config --split --image-column --image-root --text-column --caption-column --question-column
+        --answer-column --id-column --image-id-column --group-column --annotations --questions --images --image --index
+        --allow-urls --limit --skip-broken --validation --held-out --recursive
+    """,
+    "model": """
+        --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --stage1
+        --vision-feature-layer --image-size --size --max-pixels --adapter --load-in-4bit --load-in-8bit
+        --method --layer
+    """,
+    "generation": """
+        --preset --prompt --prefix --suffix --num-beams --max-new-tokens --min-new-tokens --temperature --top-p --top-k
+        --seed --num-captions --captions-per-image --generate --question
+    """,
+    "training": """
+        --task --stage --epochs --steps --learning-rate --warmup-steps --weight-decay --gradient-accumulation
+        --lora-rank --early-stopping --eval-steps --save-steps --resume --report-to --metric --table-size --views
+    """,
+    "scores": "--protocol --lemmatize --k --score --min-score --keep --top --rerank --exact",
+    "output": """
+        --output --format --extension --existing --overwrite --rebuild --approximate --store-embeds --transformers
+        --max-shard-size --sheet --open --json --csv --per-word
+    """,
+    "speed and memory": """
+        --batch-size --num-workers --device --dtype --tower-dtype --rows-per-shard --part-index --num-parts
+        --gradient-checkpointing
+    """,
+}
+_GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names.split()}
+
+
+def add_command(
+    commands: Any, name: str, run: Callable, text: str, description: str | None = None, example: str | None = None
+) -> Callable:
+    """
+    Add a command, and return the function that adds an option to it, as [`add_option`] does. `example` is a line that
+    can be run, for the end of the help.
+    """
+    parser = commands.add_parser(
+        name, help=text, description=description or text, example=example, group_titles=tuple(_GROUPS)
+    )
     parser.set_defaults(run=partial(_run_command, run))
     return partial(add_option, parser)
 
 
 def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Namespace):
     """Run a command. An error that users can mend is told in a line, without a traceback."""
-    from ..jobs.errors import printable
+    from ..jobs.errors import tell_errors
 
-    try:
-        check_device(getattr(options, "device", None))
-        run(options)
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"blip2-hf: {printable(str(error))}") from error
-    except KeyboardInterrupt:
-        end_workers()
-        raise SystemExit("blip2-hf: stopped.") from None
+    with tell_errors("blip2-hf"):
+        try:
+            check_device(getattr(options, "device", None))
+            run(options)
+        except KeyboardInterrupt:
+            stop("stopped.")
+
+
+def stop(message: str) -> NoReturn:
+    """End after Ctrl-C, as the shell has it."""
+    end_workers()
+    print(f"blip2-hf: {message}", file=sys.stderr)
+    raise SystemExit(130)
 
 
 def check_device(name: str | None):
@@ -99,13 +149,18 @@ def end_workers():
         worker.terminate()
 
 
-def add_option(parser: Any, name: str, text: str | None = None, **kwargs):
+def add_option(parser: Parser, name: str, text: str | None = None, **kwargs):
     """Add an argument. What is not given is as in the other commands that have it. The help tells the default."""
     kwargs = _SHARED.get(name, {}) | kwargs | ({} if text is None else {"help": text})
     default = kwargs.get("default")
     if default is not None and default is not False:  # 0 is told
         kwargs["help"] += " (default: %(default)s)"
-    parser.add_argument(name, **kwargs)
+    option_group(parser, name).add_argument(name, **kwargs)
+
+
+def option_group(parser: Parser, name: str) -> Any:
+    """Return the group of the help that an option belongs to, or the parser itself."""
+    return parser.groups.get(_GROUP_OF.get(name, ""), parser)
 
 
 def pick(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -183,7 +238,7 @@ def find_device(given: str | None) -> Any:
 
 def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
     """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
-    from ..jobs.inference import load_model
+    from ..jobs.inference import load_model, processor_place
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
     from ..models.processing_blip2 import Blip2Processor
@@ -191,4 +246,4 @@ def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = 
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
     expected = f"A model that writes text, of {model_class.__name__},"
     model = load_model(model_class, name, expected, dtype=dtype or "auto")
-    return model.to(device), Blip2Processor.from_pretrained(name)
+    return model.to(device), Blip2Processor.from_pretrained(processor_place(name))

@@ -1,10 +1,11 @@
 """Options of generation: what the commands make of them, and their checks before a model is loaded."""
 
 import argparse
-import difflib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from ..jobs.errors import did_you_mean
 
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def _check_argument(name: str, value: Any):
 
     known = set(GenerationConfig().to_dict()) - _OTHERS.keys()
     if name not in known:
-        instead = _OTHERS.get(name) or next(iter(difflib.get_close_matches(name, known)), None)
-        hint = "" if instead is None else f" Did you mean {instead}?"
+        instead = _OTHERS.get(name)
+        hint = did_you_mean(name, known) if instead is None else f" Give {instead}."
         raise ValueError(f"--generate {name}: there is no argument {name!r} of generate that can be given here.{hint}")
     fits, expected = _VALUES.get(name, (lambda value: True, ""))
     if not fits(value):
@@ -93,9 +94,11 @@ def check_generation(kwargs: dict[str, Any], model: str, num_texts: int = 1):
     """
     from transformers import GenerationConfig
 
+    from ..jobs.inference import weights_place
+
     GenerationConfig(**kwargs).validate()
     try:
-        own = GenerationConfig.from_pretrained(model)
+        own = GenerationConfig.from_pretrained(weights_place(model))
     except OSError:  # without settings of its own
         own = GenerationConfig()
     beams = kwargs.get("num_beams") or own.num_beams or 1

@@ -17,12 +17,13 @@ _LIKE_A_FILE = re.compile(r"\S*\w\.[A-Za-z]\w{1,4}|\S*[/\\]\S*")  # cat.jgp, pho
 
 
 def add_parser(commands: Any):
-    add = add_command(commands, "ask", _run, "Answer questions about pictures.")
+    example = "blip2-hf ask cat.jpg 'what colour is the cat?' --model Salesforce/blip2-flan-t5-xl"
+    add = add_command(commands, "ask", _run, "Answer questions about pictures.", example=example)
     arguments = "pictures (files, 'photos/*.jpg', URLs) and questions, in any order; each question is asked of each"
     add("arguments", arguments, nargs="+", metavar="PICTURE QUESTION")
     add("--model", required=True)
     add("--prompt", "what the model goes on from, with the question at {}; without it the paper's for zero-shot VQA")
-    add("--num-beams", "beams (default: 5)", type=int)
+    add("--num-beams", "beams (default: 5)")
     add("--max-new-tokens", "the most tokens of an answer (default: 10)")
     add("--generate")
     add("--image-size")
@@ -58,11 +59,12 @@ def _run(options: argparse.Namespace):
 def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, dict[str, Any]]:
     """Return the model, its processor, and the arguments of `generate`."""
     from ..data import with_image_size
+    from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
     from ..models.generation_presets import generation_preset
 
     given = given_generation(options)
-    config = Blip2Config.from_pretrained(options.model)
+    config = Blip2Config.from_pretrained(weights_place(options.model))
     preset = generation_preset("vqa", config)
     kwargs = generation_with_preset(preset, given)
     check_generation(kwargs, options.model)

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ._common import DTYPES, add_command, find_device, load_dataset, pick
+from ._common import DTYPES, add_command, find_device, load_dataset, option_group, pick
 
 
 def add_parser(commands: Any):
@@ -14,7 +14,8 @@ def add_parser(commands: Any):
     add("--config")
     add("--split")
     add("--image-column")
-    source = commands.choices["cache-features"].add_mutually_exclusive_group(required=True)
+    group = option_group(commands.choices["cache-features"], "--model")
+    source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="BLIP-2 whose tower is taken: folder or id on the Hub")
     source.add_argument("--vision-model", help="any tower of AutoModel: folder or id on the Hub")
     add("--vision-feature-layer", "with --vision-model: index into its hidden states, not its last output", type=int)

@@ -68,9 +68,9 @@ def _open_captioner(options: argparse.Namespace, device: Any, kwargs: dict[str, 
     from transformers import AutoConfig, pipeline
 
     from ..capfilt import ModelCaptioner, PipelineCaptioner
-    from ..jobs.inference import check_finite
+    from ..jobs.inference import check_finite, weights_place
 
-    config = AutoConfig.from_pretrained(options.captioner)
+    config = AutoConfig.from_pretrained(weights_place(options.captioner))
     if config.model_type in ("blip2", "blip-2"):
         parts = load_captioner(options.captioner, options.dtype, device, is_stage1=config.text_config is None)
         return ModelCaptioner(*parts, options.num_captions, options.prompt, **kwargs)

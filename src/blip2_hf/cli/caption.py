@@ -9,6 +9,7 @@ from typing import Any
 
 from ._common import add_command, find_device, load_captioner, load_dataset, pick, processes, tell_image_size
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
+from ._parser import positive
 from ._pictures import named_pictures, pixel_limit
 
 
@@ -19,7 +20,8 @@ _WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 
 def add_parser(commands: Any):
     text = "Caption pictures: print captions of files, or write those of a collection. Run again to go on."
-    add = add_command(commands, "caption", _run, text)
+    example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,' --existing skip"
+    add = add_command(commands, "caption", _run, text, example=example)
     kinds = (
         "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), id on the Hub; or "
         "pictures: files, 'photos/*.jpg', URLs, whose captions are printed unless --output is given"
@@ -40,15 +42,17 @@ def add_parser(commands: Any):
     add("--prompt", "text that the captions go on from, such as 'a photo of'")
     add("--prefix", "text to put before each caption, such as a trigger word")
     add("--suffix", "text to put behind each caption")
-    add("--captions-per-image", "captions of each picture, sampled or of as many beams", type=int, default=1)
-    add("--num-beams", "beams; without it the model's own setting, which is mostly 1", type=int)
+    add("--captions-per-image", "captions of each picture, sampled or of as many beams", type=positive, default=1)
+    add("--num-beams")
     add("--max-new-tokens", "the most tokens of a caption; without it 30, or the preset's")
     add("--top-p")
-    add("--temperature", "sample at this temperature", type=float)
+    add("--temperature")
     add("--seed", "seed of what is sampled", type=int)
     add("--generate")
     add("--image-size")
-    add("--max-pixels", "larger pictures are listed as broken; without it PIL's limit, about 89 million", type=int)
+    add(
+        "--max-pixels", "larger pictures are listed as broken; without it PIL's limit, about 89 million", type=positive
+    )
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
@@ -62,8 +66,6 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     if options.overwrite and options.existing not in (None, "overwrite"):
         raise ValueError(f"--overwrite and --existing {options.existing} were given: give one of them.")
-    if options.captions_per_image < 1:
-        raise ValueError(f"--captions-per-image {options.captions_per_image}: at least 1 was expected.")
     files = _named_files(options.data)
     with pixel_limit(options.max_pixels):
         if files is not None and not _given(options, _WRITING):
@@ -126,11 +128,12 @@ def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | Non
     """Return the model, its processor, the prompt, and the other arguments of `caption_images`."""
     from ..captioning.captions import MAX_NEW_TOKENS
     from ..data import with_image_size
+    from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
     from ..models.generation_presets import generation_preset
 
     kwargs, prompt = given_generation(options), options.prompt
-    config = Blip2Config.from_pretrained(options.model)
+    config = Blip2Config.from_pretrained(weights_place(options.model))
     preset = None if options.preset is None else generation_preset(options.preset, config)
     if preset is not None:
         kwargs = generation_with_preset(preset, kwargs)

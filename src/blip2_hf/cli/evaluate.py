@@ -162,10 +162,11 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
 def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
     """Return the prompt and the settings, for which the model's configuration is enough."""
     from ..evaluation.benchmarks import check_preset
+    from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
 
     given = given_generation(options)
-    config = Blip2Config.from_pretrained(options.model)
+    config = Blip2Config.from_pretrained(weights_place(options.model))
     preset = generation_preset(options.preset or task.preset, config)
     if options.prompt is not None:
         preset = replace(preset, prompt=options.prompt)

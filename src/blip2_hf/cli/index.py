@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from ._common import add_command, end_workers, pick
+from ._common import add_command, pick, stop
 
 
 _SHOWN = 5  # broken pictures that are told of
@@ -37,10 +37,8 @@ def _run(options: argparse.Namespace):
     try:
         index = SearchIndex.build(options.folder, options.model, **kwargs)
     except KeyboardInterrupt:
-        end_workers()
         again = "again, without --rebuild," if options.rebuild else "again"
-        message = f"blip2-hf: stopped. What is finished is kept: run the same command {again} to go on."
-        raise SystemExit(message) from None
+        stop(f"stopped. What is finished is kept: run the same command {again} to go on.")
     if broken := [*index.broken().values()]:
         place = index.directory / "broken.json"
         more = [f"... and {len(broken) - _SHOWN:,} more"] if len(broken) > _SHOWN else []

@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace):
 
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """Load a model or, if there is a text, one with heads for matching and its processor."""
-    from ..jobs.inference import load_model
+    from ..jobs.inference import load_model, weights_place
     from ..models.configuration_blip2 import Blip2Config
     from ..models.modeling_base import Blip2Model
     from ..retrieval.loading import load_retrieval_model
@@ -61,7 +61,7 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.text is None:
         model = load_model(Blip2Model, options.model, "A BLIP-2", dtype=options.dtype or "auto")
         return model.to(find_device(options.device)), None
-    if not Blip2Config.from_pretrained(options.model).qformer_config.use_qformer_text_input:
+    if not Blip2Config.from_pretrained(weights_place(options.model)).qformer_config.use_qformer_text_input:
         raise ValueError(
             f"{options.model} has not learned to match images with texts: give a model of stage 1 or for retrieval, "
             "or leave out TEXT to draw what the queries attend to."
@@ -75,8 +75,9 @@ def _load_image_processor(options: argparse.Namespace) -> Any:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from ..data.image_size import own_image_size, with_image_size
+    from ..jobs.inference import processor_place
 
-    image_processor = AutoImageProcessor.from_pretrained(options.model)
+    image_processor = AutoImageProcessor.from_pretrained(processor_place(options.model))
     own_sides = set(own_image_size(image_processor).values())
     if options.image_size is None and len(own_sides) > 1:
         raise ValueError(f"The pictures of {options.model} are no squares: give --image-size.")

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import find_adapter_config_file
 
 from ..jobs.atomic_files import rename, temporary_folder
-from ..jobs.inference import check_finite
+from ..jobs.inference import adapter_base, check_finite, merge_adapters
 from ..models.configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
 from ..models.modeling_base import Blip2Model, Blip2PreTrainedModel
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
@@ -38,6 +37,7 @@ QUERY_TOKENS = {r"^query_tokens$": "query_tokens.weight"}
 def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedModel, list[str]]:
     r"""
     Load a checkpoint of this library, or of transformers' BLIP-2 or InstructBLIP, in its own class and precision.
+    Adapters of PEFT are merged into their base model.
 
     Args:
         name_or_path (`str` or `os.PathLike`):
@@ -47,8 +47,11 @@ def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedMod
         `tuple`: the model, and the names of the tensors that it has no place for.
 
     Raises:
-        ValueError: if it is something else, such as an adapter of PEFT, or weights are missing, NaN or infinite.
+        ValueError: if it is something else, or weights are missing, NaN or infinite.
     """
+    if (base := adapter_base(name_or_path)) is not None:
+        model, left = load_checkpoint(base)
+        return merge_adapters(model, name_or_path), left
     load = _loader(name_or_path)
     # transformers loads most tensors in one dtype, and each is to have that of its file
     model, left = load()
@@ -66,11 +69,6 @@ def _loader(name_or_path: str | os.PathLike) -> Callable[..., tuple[Blip2PreTrai
     # Empty if there is no config.json
     content, _ = PreTrainedConfig.get_config_dict(name_or_path)
     model_type, architecture = content.get("model_type"), (content.get("architectures") or ["no class"])[0]
-    if not model_type and find_adapter_config_file(str(name_or_path)) is not None:
-        raise ValueError(
-            f"{name_or_path} holds an adapter of PEFT without its model. Load it with PeftModel.from_pretrained, save "
-            "what its merge_and_unload() returns, and give that folder."
-        )
     if model_type == InstructBlipConfig.model_type:
         return lambda **kwargs: (load_instructblip_checkpoint(name_or_path, **kwargs), [])
     if model_type not in (Blip2Config.model_type, TRANSFORMERS_MODEL_TYPE):

@@ -9,6 +9,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.instructblip.processing_instructblip import InstructBlipProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..jobs.inference import processor_place
 from ..models.configuration_blip2 import Blip2Config
 from ..models.processing_blip2 import QFORMER_TOKENIZER, Blip2Processor
 
@@ -47,6 +48,7 @@ def image_processor_of_size(image_size: int) -> Any:
 
 def load_processor(name_or_path: str | os.PathLike, config: Blip2Config) -> Blip2Processor:
     """Load the processor of a checkpoint of this library, or of transformers' BLIP-2 or InstructBLIP."""
+    name_or_path = processor_place(name_or_path)
     processor = Blip2Processor.from_pretrained(name_or_path)
     reads_question = config.text_config is not None and config.qformer_config.use_qformer_text_input
     if reads_question and processor.qformer_tokenizer is None:

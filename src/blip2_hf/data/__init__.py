@@ -11,7 +11,7 @@ from .feature_cache import (
     read_cached_features,
 )
 from .image_size import with_image_size
-from .loading import check_held_out, hold_out, load_rows
+from .loading import check_held_out, find_id_column, hold_out, load_rows
 from .pairs import ImageTextPairs, ImageTextStream
 from .text import clean_caption, clean_question, split_prefix
 from .transforms import RandomResizedCropAndFlip
@@ -33,6 +33,7 @@ __all__ = [
     "check_pairs",
     "clean_caption",
     "clean_question",
+    "find_id_column",
     "hold_out",
     "leave_out_bad_rows",
     "load_cached_features",

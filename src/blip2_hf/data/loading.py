@@ -23,6 +23,7 @@ _BUILDERS = {  # of `datasets`, by the ending of a file
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
+_ID_TYPES = {"string", "large_string", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 # What opens the folders that `cache_features` and `Dataset.save_to_disk` write, by a file in them
 _FOLDERS = {"cache.json": load_cached_features, "dataset_info.json": datasets.load_from_disk}
 
@@ -147,6 +148,28 @@ def hold_out(
     return rows.select(parts[0]), rows.select(parts[1])
 
 
+def find_id_column(rows: datasets.Dataset | datasets.IterableDataset, image_column: str = "image") -> str | None:
+    r"""
+    Find the column that tells which picture a row is about, for the `id_column` of [`hold_out`] and
+    [`ImageTextPairs`]: `image_id`, the `file_name` of a folder of pictures, or the pictures' own column if it has paths
+    or numbers of rows.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`):
+            The rows.
+        image_column (`str`, *optional*, defaults to `"image"`):
+            Column of the pictures.
+
+    Returns:
+        `str` or `None`: the column, of integers or strings; `None` if there is none.
+    """
+    features = rows.features or {}
+    for name in ("image_id", "file_name", image_column):
+        if isinstance(feature := features.get(name), datasets.Value) and feature.dtype in _ID_TYPES:
+            return name
+    return None
+
+
 def _read_ids(rows: datasets.Dataset, column: str) -> list[int | str]:
     selected = select_columns(rows.with_format(None), [column])
     (name,) = selected.column_names
@@ -185,4 +208,4 @@ def _with_row_numbers(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
 
 
-__all__ = ["check_held_out", "hold_out", "load_rows"]
+__all__ = ["check_held_out", "find_id_column", "hold_out", "load_rows"]

@@ -57,6 +57,10 @@ class GeneratedTextMetrics:
             the texts as they stand in the data; `exact_match` and `word_f1` compare with the texts as they are
             learned.
 
+    Attributes:
+        predictions (`list[str]`):
+            The texts of the last call.
+
     Raises:
         ValueError: if `score` is given without `pairs`; in a call, if the predictions are not of `pairs`.
 
@@ -72,6 +76,7 @@ class GeneratedTextMetrics:
             raise ValueError("score needs all references: give the dataset that is evaluated as pairs.")
         self.processor = processor
         self.score = score
+        self.predictions: list[str] = []
         self.references = None if pairs is None else pairs.references()
         self.references_as_written = [] if pairs is None else pairs.references(cleaned=False)
 
@@ -92,7 +97,7 @@ class GeneratedTextMetrics:
         return [text.strip().partition("\n")[0].strip() for text in texts]
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        predictions = self.texts(prediction.predictions)
+        predictions = self.predictions = self.texts(prediction.predictions)
         if self.references is None:
             references = [[text] for text in self.texts(prediction.label_ids)]
         else:

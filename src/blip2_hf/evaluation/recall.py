@@ -38,14 +38,15 @@ def contrastive_retrieval_metrics(prediction: EvalPrediction) -> dict[str, float
             The model's `image_features` and `text_features` as the last two `predictions`; `label_ids` are the ids.
 
     Returns:
-        `dict[str, float]`: that of [`retrieval_recall`].
+        `dict[str, float]`: that of [`retrieval_recall`], and `mean_recall`, the mean of its values.
     """
     image_features, text_features = (torch.from_numpy(features) for features in prediction.predictions[-2:])
     text_ids = np.asarray(prediction.label_ids)
     image_ids, first = np.unique(text_ids, return_index=True)
     parts = [image_text_similarity(chunk, text_features) for chunk in image_features[first].split(256)]
     is_match = torch.from_numpy(image_ids[:, None] == text_ids[None, :])
-    return retrieval_recall(torch.cat(parts), is_match)
+    recall = retrieval_recall(torch.cat(parts), is_match)
+    return recall | {"mean_recall": sum(recall.values()) / len(recall)}
 
 
 __all__ = ["contrastive_retrieval_metrics", "retrieval_recall"]

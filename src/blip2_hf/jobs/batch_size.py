@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers.utils import is_accelerate_available, logging
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +39,7 @@ class BatchSize:
             try:
                 result = function(part)
             except RuntimeError as error:
-                if len(part) == 1 or not _is_lack_of_memory(error):
+                if len(part) == 1 or not should_reduce_batch_size(error):
                     raise
             else:
                 done += len(part)
@@ -56,21 +57,11 @@ class BatchSize:
             try:
                 return function(self.size)
             except RuntimeError as error:
-                if self.size == 1 or not _is_lack_of_memory(error):
+                if self.size == 1 or not should_reduce_batch_size(error):
                     raise
             self._halve(self.size)
 
     def _halve(self, failed: int):
-        from accelerate.utils.memory import clear_device_cache
-
         clear_device_cache(garbage_collection=True)
         self.size = failed // 2
         logger.warning(f"Too little memory for {failed} at a time: going on with {self.size}.")
-
-
-def _is_lack_of_memory(error: RuntimeError) -> bool:
-    if not is_accelerate_available():
-        return False
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return should_reduce_batch_size(error)

@@ -1,5 +1,8 @@
 """Errors of jobs. Each message says what was given, what was expected and what to do."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -36,3 +39,38 @@ def shorten(value: Any) -> str:
     shown = repr(value)
     half = _LONGEST_VALUE // 2
     return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:half]}...{shown[-half:]}"
+
+
+@contextlib.contextmanager
+def tell_errors(name: str) -> Iterator[None]:
+    r"""
+    Tell an error that users can mend in a line, in place of a traceback, and end with the exit code 1, or 130 after
+    Ctrl-C. Scripts wrap their `main` in it.
+
+    Args:
+        name (`str`):
+            Name of the program, with which the line begins.
+    """
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"{name}: {printable(describe(error))}") from error
+    except RuntimeError as error:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        if not should_reduce_batch_size(error):
+            raise
+        raise SystemExit(
+            f"{name}: memory ran out. Make batches smaller, load the model in another dtype such as bfloat16, or take "
+            "a device with more memory."
+        ) from error
+    except KeyboardInterrupt:
+        print(f"{name}: stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def describe(error: Exception) -> str:
+    """Return what an error says: of one of the system the file first, and then what is the matter with it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)

@@ -1,23 +1,88 @@
-"""Models that jobs compute with: with all their weights, all of which are numbers."""
+"""Models that jobs compute with: with all their weights, all of which are numbers, and with adapters of PEFT."""
 
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import PROCESSOR_NAME, cached_file, find_adapter_config_file
 
 from ..models.backbones import load_whole
+from ..models.configuration_blip2 import is_hub_id
+from .state_files import read_json
 
 
 def load_model(model_class: Any, name: str | os.PathLike, expected: str, **kwargs) -> Any:
     """
     Load a model with all its weights, all of which are numbers. If weights are missing, NaN or infinite, a
     `ValueError` asks for `expected`, a kind of checkpoint. `kwargs` are those of `from_pretrained`, such as `dtype`.
+    If `name` holds adapters of PEFT, they are put into their base model.
     """
-    model = load_whole(model_class, name, expected, **kwargs)
+    base = weights_place(name)
+    model = load_whole(model_class, base, expected, **kwargs)
+    if base != str(name):
+        model = _with_adapters(model, name)
     check_finite(model, name)
     return model
+
+
+def merge_adapters(model: torch.nn.Module, name: str | os.PathLike) -> Any:
+    """Return the base model of the adapters in `name` with their weights added to its own."""
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(model, name).merge_and_unload()
+    check_finite(merged, name)
+    return merged
+
+
+def weights_place(name: str | os.PathLike) -> str:
+    """
+    Return the folder or id with the configuration and the weights of a model: `name` itself or, if `name` holds
+    adapters of PEFT, their base model. A base that is not there is a `ValueError`.
+    """
+    base = adapter_base(name)
+    return str(name) if base is None else base
+
+
+def adapter_base(name: str | os.PathLike) -> str | None:
+    """Return the base model of the adapters of PEFT in a folder or repository, `None` if there are no adapters."""
+    try:
+        path = find_adapter_config_file(str(name))
+    except OSError:
+        return None
+    if path is None:
+        return None
+    base = read_json(Path(path), "It names the base model of the adapters.").get("base_model_name_or_path")
+    mend = "Give the base model as base_model_name_or_path in adapter_config.json."
+    if not base:
+        raise ValueError(f"{name} holds adapters, and does not say of which model. {mend}")
+    for folder in (Path(base), Path(path).parent / base):
+        if folder.is_dir():
+            return str(folder)
+    if not is_hub_id(base):
+        raise ValueError(f"{name} holds adapters of {base}, which is not there. Bring it back. {mend}")
+    return base
+
+
+def processor_place(name: str | os.PathLike) -> str:
+    """Return the folder or id with the processor of a model: `name` itself, or the base of adapters without one."""
+    base = adapter_base(name)
+    if base is None or cached_file(str(name), PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False):
+        return str(name)
+    return base
+
+
+def _with_adapters(model: torch.nn.Module, name: str | os.PathLike) -> Any:
+    """Put adapters into a model, unless all of them are of parts that it does not have."""
+    from peft import PeftConfig, PeftModel
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = PeftConfig.from_pretrained(name)
+    if not any(check_target_module_exists(config, part) for part, _ in model.named_modules()):
+        return model
+    return PeftModel.from_pretrained(model, name).get_base_model()
 
 
 def check_finite(model: torch.nn.Module, name: str | os.PathLike):

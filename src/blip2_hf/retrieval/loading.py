@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..jobs.fingerprints import check_settings, fingerprint, sampled_weights
-from ..jobs.inference import load_model
+from ..jobs.inference import load_model, processor_place
 from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
 from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
 from ..models.processing_blip2 import Blip2Processor
@@ -32,7 +32,7 @@ def load_retrieval_model(
     Args:
         name (`str` or `os.PathLike`):
             Folder or id on the Hub of a [`Blip2ForImageTextRetrieval`], a [`Blip2ForPreTraining`] or transformers'
-            own `Blip2ForImageTextRetrieval`, with its processor.
+            own `Blip2ForImageTextRetrieval`, with its processor, or of adapters (PEFT) of one.
         device (`str` or `torch.device`, *optional*):
             What it computes on. Without it, an accelerator if there is one.
         dtype (`str` or `torch.dtype`, *optional*):
@@ -50,7 +50,7 @@ def load_retrieval_model(
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     # Parts that from_pretrained keeps in float32 too
     model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return model.eval(), Blip2Processor.from_pretrained(name)
+    return model.eval(), Blip2Processor.from_pretrained(processor_place(name))
 
 
 def model_and_processor(

@@ -25,9 +25,7 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ImportError(
-            "approximate search needs faiss. Install it: pip install 'blip2-hf[search]', or pip install faiss-cpu."
-        ) from error
+        raise ImportError('Approximate search needs faiss: pip install "blip2-hf[search]".') from error
     return faiss
 
 

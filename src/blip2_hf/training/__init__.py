@@ -1,9 +1,18 @@
 """Training with transformers' `Trainer`: the paper's settings, trained parts, learning rates by layer, resumption."""
 
-from .arguments import Blip2Arguments, FineTuningArguments, Stage1Arguments, Stage2Arguments
+from .arguments import (
+    Blip2Arguments,
+    FineTuningArguments,
+    RetrievalArguments,
+    Stage1Arguments,
+    Stage2Arguments,
+)
 from .checkpoints import checkpoint_to_resume, last_complete_checkpoint
 from .layer_decay import vision_layer_scales
+from .models import load_stage1, load_writer, make_stage1, make_stage2
 from .presets import describe_trained_parts, train_only
+from .runs import make_trainer, train_and_save, training_pairs, without_bad_rows
+from .sample_table import SampleTable
 from .trainer import Blip2Trainer
 
 
@@ -11,11 +20,21 @@ __all__ = [
     "Blip2Arguments",
     "Blip2Trainer",
     "FineTuningArguments",
+    "RetrievalArguments",
+    "SampleTable",
     "Stage1Arguments",
     "Stage2Arguments",
     "checkpoint_to_resume",
     "describe_trained_parts",
     "last_complete_checkpoint",
+    "load_stage1",
+    "load_writer",
+    "make_stage1",
+    "make_stage2",
+    "make_trainer",
+    "train_and_save",
     "train_only",
+    "training_pairs",
     "vision_layer_scales",
+    "without_bad_rows",
 ]

@@ -42,7 +42,18 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "lm_head",
     ),
     "stage2": ("vision_model.post_layernorm", "query_tokens", "qformer", "embeddings", "language_projection"),
-    "finetune": ("vision_model", "query_tokens", "qformer", "embeddings", "language_projection"),
+    "finetune": (
+        "vision_model",
+        "query_tokens",
+        "qformer",
+        "embeddings",
+        "language_projection",
+        "vision_projection",
+        "text_projection",
+        "itm_head",
+        "temperature",
+        "lm_head",
+    ),
     "projection": ("language_projection",),
     "qformer": ("vision_model.post_layernorm", "query_tokens", "qformer", "embeddings"),
     "everything": ("",),
@@ -60,7 +71,7 @@ def train_only(
     |---|---|
     | `"stage1"` | all of a [`Blip2ForPreTraining`] but the tower (section 3.2) |
     | `"stage2"` | Q-Former, queries, the LayerNorm after the tower, the projection (section 3.3) |
-    | `"finetune"` | these and the tower (appendix) |
+    | `"finetune"` | these and the tower (appendix); for retrieval, all of a [`Blip2ForPreTraining`] |
     | `"projection"` | the projection alone: a trained Q-Former is aligned to another language model |
     | `"qformer"` | the Q-Former, queries and the LayerNorm after the tower |
     | `"lora_language_model"`, `"lora_qformer"`, `"lora_vision_model"` | low-rank adapters in one part |
@@ -92,7 +103,7 @@ def train_only(
         raise ValueError(f"There is no preset {preset!r}: one of {[*PRESETS, *LORA_PARTS]} was expected.")
     if lora_config is not None:
         raise ValueError(f"lora_config is for {sorted(LORA_PARTS)}, but the preset is {preset!r}: leave it out.")
-    if preset != "everything" and (preset == "stage1") != isinstance(model, Blip2ForPreTraining):
+    if preset not in ("finetune", "everything") and (preset == "stage1") != isinstance(model, Blip2ForPreTraining):
         raise ValueError(f"The preset {preset!r} is not for a {public_class_name(model)}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(PRESETS[preset]))

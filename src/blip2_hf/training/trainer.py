@@ -1,6 +1,5 @@
 """`Trainer` for BLIP-2: presets, weight decay, the losses of stage 1, evaluation, epochs, and pushes to the Hub."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ from ..data.pairs import ImageTextStream
 from ..hub import fetch_card, is_of_this_package
 from ..hub.model_card import CARD_NAME, PIPELINE_TAGS, class_name, write_model_card
 from ..jobs.atomic_files import write_json
-from ..models.configuration_blip2 import is_hub_id
+from ..jobs.state_files import read_json
+from ..models.configuration_blip2 import is_hub_id, public_class_name
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
 from ..models.modeling_pretraining import Blip2ForPreTraining
 from ..models.processing_blip2 import Blip2Processor
@@ -40,6 +40,11 @@ logger = logging.get_logger(__name__)
 _WITHOUT_WEIGHT_DECAY = ("query_tokens.", "temperature.")
 # Ends of the names of numbers that an evaluation logs besides its scores
 _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
+_AUTO_CLASSES = {
+    "Blip2ForConditionalGeneration": "AutoModelForImageTextToText",
+    "Blip2ForPreTraining": "AutoModelForPreTraining",
+    "Blip2ForImageTextRetrieval": "AutoModelForZeroShotImageClassification",
+}
 _SETTINGS_IN_CARD = ("weight_decay", "preset", "vision_layer_decay", "gradient_caching_chunk_size")
 
 
@@ -301,9 +306,11 @@ class Blip2Trainer(Seq2SeqTrainer):
         card = Path(output_dir or self.args.output_dir) / CARD_NAME
         before = card.read_bytes() if card.exists() else None
         super()._save(output_dir, state_dict)
+        adapter_config = Path(output_dir or self.args.output_dir) / "adapter_config.json"
+        if adapter_config.exists():
+            _complete_adapter_config(adapter_config, self._bare_model(), self.args.push_to_hub)
         if not self.args.push_to_hub:
             return
-        _leave_out_local_base(Path(output_dir or self.args.output_dir) / "adapter_config.json")
         # PEFT writes a mostly blank card of its own with each save
         if before is not None:
             card.write_bytes(before)
@@ -318,12 +325,19 @@ class Blip2Trainer(Seq2SeqTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
 
-def _leave_out_local_base(path: Path):
-    """Remove the name of an adapter's base model if it is a folder, which means nothing on another machine."""
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _complete_adapter_config(path: Path, model: nn.Module, is_pushed: bool):
+    """
+    Name the Auto class of the base model, because `AutoPeftModel` imports none of this package, and the base's folder
+    so that it is found from everywhere. A folder is not pushed: it means nothing on another machine.
+    """
+    config = read_json(path, "It was just written.")
     base = config.get("base_model_name_or_path")
     if base and not is_hub_id(base):
-        write_json(path, config | {"base_model_name_or_path": None})
+        base = None if is_pushed else os.path.abspath(base)
+    auto_class = _AUTO_CLASSES.get(public_class_name(model))
+    if auto_class is not None:
+        config["auto_mapping"] = {"base_model_class": auto_class, "parent_library": "transformers"}
+    write_json(path, config | {"base_model_name_or_path": base})
 
 
 def _scores(logs: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Captions, answers and retrieval scored as the benchmarks do: pure Python functions, and modules of `evaluate`."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .bleu import bleu
@@ -64,6 +65,7 @@ def load_metric(name: str, **kwargs: Any) -> "EvaluationModule":
 
     Raises:
         `ValueError`: if there is no such metric.
+        `ImportError`: if `evaluate` is not installed.
 
     Example:
 
@@ -74,6 +76,8 @@ def load_metric(name: str, **kwargs: Any) -> "EvaluationModule":
     ```"""
     if name not in METRICS:
         raise ValueError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
+    if find_spec("evaluate") is None:
+        raise ImportError('Modules of evaluate need it: pip install "blip2-hf[evaluation]".')
     from .evaluate_module import Blip2Metric
 
     return Blip2Metric(config_name=name, **kwargs)

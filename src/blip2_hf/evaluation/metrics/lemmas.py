@@ -7,9 +7,9 @@ from typing import Any
 
 _MODEL = "en_core_web_sm"
 _INSTALL = (
-    f"Answers are lemmatised by spaCy and its model {_MODEL}, as in LAVIS. Install both: pip install "
-    f"'blip2-hf[okvqa]', or pip install spacy, and python -m spacy download {_MODEL}. Or score the answers as they "
-    "are: lemmatize=False, or --no-lemmatize."
+    f"Answers are lemmatised by spaCy and its model {_MODEL}, as in LAVIS. Install both: "
+    f'pip install "blip2-hf[okvqa]", and python -m spacy download {_MODEL}. Or score the answers as they are: '
+    "lemmatize=False, or --no-lemmatize."
 )
 
 

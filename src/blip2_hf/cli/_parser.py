@@ -1,0 +1,98 @@
+"""A parser of arguments that tells mistakes in a line, and guesses what was meant."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return the end of a message about a name that is not known: the most similar one, if there is one."""
+    found = difflib.get_close_matches(given, list(known), n=1)
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+def number(kind: type, least: float | None = None, most: float | None = None, above: float | None = None) -> Callable:
+    """Return a function that parses an `int` or a `float` within bounds."""
+    bounds = [f"at least {least}"] if least is not None else []
+    bounds += [f"more than {above}"] if above is not None else []
+    bounds += [f"at most {most}"] if most is not None else []
+    name = "a whole number" if kind is int else "a number"
+    expected = " ".join([name, *([] if not bounds else ["of", " and ".join(bounds)])])
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        # Not a number is within no bounds
+        is_within = (least is None or value >= least) and (above is None or value > above)
+        if value != value or not is_within or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text!r} was given, {expected} was expected")
+        return value
+
+    return parse
+
+
+positive = number(int, least=1)
+at_least_zero = number(int, least=0)
+probability = number(float, above=0, most=1)
+above_zero = number(float, above=0)
+
+
+class Parser(argparse.ArgumentParser):
+    r"""
+    Parser of a command. Options may be written with underscores in place of hyphens, but not cut short.
+
+    Args:
+        example (`str`, *optional*):
+            Line for the end of the help.
+        group_titles (`Sequence[str]`, *optional*):
+            Titles of the groups that options are in, in the order of the help.
+        kwargs:
+            Arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *args, example: str | None = None, group_titles: Sequence[str] = (), **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.example = example
+        self.groups = {title: self.add_argument_group(title) for title in group_titles}
+
+    def format_help(self) -> str:
+        # Not argparse's epilog, which is broken into lines
+        return super().format_help() + (f"\nexample:\n  {self.example}\n" if self.example else "")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse arguments. What is not known is an error, unless the command sets `takes_rest`."""
+        if args is not None and self._subparsers is None:
+            args = self._correct(list(args))
+        options, rest = super().parse_known_args(args, namespace)
+        if rest and not getattr(options, "takes_rest", False):
+            self.error(f"{rest[0]!r} was given, and nothing like it is expected.")
+        options.rest = rest
+        return options, rest
+
+    def _correct(self, args: list[str]) -> list[str]:
+        """Write options as they are called here, and refuse those that are not known."""
+        end = args.index("--") if "--" in args else len(args)
+        for position, arg in enumerate(args[:end]):
+            name, sign, value = arg.partition("=")
+            if not name.startswith("--") or " " in name or name in self._option_string_actions:
+                continue
+            hyphenated = name.replace("_", "-")
+            if hyphenated in self._option_string_actions:
+                args[position] = hyphenated + sign + value
+            elif not self.get_default("takes_rest"):
+                self.error(f"there is no option {name}.{did_you_mean(hyphenated, self._option_string_actions)}")
+        return args
+
+    def _check_value(self, action: argparse.Action, value: Any):
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            message = f"{value!r} was given, one of {', '.join(known)} was expected."
+            raise argparse.ArgumentError(action, message + did_you_mean(str(value), known))
+
+    def error(self, message: str) -> NoReturn:
+        """Tell a mistake in a line, without the usage, and exit with 2."""
+        sentence = message if message.endswith((".", "?")) else f"{message}."
+        self.exit(2, f"{self.prog}: {sentence} See {self.prog} --help.\n")

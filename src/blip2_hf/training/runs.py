@@ -1,0 +1,145 @@
+"""A training from its data to the saved model, as the commands and the scripts of examples/ have it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers.trainer_callback import EarlyStoppingCallback
+
+from ..data.bad_rows import leave_out_bad_rows
+from ..data.feature_cache import EMBEDS
+from ..data.pairs import ImageTextPairs, ImageTextStream
+from ..data.rows import column_names
+from ..data.transforms import RandomResizedCropAndFlip
+from ..evaluation.generated_text import GeneratedTextMetrics
+from .arguments import Blip2Arguments
+from .checkpoints import checkpoint_to_resume
+from .sample_table import SampleTable
+from .trainer import Blip2Trainer
+
+
+_SHUFFLED = 10_000  # rows of a stream that are shuffled together
+
+
+def training_pairs(rows: Any, image_size: int, seed: int = 0, flip: float = 0.5, **kwargs) -> Any:
+    r"""
+    Make pairs to learn from: the paper's random crops of pictures, or stored features as they are.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`):
+            The rows, as [`~data.load_rows`] returns them. A stream is shuffled, and repeats.
+        image_size (`int`):
+            Side of the crops, in pixels.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of all random choices.
+        flip (`float`, *optional*, defaults to 0.5):
+            Share of the pictures that are mirrored.
+        kwargs:
+            Arguments of [`~data.ImageTextPairs`] or [`~data.ImageTextStream`], such as `text_column` and `prompt`.
+
+    Returns:
+        [`~data.ImageTextPairs`], or [`~data.ImageTextStream`] of a stream.
+    """
+    images = kwargs.get("images")
+    has_features = EMBEDS in (column_names(rows if images is None else images) or [])
+    kwargs["transform"] = None if has_features else RandomResizedCropAndFlip(image_size, flip=flip)
+    if isinstance(rows, datasets.IterableDataset):
+        rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLED)
+        return ImageTextStream(rows, repeat=True, seed=seed, **kwargs)
+    return ImageTextPairs(rows, seed=seed, **kwargs)
+
+
+def without_bad_rows(data: Mapping[str, Any], collator: Callable, output_dir: str | None) -> dict[str, Any]:
+    r"""
+    Leave out the rows of which no batch can be made, and list them in `bad_rows-<name>.jsonl` in the output folder.
+
+    Args:
+        data (`Mapping[str, ImageTextPairs]`):
+            Pairs by their name, such as `train`. A stream, which leaves them out itself, and `None` stay as they are.
+        collator (`Callable`):
+            The collator of their batches.
+        output_dir (`str`):
+            The output folder of the training.
+
+    Returns:
+        `dict`: as `data`.
+    """
+    folder = Path(output_dir or ".")
+    return {
+        name: leave_out_bad_rows(pairs, collator, folder / f"bad_rows-{name}.jsonl")
+        if isinstance(pairs, ImageTextPairs)
+        else pairs
+        for name, pairs in data.items()
+    }
+
+
+def make_trainer(
+    model: Any,
+    processor: Any,
+    arguments: Blip2Arguments,
+    train: Any,
+    validation: ImageTextPairs | None,
+    collator: Callable,
+    compute_metrics: Callable | None = None,
+    early_stopping_patience: int | None = None,
+) -> Blip2Trainer:
+    r"""
+    Make the trainer of a run. If its metrics are of generated texts, it shows some of them at each evaluation
+    ([`SampleTable`]).
+
+    Args:
+        model ([`Blip2PreTrainedModel`]):
+            The model.
+        processor ([`Blip2Processor`]):
+            Its processor, which is saved with it.
+        arguments ([`Blip2Arguments`]):
+            The settings.
+        train, validation ([`~data.ImageTextPairs`]):
+            What is learned from, and what is held out, if anything is.
+        collator (`Callable`):
+            The collator of batches.
+        compute_metrics (`Callable`, *optional*):
+            The metrics of `validation`.
+        early_stopping_patience (`int`, *optional*):
+            Number of evaluations without improvement until a stop.
+
+    Returns:
+        [`Blip2Trainer`].
+    """
+    trainer = Blip2Trainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collator,
+        compute_metrics=compute_metrics,
+        processing_class=processor,
+    )
+    if early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
+    if validation is not None and isinstance(compute_metrics, GeneratedTextMetrics):
+        trainer.add_callback(SampleTable(validation, compute_metrics))
+    return trainer
+
+
+def train_and_save(trainer: Blip2Trainer, options: Mapping[str, Any], models: Iterable[str]):
+    r"""
+    Train, from the last checkpoint of the same run if there is one, and save the model or its adapters.
+
+    Args:
+        trainer ([`Blip2Trainer`]):
+            The trainer.
+        options (`Mapping`):
+            What the model and the data are made of, as in [`checkpoint_to_resume`].
+        models (`Iterable[str]`):
+            Names of the options that are checkpoints of models.
+
+    Raises:
+        ValueError: as [`checkpoint_to_resume`].
+    """
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, options, models))
+    trainer.save_model()
+
+
+__all__ = ["make_trainer", "train_and_save", "training_pairs", "without_bad_rows"]
