@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..jobs.errors import did_you_mean
+from ._parser import did_you_mean
 
 
 if TYPE_CHECKING:

@@ -50,9 +50,7 @@ def add_parser(commands: Any):
     add("--seed", "seed of what is sampled", type=int)
     add("--generate")
     add("--image-size")
-    add(
-        "--max-pixels", "larger pictures are listed as broken; without it PIL's limit, about 89 million", type=positive
-    )
+    add("--max-pixels", "larger pictures are listed as broken (default: about 89 million, as in PIL)", type=positive)
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
