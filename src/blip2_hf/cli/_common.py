@@ -9,13 +9,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ._parser import Parser, above_zero, at_least_zero, positive, probability
 
-
-if TYPE_CHECKING:
-    from ..models.generation_presets import GenerationPreset
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -215,14 +212,6 @@ def load_dataset(data: str, config: str | None, split: str) -> Any:
         return load_rows(data, split) if config is None else datasets.load_dataset(data, config, split=split)
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"{data} can't be read: {error.__cause__ or error}") from error
-
-
-def generate_kwargs(preset: "GenerationPreset", given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `generate` that are given, and the preset's others, within a given length."""
-    kwargs = preset.generate_kwargs | given
-    if "min_new_tokens" in kwargs.keys() - given.keys():
-        kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], kwargs["max_new_tokens"])
-    return kwargs
 
 
 def tell_image_size(processor: Any, given: int | None, of_paper: int):
