@@ -70,25 +70,25 @@ _GROUPS = {
     "data": """
         --data --config --split --image-column --image-root --text-column --caption-column --question-column
         --answer-column --id-column --image-id-column --group-column --annotations --questions --images --image --index
-        --allow-urls --limit --skip-broken --validation --held-out --recursive
+        --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out --recursive --streaming
     """,
     "model": """
         --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --stage1
-        --vision-feature-layer --image-size --size --max-pixels --adapter --load-in-4bit --load-in-8bit
-        --method --layer
+        --vision-feature-layer --num-query-tokens --image-size --size --max-pixels --adapter --load-in-4bit
+        --load-in-8bit --method --layer
     """,
     "generation": """
         --preset --prompt --prefix --suffix --num-beams --max-new-tokens --min-new-tokens --temperature --top-p --top-k
         --seed --num-captions --captions-per-image --generate --question
     """,
     "training": """
-        --task --stage --epochs --steps --learning-rate --warmup-steps --weight-decay --gradient-accumulation
-        --lora-rank --early-stopping --eval-steps --save-steps --resume --report-to --metric --table-size --views
+        --task --stage --epochs --max-steps --learning-rate --accumulate --eval-steps --early-stopping --report-to
+        --prefix-lm --max-length --views
     """,
     "scores": "--protocol --lemmatize --k --score --min-score --keep --top --rerank --exact",
     "output": """
         --output --format --extension --existing --overwrite --rebuild --approximate --store-embeds --transformers
-        --max-shard-size --sheet --open --json --csv --per-word
+        --max-shard-size --merge --push-to-hub --sheet --open --json --csv --per-word
     """,
     "speed and memory": """
         --batch-size --num-workers --device --dtype --tower-dtype --rows-per-shard --part-index --num-parts
