@@ -364,7 +364,7 @@ def test_adapters_are_merged_into_their_base(model_folder, tmp_path):
 
 def test_sources_that_are_something_else(model_folder, tmp_path):
     with pytest.raises(SystemExit, match="--vision-model goes with a file of LAVIS"):
-        convert(model_folder, tmp_path / "out", "--vision-model", "x")
+        convert(model_folder, tmp_path / "out", "--vision-model", str(model_folder))
     transformers.OPTForCausalLM(LANGUAGE_MODELS["opt"]()).save_pretrained(tmp_path / "opt")
     with pytest.raises(SystemExit, match="is of type 'opt': a BLIP-2 or an InstructBLIP was expected"):
         convert(tmp_path / "opt", tmp_path / "out")

@@ -4,6 +4,7 @@ gives what an undisturbed run gives.
 """
 
 import errno
+import json
 import multiprocessing
 import os
 import re
@@ -177,11 +178,58 @@ def capfilt(world) -> Job:
     return Job(run, files, 2 * 2)
 
 
+def captions_again(world, name: str, existing: str) -> Job:
+    """Where there are captions, those of the user or of another prompt."""
+    is_inside = name in ("texts", "metadata.jsonl")  # the folder of the pictures
+
+    def run(folder: Path, existing: str = existing, **options):
+        pictures = folder / "out" if is_inside else world.pictures
+        output = None if name == "texts" else folder / "out" / name
+        fixed = {"max_new_tokens": 3, "batch_size": 1}
+        caption_dataset(*world.captioner, pictures, output, existing=existing, **fixed, **options)
+
+    def before(folder: Path):
+        if not is_inside:
+            run(folder, "skip", prompt="a photo of")
+            return
+        shutil.copytree(world.pictures, folder / "out")
+        if name == "texts":
+            (folder / "out" / "1.txt").write_text("my own text.")
+        else:
+            own = [{"file_name": "2.png", "caption": "mine", "stars": 5}, {"file_name": "0.png", "stars": 3}]
+            (folder / "out" / name).write_text("\n".join(map(json.dumps, own)))
+
+    def result(folder: Path) -> dict[str, bytes]:
+        return {name: data.replace(str(folder).encode(), b"") for name, data in files(folder).items()}
+
+    def check_partial(folder: Path, undisturbed: Any):
+        """Each text is what it was, or what it is to be."""
+        old, found = files(folder.parent / "before"), files(folder)
+        texts = [f"out/{number}.txt" for number in range(4)] if name == "texts" else [f"out/{name}"]
+        assert all(found.get(text) in (old.get(text), undisturbed[text]) for text in texts)
+        assert [text for text in texts if text in old and text not in found] == []
+
+    def again(folder: Path):
+        """A run that has overwritten all would begin anew."""
+        found = [json.loads(path.read_text()) for path in (folder / "out").glob("*settings.json")]
+        is_finished = any(settings["prompt"] is None and "existing" not in settings for settings in found)
+        run(folder, "skip" if is_finished and existing == "overwrite" else existing)
+
+    return Job(run, result, 1, before=before, again=again, check_partial=check_partial)
+
+
 # Name, and what makes the job of the models and pictures of `world`
 JOBS: dict[str, Callable[[Any], Job]] = {
     "captions.jsonl": partial(captions, name="captions.jsonl"),
     "captions.parquet, more": partial(captions, name="captions.parquet", num_before=3),
     "captions as .txt": partial(captions, name="texts"),
+    "captions as .csv": partial(captions, name="captions.csv"),
+    "captions as .txt, added": partial(captions_again, name="texts", existing="append"),
+    "captions as .txt, anew": partial(captions_again, name="texts", existing="overwrite"),
+    "captions.jsonl, added": partial(captions_again, name="captions.jsonl", existing="prepend"),
+    "captions.parquet, anew": partial(captions_again, name="captions.parquet", existing="overwrite"),
+    "metadata.jsonl": partial(captions_again, name="metadata.jsonl", existing="skip"),
+    "metadata.jsonl, added": partial(captions_again, name="metadata.jsonl", existing="append"),
     "index, updated": partial(index, store_embeds=True),
     "index, anew": partial(index, rebuild=True, approximate=True),
     "evaluate captions": evaluated_captions,

@@ -11,7 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from ..captioning.captions import MAX_NEW_TOKENS
 from ..jobs.batch_size import BatchSize
 from ..jobs.fingerprints import model_settings
-from ..jobs.inference import eval_mode
+from ..jobs.inference import eval_mode, seeded
 from ..models.image_loading import check_reads_8_bit
 from ..models.modeling_pretraining import Blip2ForPreTraining
 
@@ -161,9 +161,7 @@ def propose_captions(captioner: Captioner | None, pictures: list[Any], seed: int
     """
     if captioner is None or not pictures:
         return [[] for _ in pictures]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    with seeded(seed):
         captions = [list(texts) if not isinstance(texts, str) else texts for texts in captioner(pictures)]
     wrong = [texts for texts in captions if isinstance(texts, str) or not all(isinstance(text, str) for text in texts)]
     if len(captions) != len(pictures) or wrong:

@@ -1,7 +1,8 @@
 """Captions of pictures, some at a time: the next are decoded while the model writes."""
 
+import random
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from ..jobs.batch_size import BatchSize, first_batch_size
-from ..jobs.inference import eval_mode
+from ..jobs.inference import eval_mode, seeded
 from ..jobs.picture_inputs import PictureInputs, PictureStream, load_ahead
 
 
 MAX_NEW_TOKENS = 30  # LAVIS's captions have no more
+
+_NEEDS_NO_SPACE = (*" \t\n", *",.;:!?")  # at the beginning of what is put behind a caption
 
 
 @dataclass
@@ -25,15 +28,20 @@ class PictureCaption:
     Args:
         index (`int`):
             Which of the pictures.
-        text (`str`, *optional*):
-            Its caption; `None` if the picture can't be read.
+        texts (`list[str]`, *optional*):
+            Its captions, as many as were asked for; none if the picture can't be read.
         error (`str`, *optional*):
             Why it can't be read.
     """
 
     index: int
-    text: str | None = None
+    texts: list[str] = field(default_factory=list)
     error: str | None = None
+
+    @property
+    def text(self) -> str | None:
+        """Return the first caption; `None` if the picture can't be read."""
+        return self.texts[0] if self.texts else None
 
 
 def caption_images(
@@ -44,6 +52,10 @@ def caption_images(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int | None = None,
     num_workers: int = 0,
+    num_captions: int = 1,
+    prefix: str | None = None,
+    suffix: str | None = None,
+    seed: int | None = None,
     **generate_kwargs,
 ) -> Generator[PictureCaption, None, None]:
     r"""
@@ -66,12 +78,23 @@ def caption_images(
             Pictures at a time, to begin with. Without it 128, or 16 on a CPU.
         num_workers (`int`, *optional*, defaults to 0):
             Processes that decode pictures; 0 takes a thread of this one, as does an iterable that is no sequence.
+        num_captions (`int`, *optional*, defaults to 1):
+            Captions of each picture. More than 1 need sampling, or as many beams.
+        prefix, suffix (`str`, *optional*):
+            Texts that are put before and behind each caption, such as a trigger word. The model does not see them. A
+            space is put between if there is none.
+        seed (`int`, *optional*):
+            Seed of what is sampled. Captions are the same again with the same `images` and the same `batch_size`, if
+            memory suffices for the batches.
         generate_kwargs (`dict`):
             Those of [`~Blip2ForConditionalGeneration.generate`], such as `num_beams`. A preset of the paper is given
             as its parts: `prompt=preset.prompt, **preset.generate_kwargs`.
 
     Returns:
         generator of [`PictureCaption`].
+
+    Raises:
+        ValueError: if `num_captions` or `batch_size` is less than 1, or arguments of `generate` do not fit.
 
     Example:
 
@@ -81,42 +104,69 @@ def caption_images(
     ```"""
     if isinstance(images, (str, bytes)):
         raise TypeError(f"caption_images takes a list of images, got one {type(images).__name__}.")
+    if num_captions < 1:
+        raise ValueError(f"num_captions={num_captions}: at least 1 was expected.")
     is_sequence = isinstance(images, (Sequence, Dataset)) and not isinstance(images, IterableDataset)
     inputs = (PictureInputs if is_sequence else PictureStream)(images, processor.image_processor, "image")
-    writer = CaptionWriter(model, processor, prompt, {"max_new_tokens": max_new_tokens, **generate_kwargs})
+    generate_kwargs["max_new_tokens"] = max_new_tokens
+    writer = CaptionWriter(model, processor, prompt, generate_kwargs, num_captions)
     with eval_mode(model):
         for batch in load_ahead(inputs, num_workers, batch_size=first_batch_size(batch_size, model.device)):
-            texts = iter([] if batch.pixel_values is None else writer(batch.pixel_values))
+            with seeded(None if seed is None else seed_of(seed, batch.numbers[0])):
+                found = iter([] if batch.pixel_values is None else writer(batch.pixel_values))
             for number in batch.numbers:
                 error = batch.errors.get(number)
-                yield PictureCaption(number, None if error else next(texts), error)
+                texts = [] if error else [with_affixes(text, prefix, suffix) for text in next(found)]
+                yield PictureCaption(number, texts, error)
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Return the seed of the pictures from a number on."""
+    return random.Random(f"{seed} {number}").getrandbits(63)
+
+
+def with_affixes(text: str, prefix: str | None, suffix: str | None) -> str:
+    """Put texts before and behind a caption, with a space between if there is neither one nor punctuation."""
+    if prefix:
+        text = f"{prefix}{'' if prefix[-1].isspace() else ' '}{text}"
+    if suffix:
+        text = f"{text}{'' if suffix.startswith(_NEEDS_NO_SPACE) else ' '}{suffix}"
+    return text.strip() if prefix or suffix else text
 
 
 class CaptionWriter:
     """Runs the model on no more pictures at a time than its memory takes."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str | None, generate_kwargs: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        prompt: str | None,
+        generate_kwargs: dict[str, Any],
+        num_captions: int = 1,
     ):
         self.model = model
         self.processor = processor
-        self.generate_kwargs = generate_kwargs
+        self.num_captions = num_captions
+        self.generate_kwargs = generate_kwargs | ({"num_return_sequences": num_captions} if num_captions > 1 else {})
         self.prompt = processor(text=prompt or "", return_tensors="pt").to(model.device)
         self.batch_size = BatchSize()
 
-    def __call__(self, pixel_values: torch.Tensor) -> list[str]:
-        return [text for _, texts in self.batch_size.run(self._write, pixel_values) for text in texts]
+    def __call__(self, pixel_values: torch.Tensor) -> list[list[str]]:
+        """Return the captions of each picture."""
+        return [texts for _, found in self.batch_size.run(self._write, pixel_values) for texts in found]
 
-    def _write(self, pixel_values: torch.Tensor) -> list[str]:
+    def _write(self, pixel_values: torch.Tensor) -> list[list[str]]:
         prompt = {name: value.expand(len(pixel_values), -1) for name, value in self.prompt.items()}
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         generated = self.model.generate(pixel_values=pixel_values, **prompt, **self.generate_kwargs)
-        if len(generated) != len(pixel_values):
+        if len(generated) != len(pixel_values) * self.num_captions:
             raise ValueError(
-                f"The model wrote {len(generated)} texts about {len(pixel_values)} pictures, and one of each was "
-                "expected. Leave num_return_sequences at 1."
+                f"The model wrote {len(generated)} texts about {len(pixel_values)} pictures, and {self.num_captions} "
+                "of each was expected. Give num_captions in place of num_return_sequences."
             )
-        return self.processor.post_process_image_text_to_text(generated, input_ids=prompt["input_ids"])
+        texts = self.processor.post_process_image_text_to_text(generated, input_ids=prompt["input_ids"])
+        return [texts[start : start + self.num_captions] for start in range(0, len(texts), self.num_captions)]
 
 
 __all__ = ["PictureCaption", "caption_images"]

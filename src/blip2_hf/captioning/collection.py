@@ -21,9 +21,12 @@ from ..jobs.fingerprints import model_settings
 from ..jobs.output import only_writer, share, tell_share
 from ..jobs.state_files import as_json
 from ..models.image_loading import check_reads_8_bit
-from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images
+from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images, seed_of
 from .outputs import CaptionOutput, open_output
 from .pictures import FolderPictures, Pictures, RowPictures
+
+
+_ONE = ("num_captions", 1)
 
 
 @dataclass
@@ -58,6 +61,12 @@ def caption_dataset(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int | None = None,
     num_workers: int = 0,
+    existing: str = "skip",
+    extension: str = ".txt",
+    num_captions: int = 1,
+    prefix: str | None = None,
+    suffix: str | None = None,
+    seed: int | None = None,
     overwrite: bool = False,
     **generate_kwargs,
 ) -> CaptionCounts:
@@ -68,7 +77,8 @@ def caption_dataset(
 
     Until the run is finished, its captions are in files such as `captions.jsonl.part-00000.jsonl`. Then these become
     one file, in the order of the pictures. Pictures that can't be read are listed in `captions.jsonl.broken.jsonl`,
-    and the next run tries them again. `captions.jsonl.settings.json` says what the captions were made with.
+    and the next run tries them again. `captions.jsonl.settings.json` says what the captions were made with. With
+    `existing="append"`, `captions.jsonl.added.jsonl` has the captions that were added, and what was there before.
 
     Args:
         model ([`Blip2ForConditionalGeneration`]):
@@ -78,14 +88,25 @@ def caption_dataset(
         pictures (`str`, `os.PathLike`, `datasets.Dataset` or [`Pictures`]):
             A folder of pictures, a dataset, or one of [`FolderPictures`], [`TarPictures`] and [`RowPictures`].
         output (`str` or `os.PathLike`, *optional*):
-            The file, or the folder of .txt files. Without it, .txt files lie next to the pictures.
+            The file, or the folder of .txt files. Without it, .txt files lie next to the pictures. A file called
+            `metadata.jsonl`, `.csv` or `.parquet`, in the folder of the pictures or above it, has the column
+            `file_name` in place of `file`, which `datasets.load_dataset` reads. Rows and columns that it has stay.
         output_format (`str`, *optional*):
-            `"txt"` (one file a picture), `"jsonl"` or `"parquet"` (columns `file`, or `shard` and `key`, or `row`, and
-            `caption`). Told by the ending of `output` if it is not given.
-        prompt, max_new_tokens, batch_size, num_workers:
-            As in [`caption_images`].
+            `"txt"` (one file a picture), `"jsonl"`, `"csv"` or `"parquet"` (columns `file`, or `shard` and `key`, or
+            `row`, and `caption`). Told by the ending of `output` if it is not given.
+        existing (`str`, *optional*, defaults to `"skip"`):
+            What becomes of captions that are there: `"skip"` keeps them, `"overwrite"` replaces them, one after the
+            other, `"append"` and `"prepend"` add the new caption to them, once. Without `"skip"`, other settings may
+            have made them.
+        extension (`str`, *optional*, defaults to `".txt"`):
+            Ending of the text files.
+        num_captions (`int`, *optional*, defaults to 1):
+            Captions of each picture. With several, `caption` is a list, and a text file has a line for each.
+        prompt, max_new_tokens, batch_size, num_workers, prefix, suffix, seed:
+            As in [`caption_images`]. What is sampled with a seed also depends on the number of processes, and on
+            interruptions.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to delete the existing captions, and begin anew.
+            Short for `existing="overwrite"`.
         generate_kwargs (`dict`):
             Those of [`~Blip2ForConditionalGeneration.generate`]: values that JSON has. A preset of the paper is
             given as its parts: `prompt=preset.prompt, **preset.generate_kwargs`.
@@ -96,6 +117,7 @@ def caption_dataset(
     Raises:
         CollectionError: if there are no pictures, or captions of other settings, if the output does not fit, or if
             another run is writing to it.
+        ValueError: if an argument has no such value.
         OutputLostError: if captions are gone at the end, as when their folder was deleted meanwhile.
 
     Example:
@@ -108,19 +130,20 @@ def caption_dataset(
     state = PartialState(cpu=model.device.type == "cpu")
     pictures = _as_pictures(pictures)
     check_reads_8_bit(processor.image_processor)
-    files = open_output(output, output_format, pictures)
+    existing = "overwrite" if overwrite else existing
+    files = open_output(output, output_format, pictures, existing, num_captions, extension)
     generate_kwargs["max_new_tokens"] = max_new_tokens
-    settings = _settings(model, processor, pictures, prompt, generate_kwargs)
+    texts = {"num_captions": num_captions, "prefix": prefix, "suffix": suffix, "seed": seed}
+    settings = _settings(model, processor, files.pictures, prompt, generate_kwargs, texts)
 
     def caption(indices: list[int]) -> Generator[PictureCaption, None, None]:
         wanted = Subset(pictures, indices)
-        options = {"batch_size": batch_size, "num_workers": num_workers, **generate_kwargs}
+        options = {"batch_size": batch_size, "num_workers": num_workers, **texts, **generate_kwargs}
+        if seed is not None and indices:
+            options["seed"] = seed_of(seed, indices[0])  # of each process its own
         return caption_images(model, processor, wanted, prompt, **options)
 
     with only_writer(files.lock, files.place, state):
-        if overwrite and state.is_main_process:
-            files.clear()
-        state.wait_for_everyone()
         return _caption_missing(caption, files, settings, state)
 
 
@@ -131,23 +154,25 @@ def _caption_missing(
     state: PartialState,
 ) -> CaptionCounts:
     """Caption the pictures that have no caption yet, each process a share of them, and make the result."""
-    files.check(settings)
-    num_pictures, done = len(files.pictures), files.done()
-    missing = [index for index in range(num_pictures) if index not in done]
-    part = files.next_part() + state.process_index
     # All are to see the same files before the first of them changes one
+    files.check(settings)
     state.wait_for_everyone()
     if state.is_main_process:
         files.prepare(settings)
+    state.wait_for_everyone()
+    num_pictures, done = len(files.pictures), files.done()
+    missing = [index for index in range(num_pictures) if index not in done]
+    part = files.next_part() + state.process_index
+    state.wait_for_everyone()
+    if state.is_main_process:
         to_do = f"{num_pictures:,} pictures, {len(done):,} done already, {len(missing):,} to caption"
         tqdm.write(f"{to_do}{tell_share(state)}: {files.place}", file=sys.stderr)
-    state.wait_for_everyone()
     own = share(missing, state)
     captioned, broken = _write(caption(own), own, files, part, is_shown=state.is_main_process)
     captioned, broken = map(sum, zip(*gather_object([(captioned, broken)]), strict=True))
     counts = CaptionCounts(num_pictures, len(done), captioned, broken)
     if state.is_main_process:
-        files.finish()
+        files.finish(settings)
         files.check_complete()
         message = f"Captions written: {captioned:,}."
         if broken:
@@ -173,8 +198,9 @@ def _settings(
     pictures: Pictures,
     prompt: str | None,
     generate_kwargs: Mapping[str, Any],
+    texts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what captions depend on, as JSON gives it back."""
+    """Return what captions depend on, as JSON gives it back. What has no effect is left out."""
     generation = {
         name: value
         for name, value in (model.generation_config.to_diff_dict() | generate_kwargs).items()
@@ -186,6 +212,7 @@ def _settings(
         **model_settings(model, processor.image_processor),
         "prompt": prompt,
         "generation": generation,
+        **{name: value for name, value in texts.items() if value not in (None, "") and (name, value) != _ONE},
     }
     return as_json(settings)
 
@@ -197,20 +224,19 @@ def _write(
     part: int,
     is_shown: bool,
 ) -> tuple[int, int]:
-    """Write captions as they come. Return how many, and how many pictures can't be read."""
+    """Write captions as they come. Return how many, and how many pictures have none because they can't be read."""
     if not indices:
         return 0, 0
-    broken = 0
+    written = 0
     with (
         closing(captions),
         files.open_part(part) as add,
         logging.tqdm(total=len(indices), desc="Captions", unit="picture", disable=not is_shown) as progress,
     ):
         for caption in captions:
-            broken += caption.error is not None
-            files.write(add, replace(caption, index=indices[caption.index]))
+            written += files.write(add, replace(caption, index=indices[caption.index]))
             progress.update()
-    return len(indices) - broken, broken
+    return written, len(indices) - written
 
 
 __all__ = ["CaptionCounts", "caption_dataset"]

@@ -1,6 +1,9 @@
 """
 Files of captions, safe to be killed over: while a run lasts, each process appends to a part of its own; at the end the
 parts become one file.
+
+What there is already is skipped, overwritten, or added to. A run that overwrites or adds remembers which pictures it
+has done, so that it can go on: in its parts, and, if it adds, in the file `added`, because a caption is added once.
 """
 
 import heapq
@@ -9,69 +12,108 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from itertools import chain, islice
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json, write_text
-from ..jobs.errors import CollectionError, StateFileError
-from ..jobs.fingerprints import check_settings_file
+from ..jobs.errors import CollectionError, MadeOtherwiseError, StateFileError
+from ..jobs.fingerprints import check_settings, check_settings_file
 from ..jobs.output import raise_lost
-from ..jobs.state_files import appended_lines, json_line, read_json_lines
+from ..jobs.picture_files import picture_endings
+from ..jobs.state_files import appended_lines, as_json, json_line, read_json, read_json_lines
 from .captions import PictureCaption
 from .pictures import FolderPictures, Pictures
+from .tables import TABLES
 
 
 CAPTION = "caption"
+BEFORE = "before"  # what was there, of a caption that was added to it
 REASON = "reason"  # of a picture that can't be read
+EXISTING = ("skip", "overwrite", "append", "prepend")
 
-_ROWS_PER_GROUP = 10_000  # of Parquet
-_TYPES = {str: pa.string(), int: pa.int64()}
+_EXISTING = "existing"  # in the settings
+_FREE = ("model", _EXISTING)  # settings that may differ
+_METADATA = {f"metadata.{ending}" for ending in TABLES}  # names that `datasets` looks for in a folder of pictures
 _OTHERWISE = (
-    "Give the same options to go on with these captions, another output (--output), or overwrite=True (--overwrite) "
-    "to delete them."
+    "Give the same options to go on with these captions, another output (--output), or existing='overwrite' "
+    "(--overwrite) to replace them."
 )
+_CAPTIONED_AGAIN = "Restore it, or delete the file or that line: its pictures are captioned again."
+_MEND = "Mend it, or give another output (--output)."
 
 
 class CaptionOutput(ABC):
     """
     What a run writes: the result at `place`, and beside it `settings.json`, `broken.jsonl` and, until the run is
-    finished, the parts. The names of these files begin with `base`.
+    finished, the parts. The names of these files begin with `base`. `existing` is what becomes of captions that are
+    there, `num_captions` how many a picture gets.
     """
 
-    def __init__(self, place: Path, base: Path, pictures: Pictures):
+    def __init__(self, place: Path, base: Path, pictures: Pictures, existing: str, num_captions: int):
         self.place = place
         self.base = base
         self.pictures = pictures
+        self.existing = existing
+        self.is_list = num_captions > 1
         self.settings = _beside(base, "settings.json")
         self.broken = _beside(base, "broken.jsonl")
-        self.lock = base.with_name(f".{base.name}.lock")
+        self.added = _beside(base, "added.jsonl")
+        self.lock = base.with_name(f".{base.name.lstrip('.')}.lock")
+        self._begins = False  # whether this run is the first to overwrite, or to add these captions
 
-    @abstractmethod
-    def remove_captions(self): ...
+    @property
+    def adds(self) -> bool:
+        return self.existing in ("append", "prepend")
 
     @abstractmethod
     def has_captions(self) -> bool:
         """Tell whether there are captions whose settings count. A run that failed at its first pictures has none."""
 
-    def check(self, settings: Mapping[str, Any]):
-        """Refuse captions that other settings made."""
-        if self.has_captions():
-            check_settings_file(self.settings, settings, self.place, _OTHERWISE, free=("model",))
+    @abstractmethod
+    def captioned(self) -> Iterator[int]:
+        """Yield the pictures that have a caption in the result."""
 
-    def results(self) -> Iterator[dict[str, Any]]:
-        """Yield the records of a result that is one file."""
-        return iter(())
+    def check(self, settings: Mapping[str, Any]):
+        """Refuse captions that other settings made, unless they are overwritten or added to."""
+        found = self._read_settings()
+        if self.existing == "skip" and (
+            found.get(_EXISTING) == "overwrite" or (_EXISTING in found and self.has_parts())
+        ):
+            self.existing = found[_EXISTING]  # of a run that was stopped, which is to go on
+            check_settings(found, settings, self.place, _OTHERWISE, _FREE)
+        elif self.existing == "skip":
+            if self.has_captions():
+                check_settings_file(self.settings, settings, self.place, _OTHERWISE, _FREE)
+        else:
+            given = as_json(settings) | {_EXISTING: self.existing}
+            self._begins = any(found.get(key) != given.get(key) for key in {*found, *given} - {"model"})
+            if self._begins and self.adds:
+                self._check_can_add(found)
+
+    def _check_can_add(self, found: Mapping[str, Any]):
+        if self.has_parts():
+            raise MadeOtherwiseError(
+                f"{self.place} is not finished: a run with other options was stopped. Give these, with which it ends, "
+                "before captions are added, or --overwrite."
+            )
+        if found:
+            data = self.pictures.describe()
+            check_settings({name: found.get(name) for name in data}, data, self.place, _OTHERWISE)
+
+    def _read_settings(self) -> dict[str, Any]:
+        if not self.settings.exists():
+            return {}
+        advice = f"It says what made {self.place}: restore it, or delete both. {_OTHERWISE}"
+        return read_json(self.settings, advice)
 
     def done(self) -> set[int]:
-        """Return the pictures that have a caption, or were found broken in a run that was not finished."""
-        records = chain(self.results(), *map(self.read, self.parts()))
-        positions = {self.pictures.position(record) for record in records}
-        return {position for position in positions if position is not None}
+        """Return the pictures that this run need not look at, those that an unfinished one found broken too."""
+        records = chain(self.read(self.added) if self.adds else (), *map(self.read, self.parts()))
+        positions = (self.pictures.position(record) for record in records)
+        there = self.captioned() if self.existing == "skip" else ()
+        return {position for position in chain(there, positions) if position is not None}
 
     def parts(self) -> list[Path]:
         pattern = re.compile(re.escape(self.base.name) + r"\.part-\d{5,}\.jsonl")
@@ -89,46 +131,93 @@ class CaptionOutput(ABC):
         # A part of its own for each process of each run: within one, pictures stand in their order
         return appended_lines(_beside(self.base, f"part-{number:05d}.jsonl"))
 
-    def write(self, add: Callable[[Any], None], caption: PictureCaption):
-        """Keep a caption, also if this process is killed after that."""
-        value = {CAPTION: caption.text} if caption.error is None else {REASON: caption.error}
-        add(self.pictures.identity(caption.index) | value)
+    def write(self, add: Callable[[Any], None], caption: PictureCaption) -> bool:
+        """Keep a caption, also if this process is killed after that. Return whether there is one."""
+        record = self.record(caption)
+        add(record)
+        return CAPTION in record
+
+    def record(self, caption: PictureCaption) -> dict[str, Any]:
+        """Return what a part says of a picture: what its caption is to be, and what it was if that is added to."""
+        identity = self.pictures.identity(caption.index)
+        if caption.error is not None:
+            return identity | {REASON: caption.error}
+        new = self.value(caption.texts)
+        try:
+            before = self.before(caption.index) if self.adds else None
+        except StateFileError as error:
+            return identity | {REASON: str(error)}
+        if before is None:
+            return identity | {CAPTION: new}
+        first, second = (before, new) if self.existing == "append" else (new, before)
+        return identity | {CAPTION: self.joined(first, second), BEFORE: before}
+
+    @abstractmethod
+    def before(self, index: int) -> Any:
+        """Return the caption that a picture has; `None` without one."""
+
+    def value(self, texts: list[str]) -> Any:
+        """Return captions as the result has them."""
+        return texts if self.is_list else texts[0]
+
+    def joined(self, first: Any, second: Any) -> Any:
+        """Return captions that one picture has, as the result has them."""
+        return first + second if self.is_list else _join(first, second)
 
     def prepare(self, settings: Mapping[str, Any]):
         """Remove what runs that were killed left unfinished, and say what the captions are made with."""
         for folder in self.folders():
             remove_leftovers(folder)
-        write_json(self.settings, settings)
+        if self._begins:
+            for path in (*self.parts(), self.added):
+                path.unlink(missing_ok=True)
+        # What was added stays known
+        existing = self._read_settings().get(_EXISTING) if self.existing == "skip" else self.existing
+        self._write_settings(settings, existing)
+
+    def _write_settings(self, settings: Mapping[str, Any], existing: str | None):
+        write_json(self.settings, {**settings, **({} if existing is None else {_EXISTING: existing})})
 
     def folders(self) -> set[Path]:
         """Return the folders that are written to."""
         return {self.base.parent}
 
-    def finish(self):
+    def finish(self, settings: Mapping[str, Any]):
         """Make the result of the parts."""
         parts = self.parts()
-        if not parts:
-            return
-        broken = self.join(parts)
-        if broken:
-            with atomic_file(self.broken) as file:
-                file.writelines(map(json_line, broken))
-        else:
-            self.broken.unlink(missing_ok=True)
+        if parts:
+            broken: list[dict[str, Any]] = []
+            self.join(parts, broken)
+            self._write_lines(self.broken, broken)
+        if parts and self.adds:
+            # Last, because what is known as added is not added again
+            added = self.read(self.added) if self.added.exists() else ()
+            self._write_lines(self.added, list(_without_broken(self.in_order(added, *map(self.read, parts)), [])))
+        if self.existing == "overwrite":
+            self._write_settings(settings, None)
         for path in parts:
             path.unlink()
+
+    def _write_lines(self, path: Path, records: list[dict[str, Any]]):
+        if not records:
+            path.unlink(missing_ok=True)
+            return
+        with atomic_file(path) as file:
+            file.writelines(map(json_line, records))
 
     def check_complete(self):
         """Refuse to call a run finished that has left pictures without a caption and without a reason."""
         broken = self.read(self.broken) if self.broken.exists() else ()
-        found = self.done() | {self.pictures.position(record) for record in broken}
+        found = {*self.captioned(), *(self.pictures.position(record) for record in broken)}
         # By their names, because names that are not Unicode may become equal
         identities = (self.pictures.identity(index) for index in range(len(self.pictures)))
         if missing := sum(self.pictures.position(identity) not in found for identity in identities):
             raise_lost(self.place, f"{missing:,} of {len(self.pictures):,} pictures have no caption there")
 
     def read(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Return the records of a file of lines."""
+        """Return the records of a file of lines, such as a part; none if there is no such file."""
+        if not path.exists():
+            return iter(())
         return read_json_lines(
             path,
             "Delete the file or that line: its pictures are captioned again.",
@@ -137,64 +226,99 @@ class CaptionOutput(ABC):
         )
 
     @abstractmethod
-    def join(self, parts: list[Path]) -> list[dict[str, Any]]:
-        """Write the captions, and return the records of pictures that are broken."""
+    def join(self, parts: list[Path], broken: list[dict[str, Any]]):
+        """Write the captions of the parts into the result, and add the records of broken pictures to `broken`."""
 
     def in_order(self, *sources: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the records of sources, each in the order of the pictures. Those of pictures that are gone stay."""
+        """Yield the records of sources, each in the order of the pictures, without those that stand twice."""
         last = None
         positions = [_with_position(source, self.pictures) for source in sources]
         for _, record in heapq.merge(*positions, key=itemgetter(0)):
-            identity = [record[name] for name in self.pictures.columns]
-            # A run that was killed while it joined leaves records in the result and in a part
+            identity = self.key(record)
             if identity != last:
                 yield record
             last = identity
 
-    def clear(self):
-        """Remove all that an earlier run left."""
-        self.remove_captions()
-        for path in (*self.parts(), self.broken, self.settings):
-            path.unlink(missing_ok=True)
+    def key(self, record: Mapping[str, Any]) -> tuple:
+        return tuple(record[name] for name in self.pictures.columns)
 
 
 class CaptionFile(CaptionOutput):
-    """Captions in one file, JSON lines or Parquet, that appears when the run is finished."""
+    """
+    Captions in one file, JSON lines, CSV or Parquet, that appears when the run is finished. If it is a `metadata` file
+    of a folder of pictures, it may be the user's, with captions, rows and columns that stay.
+    """
 
-    def __init__(self, path: Path, pictures: Pictures, output_format: str):
-        super().__init__(path, path, pictures)
-        self.output_format = output_format
+    def __init__(self, path: Path, output_format: str, pictures: Pictures, existing: str, num_captions: int):
+        self.is_metadata = path.name in _METADATA
+        # `datasets` reads no hidden files
+        super().__init__(
+            path, path.with_name(f".{path.name}") if self.is_metadata else path, pictures, existing, num_captions
+        )
+        self.table = TABLES[output_format](path, pictures.columns, _MEND if self.is_metadata else _CAPTIONED_AGAIN)
+        self._before: dict[int, Any] | None = None
 
     def results(self) -> Iterator[dict[str, Any]]:
-        if not self.place.exists():
-            return iter(())
-        return self.read(self.place) if self.output_format == "jsonl" else _read_parquet(self.place)
-
-    def remove_captions(self):
-        self.place.unlink(missing_ok=True)
+        """Yield the rows of the result. A cell without a caption has `None`."""
+        kind = list if self.is_list else str
+        for row in self.table.read():
+            if self.is_metadata and row.get(CAPTION) == "":
+                row[CAPTION] = None  # an empty cell of CSV
+            found = row.get(CAPTION)
+            if found is not None and not isinstance(found, kind):
+                expected = "a list of captions" if self.is_list else "one text"
+                raise CollectionError(
+                    f"{self.place} has captions such as {found!r}, and {expected} was expected for each picture "
+                    "(num_captions, --captions-per-image). Give another output (--output)."
+                )
+            yield row
 
     def has_captions(self) -> bool:
-        return self.place.exists() or self.has_parts()
+        # Without settings, metadata are those of the user
+        return self.has_parts() or (self.settings if self.is_metadata else self.place).exists()
 
-    def join(self, parts: list[Path]) -> list[dict[str, Any]]:
-        broken: list[dict[str, Any]] = []
-        records = self.in_order(self.results(), *map(self.read, parts))
-        captions = _take_out_broken(records, broken)
-        with atomic_file(self.place) as file:
-            if self.output_format == "jsonl":
-                file.writelines(map(json_line, captions))
-            else:
-                _write_parquet(file, captions, self.pictures.columns)
-        return broken
+    def captioned(self) -> Iterator[int]:
+        positions = (self.pictures.position(row) for row in self.results() if row.get(CAPTION) is not None)
+        return (position for position in positions if position is not None)
+
+    def before(self, index: int) -> Any:
+        if self._before is None:
+            found = ((self.pictures.position(row), row.get(CAPTION)) for row in self.results())
+            self._before = {position: text for position, text in found if position is not None}
+        return self._before.get(index)
+
+    def join(self, parts: list[Path], broken: list[dict[str, Any]]):
+        # What is overwritten goes, also of pictures that are gone, unless there may be more than captions
+        stays = self.is_metadata or self.existing != "overwrite"
+        there = {self.key(row) for row in self.results()} if stays else set()
+        written = (record for part in parts for record in self.read(part) if CAPTION in record)
+        updates = {key: record for record in written if (key := self.key(record)) in there}
+        new = (record for record in self.in_order(*map(self.read, parts)) if self.key(record) not in updates)
+        new = map(_as_row, _without_broken(new, broken))
+        old = (self._updated(row, updates.get(self.key(row))) for row in (self.results() if stays else ()))
+        sources = [_with_position(source, self.pictures) for source in (old, new)]
+        rows = (row for _, row in heapq.merge(*sources, key=itemgetter(0)))
+        self.table.write(rows, {CAPTION: list if self.is_list else str})
+
+    def _updated(self, row: dict[str, Any], record: dict[str, Any] | None) -> dict[str, Any]:
+        """Return a row with its new caption, unless it has that already, or another one that was not known."""
+        if record is None or (self.existing != "overwrite" and row.get(CAPTION) != record.get(BEFORE)):
+            return row
+        return {**row, CAPTION: record[CAPTION]}
 
 
 class SidecarFiles(CaptionOutput):
-    """A .txt for each picture of a folder: beside it, or at the same place in another folder."""
+    """A text file for each picture of a folder: beside it, or at the same place in another folder."""
 
-    def __init__(self, folder: Path | None, pictures: FolderPictures):
+    pictures: FolderPictures
+
+    def __init__(
+        self, folder: Path | None, pictures: FolderPictures, existing: str, num_captions: int, extension: str
+    ):
         self.folder = pictures.folder if folder is None else folder
-        super().__init__(self.folder, self.folder / "captions", pictures)
-        self.sidecars = [self.folder / f"{os.path.splitext(name)[0]}.txt" for name in pictures.names]
+        self.extension = extension
+        super().__init__(self.folder, self.folder / "captions", pictures, existing, num_captions)
+        self.sidecars = [self.folder / f"{os.path.splitext(name)[0]}{extension}" for name in pictures.names]
         first: dict[Path, str] = {}
         for name, sidecar in zip(pictures.names, self.sidecars, strict=True):
             if sidecar in first:
@@ -204,65 +328,145 @@ class SidecarFiles(CaptionOutput):
                 )
             first[sidecar] = name
 
-    def done(self) -> set[int]:
-        return super().done() | {index for index, sidecar in enumerate(self.sidecars) if sidecar.exists()}
-
-    def remove_captions(self):
-        for sidecar in self.sidecars:
-            sidecar.unlink(missing_ok=True)
-
     def has_captions(self) -> bool:
         # Without settings, texts beside pictures are those of the user
-        return self.has_parts() or (self.settings.exists() and any(self.folder.rglob("*.txt")))
+        return self.has_parts() or (self.settings.exists() and any(self.folder.rglob(f"*{self.extension}")))
+
+    def captioned(self) -> Iterator[int]:
+        return (index for index, sidecar in enumerate(self.sidecars) if sidecar.exists())
 
     def folders(self) -> set[Path]:
         return {self.folder, *(path.parent for path in self.sidecars)}
 
-    def write(self, add: Callable[[Any], None], caption: PictureCaption):
-        if caption.text is None:
-            super().write(add, caption)
-            return
-        sidecar = self.sidecars[caption.index]
+    def value(self, texts: list[str]) -> str:
+        return "".join(f"{' '.join(text.split()) if self.is_list else text}\n" for text in texts)
+
+    def joined(self, first: str, second: str) -> str:
+        first, second = first.strip(), second.strip()
+        return (f"{first}\n{second}" if first and second and self.is_list else _join(first, second)) + "\n"
+
+    def before(self, index: int) -> str | None:
+        sidecar = self.sidecars[index]
+        if not sidecar.exists():
+            return None
+        try:
+            return sidecar.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise StateFileError(
+                f"{sidecar} is no text of UTF-8 ({error}), to which a caption could be added. Save it as UTF-8."
+            ) from error
+
+    def write(self, add: Callable[[Any], None], caption: PictureCaption) -> bool:
+        record = self.record(caption)
+        if CAPTION not in record:
+            add(record)
+            return False
+        if self.adds:
+            add(record)  # first, so that `prepare` can tell whether the text is written
+        self._write_text(caption.index, record[CAPTION])
+        if self.existing == "overwrite":
+            add(record)
+        return True
+
+    def _write_text(self, index: int, text: str):
+        sidecar = self.sidecars[index]
         sidecar.parent.mkdir(parents=True, exist_ok=True)
-        write_text(sidecar, f"{caption.text}\n")
+        write_text(sidecar, text)
 
-    def join(self, parts: list[Path]) -> list[dict[str, Any]]:
-        return list(self.in_order(*map(self.read, parts)))
+    def prepare(self, settings: Mapping[str, Any]):
+        super().prepare(settings)
+        if self.adds:
+            for record in chain(*map(self.read, self.parts())):
+                index = self.pictures.position(record)
+                if CAPTION in record and index is not None and self.before(index) == record.get(BEFORE):
+                    self._write_text(index, record[CAPTION])
+
+    def join(self, parts: list[Path], broken: list[dict[str, Any]]):
+        for _ in _without_broken(self.in_order(*map(self.read, parts)), broken):
+            pass  # the texts are there
 
 
-def open_output(output: str | os.PathLike | None, output_format: str | None, pictures: Pictures) -> CaptionOutput:
+def open_output(
+    output: str | os.PathLike | None,
+    output_format: str | None,
+    pictures: Pictures,
+    existing: str = "skip",
+    num_captions: int = 1,
+    extension: str = ".txt",
+) -> CaptionOutput:
     """
-    Return the output of a format, by default the one that the ending of its name tells. Without `output`, .txt files
+    Return the output of a format, by default the one that the ending of its name tells. Without `output`, text files
     lie in the folder of the pictures.
     """
+    if existing not in EXISTING:
+        raise ValueError(f"existing={existing!r}: one of {', '.join(EXISTING)} was expected.")
     path = None if output is None else Path(output)
-    suffix = "" if path is None else path.suffix
-    output_format = output_format or {".jsonl": "jsonl", ".parquet": "parquet", "": "txt"}.get(suffix)
-    if output_format not in ("txt", "jsonl", "parquet"):
+    ending = "" if path is None else path.suffix.removeprefix(".")
+    output_format = output_format or {"": "txt"}.get(ending, ending)
+    if output_format not in ("txt", *TABLES):
         raise CollectionError(
-            f"{output}: the ending does not tell the format. Name a file that ends in .jsonl or .parquet, or give "
-            "--format txt, jsonl or parquet."
+            f"{output}: the ending does not tell the format. Name a file that ends in {', '.join(TABLES)}, or give "
+            f"--format txt, {', '.join(TABLES)}."
         )
-    if output_format != "txt":
-        if path is None or path.is_dir():
-            raise CollectionError(
-                f"--format {output_format} needs the name of a file, --output captions.{output_format}."
-            )
-        return CaptionFile(path, pictures, output_format)
+    if output_format == "txt":
+        return _open_sidecars(path, pictures, existing, num_captions, extension)
+    if path is None or path.is_dir():
+        raise CollectionError(f"--format {output_format} needs the name of a file, --output captions.{output_format}.")
+    if output_format == "csv" and num_captions > 1:
+        raise CollectionError(
+            "A cell of CSV has one caption. For several of a picture, give a .jsonl or a .parquet file."
+        )
+    if path.name in _METADATA:
+        pictures = _named_by_metadata(path, pictures)
+    return CaptionFile(path, output_format, pictures, existing, num_captions)
+
+
+def _named_by_metadata(path: Path, pictures: Pictures) -> FolderPictures:
     if not isinstance(pictures, FolderPictures):
         raise CollectionError(
-            "A .txt for each picture needs a folder of pictures. Give --output a file that ends in .jsonl or .parquet."
+            f"{path.name} describes a folder of pictures. Give another name, such as captions.jsonl."
+        )
+    if others := [name for name in sorted(_METADATA - {path.name}) if path.with_name(name).exists()]:
+        raise CollectionError(
+            f"{path.with_name(others[0])} is there already, and `datasets` reads one metadata file of a folder. Give "
+            "it as --output, or remove it."
+        )
+    return pictures.named_from(path.parent)
+
+
+def _open_sidecars(
+    path: Path | None, pictures: Pictures, existing: str, num_captions: int, extension: str
+) -> SidecarFiles:
+    if not isinstance(pictures, FolderPictures):
+        raise CollectionError(
+            "A .txt for each picture needs a folder of pictures. Give --output a file that ends in .jsonl, .csv or "
+            ".parquet."
         )
     if path is not None and path.is_file():
         raise CollectionError(f"{path} is a file, and --format txt needs a folder. Give another --output.")
-    return SidecarFiles(path, pictures)
+    if not re.fullmatch(r"\.\w[\w.-]*", extension) or extension.lower() in picture_endings():
+        raise CollectionError(f"--extension {extension}: the ending of a text file was expected, such as .caption.")
+    return SidecarFiles(path, pictures, existing, num_captions, extension)
+
+
+def _join(first: str, second: str) -> str:
+    """Return two captions as one: with a comma, as lists of tags have it, or as sentences."""
+    first, second = first.strip(), second.strip()
+    if not first or not second:
+        return first or second
+    return f"{first}{' ' if first.endswith(tuple('.,;:!?')) else ', '}{second}"
 
 
 def _beside(base: Path, ending: str) -> Path:
     return base.with_name(f"{base.name}.{ending}")
 
 
-def _take_out_broken(records: Iterable[dict[str, Any]], broken: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _as_row(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of a part as a row."""
+    return {name: value for name, value in record.items() if name != BEFORE}
+
+
+def _without_broken(records: Iterable[dict[str, Any]], broken: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for record in records:
         if CAPTION in record:
             yield record
@@ -270,29 +474,10 @@ def _take_out_broken(records: Iterable[dict[str, Any]], broken: list[dict[str, A
             broken.append(record)
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS_PER_GROUP):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise StateFileError(
-            f"{path} can't be read as Parquet ({error}): it was cut off or changed. Restore it, or delete it: its "
-            "pictures are captioned again."
-        ) from error
-
-
-def _write_parquet(file: IO[bytes], records: Iterable[dict[str, Any]], columns: Mapping[str, type]):
-    schema = pa.schema({name: _TYPES[kind] for name, kind in {**columns, CAPTION: str}.items()})
-    records = iter(records)
-    with pq.ParquetWriter(file, schema) as writer:
-        while group := list(islice(records, _ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema))
-
-
 def _with_position(records: Iterable[dict[str, Any]], pictures: Pictures) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield records with numbers that never fall. Those of pictures that are gone stay where they are."""
     last = -1
     for record in records:
         position = pictures.position(record)
-        last = last if position is None else position
+        last = last if position is None else max(last, position)
         yield last, record

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..data.rows import get_column, open_image, select_columns
+from ..data.rows import find_image_column, get_column, open_image, select_columns
+from ..data.shards import read_members, split_member
 from ..jobs.errors import CollectionError
 from ..jobs.fingerprints import fingerprint, sampled_rows
 from ..jobs.picture_files import find_picture_files, is_picture_name
@@ -67,16 +67,32 @@ class FolderPictures(_NamedPictures):
     Args:
         folder (`str` or `os.PathLike`):
             The folder.
+        names (`list[str]`, *optional*):
+            Paths inside the folder, if only these pictures are meant.
 
     Raises:
         CollectionError: if there is no such folder.
     """
 
     columns = {"file": str}
+    _way = ""  # to the folder, in front of each name in the output
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, names: Sequence[str] | None = None):
         self.folder = Path(folder)
-        self.names = list(find_picture_files(self.folder))
+        self.names = list(find_picture_files(self.folder)) if names is None else sorted(set(names))
+
+    def named_from(self, folder: Path) -> "FolderPictures":
+        """Return the same pictures with the names that `metadata.jsonl` has for them in a folder above them."""
+        try:
+            way = self.folder.resolve().relative_to(folder.resolve()).as_posix()
+        except ValueError:
+            raise CollectionError(
+                f"A metadata file in {folder} does not find the pictures of {self.folder} by `file_name`. Write it "
+                f"into {self.folder}, or into a folder above."
+            ) from None
+        pictures = FolderPictures(self.folder, self.names)
+        pictures.columns, pictures._way = {"file_name": str}, "" if way == "." else f"{way}/"
+        return pictures
 
     def __len__(self) -> int:
         return len(self.names)
@@ -85,10 +101,11 @@ class FolderPictures(_NamedPictures):
         return load_image(self.folder / self.names[index])
 
     def identity(self, index: int) -> dict[str, Any]:
-        return {"file": _as_utf8(self.names[index])}
+        return {name: _as_utf8(self._way + self.names[index]) for name in self.columns}
 
     def describe(self) -> dict[str, Any]:
-        return {"data": str(self.folder.resolve())}
+        # Metadata move with their pictures
+        return {} if "file_name" in self.columns else {"data": str(self.folder.resolve())}
 
 
 class TarPictures(_NamedPictures):
@@ -138,11 +155,9 @@ class TarPictures(_NamedPictures):
 def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, int, int]]:
     """Yield the key, ending, offset and size of each picture of a tar file."""
     endings: dict[str, str] = {}
-    for name, offset, size in _members(path):
-        folder, slash, base = name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        key = folder + slash + stem
-        if (ending.lower() != field.lower()) if field is not None else not is_picture_name(base):
+    for name, offset, size in read_members(path):
+        key, ending = split_member(name)
+        if (ending.lower() != field.lower()) if field is not None else not is_picture_name(f"x.{ending}"):
             continue
         if endings.get(key) == ending:
             raise CollectionError(
@@ -156,25 +171,6 @@ def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, 
             )
         endings[key] = ending
         yield key, ending, offset, size
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield the name, offset and size of each file in a tar file."""
-    try:
-        archive = tarfile.open(path, "r:")  # noqa: SIM115
-    except tarfile.TarError as error:
-        raise CollectionError(
-            f"{path} is not a tar file that can be read ({error}). Give tar files that are not compressed."
-        ) from error
-    with archive:
-        try:
-            for member in archive:
-                if member.isreg():
-                    yield member.name, member.offset_data, member.size
-        except tarfile.TarError as error:
-            logger.warning(
-                f"{path} is cut off ({error}). The pictures before that are captioned. Fetch the file again."
-            )
 
 
 class RowPictures(Pictures):
@@ -203,7 +199,7 @@ class RowPictures(Pictures):
                 f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming."
             )
         self.allow_urls = allow_urls
-        self.column = _picture_column(dataset) if column is None else column
+        self.column = find_image_column(dataset) if column is None else column
         try:
             self.rows = select_columns(dataset.with_format(None), [self.column])
         except ValueError as error:
@@ -234,15 +230,6 @@ class RowPictures(Pictures):
         if isinstance(value, Mapping) and value.get("bytes") is not None:
             return value["bytes"]
         return repr(value).encode("utf-8", "surrogatepass")
-
-
-def _picture_column(dataset: datasets.Dataset) -> str:
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if len(found) > 1 and "image" not in found:
-        raise CollectionError(
-            f"The dataset has several columns of pictures, {found}. Say which with image_column (--image-column)."
-        )
-    return found[0] if len(found) == 1 else "image"
 
 
 def _as_utf8(name: str) -> str:

@@ -4,17 +4,18 @@ import argparse
 from typing import Any
 
 from ._common import add_command, load_captioner, load_dataset, pick, processes
+from ._generation import check_generation, given_generation
 
 
 def add_parser(commands: Any):
     text = "Propose captions of pictures, rank them together with those that are there, and keep the best (CapFilt)."
     add = add_command(commands, "capfilt", _run, text, f"{text} Run again to go on.")
-    kinds = "file (parquet, tar, json, csv, arrow), folder of pictures or of cached features, or id on the Hub"
-    add("data", kinds, metavar="DATA")
+    add("data")
     add("--captioner", "writes captions: a BLIP-2, or what pipeline('image-to-text') loads", metavar="MODEL")
     add("--filter", "ranks them: a model of stage 1 or for retrieval", required=True, metavar="MODEL")
     add("--output", "folder of the result; run again to go on", required=True, metavar="FOLDER")
     add("--image-column")
+    add("--image-root")
     add("--text-column", "column of the existing captions: texts, or lists of texts", default="caption")
     add("--num-captions", "captions to propose for each picture; 0 ranks those that are there", type=int, default=10)
     add("--keep", "captions of a picture that are kept", type=int, default=2)
@@ -41,27 +42,36 @@ def _run(options: argparse.Namespace):
         raise ValueError("give --captioner, or --num-captions 0 to rank the existing captions.")
 
     from ..capfilt import RetrievalFilter, capfilt_dataset
+    from ..jobs.checkpoints import MATCHING, check_checkpoint
     from ..search import load_retrieval_model
 
+    check_checkpoint(options.filter, MATCHING)
     with processes(options.device) as state:
         device = options.device or state.device
-        rows = load_dataset(options.data, options.config, options.split)
-        captioner = _open_captioner(options, device) if options.num_captions else None
+        kwargs = _generation(options) if options.num_captions else {}
+        rows = load_dataset(options)
+        captioner = _open_captioner(options, device, kwargs) if options.num_captions else None
         caption_filter = RetrievalFilter(*load_retrieval_model(options.filter, device, options.dtype), options.score)
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")
         kwargs = pick(options, *names, "num_workers", "overwrite", "allow_urls")
         capfilt_dataset(rows, captioner, caption_filter, options.output, **kwargs)
 
 
-def _open_captioner(options: argparse.Namespace, device: Any) -> Any:
+def _generation(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `generate`: sampling, unless others are given."""
+    kwargs = given_generation(options)
+    if dict(options.generate or []).get("do_sample") is False:
+        kwargs.pop("top_p", None)  # its default
+    check_generation({"num_beams": 1, **kwargs}, options.captioner, options.num_captions)
+    return kwargs
+
+
+def _open_captioner(options: argparse.Namespace, device: Any, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoConfig, pipeline
 
     from ..capfilt import ModelCaptioner, PipelineCaptioner
     from ..jobs.inference import check_finite, weights_place
 
-    kwargs = {"max_new_tokens": options.max_new_tokens, **dict(options.generate or [])}
-    if kwargs.get("do_sample", True):
-        kwargs.setdefault("top_p", options.top_p)
     config = AutoConfig.from_pretrained(weights_place(options.captioner))
     if config.model_type in ("blip2", "blip-2"):
         parts = load_captioner(options.captioner, options.dtype, device, is_stage1=config.text_config is None)

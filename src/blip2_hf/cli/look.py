@@ -1,10 +1,15 @@
 """`blip2-hf look`: where in a picture is what a text says?"""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from ._common import add_command, check_png, find_device, save_png
+
+
+_GAP = 8  # pixels between pictures
+_MOST_PIXELS = 8_000_000  # of a sheet, unless its full size is asked for
 
 
 def add_parser(commands: Any):
@@ -18,6 +23,7 @@ def add_parser(commands: Any):
     add("--method", "with TEXT: Grad-CAM of matching, or attention alone", default="gradcam", choices=methods)
     add("--layer", "layer of the Q-Former, one that has cross-attention; without it, the mean of all", type=int)
     add("--per-word", "also draw each word of TEXT, as a text of its own", action="store_true")
+    add("--full-size", "keep the picture's size, also if the sheet has more than 8 megapixels", action="store_true")
     add("--image-size")
     add("--dtype")
     add("--device")
@@ -27,8 +33,11 @@ def _run(options: argparse.Namespace):
     check_png(options.output)
     if options.per_word and options.text is None:
         raise ValueError("--per-word goes with TEXT.")
+    if options.text is not None and not options.text.strip():
+        raise ValueError(
+            "TEXT is empty: give a word or a sentence, or leave it out to see what the queries attend to."
+        )
 
-    from ..attention_maps import overlay
     from ..models.image_loading import check_reads_8_bit, load_image
 
     picture = load_image(options.picture)
@@ -37,37 +46,32 @@ def _run(options: argparse.Namespace):
     check_reads_8_bit(image_processor)
     inputs = image_processor(images=[picture], return_tensors="pt").to(model.device, model.dtype)
     titles, heat_maps = _maps(options, model, processor, inputs["pixel_values"])
-    save_png(_side_by_side([overlay(picture, heat_map) for heat_map in heat_maps], titles), Path(options.output))
+    sheet = draw_sheet(picture, heat_maps, titles, math.inf if options.full_size else _MOST_PIXELS)
+    save_png(sheet, Path(options.output))
     print("\n".join([*titles, f"drawn in {options.output}"]))
 
 
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """Load a model or, if there is a text, one with heads for matching and its processor."""
-    from ..jobs.inference import load_model, weights_place
-    from ..models.configuration_blip2 import Blip2Config
+    from ..jobs.checkpoints import MATCHING, check_checkpoint
+    from ..jobs.inference import load_model
     from ..models.modeling_base import Blip2Model
     from ..retrieval.loading import load_retrieval_model
 
     if options.text is None:
+        check_checkpoint(options.model)
         model = load_model(Blip2Model, options.model, "A BLIP-2", dtype=options.dtype or "auto")
         return model.to(find_device(options.device)), None
-    if not Blip2Config.from_pretrained(weights_place(options.model)).qformer_config.use_qformer_text_input:
-        raise ValueError(
-            f"{options.model} has not learned to match images with texts: give a model of stage 1 or for retrieval, "
-            "or leave out TEXT to draw what the queries attend to."
-        )
+    check_checkpoint(options.model, MATCHING, advice=", or leave out TEXT to draw what the queries attend to")
     return load_retrieval_model(options.model, options.device, options.dtype)
 
 
 def _load_image_processor(options: argparse.Namespace) -> Any:
     """Load one that scales the whole picture to the size that the model reads, and cuts nothing off."""
-    # In transformers 5.17 the name in the package itself asks for torchvision
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     from ..data.image_size import own_image_size, with_image_size
-    from ..jobs.inference import processor_place
+    from ..jobs.checkpoints import load_image_processor
 
-    image_processor = AutoImageProcessor.from_pretrained(processor_place(options.model))
+    image_processor = load_image_processor(options.model)
     own_sides = set(own_image_size(image_processor).values())
     if options.image_size is None and len(own_sides) > 1:
         raise ValueError(f"The pictures of {options.model} are no squares: give --image-size.")
@@ -92,15 +96,31 @@ def _maps(options: argparse.Namespace, model: Any, processor: Any, pixel_values:
     return [f"{text}: match {p:.2f}" for text, p in zip(texts, probabilities.tolist(), strict=True)], heat_maps
 
 
-def _side_by_side(pictures: list[Any], titles: list[str]) -> Any:
+def draw_sheet(picture: Any, heat_maps: Any, titles: list[str], most_pixels: float = _MOST_PIXELS) -> Any:
+    """Draw each map over the picture, side by side, below its title. The picture shrinks if the sheet is too large."""
     from PIL import Image, ImageDraw
 
-    gap, margin = 8, 24
-    draw = ImageDraw.Draw(pictures[0])
-    width, height = pictures[0].size
-    step = max(width, *(int(draw.textlength(title)) for title in titles)) + gap
-    sheet = Image.new("RGB", (step * len(pictures) - gap, height + margin), "white")
-    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        sheet.paste(picture, (number * step, margin))
-        ImageDraw.Draw(sheet).text((number * step + 2, 6), title, fill="black")
+    from ..attention_maps import overlay
+
+    size = picture.size
+    step, margin, font = _layout(size, titles)
+    while (pixels := step * len(titles) * (size[1] + margin)) > most_pixels:
+        scale = 0.99 * math.sqrt(most_pixels / pixels)
+        size = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+        step, margin, font = _layout(size, titles)
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (step * len(titles) - _GAP, size[1] + margin), "white")
+    for number, (heat_map, title) in enumerate(zip(heat_maps, titles, strict=True)):
+        sheet.paste(overlay(picture, heat_map), (number * step, margin))
+        ImageDraw.Draw(sheet).text((number * step + 2, margin // 5), title, fill="black", font=font)
     return sheet
+
+
+def _layout(size: tuple[int, int], titles: list[str]) -> tuple[int, int, Any]:
+    """Return the width of a picture with its gap, the height above it, and the font of its title."""
+    from PIL import ImageFont
+
+    letters = max(12, round(math.sqrt(size[0] * size[1]) / 25))
+    font = ImageFont.load_default(letters)
+    return max(size[0], *(math.ceil(font.getlength(title)) for title in titles)) + _GAP, 2 * letters, font

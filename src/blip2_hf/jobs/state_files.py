@@ -22,15 +22,18 @@ def read_json(path: str | os.PathLike, advice: str, keys: Sequence[str] = ()) ->
     )
 
 
-def read_json_lines(path: str | os.PathLike, advice: str, expected: str, fits: Callable[[Any], bool]) -> Iterator[Any]:
+def read_json_lines(
+    path: str | os.PathLike, advice: str, expected: str, fits: Callable[[Any], bool], is_whole: bool = False
+) -> Iterator[Any]:
     """
     Yield what the lines of a file of JSON hold, each of which `fits`. A last line without its end, which a process
-    that was killed leaves, is no line. A [`StateFileError`] names the file and the line, and says what was `expected`
-    and what to do: `advice`, a sentence.
+    that was killed leaves, is no line. With `is_whole` it is one, because people write such files, and empty lines are
+    none. A [`StateFileError`] names the file and the line, and says what was `expected` and what to do: `advice`, a
+    sentence.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n"):
+            if line.strip() if is_whole else line.endswith(b"\n"):
                 yield _parse(line, f"{path}, line {number}", advice, expected, fits)
 
 
