@@ -11,13 +11,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ._parser import Parser, above_zero, at_least_zero, folder_to_write, positive, probability
 
-
-if TYPE_CHECKING:
-    from ..models.generation_presets import GenerationPreset
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -268,14 +265,6 @@ def load_dataset(options: argparse.Namespace, default_split: str = "train") -> A
     rows = load_rows(options.data, split, **pick(options, "config", "image_column", "image_root"))
     options.image_column = options.image_column or find_image_column(rows)
     return rows
-
-
-def generate_kwargs(preset: "GenerationPreset", given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `generate` that are given, and the preset's others, within a given length."""
-    kwargs = preset.generate_kwargs | given
-    if "min_new_tokens" in kwargs.keys() - given.keys():
-        kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], kwargs["max_new_tokens"])
-    return kwargs
 
 
 def tell_image_size(processor: Any, given: int | None, of_paper: int):

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ._common import pick
 from ._parser import above_zero, did_you_mean, positive
 
 
@@ -26,6 +27,7 @@ def add_data_options(add: Callable, held_out: float):
     add("--held-out", share, type=float, default=held_out, metavar="SHARE")
     add("--id-column", "column of ids that are equal for rows of the same picture; without it, found if there is one")
     add("--image-column")
+    add("--image-root")
     add("--allow-urls")
     add(
         "--skip-bad-rows",
@@ -114,14 +116,19 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
 
 
 def open_rows(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the rows to learn from, `train`, and those of --validation, `validation`, `None` without it."""
+    """
+    Return the rows to learn from, `train`, and those of --validation, `validation`, `None` without it. Set
+    `options.image_column` to the column of the pictures.
+    """
     from ..data import check_held_out, load_rows
+    from ..data.rows import find_image_column
 
     check_held_out(options.data, options.validation)
-    return {
-        "train": load_rows(options.data, streaming=getattr(options, "streaming", False)),
-        "validation": None if options.validation is None else load_rows(options.validation),
-    }
+    places = pick(options, "image_column", "image_root")
+    train = load_rows(options.data, streaming=getattr(options, "streaming", False), **places)
+    validation = None if options.validation is None else load_rows(options.validation, **places)
+    options.image_column = options.image_column or find_image_column(train)
+    return {"train": train, "validation": validation}
 
 
 def find_text_column(options: argparse.Namespace, rows: Any) -> str:
