@@ -64,7 +64,9 @@ def add_parser(commands: Any):
         "is one of transformers' TrainingArguments, such as --bf16 and --gradient-checkpointing."
     )
     example = "blip2-hf finetune photos --model Salesforce/blip2-opt-2.7b --output my-captioner"
-    add = add_command(commands, "finetune", _run, "Fine-tune a BLIP-2 on your own data.", text, example=example)
+    add = add_command(
+        commands, "finetune", _run, "Fine-tune a BLIP-2 on your own data.", text, check=_check, example=example
+    )
     add_data_options(add, held_out=0.1)
     add("--text-column", "column of the captions: texts, or lists of texts (default: caption, otherwise text)")
     add("--question-column", "column of the questions", default="question")
@@ -88,10 +90,6 @@ def add_parser(commands: Any):
 
 def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
-    options.preset = options.preset or task.preset
-    options.prompt = options.prompt if options.prompt is not None else task.prompt
-    _check(options)
-    check_output(options, options.model)
     arguments = _arguments(options, task)
     config, processor = check_model(options.model, has_language_model=options.task != "retrieval")
     data, image_size = _read(options, task, processor)
@@ -120,6 +118,9 @@ def _run(options: argparse.Namespace):
 
 
 def _check(options: argparse.Namespace):
+    task = _TASKS[options.task]
+    options.preset = options.preset or task.preset
+    options.prompt = options.prompt if options.prompt is not None else task.prompt
     is_retrieval, has_adapters = options.task == "retrieval", options.preset in _ADAPTERS
     is_quantized = options.load_in_4bit or options.load_in_8bit
     if options.load_in_4bit and options.load_in_8bit:
@@ -137,6 +138,7 @@ def _check(options: argparse.Namespace):
     without = ("stage2", "qformer", "projection", "lora_language_model") if is_retrieval else ("stage1",)
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
+    check_output(options, options.model)
 
 
 def _arguments(options: argparse.Namespace, task: _Task) -> Any:
