@@ -77,7 +77,8 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
 
     if options.report_to != "none" and find_spec(options.report_to) is None:
         name = options.report_to
-        raise ValueError(f"--report-to {name} needs the package {name}: pip install {name}")
+        package = '"blip2-hf[training]"' if name == "tensorboard" else name
+        raise ImportError(f"--report-to {name} needs the package {name}: pip install {package}")
     on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
     given = {
         "output_dir": options.output,
@@ -108,7 +109,7 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     if rest:
-        known = [name for name in parser._option_string_actions if "_" not in name]
+        known = [*options.own_options, *(name for name in parser._option_string_actions if "_" not in name)]
         raise ValueError(f"there is no option {rest[0]}.{did_you_mean(rest[0].replace('_', '-'), known)}")
     if options.early_stopping is not None and not arguments.load_best_model_at_end:
         raise ValueError("--early-stopping needs validations: hold pictures out, and give --eval-steps.")
@@ -229,31 +230,17 @@ def find_image_size(options: argparse.Namespace, processor: Any) -> int:
 
 def check_model(name: str, has_language_model: bool) -> tuple[Any, Any]:
     """Return the configuration and the processor of a model, once it is of the class that is needed."""
-    from transformers import AutoConfig
-
+    from ..jobs.checkpoints import STAGE1, WRITING, check_checkpoint, load_processor
     from ..jobs.inference import adapter_base
     from ..models.configuration_blip2 import Blip2Config
-    from ..models.processing_blip2 import Blip2Processor
 
     if adapter_base(name) is not None:
         raise ValueError(
             f"{name} holds adapters, and a whole model is needed. Merge them: blip2-hf convert {name} --output FOLDER"
         )
-    kind = AutoConfig.from_pretrained(name).model_type
-    if kind not in ("blip2", "blip-2"):
-        raise ValueError(f"{name} is a model of type {kind!r}: a BLIP-2 was expected.")
-    config = Blip2Config.from_pretrained(name)
-    if has_language_model and config.text_config is None:
-        raise ValueError(
-            f"{name} is a model of stage 1, without a language model. Give one of stage 2, or make it: "
-            f"blip2-hf pretrain DATA --stage 2 --stage1 {name} --language-model MODEL --output FOLDER"
-        )
-    if not has_language_model and (config.text_config is not None or not config.qformer_config.use_qformer_text_input):
-        raise ValueError(f"{name} has not learned to compare pictures with texts: a model of stage 1 was expected.")
-    try:
-        return config, Blip2Processor.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"{name} has no processor. Save one beside the model: processor.save_pretrained.") from error
+    advice = f", or make one: blip2-hf pretrain DATA --stage 2 --stage1 {name} --language-model MODEL --output FOLDER"
+    check_checkpoint(name, WRITING if has_language_model else STAGE1, advice if has_language_model else "")
+    return Blip2Config.from_pretrained(name), load_processor(name)
 
 
 def finish(trainer: Any, output: str, next_command: str):
