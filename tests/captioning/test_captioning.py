@@ -1,6 +1,5 @@
 """`blip2-hf caption`: the captions of the pipeline, whatever the collection, the format, and what interrupts it."""
 
-import argparse
 import io
 import json
 import os
@@ -28,7 +27,7 @@ from blip2_hf.captioning import (
     caption_images,
 )
 from blip2_hf.captioning.captions import CaptionWriter
-from blip2_hf.cli import caption, main
+from blip2_hf.cli import caption, main, make_parser
 from blip2_hf.jobs.errors import StateFileError
 
 
@@ -84,10 +83,7 @@ def files_beside(path) -> set[str]:
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser(prog="blip2-hf")
-    caption.add_parser(parser.add_subparsers(required=True))
-    options = parser.parse_args(["caption", *map(str, arguments)])
-    options.run(options)
+    main(["caption", *map(str, arguments)])
 
 
 def count_pictures(monkeypatch, limit: int = 10**9) -> list[int]:
@@ -511,9 +507,7 @@ def test_a_mistake_in_the_arguments_binds_no_later_run(photos, model_folder, par
 
 def test_what_is_opened(photos, model_folder, tmp_path):
     def opened(data, *arguments):
-        parser = argparse.ArgumentParser()
-        caption.add_parser(parser.add_subparsers())
-        return caption._open_pictures(parser.parse_args(["caption", str(data), "--model", "x", *arguments]))
+        return caption._open_pictures(make_parser().parse_args(["caption", str(data), "--model", "x", *arguments]))
 
     rows = datasets.Dataset.from_list([{"image": make_image(seed)} for seed in range(3)])
     rows.save_to_disk(tmp_path / "saved")

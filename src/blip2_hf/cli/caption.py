@@ -193,9 +193,7 @@ def _given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
 def _refuse(options: argparse.Namespace, defaults: dict[str, Any], reason: str):
     """Refuse options that have no effect."""
     if given := _given(options, defaults):
-        raise ValueError(
-            f"{reason}: {' and '.join(given)} would have no effect. Leave {'it' if len(given) == 1 else 'them'} out."
-        )
+        raise ValueError(f"{reason}: leave out {' and '.join(given)}, which would have no effect.")
 
 
 def _ending(given: str | None) -> str:
