@@ -1,6 +1,5 @@
 """CapFilt: the best of all captions by each pair alone, whatever interrupts the job and however many share it."""
 
-import argparse
 import json
 
 import datasets
@@ -22,7 +21,7 @@ from blip2_hf.capfilt import (
     propose_captions,
     rank_captions,
 )
-from blip2_hf.cli import capfilt, main
+from blip2_hf.cli import main
 from blip2_hf.data import ImageTextPairs, cache_features, clean_caption, load_cached_features, load_rows
 from blip2_hf.search import load_retrieval_model
 
@@ -94,10 +93,7 @@ def score_of_pair(retriever, image, text: str, score: str) -> float:
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser(prog="blip2-hf")
-    capfilt.add_parser(parser.add_subparsers(required=True))
-    options = parser.parse_args(["capfilt", *map(str, arguments)])
-    options.run(options)
+    main(["capfilt", *map(str, arguments)])
 
 
 def shards(folder) -> dict[str, bytes]:
@@ -233,7 +229,7 @@ def test_the_command_and_what_it_says(rows, stage1_folder, captioner_folder, ret
     with pytest.raises(SystemExit, match="blip2-hf: .*nosuch"):
         run(tmp_path / "rows.parquet", *options, "--captioner", tmp_path / "nosuch")
     retriever[0].save_pretrained(tmp_path / "retriever")
-    with pytest.raises(SystemExit, match="retriever lacks .*A model that writes text"):
+    with pytest.raises(SystemExit, match="retriever is a model for retrieval .*writes no text"):
         run(tmp_path / "rows.parquet", *options, "--captioner", tmp_path / "retriever")
     with pytest.raises(SystemExit, match="no column 'title'"):
         run(tmp_path / "rows.parquet", *options, "--captioner", captioner_folder, "--text-column", "title")

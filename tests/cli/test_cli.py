@@ -124,7 +124,7 @@ def test_arguments_that_do_not_fit(arguments, message, capsys):
 
 def test_files_and_options_that_do_not_fit(tower, tmp_path):
     with pytest.raises(SystemExit, match="--vision-feature-layer goes with --vision-model"):
-        main(["cache-features", "x", "--output", "y", "--model", "z", "--vision-feature-layer", "1"])
+        main(["cache-features", str(tower), "--output", "y", "--model", str(tower), "--vision-feature-layer", "1"])
     (tmp_path / "pictures.txt").write_text("")
     with pytest.raises(SystemExit, match="pictures.txt.*\\.parquet"):
         cache(tmp_path / "pictures.txt", tower, tmp_path / "out")

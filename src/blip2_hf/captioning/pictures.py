@@ -2,7 +2,6 @@
 
 import functools
 import os
-import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..data.rows import get_column, open_image, select_columns
+from ..data.rows import find_image_column, get_column, open_image, select_columns
+from ..data.shards import read_members, split_member
 from ..jobs.errors import CollectionError
 from ..jobs.fingerprints import fingerprint, sampled_rows
 from ..jobs.picture_files import find_picture_files, is_picture_name
@@ -155,11 +155,9 @@ class TarPictures(_NamedPictures):
 def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, int, int]]:
     """Yield the key, ending, offset and size of each picture of a tar file."""
     endings: dict[str, str] = {}
-    for name, offset, size in _members(path):
-        folder, slash, base = name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        key = folder + slash + stem
-        if (ending.lower() != field.lower()) if field is not None else not is_picture_name(base):
+    for name, offset, size in read_members(path):
+        key, ending = split_member(name)
+        if (ending.lower() != field.lower()) if field is not None else not is_picture_name(f"x.{ending}"):
             continue
         if endings.get(key) == ending:
             raise CollectionError(
@@ -173,25 +171,6 @@ def _picture_members(path: Path, field: str | None) -> Iterator[tuple[str, str, 
             )
         endings[key] = ending
         yield key, ending, offset, size
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield the name, offset and size of each file in a tar file."""
-    try:
-        archive = tarfile.open(path, "r:")  # noqa: SIM115
-    except tarfile.TarError as error:
-        raise CollectionError(
-            f"{path} is not a tar file that can be read ({error}). Give tar files that are not compressed."
-        ) from error
-    with archive:
-        try:
-            for member in archive:
-                if member.isreg():
-                    yield member.name, member.offset_data, member.size
-        except tarfile.TarError as error:
-            logger.warning(
-                f"{path} is cut off ({error}). The pictures before that are captioned. Fetch the file again."
-            )
 
 
 class RowPictures(Pictures):
@@ -220,7 +199,7 @@ class RowPictures(Pictures):
                 f"A datasets.Dataset was expected, got a {type(dataset).__name__}. Load one split, without streaming."
             )
         self.allow_urls = allow_urls
-        self.column = _picture_column(dataset) if column is None else column
+        self.column = find_image_column(dataset) if column is None else column
         try:
             self.rows = select_columns(dataset.with_format(None), [self.column])
         except ValueError as error:
@@ -251,15 +230,6 @@ class RowPictures(Pictures):
         if isinstance(value, Mapping) and value.get("bytes") is not None:
             return value["bytes"]
         return repr(value).encode("utf-8", "surrogatepass")
-
-
-def _picture_column(dataset: datasets.Dataset) -> str:
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if len(found) > 1 and "image" not in found:
-        raise CollectionError(
-            f"The dataset has several columns of pictures, {found}. Say which with image_column (--image-column)."
-        )
-    return found[0] if len(found) == 1 else "image"
 
 
 def _as_utf8(name: str) -> str:

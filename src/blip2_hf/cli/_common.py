@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import logging
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,9 @@ from ._parser import Parser, above_zero, at_least_zero, positive, probability
 
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+# Options that are names of models, in any command
+_MODELS = ("model", "captioner", "filter", "vision_model", "language_model", "text_encoder", "stage1")
 
 _LONGEST_WAIT = timedelta(days=30)  # until the other processes have done their share, too
 
@@ -32,9 +37,20 @@ def generate_argument(text: str) -> tuple[str, Any]:
 
 _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--model": {"help": "BLIP-2: folder or id on the Hub"},
+    **dict.fromkeys(
+        ("data", "--data"),
+        {
+            "help": "folder of pictures, file (parquet, json, csv, tsv, arrow, tar, COCO's json), or id on the Hub",
+            "metavar": "DATA",
+        },
+    ),
     "--config": {"help": "configuration of the dataset, if it has several"},
-    "--split": {"help": "split of the dataset, also `train[:1000]`", "default": "train"},
-    "--image-column": {"help": "column of the pictures", "default": "image"},
+    "--split": {"help": "split of the data, also `train[:1000]`; without it train"},
+    "--image-column": {"help": "column of the pictures; without it their only column, or image"},
+    "--image-root": {
+        "help": "folder from which the paths of pictures start that are not beside the file that names them",
+        "metavar": "FOLDER",
+    },
     "--image-size": {
         "help": "side in pixels of the square that pictures are scaled to; without it, that of the checkpoint",
         "type": positive,
@@ -70,25 +86,25 @@ _GROUPS = {
     "data": """
         --data --config --split --image-column --image-root --text-column --caption-column --question-column
         --answer-column --id-column --image-id-column --group-column --annotations --questions --images --image --index
-        --allow-urls --limit --skip-broken --validation --held-out --recursive
+        --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out --recursive --streaming
     """,
     "model": """
         --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --stage1
-        --vision-feature-layer --image-size --size --max-pixels --adapter --load-in-4bit --load-in-8bit
-        --method --layer
+        --vision-feature-layer --num-query-tokens --image-size --size --max-pixels --adapter --load-in-4bit
+        --load-in-8bit --method --layer
     """,
     "generation": """
         --preset --prompt --prefix --suffix --num-beams --max-new-tokens --min-new-tokens --temperature --top-p --top-k
         --seed --num-captions --captions-per-image --generate --question
     """,
     "training": """
-        --task --stage --epochs --steps --learning-rate --warmup-steps --weight-decay --gradient-accumulation
-        --lora-rank --early-stopping --eval-steps --save-steps --resume --report-to --metric --table-size --views
+        --task --stage --epochs --max-steps --learning-rate --accumulate --eval-steps --early-stopping --report-to
+        --prefix-lm --max-length --views
     """,
     "scores": "--protocol --lemmatize --k --score --min-score --keep --top --rerank --exact",
     "output": """
         --output --format --extension --existing --overwrite --rebuild --approximate --store-embeds --transformers
-        --max-shard-size --sheet --open --json --csv --per-word
+        --max-shard-size --merge --push-to-hub --sheet --open --json --csv --per-word
     """,
     "speed and memory": """
         --batch-size --num-workers --device --dtype --tower-dtype --rows-per-shard --part-index --num-parts
@@ -108,7 +124,7 @@ def add_command(
     parser = commands.add_parser(
         name, help=text, description=description or text, example=example, group_titles=tuple(_GROUPS)
     )
-    parser.set_defaults(run=partial(_run_command, run))
+    parser.set_defaults(run=partial(_run_command, run), takes_files=False)
     return partial(add_option, parser)
 
 
@@ -116,12 +132,20 @@ def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Na
     """Run a command. An error that users can mend is told in a line, without a traceback."""
     from ..jobs.errors import tell_errors
 
+    quieten_libraries()
     with tell_errors("blip2-hf"):
         try:
             check_device(getattr(options, "device", None))
+            check_names(options)
             run(options)
         except KeyboardInterrupt:
             stop("stopped.")
+
+
+def quieten_libraries():
+    """Keep back what packages say at their import of others that are not needed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def stop(message: str) -> NoReturn:
@@ -141,6 +165,18 @@ def check_device(name: str | None):
         except (AssertionError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"--device {name} is not there ({reason}). Give cpu, or leave it out.") from error
+
+
+def check_names(options: argparse.Namespace):
+    """Refuse names of models and of data that lead nowhere, before anything is loaded."""
+    from ..jobs.names import check_data_name, check_model_name
+
+    for name in _MODELS:
+        if (value := getattr(options, name, None)) is not None and not (options.takes_files and Path(value).is_file()):
+            check_model_name(value)
+    data = getattr(options, "data", None) or []
+    for value in [data] if isinstance(data, str) else data:
+        check_data_name(value)
 
 
 def end_workers():
@@ -202,16 +238,20 @@ def processes(device: str | None) -> Iterator[Any]:
     state.destroy_process_group()
 
 
-def load_dataset(data: str, config: str | None, split: str) -> Any:
-    """Load what a user names: a file, several (`*`), a folder, or an id on the Hub."""
-    import datasets
+def load_dataset(options: argparse.Namespace, default_split: str = "train") -> Any:
+    """
+    Load the data that a user names, and set `options.image_column` to the column of the pictures. `default_split` is
+    taken if the data have splits, and none is named.
+    """
+    from ..data import find_splits, load_rows
+    from ..data.rows import find_image_column
 
-    from ..data import load_rows
-
-    try:
-        return load_rows(data, split) if config is None else datasets.load_dataset(data, config, split=split)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{data} can't be read: {error.__cause__ or error}") from error
+    split = options.split
+    if split is None and default_split != "train" and find_splits(options.data, options.config) != []:
+        split = default_split
+    rows = load_rows(options.data, split, **pick(options, "config", "image_column", "image_root"))
+    options.image_column = options.image_column or find_image_column(rows)
+    return rows
 
 
 def tell_image_size(processor: Any, given: int | None, of_paper: int):
@@ -238,12 +278,13 @@ def find_device(given: str | None) -> Any:
 
 def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
     """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
-    from ..jobs.inference import load_model, processor_place
+    from ..jobs.checkpoints import WRITING, WRITING_ALONE, check_checkpoint, load_processor
+    from ..jobs.inference import load_model
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
-    from ..models.processing_blip2 import Blip2Processor
 
+    check_checkpoint(name, WRITING_ALONE if is_stage1 else WRITING)
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
     expected = f"A model that writes text, of {model_class.__name__},"
-    model = load_model(model_class, name, expected, dtype=dtype or "auto")
-    return model.to(device), Blip2Processor.from_pretrained(processor_place(name))
+    processor = load_processor(name)
+    return load_model(model_class, name, expected, dtype=dtype or "auto").to(device), processor

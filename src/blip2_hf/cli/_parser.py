@@ -1,15 +1,10 @@
 """A parser of arguments that tells mistakes in a line, and guesses what was meant."""
 
 import argparse
-import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return the end of a message about a name that is not known: the most similar one, if there is one."""
-    found = difflib.get_close_matches(given, list(known), n=1)
-    return f" Did you mean {found[0]}?" if found else ""
+from ..jobs.errors import did_you_mean
 
 
 def number(kind: type, least: float | None = None, most: float | None = None, above: float | None = None) -> Callable:

@@ -9,11 +9,12 @@ from ._common import DTYPES, add_command, find_device, load_dataset, option_grou
 def add_parser(commands: Any):
     text = "Store the output of a frozen vision tower for the pictures of a dataset, so that training never runs it."
     add = add_command(commands, "cache-features", _run, text)
-    add("data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub", metavar="DATA")
+    add("data")
     add("--output", "folder of the features; run again to go on", required=True, metavar="FOLDER")
     add("--config")
     add("--split")
     add("--image-column")
+    add("--image-root")
     group = option_group(commands.choices["cache-features"], "--model")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="BLIP-2 whose tower is taken: folder or id on the Hub")
@@ -40,27 +41,27 @@ def _run(options: argparse.Namespace):
 
     import torch
 
-    # In transformers 5.17 the name in the package itself asks for torchvision
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size
-    from ..jobs.inference import check_finite
-    from ..models.backbones import load_whole
+    from ..jobs.checkpoints import check_checkpoint, load_image_processor
+    from ..jobs.inference import check_finite, load_model
     from ..models.modeling_base import Blip2Model
 
-    dataset = load_dataset(options.data, options.config, options.split)
-    if options.model is not None:
-        model = load_whole(Blip2Model, options.model, "A BLIP-2")
-    else:
-        model = VisionTower(options.vision_model, options.vision_feature_layer)
-    model.to(find_device(options.device), options.tower_dtype and getattr(torch, options.tower_dtype))
     name = options.model or options.vision_model
-    check_finite(model.vision_model, name)
+    if options.model is not None:
+        check_checkpoint(name)
+    image_processor = with_image_size(load_image_processor(name), options.size)
+    dataset = load_dataset(options)
+    if options.model is not None:
+        model = load_model(Blip2Model, name, "A BLIP-2")
+    else:
+        model = VisionTower(name, options.vision_feature_layer)
+        check_finite(model, name)
+    model.to(find_device(options.device), options.tower_dtype and getattr(torch, options.tower_dtype))
     names = ("image_column", "views", "dtype", "batch_size", "rows_per_shard", "seed", "num_workers", "skip_broken")
     cache_features(
         dataset,
         model,
-        with_image_size(AutoImageProcessor.from_pretrained(name), options.size),
+        image_processor,
         options.output,
         transform=RandomResizedCropAndFlip(options.size) if options.views > 1 else None,
         **pick(options, *names, "part_index", "num_parts", "allow_urls"),

@@ -10,12 +10,12 @@ from ._generation import check_generation, given_generation
 def add_parser(commands: Any):
     text = "Propose captions of pictures, rank them together with those that are there, and keep the best (CapFilt)."
     add = add_command(commands, "capfilt", _run, text, f"{text} Run again to go on.")
-    kinds = "file (parquet, tar, json, csv, arrow), folder of pictures or of cached features, or id on the Hub"
-    add("data", kinds, metavar="DATA")
+    add("data")
     add("--captioner", "writes captions: a BLIP-2, or what pipeline('image-to-text') loads", metavar="MODEL")
     add("--filter", "ranks them: a model of stage 1 or for retrieval", required=True, metavar="MODEL")
     add("--output", "folder of the result; run again to go on", required=True, metavar="FOLDER")
     add("--image-column")
+    add("--image-root")
     add("--text-column", "column of the existing captions: texts, or lists of texts", default="caption")
     add("--num-captions", "captions to propose for each picture; 0 ranks those that are there", type=int, default=10)
     add("--keep", "captions of a picture that are kept", type=int, default=2)
@@ -42,12 +42,14 @@ def _run(options: argparse.Namespace):
         raise ValueError("give --captioner, or --num-captions 0 to rank the existing captions.")
 
     from ..capfilt import RetrievalFilter, capfilt_dataset
+    from ..jobs.checkpoints import MATCHING, check_checkpoint
     from ..search import load_retrieval_model
 
+    check_checkpoint(options.filter, MATCHING)
     with processes(options.device) as state:
         device = options.device or state.device
         kwargs = _generation(options) if options.num_captions else {}
-        rows = load_dataset(options.data, options.config, options.split)
+        rows = load_dataset(options)
         captioner = _open_captioner(options, device, kwargs) if options.num_captions else None
         caption_filter = RetrievalFilter(*load_retrieval_model(options.filter, device, options.dtype), options.score)
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")

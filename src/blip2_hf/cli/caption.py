@@ -13,7 +13,8 @@ from ._parser import positive
 from ._pictures import named_pictures, pixel_limit
 
 
-_OF_ROWS = {"config": None, "split": None, "image_column": None, "allow_urls": False}  # options without an effect else
+# Options that have no effect on other data
+_OF_ROWS = {"config": None, "split": None, "image_column": None, "image_root": None, "allow_urls": False}
 _OF_FILES = {"output": None, "format": None, "extension": None, "existing": None, "overwrite": False}
 _WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 
@@ -55,15 +56,19 @@ def add_parser(commands: Any):
     add("--dtype")
     add("--device")
     add("--num-workers", "processes that load pictures; 0 takes a thread", default=2)
-    add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told", default=None)
+    add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told")
+    add("--image-root")
     add("--config")
     add("--split", "split of the dataset, also `train[:1000]` (default: train)", default=None)
     add("--allow-urls")
 
 
 def _run(options: argparse.Namespace):
+    from ..jobs.checkpoints import WRITING, check_checkpoint
+
     if options.overwrite and options.existing not in (None, "overwrite"):
         raise ValueError(f"--overwrite and --existing {options.existing} were given: give one of them.")
+    check_checkpoint(options.model, WRITING)
     files = _named_files(options.data)
     with pixel_limit(options.max_pixels):
         if files is not None and not _given(options, _WRITING):
@@ -162,27 +167,30 @@ def _as_folder(files: list[str]) -> Any:
 
 def _open_pictures(options: argparse.Namespace) -> Any:
     from ..captioning import FolderPictures, RowPictures
+    from ..data.folders import is_picture_folder
+    from ..data.shards import find_shards
 
     data = options.data[0]
     path = Path(data)
-    if path.suffix == ".tar":
+    if path.suffix.lower() == ".tar":
         if not (paths := sorted({path for name in options.data for path in glob.glob(name, recursive=True)})):
             raise ValueError(f"no file is called {data}.")
         return _open_tars(options, paths)
-    if path.is_dir() and not (path / "state.json").is_file():
-        if len(folder := FolderPictures(path)):
-            _refuse(options, _OF_ROWS, f"{data} is a folder of pictures")
-            return folder
-        if paths := sorted(map(str, path.rglob("*.tar"))):
-            return _open_tars(options, paths)
-    rows = load_dataset(data, options.config, options.split or "train")
+    if path.is_dir() and is_picture_folder(path):
+        _refuse(options, _OF_ROWS, f"{data} is a folder of pictures")
+        return FolderPictures(path)
+    if path.is_dir() and (paths := find_shards(path)):
+        return _open_tars(options, paths)
+    options.data = data
+    rows = load_dataset(options)
     return RowPictures(rows, options.image_column, options.allow_urls)
 
 
 def _open_tars(options: argparse.Namespace, paths: list[str]) -> Any:
     from ..captioning import TarPictures
 
-    _refuse(options, {name: _OF_ROWS[name] for name in ("config", "split", "allow_urls")}, "Tar files have no rows")
+    no_effect = {name: value for name, value in _OF_ROWS.items() if name != "image_column"}
+    _refuse(options, no_effect, "Tar files have no rows")
     return TarPictures(paths, options.image_column)
 
 

@@ -17,6 +17,7 @@ def add_parser(commands: Any):
         "this library, or, with --transformers, into one of transformers, which vLLM and others read too."
     )
     add = add_command(commands, "convert", _run, "Convert a checkpoint from or to another code.", text)
+    commands.choices["convert"].set_defaults(takes_files=True)
     add("source", "file of LAVIS, or folder or id on the Hub with a BLIP-2 or an InstructBLIP", metavar="SOURCE")
     add("--output", "the folder that is written", required=True, metavar="DIR")
     add("--vision-model", "tower that a file of LAVIS lacks: eva_vit_g.pth, clip_vit_L.pth, folder or id", metavar="X")
@@ -31,8 +32,11 @@ def add_parser(commands: Any):
 
 def _run(options: argparse.Namespace):
     from ..convert.folders import check_output, whole_folder
+    from ..jobs.names import check_model_name
 
     is_file = os.path.isfile(options.source)
+    if not is_file:
+        check_model_name(options.source)
     parts = {name: value for name in _PARTS if (value := getattr(options, name)) is not None}
     if parts and not is_file:
         raise ValueError(f"--{[*parts][0].replace('_', '-')} goes with a file of LAVIS.")

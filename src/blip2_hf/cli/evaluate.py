@@ -50,11 +50,12 @@ def add_parser(commands: Any):
     add("--annotations", "file of captions (dataset_coco.json) or of answers (v2_mscoco_val2014_annotations.json)")
     add("--questions", "file of questions, such as v2_OpenEnded_mscoco_val2014_questions.json")
     add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
-    add("--data", "folder of pictures, file (parquet, tar, json, csv, arrow), or id on the Hub")
+    add("--data")
     add("--config", "configuration of --data, if it has several")
     split = "split of --data, also `test[:1000]`, or of Karpathy's file; without it test, or all if there are none"
     add("--split", split, default=None)
     add("--image-column")
+    add("--image-root")
     add("--caption-column", "column of a caption, or of a list", default="caption")
     add("--question-column", "column of the questions", default="question")
     add("--answer-column", "column of an answer, or of a list", default="answer")
@@ -84,6 +85,9 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
     _check(options, task)
+    from ..jobs.checkpoints import MATCHING, WRITING, check_checkpoint
+
+    check_checkpoint(options.model, MATCHING if task.kind == "retrieval" else WRITING)
     with processes(options.device) as state:
         run = _evaluate_retrieval if task.kind == "retrieval" else _evaluate_texts
         run(options, task, _read(options, task), options.device or state.device)
@@ -100,6 +104,8 @@ def _check(options: argparse.Namespace, task: _Task):
     names = {"annotations", "questions", "images", "data"} - {*task.needs}
     if options.task in ("vqav2", "okvqa"):
         names -= {"annotations"}
+    if task.needs != ("data",):
+        names |= {"config", "image_column", "image_root"}
     if task.kind == "retrieval":
         names |= {"preset", "prompt", "generate"}
     if task.kind != "vqa":
@@ -131,10 +137,7 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
-    # A single file has no test split: `datasets` calls its rows train, whatever they are
-    path = Path(options.data)
-    split = options.split or ("train" if path.is_file() or (path / "state.json").is_file() else "test")
-    rows = load_dataset(options.data, options.config, split)
+    rows = load_dataset(options, default_split="test")
     if task.kind != "vqa":
         return readers.read_caption_rows(
             rows, **pick(options, "image_column", "caption_column", "id_column", "allow_urls")

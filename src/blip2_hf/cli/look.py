@@ -53,31 +53,25 @@ def _run(options: argparse.Namespace):
 
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """Load a model or, if there is a text, one with heads for matching and its processor."""
-    from ..jobs.inference import load_model, weights_place
-    from ..models.configuration_blip2 import Blip2Config
+    from ..jobs.checkpoints import MATCHING, check_checkpoint
+    from ..jobs.inference import load_model
     from ..models.modeling_base import Blip2Model
     from ..retrieval.loading import load_retrieval_model
 
     if options.text is None:
+        check_checkpoint(options.model)
         model = load_model(Blip2Model, options.model, "A BLIP-2", dtype=options.dtype or "auto")
         return model.to(find_device(options.device)), None
-    if not Blip2Config.from_pretrained(weights_place(options.model)).qformer_config.use_qformer_text_input:
-        raise ValueError(
-            f"{options.model} has not learned to match images with texts: give a model of stage 1 or for retrieval, "
-            "or leave out TEXT to draw what the queries attend to."
-        )
+    check_checkpoint(options.model, MATCHING, advice=", or leave out TEXT to draw what the queries attend to")
     return load_retrieval_model(options.model, options.device, options.dtype)
 
 
 def _load_image_processor(options: argparse.Namespace) -> Any:
     """Load one that scales the whole picture to the size that the model reads, and cuts nothing off."""
-    # In transformers 5.17 the name in the package itself asks for torchvision
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     from ..data.image_size import own_image_size, with_image_size
-    from ..jobs.inference import processor_place
+    from ..jobs.checkpoints import load_image_processor
 
-    image_processor = AutoImageProcessor.from_pretrained(processor_place(options.model))
+    image_processor = load_image_processor(options.model)
     own_sides = set(own_image_size(image_processor).values())
     if options.image_size is None and len(own_sides) > 1:
         raise ValueError(f"The pictures of {options.model} are no squares: give --image-size.")

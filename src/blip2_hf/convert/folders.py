@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..jobs.atomic_files import rename, temporary_folder
 from ..jobs.inference import adapter_base, check_finite, merge_adapters
+from ..models.backbones import load_with_info
 from ..models.configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
 from ..models.modeling_base import Blip2Model, Blip2PreTrainedModel
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
@@ -83,12 +83,11 @@ def _loader(name_or_path: str | os.PathLike) -> Callable[..., tuple[Blip2PreTrai
 def _load_blip2(
     name_or_path: str | os.PathLike, model_class: type[Blip2PreTrainedModel], **kwargs
 ) -> tuple[Blip2PreTrainedModel, list[str]]:
-    loaded: Any = model_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    model, info = loaded
+    model, info = load_with_info(model_class, name_or_path, **kwargs)
     # transformers' checkpoints have no temperature
-    if missing := sorted({str(name) for name in info["missing_keys"]} - {"temperature.weight"}):
+    if missing := [name for name in info["missing_keys"] if name != "temperature.weight"]:
         raise ValueError(f"{name_or_path} lacks {len(missing)} weights: {enumerate_names(missing)}.")
-    return model, sorted(str(name) for name in info["unexpected_keys"])
+    return model, info["unexpected_keys"]
 
 
 def _with_dtypes(

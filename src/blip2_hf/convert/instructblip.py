@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.models.instructblip.configuration_instructblip import InstructBlipConfig
 
+from ..models.backbones import load_with_info
 from ..models.configuration_blip2 import Blip2Config, TransformersBlip2Config
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
 from .reading import enumerate_names, rename
@@ -45,20 +46,18 @@ def load_instructblip_checkpoint(
     """
     fields = _fields(InstructBlipConfig.from_pretrained(pretrained_model_name_or_path))
     fields["qformer_config"]["use_qformer_text_input"] = True
-    loaded: Any = Blip2ForConditionalGeneration.from_pretrained(
+    model, info = load_with_info(
+        Blip2ForConditionalGeneration,
         pretrained_model_name_or_path,
         config=Blip2Config.from_transformers(TransformersBlip2Config(**fields)),
         key_mapping=RENAMINGS,
-        output_loading_info=True,
         **kwargs,
     )
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = [str(name) for name in info[kind] if not str(name).endswith("position_ids")]
-        if names:
+    for kind, keys in info.items():
+        if names := [name for name in keys if not name.endswith("position_ids")]:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is not a complete InstructBLIP: {kind.replace('_', ' ')}: "
-                f"{enumerate_names(sorted(names))}. Give a complete checkpoint."
+                f"{enumerate_names(names)}. Give a complete checkpoint."
             )
     return model
 

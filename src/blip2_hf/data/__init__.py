@@ -10,8 +10,9 @@ from .feature_cache import (
     load_cached_features,
     read_cached_features,
 )
+from .held_out import find_id_column, hold_out
 from .image_size import with_image_size
-from .loading import check_held_out, find_id_column, hold_out, load_rows
+from .loading import check_held_out, find_splits, load_rows
 from .pairs import ImageTextPairs, ImageTextStream
 from .text import clean_caption, clean_question, split_prefix
 from .transforms import RandomResizedCropAndFlip
@@ -34,6 +35,7 @@ __all__ = [
     "clean_caption",
     "clean_question",
     "find_id_column",
+    "find_splits",
     "hold_out",
     "leave_out_bad_rows",
     "load_cached_features",

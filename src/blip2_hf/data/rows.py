@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
+from ..jobs.errors import CollectionError
 from ..models.image_fetching import FetchError, read_at_most
 from ..models.image_loading import as_load_error, is_url, load_image
 
@@ -114,6 +115,16 @@ def _without_decoding(feature: Any) -> Any:
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         return dataclasses.replace(feature, feature=_without_decoding(feature.feature))
     return dataclasses.replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
+
+
+def find_image_column(dataset: datasets.Dataset) -> str:
+    """Return the only column of pictures, or else `image`."""
+    found = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, datasets.Image)]
+    if len(found) > 1 and "image" not in found:
+        raise CollectionError(
+            f"The dataset has several columns of pictures, {found}. Say which with image_column (--image-column)."
+        )
+    return found[0] if len(found) == 1 else "image"
 
 
 def column_names(dataset: Any) -> list[str] | None:

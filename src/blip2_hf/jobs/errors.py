@@ -1,12 +1,15 @@
 """Errors of jobs. Each message says what was given, what was expected and what to do."""
 
 import contextlib
+import difflib
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
 _LONGEST_VALUE = 80  # characters of a value that a message shows
+_LONGEST_SENTENCE = 160  # characters of another's message in ours
 
 
 class CollectionError(ValueError):
@@ -39,6 +42,12 @@ def shorten(value: Any) -> str:
     shown = repr(value)
     half = _LONGEST_VALUE // 2
     return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:half]}...{shown[-half:]}"
+
+
+def did_you_mean(given: str, known: Iterable[str], form: str = "{}") -> str:
+    """Return the end of a message about a name that is not known: the most similar one in a form, if there is one."""
+    found = difflib.get_close_matches(given, list(known), n=1)
+    return f" Did you mean {form.format(found[0])}?" if found else ""
 
 
 @contextlib.contextmanager
@@ -74,3 +83,9 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return str(error)
+
+
+def first_sentence(error: Exception) -> str:
+    """Return how a long message of a library begins, without the full stop."""
+    text = str(error).strip() or type(error).__name__
+    return re.split(r"\n|\.(?=\s|$)", text, maxsplit=1)[0][:_LONGEST_SENTENCE]

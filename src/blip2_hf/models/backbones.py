@@ -1,11 +1,15 @@
 """Loading of vision towers and language models, and refusal of checkpoints that lack weights."""
 
+import contextlib
 import inspect
+import logging
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -61,14 +65,58 @@ def load_whole(
     Raises:
         ValueError: if weights are missing.
     """
-    model, missing = _load_and_tell_missing(model_class, name, **kwargs)
-    _refuse_missing(name, [key for key in missing if not key.startswith(not_needed)], expected)
+    model, info = load_with_info(model_class, name, **kwargs)
+    _refuse_missing(name, [key for key in info["missing_keys"] if not key.startswith(not_needed)], expected)
     return model
 
 
-def _load_and_tell_missing(model_class: Any, name: str | os.PathLike, **kwargs) -> tuple[Any, list[str]]:
-    model, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    return model, sorted(str(key) for key in info["missing_keys"])
+def load_with_info(model_class: Any, name: str | os.PathLike, **kwargs) -> tuple[Any, dict[str, list[str]]]:
+    r"""
+    Load a model, and the names of weights that are missing or have no place. Damaged ones are refused.
+
+    Args:
+        model_class (`type`):
+            Class of the model, or an Auto class.
+        name (`str` or `os.PathLike`):
+            Folder or id on the Hub.
+        kwargs:
+            Arguments of `from_pretrained`.
+
+    Returns:
+        `tuple`: the model, and the sorted names as `missing_keys` and `unexpected_keys`.
+
+    Raises:
+        ValueError: if a file is cut off or damaged, or weights have other shapes than the configuration says.
+    """
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with _without_report():
+            model, info = model_class.from_pretrained(name, **kwargs)
+    except (EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"A file of the weights of {name} is cut off or damaged ({error}). Copy or download it again."
+        ) from error
+    if mismatched := sorted(str(key[0]) for key in info["mismatched_keys"]):
+        raise ValueError(
+            f"{len(mismatched)} weights of {name} have other shapes than its config.json says ({mismatched[0]}). Give "
+            "a folder whose files are of one model."
+        )
+    return model, {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")}
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from its table of weights that are missing or unused: what is missing is an error here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_report)
 
 
 def _refuse_missing(name: str | os.PathLike, missing: list[str], expected: str):
@@ -140,8 +188,8 @@ def load_tower(vision_model: str | os.PathLike | PreTrainedModel) -> PreTrainedM
         renamings = {f"^(?!{prefix})": "of_another_part.", f"^{prefix}": ""}
     # Not AutoModel, because code from the Hub registers no classes
     model_class = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
-    tower, missing = _load_and_tell_missing(model_class, vision_model, config=config, key_mapping=renamings)
-    if missing:
+    tower, info = load_with_info(model_class, vision_model, config=config, key_mapping=renamings)
+    if missing := info["missing_keys"]:
         expected = f"A checkpoint of a {config.model_type}, or of a model that has one as its vision tower,"
         _refuse_missing(vision_model, _used_weights(tower, missing), expected)
     return tower

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..jobs.checkpoints import MATCHING, check_checkpoint, load_processor
 from ..jobs.fingerprints import check_settings, fingerprint, sampled_weights
-from ..jobs.inference import load_model, processor_place
+from ..jobs.inference import load_model
 from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
 from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
-from ..models.processing_blip2 import Blip2Processor
 
 
 _WEIGHT_SAMPLES = 32  # values of each weight that tell a model from another
@@ -44,13 +44,15 @@ def load_retrieval_model(
     Raises:
         ValueError: if it has not learned to compare images with texts, or weights are NaN or infinite.
     """
+    check_checkpoint(name, MATCHING)
+    processor = load_processor(name)
     expected = "A model for retrieval, of Blip2ForImageTextRetrieval or Blip2ForPreTraining,"
     model = load_model(Blip2ForImageTextRetrieval, name, expected, dtype=dtype or "auto")
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     # Parts that from_pretrained keeps in float32 too
     model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return model.eval(), Blip2Processor.from_pretrained(processor_place(name))
+    return model.eval(), processor
 
 
 def model_and_processor(

@@ -25,7 +25,7 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ImportError('Approximate search needs faiss: pip install "blip2-hf[search]".') from error
+        raise ImportError('approximate search needs faiss: pip install "blip2-hf[search]".') from error
     return faiss
 
 

@@ -1,0 +1,144 @@
+"""A folder of pictures as rows: the pictures, and the texts beside them or in a metadata file."""
+
+import os
+import posixpath
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+import datasets
+from transformers.utils import logging
+
+from ..jobs.errors import printable
+from ..jobs.picture_files import find_picture_files
+from .splits import select_split, split_by_folder
+from .tables import load_tables
+
+
+logger = logging.get_logger(__name__)
+
+_SAVED = ("cache.json", "dataset_info.json", "dataset_dict.json")  # of `cache_features` and `save_to_disk`
+_SHARDS = "data/*-*-of-*.parquet"  # as `push_to_hub` and CapFilt name them
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_TEXT_ENDINGS = (".txt", ".caption")
+_FILE = "file_name"
+
+
+def load_picture_folder(folder: Path, names: Sequence[str], split: str = "train") -> datasets.Dataset:
+    """
+    Load the pictures of a folder, whose paths inside it are `names`. Rows have `image`, `file_name` and the columns of
+    the metadata files. If those have no texts, `caption` has the texts beside the pictures.
+    """
+    tables = [_read_metadata(folder, path, set(names)) for path in _find_metadata(folder, names)]
+    described = {name for table in tables for name in table[_FILE]}
+    others = [name for name in names if name not in described]
+    if others or not tables:
+        tables.append(_make_rows(folder, others))
+    rows = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+    rows = _add_texts(folder, rows)
+    parts = split_by_folder(rows[_FILE][:])
+    return select_split(rows, parts, split, str(folder))
+
+
+def find_picture_names(folder: Path) -> list[str]:
+    """Return the paths of the pictures in a folder, which a table can hold."""
+    names = list(find_picture_files(folder))
+    for name in names:
+        if printable(name) != name:
+            raise ValueError(f"{folder}: the name of the file {printable(name)} is not in UTF-8. Rename it.")
+    return names
+
+
+def is_picture_folder(folder: Path) -> bool:
+    """Tell whether a folder has pictures, or metadata about them, and is no dataset that was saved in files."""
+    if any((folder / name).exists() for name in _SAVED) or any(folder.glob(_SHARDS)):
+        return False
+    return any((folder / name).is_file() for name in _METADATA) or bool(find_picture_files(folder))
+
+
+def _find_metadata(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Return the metadata files beside the pictures and above them, of which a folder may have one."""
+    found = []
+    for inner in sorted({".", *(str(parent) for name in names for parent in PurePosixPath(name).parents)}):
+        paths = [path for name in _METADATA if (path := folder / inner / name).is_file()]
+        if len(paths) > 1:
+            raise ValueError(
+                f"{folder / inner} has {' and '.join(path.name for path in paths)}, one of which was expected. Remove "
+                "the others."
+            )
+        found += paths
+    return found
+
+
+def _read_metadata(folder: Path, path: Path, names: set[str]) -> datasets.Dataset:
+    """Read a metadata file as `datasets` does: `file_name` names the picture, `x_file_name` one for the column `x`."""
+    table = load_tables(str(path), "train", streaming=False, image_column="")
+    main = next((name for name in (_FILE, f"image_{_FILE}") if name in table.column_names), None)
+    if main is None:
+        raise ValueError(
+            f"{path} has no column {_FILE!r}, but {table.column_names}. Name the pictures in it, by their paths from "
+            f"the folder {path.parent}, or rename the file."
+        )
+    inner = path.parent.relative_to(folder).as_posix()
+    columns = {
+        name: [_check_name(inner, value, names, path) for value in table[name]]
+        for name in table.column_names
+        if name == main or name.endswith(f"_{_FILE}")
+    }
+    pictures = {"image" if name == main else name.removesuffix(f"_{_FILE}"): own for name, own in columns.items()}
+    others = table.remove_columns([name for name in table.column_names if name in columns or name in pictures])
+    made = _make_rows(folder, pictures.pop("image"), **pictures)
+    return datasets.concatenate_datasets([made, others], axis=1) if others.column_names else made
+
+
+def _check_name(inner: str, value: object, names: set[str], path: Path) -> str:
+    """Return the path of a picture from the folder, which a metadata file in the folder `inner` names."""
+    name = posixpath.normpath(posixpath.join(inner, value.replace("\\", "/"))) if isinstance(value, str) else None
+    if name not in names:
+        raise ValueError(
+            f"{path} names the picture {value!r}, which is not in the folder {path.parent}. Give the path of each "
+            "picture from that folder, or take the row out."
+        )
+    return name
+
+
+def _make_rows(folder: Path, names: Sequence[str], **others: Sequence[str]) -> datasets.Dataset:
+    """Make rows of pictures. `others` are the names of pictures in other columns."""
+    columns = {"image": names, **others}
+    features = datasets.Features({**dict.fromkeys(columns, datasets.Image()), _FILE: datasets.Value("string")})
+    paths = {column: [os.path.abspath(folder / name) for name in own] for column, own in columns.items()}
+    return datasets.Dataset.from_dict({**paths, _FILE: list(names)}, features=features)
+
+
+def _add_texts(folder: Path, rows: datasets.Dataset) -> datasets.Dataset:
+    """Add the texts beside the pictures as the column `caption`, if there are any and the metadata have none."""
+    names = rows[_FILE][:]
+    if texts := [name for name in rows.column_names if _has_texts(rows, name)]:
+        if any(_find_texts(folder, name) for name in names):
+            logger.warning(
+                f"{folder}: the texts beside the pictures are not read, because the metadata have the column "
+                f"{texts[0]!r}. Remove the metadata, or the texts."
+            )
+        return rows
+    found = {name: _read_text(paths[0]) for name in names if (paths := _find_texts(folder, name))}
+    if not found:
+        return rows
+    return rows.add_column("caption", [found.get(name) for name in names])
+
+
+def _has_texts(rows: datasets.Dataset, name: str) -> bool:
+    feature = rows.features[name]
+    feature = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+    is_text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    return name == "caption" or (is_text and name != _FILE)
+
+
+def _find_texts(folder: Path, name: str) -> list[Path]:
+    stem = os.path.splitext(name)[0]
+    return [path for ending in _TEXT_ENDINGS if (path := folder / f"{stem}{ending}").is_file()]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error.reason}). Save the text anew, in UTF-8.") from error

@@ -1,0 +1,121 @@
+"""Pictures that rows name by relative paths: where their files are."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+
+from ..jobs.picture_files import is_picture_name
+from .rows import select_columns
+
+
+_FIRST = 10  # paths of which at least one has to be found
+_LONGEST_PATH = 1024  # characters; a longer string is a picture in base64
+
+Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
+
+
+def find_pictures(
+    rows: Rows,
+    column: str,
+    folder: Path | None,
+    image_root: str | os.PathLike | None,
+    name: str,
+    subfolders: Sequence[str] = ("",),
+) -> Rows:
+    """
+    Replace relative paths in a column of pictures by absolute ones, of files in `folder` or, if they are not there,
+    under `image_root`, in the first of `subfolders` there that has them. Other strings, and pictures of other types,
+    stay. Errors call the data `name`.
+    """
+    if image_root is not None and not Path(image_root).is_dir():
+        raise ValueError(f"image_root (--image-root) {image_root}: no such folder. Give the folder of the pictures.")
+    if not _has_paths(rows, column):
+        if image_root is not None:
+            raise ValueError(
+                f"image_root (--image-root) was given, but column {column!r} of {name} has no paths. Leave it out, or "
+                "name the column of the paths with image_column (--image-column)."
+            )
+        return rows
+    bases = [base for base in (folder, image_root) if base is not None]
+    places = [os.path.abspath(Path(base, subfolder)) for base in bases for subfolder in subfolders]
+    if not places:
+        return rows
+    find = partial(_find, places=places)
+    if isinstance(rows, datasets.IterableDataset):
+        first = (row.get(column) for row in without_decoding(rows).take(_FIRST))
+        if _any_relative(_check_first(first, places, name)):
+            return rows.map(partial(_replace, find=find, column=column), features=rows.features)
+        return rows
+    stored = select_columns(rows.with_format(None), [column])[:][column]
+    if not _any_relative(_check_first(stored, places, name)):
+        return rows
+    columns = rows.column_names
+    features = datasets.Features({column: rows.features[column]})
+    changed = datasets.Dataset.from_dict({column: list(map(find, stored))}, features=features)
+    rows = datasets.concatenate_datasets([rows.remove_columns(column), changed], axis=1)
+    return rows.select_columns(columns)
+
+
+def without_decoding(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Return rows whose pictures are not opened."""
+    return rows.decode(False) if rows.features else rows
+
+
+def _has_paths(rows: Rows, column: str) -> bool:
+    if rows.features is None:  # of a stream, whose rows tell
+        return True
+    feature = rows.features.get(column)
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("string", "large_string")
+    if isinstance(feature, datasets.Image) and isinstance(rows, datasets.Dataset):
+        table = rows.data.column(column)
+        return all(chunk.field("bytes").null_count == len(chunk) for chunk in table.chunks)
+    return False
+
+
+def _check_first(values: Iterable[Any], places: Sequence[str], name: str) -> Iterator[str]:
+    """Yield the relative paths. If the first of them are found nowhere, raise an error."""
+    paths = (path for value in values if (path := _relative_path(value)) is not None)
+    first = list(itertools.islice(paths, _FIRST))
+    named = [path for path in first if is_picture_name(path)]
+    if named and not any(os.path.exists(_find(path, places)) for path in first):
+        raise ValueError(
+            f"{name} names the picture {named[0]!r}, which is not in {' and not in '.join(places)}. Name the folder "
+            "that the paths start from with image_root (--image-root)."
+        )
+    yield from itertools.chain(first, paths)
+
+
+def _any_relative(paths: Iterator[str]) -> bool:
+    return next(paths, None) is not None
+
+
+def _relative_path(value: Any) -> str | None:
+    """Return a string that is no URL, no absolute path and no picture itself."""
+    path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
+    if not isinstance(path, str) or not 0 < len(path) <= _LONGEST_PATH or "://" in path or path.startswith("data:"):
+        return None
+    return None if os.path.isabs(path) else path
+
+
+def _find(value: Any, places: Sequence[str]) -> Any:
+    """Return the absolute path of a relative one."""
+    if (path := _relative_path(value)) is None:
+        return value
+    found = [whole for place in places if os.path.exists(whole := os.path.normpath(os.path.join(place, path)))]
+    if not found and not os.path.exists(path) and is_picture_name(path):
+        found = [
+            os.path.normpath(os.path.join(place, path)) for place in places
+        ]  # so that the error about the picture is whole
+    if not found:
+        return value
+    return found[0] if isinstance(value, str) else {"bytes": None, "path": found[0]}
+
+
+def _replace(row: dict[str, Any], find: Any, column: str) -> dict[str, Any]:
+    return {column: find(row[column])}

@@ -1,0 +1,172 @@
+"""Files with rows: which endings are read, and how."""
+
+import csv
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .annotations import read_json_annotations, read_text_annotations
+from .picture_paths import Rows, find_pictures, without_decoding
+from .shards import load_shards
+from .splits import select_split, split_by_column
+
+
+# A caption or an answer may be "None" or "NA"
+_CSV = {"keep_default_na": False, "na_values": [""]}
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # of `datasets`, and their arguments
+    ".parquet": ("parquet", {}),
+    ".pq": ("parquet", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", _CSV | {"sep": "\t"}),
+    ".arrow": ("arrow", {}),
+    ".tar": ("webdataset", {}),
+}
+_COMPRESSED = {".csv", ".json", ".jsonl", ".ndjson", ".tsv"}  # read with .gz, too
+_TEXTS = {".txt", ".token"}
+ENDINGS = ", ".join([*_BUILDERS, "Flickr8k's .txt and .token"])
+_COCO = re.compile(r"captions_(\w+)\.json")
+
+
+def table_ending(name: str | os.PathLike) -> str | None:
+    """Return the ending of a file that has rows, in lower case and without `.gz`, or `None` if it is no such file."""
+    stem, ending = os.path.splitext(str(name).lower())
+    if ending == ".gz":
+        ending = os.path.splitext(stem)[1]
+        return ending if ending in _COMPRESSED else None
+    return ending if ending in _BUILDERS or ending in _TEXTS else None
+
+
+def load_tables(
+    name: str, split: str, streaming: bool, image_column: str = "image", image_root: str | os.PathLike | None = None
+) -> Rows:
+    """Load the rows of a file, or of several (`*`), as [`load_rows`] does."""
+    if "://" in name:
+        rows = _load(_check_ending(name), name, split, streaming, name)
+        return find_pictures(rows, image_column, None, image_root, name)
+    paths = _find_files(name)
+    endings = {_check_ending(path) for path in paths}
+    if len(endings) > 1:
+        raise ValueError(f"{name} are files with the endings {', '.join(sorted(endings))}. Give files of one ending.")
+    (ending,) = endings
+    if (annotations := _read_annotations(paths, ending)) is not None:
+        rows = _concatenate(_make_rows(Path(path), found, image_root) for path, found in annotations.items())
+        splits = split_by_column(rows["split"]) if "split" in rows.column_names else {}
+        rows = select_split(rows, splits, split, name)
+        return rows.to_iterable_dataset() if streaming else rows
+    if streaming and split != "train":
+        raise ValueError(f"{name} has no splits, but {split!r} was asked for with streaming. Leave the split out.")
+    rows = _concatenate(_load_groups(paths, ending, streaming, image_column, image_root, name))
+    return rows if streaming else select_split(rows, {}, split, name)
+
+
+def _concatenate(parts: Iterable[Rows]) -> Any:
+    found = list(parts)
+    return found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
+
+
+def _make_rows(path: Path, rows: list[dict[str, Any]], image_root: str | os.PathLike | None) -> Rows:
+    """Make rows of a file of annotations, with the paths of their pictures."""
+    own = _COCO.fullmatch(path.name)
+    # COCO's file lies in annotations/, beside train2017/
+    subfolders = ("", own[1], f"../{own[1]}") if own else ("",)
+    return find_pictures(datasets.Dataset.from_list(rows), "image", path.parent, image_root, str(path), subfolders)
+
+
+def _load_groups(
+    paths: list[str], ending: str, streaming: bool, image_column: str, image_root: str | os.PathLike | None, name: str
+) -> Iterator[Rows]:
+    """Yield the rows of tables, together those of files in one folder, from which their pictures' paths start."""
+    if ending == ".tar":
+        if image_root is not None:
+            raise ValueError(f"image_root (--image-root) was given, but {name} has its pictures in it. Leave it out.")
+        with errors_that_name(name):
+            yield load_shards([glob.escape(path) for path in paths], paths, "train", streaming)
+        return
+    for folder, group in itertools.groupby(paths, os.path.dirname):
+        rows = _load(ending, [glob.escape(path) for path in group], "train", streaming, name)
+        yield find_pictures(rows, image_column, Path(folder), image_root, name)
+
+
+def _load(ending: str, files: str | list[str], split: str, streaming: bool, name: str) -> Rows:
+    builder, kwargs = _BUILDERS[ending]
+    with errors_that_name(name):
+        rows = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming, **kwargs)
+        if streaming:
+            next(iter(without_decoding(rows)))
+        else:
+            rows.data.validate(full=True)  # Arrow reads JSON without a look at its encoding
+        return rows
+
+
+def _read_annotations(paths: Iterable[str], ending: str) -> dict[str, list[dict[str, Any]]] | None:
+    """Return the rows of files of annotations, by their paths, or `None` if they are tables."""
+    if ending not in (".json", *_TEXTS):
+        return None
+    read = read_json_annotations if ending == ".json" else read_text_annotations
+    found = {}
+    for path in paths:
+        try:
+            rows = read(Path(path))
+        except (UnicodeDecodeError, EOFError, csv.Error) as error:
+            raise _unreadable(path, str(error)) from error
+        if rows is not None:
+            found[path] = rows
+    return found or None
+
+
+def find_annotated_splits(name: str) -> list[str]:
+    """Return the splits of a file of annotations, such as Karpathy's."""
+    if table_ending(name) != ".json" or not os.path.isfile(name):
+        return []
+    rows = read_json_annotations(Path(name)) or []
+    return list(split_by_column(row["split"] for row in rows if "split" in row))
+
+
+@contextmanager
+def errors_that_name(name: str) -> Iterator[None]:
+    """Turn what `datasets` raises about a broken file into one line, which is an error that names the file."""
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says the same
+    try:
+        yield
+    except Exception as error:  # the readers of `datasets` raise whatever they like
+        reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetBuildError) else error
+        if isinstance(reason, OSError) and reason.errno is not None:  # a full disk, or no permission
+            raise
+        is_empty = isinstance(reason, StopIteration) or "corresponds to no data" in str(reason)
+        raise _unreadable(name, "there are no rows in it" if is_empty else str(reason)) from error
+    finally:
+        datasets.logging.set_verbosity(level)
+
+
+def _unreadable(name: str, reason: str) -> ValueError:
+    line = (reason.strip() or "it is empty").splitlines()[0].rstrip(".")
+    return ValueError(f"{name} can't be read: {line}. Is the file complete, and in UTF-8?")
+
+
+def _check_ending(name: str) -> str:
+    if (ending := table_ending(name)) is None:
+        raise ValueError(
+            f"{name}: a file with one of the endings {ENDINGS} was expected, or a folder of pictures. Tables of text "
+            "may also be compressed (.gz)."
+        )
+    return ending
+
+
+def _find_files(name: str) -> list[str]:
+    """Return the paths of the files that a name means, in which `*` may stand for any characters."""
+    if os.path.isfile(name):
+        return [name]
+    if not (paths := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))):
+        raise FileNotFoundError(f"no file is called {name}.")
+    return paths
