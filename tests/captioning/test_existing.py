@@ -203,6 +203,9 @@ def test_csv(photos, caption, expected, tmp_path):
     (tmp_path / "rows.csv").write_text("row,caption\n1,a,b\n")
     with pytest.raises(StateFileError, match="line 2 has more cells"):
         caption(tmp_path / "rows.csv", rows)
+    (tmp_path / "rows.csv").write_text("caption,row\na\n")
+    with pytest.raises(StateFileError, match="line 2 has too few cells"):
+        caption(tmp_path / "rows.csv", rows)
 
 
 @pytest.mark.parametrize("existing", ["append", "overwrite"])
@@ -303,6 +306,10 @@ def test_pictures_that_are_named(photos, parts, expected):
     assert sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.txt")) == ["0.txt", "sub/2.txt"]
     caption_dataset(*parts, photos, max_new_tokens=TOKENS, extension=".caption")
     assert (photos / "1.caption").read_text() == expected["1.png"] + "\n"
+    (photos / "0.caption").write_text("mine")
+    for extension in (".txt", ".caption"):  # the files of each have a state of their own
+        caption_dataset(*parts, photos, max_new_tokens=TOKENS, extension=extension, existing="append")
+        assert (photos / f"0{extension}").read_text().endswith(f", {expected['0.png'].strip()}\n")
     with pytest.raises(CollectionError, match="--extension .PNG"):
         caption_dataset(*parts, photos, extension=".PNG")
     with pytest.raises(ValueError, match="existing='keep': one of skip, overwrite"):

@@ -136,7 +136,7 @@ def test_sampling_beside_a_preset(photos, run, options, generation):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["photos/a.png", "nosuch.png"], "no picture nosuch.png|no file or folder nosuch.png"),
+        (["photos/a.png", "nosuch.png"], "no (picture|file) nosuch.png"),
         (["photos/a.png", "photos"], "photos is no picture.*one folder or dataset"),
         (["photos/a.png", "--existing", "append"], "printed without --output: leave out --existing"),
         (["photos/a.png", "--overwrite", "--split", "test"], "leave out --split and --overwrite"),

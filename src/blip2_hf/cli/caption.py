@@ -97,6 +97,7 @@ def _print_captions(options: argparse.Namespace, files: list[str]):
     from ..jobs.errors import printable
 
     model, processor, prompt, kwargs = _load(options, find_device)
+    kwargs["num_workers"] = min(kwargs["num_workers"], len(files) // 8)  # a process begins slowly
     is_broken = False
     for caption in caption_images(model, processor, files, prompt, **kwargs):
         if caption.error is not None:
