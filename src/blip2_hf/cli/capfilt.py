@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from ._common import add_command, load_captioner, load_dataset, pick, processes
-from ._generation import check_generation, given_generation
+from ._generation import check_generation, check_room, given_generation
 from ._parser import at_least_zero, positive
 
 
@@ -89,6 +89,7 @@ def _open_captioner(options: argparse.Namespace, device: Any, kwargs: dict[str, 
 
     config = AutoConfig.from_pretrained(weights_place(options.captioner))
     if config.model_type in ("blip2", "blip-2"):
+        check_room(config, kwargs)
         parts = load_captioner(options.captioner, options.dtype, device, is_stage1=config.text_config is None)
         return ModelCaptioner(*parts, options.num_captions, options.prompt, **kwargs)
     make_pipeline: Any = pipeline  # the types of transformers 5 do not know the task

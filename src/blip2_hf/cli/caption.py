@@ -97,6 +97,7 @@ def _print_captions(options: argparse.Namespace, files: list[str]):
     from ..jobs.errors import printable
 
     model, processor, prompt, kwargs = _load(options, find_device)
+    kwargs["num_workers"] = min(kwargs["num_workers"], len(files) // 8)  # a process begins slowly
     is_broken = False
     for caption in caption_images(model, processor, files, prompt, **kwargs):
         if caption.error is not None:
@@ -189,11 +190,8 @@ def _open_pictures(options: argparse.Namespace) -> Any:
 def _open_tars(options: argparse.Namespace, paths: list[str]) -> Any:
     from ..captioning import TarPictures
 
-    _refuse(
-        options,
-        {name: _OF_ROWS[name] for name in ("config", "split", "image_root", "allow_urls")},
-        "Tar files have no rows",
-    )
+    no_effect = {name: value for name, value in _OF_ROWS.items() if name != "image_column"}
+    _refuse(options, no_effect, "Tar files have no rows")
     return TarPictures(paths, options.image_column)
 
 
@@ -204,9 +202,7 @@ def _given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
 def _refuse(options: argparse.Namespace, defaults: dict[str, Any], reason: str):
     """Refuse options that have no effect."""
     if given := _given(options, defaults):
-        raise ValueError(
-            f"{reason}: {' and '.join(given)} would have no effect. Leave {'it' if len(given) == 1 else 'them'} out."
-        )
+        raise ValueError(f"{reason}: leave out {' and '.join(given)}, which would have no effect.")
 
 
 def _ending(given: str | None) -> str:
