@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace):
     _check(options)
     check_output(options, options.model)
     arguments = _arguments(options, task)
-    config, processor = check_model(options.model, has_language_model=options.task != "retrieval")
+    config, processor = _check_model(options)
     data, image_size = _read(options, task, processor)
     load = _load_retriever if options.task == "retrieval" else _load_writer
     model, processor, collator = load(options, task, config, image_size)
@@ -117,6 +117,15 @@ def _run(options: argparse.Namespace):
     train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=["model"])
     save_result(trainer, merge=options.merge)
     finish(trainer, options.output, task.next_command.format(options.output, options.prompt))
+
+
+def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    from ..jobs.checkpoints import MATCHING, WRITING
+
+    if options.task == "retrieval":
+        return check_model(options.model, MATCHING)
+    stage2 = f"blip2-hf pretrain DATA --stage 2 --stage1 {options.model} --language-model MODEL --output FOLDER"
+    return check_model(options.model, WRITING, f", or make one: {stage2}")
 
 
 def _check(options: argparse.Namespace):
