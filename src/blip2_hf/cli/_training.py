@@ -175,17 +175,19 @@ def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
         return rows
     texts = rows.with_format(None).select_columns([column])
     kept = [number for number, row in enumerate(texts) if _has_text(row[column])]
-    missing = len(rows) - len(kept)
+    missing = sorted({*range(len(rows))} - {*kept})
     if not missing:
         return rows
     if not skips:
+        name = "file_name" if "file_name" in rows.column_names else None
+        first = f"row {missing[0]}" if name is None else rows.select_columns([name])[missing[0]][name]
         raise ValueError(
-            f"{missing:,} of {len(rows):,} rows of {data} have no text in the column {column!r}. Write it, in a "
-            "folder as a .txt file beside the picture, or leave them out: --skip-bad-rows."
+            f"{len(missing):,} of {len(rows):,} rows of {data}, {first} for one, have no text in the column {column!r}. "
+            "Write it, in a folder as a .txt file beside the picture, or leave such rows out: --skip-bad-rows."
         )
     if not kept:
         raise ValueError(f"No row of {data} has a text in the column {column!r}.")
-    print(f"{missing:,} of {len(rows):,} rows of {data} have no text, and are left out.")
+    print(f"{len(missing):,} of {len(rows):,} rows of {data} have no text, and are left out.")
     # With the numbers of the rows
     return hold_out(rows, 0)[0].select(kept)
 

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from ._common import add_command, pick
@@ -146,6 +147,8 @@ def _check(options: argparse.Namespace):
     without = ("stage2", "qformer", "projection", "lora_language_model") if is_retrieval else ("stage1",)
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
+    if is_quantized and find_spec("bitsandbytes") is None:
+        raise ImportError('4 and 8 bits need bitsandbytes: pip install "blip2-hf[quantization]".')
 
 
 def _arguments(options: argparse.Namespace, task: _Task) -> Any:
