@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -154,8 +155,9 @@ def _run_command(run: Callable, check: Callable | None, options: argparse.Namesp
 
 
 def quieten_libraries():
-    """Keep back what packages say at their import of others that are not needed."""
+    """Keep back what packages say of others that are not needed, and what PEFT asks transformers for."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from ._common import add_command, pick
@@ -93,7 +94,7 @@ def _run(options: argparse.Namespace):
     _check(options)
     check_output(options, options.model)
     arguments = _arguments(options, task)
-    config, processor = check_model(options.model, has_language_model=options.task != "retrieval")
+    config, processor = _check_model(options)
     data, image_size = _read(options, task, processor)
     load = _load_retriever if options.task == "retrieval" else _load_writer
     model, processor, collator = load(options, task, config, image_size)
@@ -119,6 +120,15 @@ def _run(options: argparse.Namespace):
     finish(trainer, options.output, task.next_command.format(options.output, options.prompt))
 
 
+def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    from ..jobs.checkpoints import MATCHING, WRITING
+
+    if options.task == "retrieval":
+        return check_model(options.model, MATCHING)
+    stage2 = f"blip2-hf pretrain DATA --stage 2 --stage1 {options.model} --language-model MODEL --output FOLDER"
+    return check_model(options.model, WRITING, f", or make one: {stage2}")
+
+
 def _check(options: argparse.Namespace):
     is_retrieval, has_adapters = options.task == "retrieval", options.preset in _ADAPTERS
     is_quantized = options.load_in_4bit or options.load_in_8bit
@@ -137,6 +147,8 @@ def _check(options: argparse.Namespace):
     without = ("stage2", "qformer", "projection", "lora_language_model") if is_retrieval else ("stage1",)
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
+    if is_quantized and find_spec("bitsandbytes") is None:
+        raise ImportError('4 and 8 bits need bitsandbytes: pip install "blip2-hf[quantization]".')
 
 
 def _arguments(options: argparse.Namespace, task: _Task) -> Any:
