@@ -612,6 +612,8 @@ def test_what_is_held_out_is_not_learned(splits, tmp_path, monkeypatch):
 def test_answers_of_vqav2_are_records(feature):
     answers = [{"answer": "red", "answer_id": 1}, {"answer": "dark red", "answer_id": 2}]
     kind = {"answer": datasets.Value("string"), "answer_id": datasets.Value("int64")}
+    if feature is datasets.Sequence:
+        answers = {name: [answer[name] for answer in answers] for name in kind}
     columns = {"image": [make_image(0)], "question": ["what colour?"], "answers": [answers]}
     text = datasets.Value("string")
     features = datasets.Features({"image": datasets.Image(), "question": text, "answers": feature(kind)})
