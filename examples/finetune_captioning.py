@@ -28,7 +28,8 @@ from blip2_hf.training import (
     FineTuningArguments,
     load_writer,
     make_trainer,
-    train_and_save,
+    save_result,
+    train_from_last_checkpoint,
     training_pairs,
     without_bad_rows,
 )
@@ -84,7 +85,8 @@ def main():
         compute_metrics=metrics,
         early_stopping_patience=patience,
     )
-    train_and_save(trainer, vars(options), models=["model"])
+    train_from_last_checkpoint(trainer, vars(options), models=["model"])
+    save_result(trainer)
     trainer.log_metrics("eval", trainer.evaluate())
     if arguments.push_to_hub:
         trainer.push_to_hub()

@@ -31,7 +31,8 @@ from blip2_hf.training import (
     FineTuningArguments,
     load_writer,
     make_trainer,
-    train_and_save,
+    save_result,
+    train_from_last_checkpoint,
     training_pairs,
     without_bad_rows,
 )
@@ -137,7 +138,8 @@ def main():
         compute_metrics=metrics["validation"] if arguments.predict_with_generate else None,
         early_stopping_patience=options.early_stopping_patience,
     )
-    train_and_save(trainer, vars(options), models=["model", "stage1"])
+    train_from_last_checkpoint(trainer, vars(options), models=["model", "stage1"])
+    save_result(trainer)
 
     name = "test" if "test" in data else "validation"
     test, test_metrics = data[name], metrics[name]

@@ -36,7 +36,8 @@ from blip2_hf.training import (
     Stage1Arguments,
     make_stage1,
     make_trainer,
-    train_and_save,
+    save_result,
+    train_from_last_checkpoint,
     training_pairs,
     without_bad_rows,
 )
@@ -95,7 +96,8 @@ def main():
     trainer = make_trainer(
         model, processor, arguments, train, held_out, collator, compute_metrics=contrastive_retrieval_metrics
     )
-    train_and_save(trainer, vars(options), models=["vision_model", "text_encoder"])
+    train_from_last_checkpoint(trainer, vars(options), models=["vision_model", "text_encoder"])
+    save_result(trainer)
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
 

@@ -29,7 +29,8 @@ from blip2_hf.training import (
     Stage2Arguments,
     make_stage2,
     make_trainer,
-    train_and_save,
+    save_result,
+    train_from_last_checkpoint,
     training_pairs,
     without_bad_rows,
 )
@@ -110,7 +111,8 @@ def main():
         compute_metrics=metrics,
         early_stopping_patience=options.early_stopping_patience,
     )
-    train_and_save(trainer, vars(options), models=["stage1", "language_model", "vision_model"])
+    train_from_last_checkpoint(trainer, vars(options), models=["stage1", "language_model", "vision_model"])
+    save_result(trainer)
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     if arguments.push_to_hub:

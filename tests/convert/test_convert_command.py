@@ -351,11 +351,15 @@ def test_an_instructblip_in_float16_stays_so_and_brings_no_code(tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_an_adapter_is_named_as_one(model_folder, tmp_path):
+def test_adapters_are_merged_into_their_base(model_folder, tmp_path):
     model = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(model_folder)
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(SystemExit, match=r"adapter holds an adapter of PEFT.*merge_and_unload"):
-        convert(tmp_path / "adapter", tmp_path / "out")
+    settings = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "out")
+    merged = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert not same_weights(merged, blip2_hf.Blip2ForConditionalGeneration.from_pretrained(model_folder))
+    assert same_weights(merged, adapted.merge_and_unload())
 
 
 def test_sources_that_are_something_else(model_folder, tmp_path):

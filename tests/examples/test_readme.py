@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import transformers
+from hub_cache import add_to_hub_cache, use_hub_cache
 from paths import DOCS, REPOSITORY
 from stage1 import Processor
 from tiny import (
@@ -26,16 +27,6 @@ from blip2_hf.cli import make_parser
 
 README = (REPOSITORY / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-
-
-def add_to_hub_cache(cache: Path, repo_id: str) -> Path:
-    """A folder that huggingface_hub takes for the downloaded `repo_id`."""
-    repo = cache / f"models--{repo_id.replace('/', '--')}"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
-    snapshot = repo / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    return snapshot
 
 
 def fill_hub_cache(cache: Path):
@@ -60,9 +51,7 @@ def fill_hub_cache(cache: Path):
 
 def test_snippets_run_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    use_hub_cache(monkeypatch, tmp_path / "hub")
     fill_hub_cache(tmp_path / "hub")
     make_model("llama").save_pretrained("outputs/demo/model")
     make_processor().save_pretrained("outputs/demo/model")

@@ -179,35 +179,43 @@ def capfilt(world) -> Job:
 
 
 def captions_again(world, name: str, existing: str) -> Job:
-    """Into a folder of pictures with captions, those of the user or of another prompt."""
+    """Where there are captions, those of the user or of another prompt."""
+    is_inside = name in ("texts", "metadata.jsonl")  # the folder of the pictures
 
     def run(folder: Path, existing: str = existing, **options):
-        output = None if name == "texts" else folder / "pictures" / name
-        caption_dataset(
-            *world.captioner, folder / "pictures", output, max_new_tokens=3, batch_size=1, existing=existing, **options
-        )
+        pictures = folder / "out" if is_inside else world.pictures
+        output = None if name == "texts" else folder / "out" / name
+        fixed = {"max_new_tokens": 3, "batch_size": 1}
+        caption_dataset(*world.captioner, pictures, output, existing=existing, **fixed, **options)
 
     def before(folder: Path):
-        shutil.copytree(world.pictures, folder / "pictures")
-        if name == "texts":
-            (folder / "pictures" / "1.txt").write_text("my own text.")
-        elif name == "metadata.jsonl":
-            own = [{"file_name": "2.png", "caption": "mine", "stars": 5}, {"file_name": "0.png", "stars": 3}]
-            (folder / "pictures" / name).write_text("\n".join(map(json.dumps, own)))
-        else:
+        if not is_inside:
             run(folder, "skip", prompt="a photo of")
+            return
+        shutil.copytree(world.pictures, folder / "out")
+        if name == "texts":
+            (folder / "out" / "1.txt").write_text("my own text.")
+        else:
+            own = [{"file_name": "2.png", "caption": "mine", "stars": 5}, {"file_name": "0.png", "stars": 3}]
+            (folder / "out" / name).write_text("\n".join(map(json.dumps, own)))
+
+    def result(folder: Path) -> dict[str, bytes]:
+        return {name: data.replace(str(folder).encode(), b"") for name, data in files(folder).items()}
 
     def check_partial(folder: Path, undisturbed: Any):
-        """What is there stays, or becomes what it is to be."""
-        old, new = (files(folder.parent / start / "pictures") for start in ("before", "undisturbed"))
-        names = {"texts": [f"{number}.txt" for number in range(4)]}.get(name, [name])
-        for each in names:
-            found = folder / "pictures" / each
-            assert (found.read_bytes() if found.exists() else None) in (old.get(each), new[each])
+        """Each text is what it was, or what it is to be."""
+        old, found = files(folder.parent / "before"), files(folder)
+        texts = [f"out/{number}.txt" for number in range(4)] if name == "texts" else [f"out/{name}"]
+        assert all(found.get(text) in (old.get(text), undisturbed[text]) for text in texts)
+        assert [text for text in texts if text in old and text not in found] == []
 
-    # A run that overwrites goes on without being told so, and begins anew if it is
-    again = partial(run, existing="skip") if existing == "overwrite" else None
-    return Job(run, files, 1, before=before, again=again, check_partial=check_partial, output="pictures")
+    def again(folder: Path):
+        """A run that has overwritten all would begin anew."""
+        found = [json.loads(path.read_text()) for path in (folder / "out").glob("*settings.json")]
+        is_finished = any(settings["prompt"] is None and "existing" not in settings for settings in found)
+        run(folder, "skip" if is_finished and existing == "overwrite" else existing)
+
+    return Job(run, result, 1, before=before, again=again, check_partial=check_partial)
 
 
 # Name, and what makes the job of the models and pictures of `world`

@@ -288,7 +288,7 @@ def test_a_run_does_not_go_on_from_another(change, words, tmp_path, model_folder
     before = (run / "_settings.json").read_text()
     with pytest.raises(ValueError, match=words) as error:
         find(run, model_folder, **change)
-    assert "--overwrite" in str(error.value) and "--output_dir" in str(error.value)
+    assert "--overwrite" in str(error.value) and "another output folder" in str(error.value)
     assert (run / "_settings.json").read_text() == before
     assert find(run, model_folder) == str(run / "checkpoint-5")
 

@@ -134,7 +134,7 @@ def caption_dataset(
     files = open_output(output, output_format, pictures, existing, num_captions, extension)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     texts = {"num_captions": num_captions, "prefix": prefix, "suffix": suffix, "seed": seed}
-    settings = _settings(model, processor, pictures, prompt, generate_kwargs, texts)
+    settings = _settings(model, processor, files.pictures, prompt, generate_kwargs, texts)
 
     def caption(indices: list[int]) -> Generator[PictureCaption, None, None]:
         wanted = Subset(pictures, indices)

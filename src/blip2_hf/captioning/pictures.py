@@ -104,7 +104,8 @@ class FolderPictures(_NamedPictures):
         return {name: _as_utf8(self._way + self.names[index]) for name in self.columns}
 
     def describe(self) -> dict[str, Any]:
-        return {"data": str(self.folder.resolve())}
+        # Metadata move with their pictures
+        return {} if "file_name" in self.columns else {"data": str(self.folder.resolve())}
 
 
 class TarPictures(_NamedPictures):

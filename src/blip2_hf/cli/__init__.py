@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from .. import __version__
-from . import cache_features, capfilt, caption, convert, evaluate, export, index, look, search
+from . import ask, cache_features, capfilt, caption, convert, evaluate, export, finetune, index, look, pretrain, search
 from ._parser import Parser
 
 
-COMMANDS = (cache_features, capfilt, caption, convert, evaluate, export, index, look, search)
+COMMANDS = (ask, cache_features, capfilt, caption, convert, evaluate, export, finetune, index, look, pretrain, search)
 
 
 def make_parser() -> Parser:

@@ -11,13 +11,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ._parser import Parser, above_zero, at_least_zero, positive, probability
 
-
-if TYPE_CHECKING:
-    from ..models.generation_presets import GenerationPreset
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -89,25 +86,25 @@ _GROUPS = {
     "data": """
         --data --config --split --image-column --image-root --text-column --caption-column --question-column
         --answer-column --id-column --image-id-column --group-column --annotations --questions --images --image --index
-        --allow-urls --limit --skip-broken --validation --held-out --recursive
+        --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out --recursive --streaming
     """,
     "model": """
         --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --stage1
-        --vision-feature-layer --image-size --size --max-pixels --adapter --load-in-4bit --load-in-8bit
-        --method --layer
+        --vision-feature-layer --num-query-tokens --image-size --size --max-pixels --adapter --load-in-4bit
+        --load-in-8bit --method --layer
     """,
     "generation": """
         --preset --prompt --prefix --suffix --num-beams --max-new-tokens --min-new-tokens --temperature --top-p --top-k
         --seed --num-captions --captions-per-image --generate --question
     """,
     "training": """
-        --task --stage --epochs --steps --learning-rate --warmup-steps --weight-decay --gradient-accumulation
-        --lora-rank --early-stopping --eval-steps --save-steps --resume --report-to --metric --table-size --views
+        --task --stage --epochs --max-steps --learning-rate --accumulate --eval-steps --early-stopping --report-to
+        --prefix-lm --max-length --views
     """,
     "scores": "--protocol --lemmatize --k --score --min-score --keep --top --rerank --exact",
     "output": """
         --output --format --extension --existing --overwrite --rebuild --approximate --store-embeds --transformers
-        --max-shard-size --sheet --open --json --csv --per-word
+        --max-shard-size --merge --push-to-hub --sheet --open --json --csv --per-word
     """,
     "speed and memory": """
         --batch-size --num-workers --device --dtype --tower-dtype --rows-per-shard --part-index --num-parts
@@ -255,14 +252,6 @@ def load_dataset(options: argparse.Namespace, default_split: str = "train") -> A
     rows = load_rows(options.data, split, **pick(options, "config", "image_column", "image_root"))
     options.image_column = options.image_column or find_image_column(rows)
     return rows
-
-
-def generate_kwargs(preset: "GenerationPreset", given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `generate` that are given, and the preset's others, within a given length."""
-    kwargs = preset.generate_kwargs | given
-    if "min_new_tokens" in kwargs.keys() - given.keys():
-        kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], kwargs["max_new_tokens"])
-    return kwargs
 
 
 def tell_image_size(processor: Any, given: int | None, of_paper: int):

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from ._common import add_command, load_captioner, load_dataset, pick, processes
+from ._generation import check_generation, given_generation
 
 
 def add_parser(commands: Any):
@@ -47,23 +48,30 @@ def _run(options: argparse.Namespace):
     check_checkpoint(options.filter, MATCHING)
     with processes(options.device) as state:
         device = options.device or state.device
+        kwargs = _generation(options) if options.num_captions else {}
         rows = load_dataset(options)
-        captioner = _open_captioner(options, device) if options.num_captions else None
+        captioner = _open_captioner(options, device, kwargs) if options.num_captions else None
         caption_filter = RetrievalFilter(*load_retrieval_model(options.filter, device, options.dtype), options.score)
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")
         kwargs = pick(options, *names, "num_workers", "overwrite", "allow_urls")
         capfilt_dataset(rows, captioner, caption_filter, options.output, **kwargs)
 
 
-def _open_captioner(options: argparse.Namespace, device: Any) -> Any:
+def _generation(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `generate`: sampling, unless others are given."""
+    kwargs = given_generation(options)
+    if dict(options.generate or []).get("do_sample") is False:
+        kwargs.pop("top_p", None)  # its default
+    check_generation({"num_beams": 1, **kwargs}, options.captioner, options.num_captions)
+    return kwargs
+
+
+def _open_captioner(options: argparse.Namespace, device: Any, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoConfig, pipeline
 
     from ..capfilt import ModelCaptioner, PipelineCaptioner
     from ..jobs.inference import check_finite, weights_place
 
-    kwargs = {"max_new_tokens": options.max_new_tokens, **dict(options.generate or [])}
-    if kwargs.get("do_sample", True):
-        kwargs.setdefault("top_p", options.top_p)
     config = AutoConfig.from_pretrained(weights_place(options.captioner))
     if config.model_type in ("blip2", "blip-2"):
         parts = load_captioner(options.captioner, options.dtype, device, is_stage1=config.text_config is None)

@@ -1,29 +1,57 @@
-"""`blip2-hf caption`: captions of a whole collection of pictures."""
+"""`blip2-hf caption`: captions of pictures, printed, or of a whole collection, written."""
 
 import argparse
 import glob
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from ._common import add_command, generate_kwargs, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._common import add_command, find_device, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._generation import check_generation, check_room, generation_with_preset, given_generation
+from ._parser import positive
+from ._pictures import named_pictures, pixel_limit
+
+
+# Options that have no effect on other data
+_OF_ROWS = {"config": None, "split": None, "image_column": None, "image_root": None, "allow_urls": False}
+_OF_FILES = {"output": None, "format": None, "extension": None, "existing": None, "overwrite": False}
+_WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 
 
 def add_parser(commands: Any):
-    text = "Caption a collection of pictures. Run again to go on after an interruption, or with pictures that are new."
-    add = add_command(commands, "caption", _run, text)
-    add("data")
+    text = "Caption pictures: print captions of files, or write those of a collection. Run again to go on."
+    example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,' --existing skip"
+    add = add_command(commands, "caption", _run, text, example=example)
+    kinds = (
+        "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), id on the Hub; or "
+        "pictures: files, 'photos/*.jpg', URLs, whose captions are printed unless --output is given"
+    )
+    add("data", kinds, nargs="+", metavar="DATA")
     add("--model", required=True)
-    add("--output", ".jsonl or .parquet file, or folder of .txt files; without it .txt files next to the pictures")
-    add("--format", "without it, the ending of --output tells it", choices=["txt", "jsonl", "parquet"])
+    output = (
+        ".jsonl, .csv or .parquet file, or folder of .txt files; without it, .txt files next to the pictures of a "
+        "folder. `datasets` reads photos/metadata.jsonl with the folder photos"
+    )
+    add("--output", output)
+    add("--format", "without it, the ending of --output tells it", choices=["txt", "jsonl", "csv", "parquet"])
+    add("--extension", "ending of the text files, such as .caption (default: .txt)")
+    existing = "what becomes of captions that are there: they stay, are replaced, or get the new one behind or before"
+    add("--existing", f"{existing} (default: skip)", choices=["skip", "overwrite", "append", "prepend"])
+    add("--overwrite", "short for --existing overwrite", action="store_true")
     add("--preset", "the paper's settings; other options come first", choices=["caption", "nocaps"])
     add("--prompt", "text that the captions go on from, such as 'a photo of'")
-    add("--num-beams", "beams; without it the model's own setting, which is mostly 1", type=int)
+    add("--prefix", "text to put before each caption, such as a trigger word")
+    add("--suffix", "text to put behind each caption")
+    add("--captions-per-image", "captions of each picture, sampled or of as many beams", type=positive, default=1)
+    add("--num-beams")
     add("--max-new-tokens", "the most tokens of a caption; without it 30, or the preset's")
     add("--top-p")
-    sampled = "sample at this temperature; with a preset its five beams are sampled: --num-beams 1 for plain sampling"
-    add("--temperature", sampled, type=float)
+    add("--temperature")
+    add("--seed", "seed of what is sampled", type=int)
     add("--generate")
     add("--image-size")
+    add("--max-pixels", "larger pictures are listed as broken (default: about 89 million, as in PIL)", type=positive)
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
@@ -31,24 +59,110 @@ def add_parser(commands: Any):
     add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told")
     add("--image-root")
     add("--config")
-    add("--split")
+    add("--split", "split of the dataset, also `train[:1000]` (default: train)", default=None)
     add("--allow-urls")
-    add("--overwrite", "delete the existing captions, and begin anew", action="store_true")
 
 
 def _run(options: argparse.Namespace):
-    from ..captioning import caption_dataset
-    from ..data import with_image_size
     from ..jobs.checkpoints import WRITING, check_checkpoint
 
+    if options.overwrite and options.existing not in (None, "overwrite"):
+        raise ValueError(f"--overwrite and --existing {options.existing} were given: give one of them.")
     check_checkpoint(options.model, WRITING)
+    files = _named_files(options.data)
+    with pixel_limit(options.max_pixels):
+        if files is not None and not _given(options, _WRITING):
+            _refuse(options, {**_OF_ROWS, **_OF_FILES}, "Captions of picture files are printed without --output")
+            _print_captions(options, files)
+        else:
+            _write_captions(options, files)
+
+
+def _named_files(data: list[str]) -> list[str] | None:
+    """Return the picture files that are named; `None` if one collection is."""
+    found = {name: named_pictures(name) for name in data}
+    others = [name for name, files in found.items() if files is None]
+    if not others:
+        return list(dict.fromkeys(file for files in found.values() for file in files or ()))
+    if len(data) > 1 and not all(name.endswith(".tar") for name in data):
+        raise ValueError(
+            f"{others[0]} is no picture. Several pictures may be given, or one folder or dataset. Quote a wildcard "
+            "that stands for other files, such as 'rows-*.parquet'."
+        )
+    return None
+
+
+def _print_captions(options: argparse.Namespace, files: list[str]):
+    from ..captioning import caption_images
+    from ..jobs.errors import printable
+
+    model, processor, prompt, kwargs = _load(options, find_device)
+    is_broken = False
+    for caption in caption_images(model, processor, files, prompt, **kwargs):
+        if caption.error is not None:
+            is_broken = True
+            print(printable(f"blip2-hf: {caption.error}"), file=sys.stderr)
+        for text in caption.texts:
+            name = f"{files[caption.index]}\t" if len(files) > 1 else ""
+            print(printable(name + " ".join(text.split())), flush=True)
+    if is_broken:
+        raise SystemExit(1)
+
+
+def _write_captions(options: argparse.Namespace, files: list[str] | None):
+    from ..captioning import caption_dataset
+    from ..captioning.outputs import open_output
+
+    output = {
+        "existing": "overwrite" if options.overwrite else options.existing or "skip",
+        "num_captions": options.captions_per_image,
+        "extension": _ending(options.extension),
+    }
     with processes(options.device) as state:
-        pictures = _open_pictures(options)
-        model, processor = load_captioner(options.model, options.dtype, options.device or state.device)
-        prompt, kwargs = _generation(options, processor, model.config)
-        processor.image_processor = with_image_size(processor.image_processor, options.image_size)
-        kwargs |= pick(options, "batch_size", "num_workers", "overwrite")
-        caption_dataset(model, processor, pictures, options.output, options.format, prompt, **kwargs)
+        pictures = _open_pictures(options) if files is None else _as_folder(files)
+        open_output(
+            options.output, options.format, pictures, **output
+        )  # tells what does not fit before the model comes
+        model, processor, prompt, kwargs = _load(options, lambda device: device or state.device)
+        caption_dataset(model, processor, pictures, options.output, options.format, prompt, **output | kwargs)
+
+
+def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | None, dict[str, Any]]:
+    """Return the model, its processor, the prompt, and the other arguments of `caption_images`."""
+    from ..captioning.captions import MAX_NEW_TOKENS
+    from ..data import with_image_size
+    from ..jobs.inference import weights_place
+    from ..models.configuration_blip2 import Blip2Config
+    from ..models.generation_presets import generation_preset
+
+    kwargs, prompt = given_generation(options), options.prompt
+    config = Blip2Config.from_pretrained(weights_place(options.model))
+    preset = None if options.preset is None else generation_preset(options.preset, config)
+    if preset is not None:
+        kwargs = generation_with_preset(preset, kwargs)
+        prompt = preset.prompt if prompt is None else prompt
+    kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **kwargs}
+    check_generation(kwargs, options.model, options.captions_per_image)
+    check_room(config, kwargs)
+    model, processor = load_captioner(options.model, options.dtype, device(options.device))
+    check_room(model.config, kwargs, len(processor(text=prompt or "").input_ids[0]))
+    if preset is not None:
+        tell_image_size(processor, options.image_size, preset.image_size)
+    processor.image_processor = with_image_size(processor.image_processor, options.image_size)
+    kwargs |= pick(options, "batch_size", "num_workers", "prefix", "suffix", "seed")
+    return model, processor, prompt, {**kwargs, "num_captions": options.captions_per_image}
+
+
+def _as_folder(files: list[str]) -> Any:
+    """Return picture files as a part of the folder that all are in."""
+    from ..captioning import FolderPictures
+    from ..models.image_loading import is_url
+
+    if urls := [file for file in files if is_url(file)]:
+        raise ValueError(f"{urls[0]}: captions of URLs are printed. To write them, download the pictures first.")
+    paths = [Path(os.path.abspath(file)) for file in files]
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    return FolderPictures(folder, [path.relative_to(folder).as_posix() for path in paths])
 
 
 def _open_pictures(options: argparse.Namespace) -> Any:
@@ -56,45 +170,44 @@ def _open_pictures(options: argparse.Namespace) -> Any:
     from ..data.folders import is_picture_folder
     from ..data.shards import find_shards
 
-    path = Path(options.data)
+    data = options.data[0]
+    path = Path(data)
     if path.suffix.lower() == ".tar":
-        if not (paths := sorted(glob.glob(options.data, recursive=True))):
-            raise ValueError(f"no file is called {options.data}.")
-        return _open_shards(options, paths)
+        if not (paths := sorted({path for name in options.data for path in glob.glob(name, recursive=True)})):
+            raise ValueError(f"no file is called {data}.")
+        return _open_tars(options, paths)
     if path.is_dir() and is_picture_folder(path):
-        _refuse(options, "a folder of pictures, all of which are captioned", "image_column")
+        _refuse(options, _OF_ROWS, f"{data} is a folder of pictures")
         return FolderPictures(path)
     if path.is_dir() and (paths := find_shards(path)):
-        return _open_shards(options, paths)
+        return _open_tars(options, paths)
+    options.data = data
     rows = load_dataset(options)
     return RowPictures(rows, options.image_column, options.allow_urls)
 
 
-def _open_shards(options: argparse.Namespace, paths: list[str]) -> Any:
+def _open_tars(options: argparse.Namespace, paths: list[str]) -> Any:
     from ..captioning import TarPictures
 
-    _refuse(options, "WebDataset, all of which is captioned")
+    _refuse(
+        options,
+        {name: _OF_ROWS[name] for name in ("config", "split", "image_root", "allow_urls")},
+        "Tar files have no rows",
+    )
     return TarPictures(paths, options.image_column)
 
 
-def _refuse(options: argparse.Namespace, kind: str, *names: str):
-    """Refuse options that say which of several columns or splits is read, if there are none."""
-    given = pick(options, "config", "split", "image_root", *names)
-    if unused := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:
-        raise ValueError(f"{options.data} is {kind}: {unused[0]} has no use. Leave it out.")
+def _given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(options, name) != value]
 
 
-def _generation(options: argparse.Namespace, processor: Any, model_config: Any) -> tuple[str | None, dict[str, Any]]:
-    """Return the prompt and arguments of `generate`: those that were given, and otherwise the preset's."""
-    from ..models.generation_presets import generation_preset
+def _refuse(options: argparse.Namespace, defaults: dict[str, Any], reason: str):
+    """Refuse options that have no effect."""
+    if given := _given(options, defaults):
+        raise ValueError(
+            f"{reason}: {' and '.join(given)} would have no effect. Leave {'it' if len(given) == 1 else 'them'} out."
+        )
 
-    given = pick(options, "num_beams", "max_new_tokens", "top_p", "temperature")
-    given = {name: value for name, value in given.items() if value is not None}
-    if given.keys() & {"top_p", "temperature"}:
-        given["do_sample"] = True
-    given |= dict(options.generate or [])
-    if options.preset is None:
-        return options.prompt, given
-    preset = generation_preset(options.preset, model_config)
-    tell_image_size(processor, options.image_size, preset.image_size)
-    return preset.prompt if options.prompt is None else options.prompt, generate_kwargs(preset, given)
+
+def _ending(given: str | None) -> str:
+    return ".txt" if given is None else given if given.startswith(".") else f".{given}"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import add_command, generate_kwargs, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._common import add_command, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._generation import check_generation, check_room, generation_with_preset, given_generation
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,16 @@ def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
     from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
 
+    given = given_generation(options)
     config = Blip2Config.from_pretrained(weights_place(options.model))
     preset = generation_preset(options.preset or task.preset, config)
     if options.prompt is not None:
         preset = replace(preset, prompt=options.prompt)
     check_preset(preset, asks=task.kind == "vqa")
-    return replace(preset, generate_kwargs=generate_kwargs(preset, dict(options.generate or [])))
+    kwargs = generation_with_preset(preset, given)
+    check_generation(kwargs, options.model)
+    check_room(config, kwargs)
+    return replace(preset, generate_kwargs=kwargs)
 
 
 def _evaluate_retrieval(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any):

@@ -1,10 +1,15 @@
 """`blip2-hf look`: where in a picture is what a text says?"""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from ._common import add_command, check_png, find_device, save_png
+
+
+_GAP = 8  # pixels between pictures
+_MOST_PIXELS = 8_000_000  # of a sheet, unless its full size is asked for
 
 
 def add_parser(commands: Any):
@@ -18,6 +23,7 @@ def add_parser(commands: Any):
     add("--method", "with TEXT: Grad-CAM of matching, or attention alone", default="gradcam", choices=methods)
     add("--layer", "layer of the Q-Former, one that has cross-attention; without it, the mean of all", type=int)
     add("--per-word", "also draw each word of TEXT, as a text of its own", action="store_true")
+    add("--full-size", "keep the picture's size, also if the sheet has more than 8 megapixels", action="store_true")
     add("--image-size")
     add("--dtype")
     add("--device")
@@ -27,8 +33,11 @@ def _run(options: argparse.Namespace):
     check_png(options.output)
     if options.per_word and options.text is None:
         raise ValueError("--per-word goes with TEXT.")
+    if options.text is not None and not options.text.strip():
+        raise ValueError(
+            "TEXT is empty: give a word or a sentence, or leave it out to see what the queries attend to."
+        )
 
-    from ..attention_maps import overlay
     from ..models.image_loading import check_reads_8_bit, load_image
 
     picture = load_image(options.picture)
@@ -37,7 +46,8 @@ def _run(options: argparse.Namespace):
     check_reads_8_bit(image_processor)
     inputs = image_processor(images=[picture], return_tensors="pt").to(model.device, model.dtype)
     titles, heat_maps = _maps(options, model, processor, inputs["pixel_values"])
-    save_png(_side_by_side([overlay(picture, heat_map) for heat_map in heat_maps], titles), Path(options.output))
+    sheet = draw_sheet(picture, heat_maps, titles, math.inf if options.full_size else _MOST_PIXELS)
+    save_png(sheet, Path(options.output))
     print("\n".join([*titles, f"drawn in {options.output}"]))
 
 
@@ -86,15 +96,31 @@ def _maps(options: argparse.Namespace, model: Any, processor: Any, pixel_values:
     return [f"{text}: match {p:.2f}" for text, p in zip(texts, probabilities.tolist(), strict=True)], heat_maps
 
 
-def _side_by_side(pictures: list[Any], titles: list[str]) -> Any:
+def draw_sheet(picture: Any, heat_maps: Any, titles: list[str], most_pixels: float = _MOST_PIXELS) -> Any:
+    """Draw each map over the picture, side by side, below its title. The picture shrinks if the sheet is too large."""
     from PIL import Image, ImageDraw
 
-    gap, margin = 8, 24
-    draw = ImageDraw.Draw(pictures[0])
-    width, height = pictures[0].size
-    step = max(width, *(int(draw.textlength(title)) for title in titles)) + gap
-    sheet = Image.new("RGB", (step * len(pictures) - gap, height + margin), "white")
-    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        sheet.paste(picture, (number * step, margin))
-        ImageDraw.Draw(sheet).text((number * step + 2, 6), title, fill="black")
+    from ..attention_maps import overlay
+
+    size = picture.size
+    step, margin, font = _layout(size, titles)
+    while (pixels := step * len(titles) * (size[1] + margin)) > most_pixels:
+        scale = 0.99 * math.sqrt(most_pixels / pixels)
+        size = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+        step, margin, font = _layout(size, titles)
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (step * len(titles) - _GAP, size[1] + margin), "white")
+    for number, (heat_map, title) in enumerate(zip(heat_maps, titles, strict=True)):
+        sheet.paste(overlay(picture, heat_map), (number * step, margin))
+        ImageDraw.Draw(sheet).text((number * step + 2, margin // 5), title, fill="black", font=font)
     return sheet
+
+
+def _layout(size: tuple[int, int], titles: list[str]) -> tuple[int, int, Any]:
+    """Return the width of a picture with its gap, the height above it, and the font of its title."""
+    from PIL import ImageFont
+
+    letters = max(12, round(math.sqrt(size[0] * size[1]) / 25))
+    font = ImageFont.load_default(letters)
+    return max(size[0], *(math.ceil(font.getlength(title)) for title in titles)) + _GAP, 2 * letters, font

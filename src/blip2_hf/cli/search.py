@@ -78,7 +78,7 @@ def draw_sheet(results: Sequence["SearchResult"], title: str, folder: Path) -> "
     sheet = Image.new("RGB", size, _GROUND)
     pen = ImageDraw.Draw(sheet)
     large, small = ImageFont.load_default(24), ImageFont.load_default(16)
-    pen.text((GAP, GAP), _cut(title, large, size[0] - 2 * GAP), _INK, large)
+    pen.text((GAP, GAP), _cut(title, large, size[0] - 2 * GAP, at_end=True), _INK, large)
     for number, (path, score) in enumerate(results):
         left, top = GAP + number % columns * (PICTURE + GAP), TITLE + number // columns * (PICTURE + CAPTION + GAP)
         sheet.paste(_square(path), (left, top))
@@ -100,10 +100,11 @@ def _square(path: Path) -> "Image.Image":
         return Image.new("RGB", (PICTURE, PICTURE), _FRAME)
 
 
-def _cut(text: str, font: Any, width: int) -> str:
-    """Return a text that fits a width. The beginning is cut, because the end of a path tells more."""
+def _cut(text: str, font: Any, width: int, at_end: bool = False) -> str:
+    """Return a text that fits a width. The beginning is cut, because the end of a path tells more, or the end."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
-    shown = text
-    while shown and font.getlength(shown if shown == text else f"...{shown}") > width:
-        shown = shown[1:]
-    return shown if shown == text else f"...{shown}"
+    kept, shown = text, text
+    while kept and font.getlength(shown) > width:
+        kept = kept[:-1] if at_end else kept[1:]
+        shown = f"{kept.rstrip()}..." if at_end else f"...{kept}"
+    return shown

@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from ..data.text import clean_question
 from ..jobs.output import only_writer
+from ..jobs.text_writing import special_token_in
 from ..models.generation_presets import GenerationPreset, generation_preset
 from .answer_protocols import ANSWER_PROTOCOLS, answer_scorer, check_protocol
 from .metrics import caption_metrics
@@ -214,11 +215,10 @@ def _evaluate(
 
 def _check_prompts(samples: Sequence[Sample], prompts: Sequence[str], template: str, tokenizer: Any):
     """Refuse questions that spell a special token, such as the mark of a picture; the rest of the prompt may."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for number, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
-        if found := [token for token in tokens if prompt.count(token) > template.count(token)]:
+        if found := special_token_in(prompt, template, tokenizer):
             raise ValueError(
-                f"{sample_name(sample, number)}: the prompt is {prompt!r}, and {found[0]!r} is a special token of "
+                f"{sample_name(sample, number)}: the prompt is {prompt!r}, and {found!r} is a special token of "
                 "the tokenizer. Write the question without it."
             )
 

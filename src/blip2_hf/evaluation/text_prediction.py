@@ -1,8 +1,6 @@
 """
 Texts that a model writes about many pictures: in batches as large as the memory allows, in one process or several, and
 on the disk as they come.
-
-A picture goes through the tower and the Q-Former once for all questions of a batch about it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +16,7 @@ from ..jobs.fingerprints import model_settings
 from ..jobs.inference import eval_mode
 from ..jobs.output import share
 from ..jobs.picture_inputs import PictureInputs, load_ahead
+from ..jobs.text_writing import write_texts
 from ..models.generation_presets import GenerationPreset
 from ..models.image_loading import ImageLoadError, check_reads_8_bit
 from .prediction_store import PredictionStore
@@ -136,29 +135,6 @@ class _SampleInputs(PictureInputs):
 
     def open_picture(self, number: int) -> Any:
         return open_sample_image(self.pictures[number])
-
-
-def write_texts(
-    model: Any, processor: Any, generate_kwargs: dict[str, Any], prompts: list[str], pictures: Sequence[torch.Tensor]
-) -> list[str]:
-    """Return a text for each prompt and picture."""
-    inputs = processor(text=prompts, return_tensors="pt").to(model.device)
-    if processor.qformer_tokenizer is not None:
-        # The Q-Former reads the question: each has features of its own
-        inputs["pixel_values"] = _stack(pictures, model)
-    else:
-        distinct = {id(picture): picture for picture in pictures}
-        row = {key: number for number, key in enumerate(distinct)}
-        features = model.get_image_features(_stack(list(distinct.values()), model)).pooler_output
-        inputs["image_features"] = features[[row[id(picture)] for picture in pictures]]
-    tokens = model.generate(**inputs, **generate_kwargs)
-    return processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
-
-
-def _stack(pictures: Sequence[torch.Tensor], model: Any) -> torch.Tensor:
-    if len(sizes := {tuple(picture.shape) for picture in pictures}) > 1:
-        raise ValueError(f"The image processor makes pictures of several sizes, {sorted(sizes)}: give image_size.")
-    return torch.stack(list(pictures)).to(model.device, model.dtype)
 
 
 __all__ = ["predict_texts"]

@@ -5,11 +5,13 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..models.image_loading import ImageLoadError, load_image_for
@@ -117,7 +119,7 @@ def load_ahead(dataset: Dataset, num_workers: int, **kwargs) -> Iterator:
     loader = DataLoader(
         dataset,
         num_workers=num_workers,
-        worker_init_fn=leave_interrupts_to_the_parent,
+        worker_init_fn=partial(begin_worker, Image.MAX_IMAGE_PIXELS),
         generator=torch.Generator(),  # the global one is left alone
         **{"collate_fn": collate_pictures, **kwargs},
     )
@@ -153,6 +155,8 @@ def _in_a_thread(items: Iterable) -> Iterator:
             yield item
 
 
-def leave_interrupts_to_the_parent(worker: int):
+def begin_worker(max_pixels: int | None, worker: int):
+    """Prepare a process that reads pictures, which does not know what its parent has set."""
     # Ctrl-C goes to all processes; a worker that it stops prints a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Image.MAX_IMAGE_PIXELS = max_pixels

@@ -521,7 +521,7 @@ def _broken(error: Exception, quotes: bool) -> _Problem:
 def _too_large(reason: str) -> _Problem:
     return _Problem(
         f"the image is too large and could be a decompression bomb ({reason}). Scale it down or, if you trust the "
-        "file, raise PIL.Image.MAX_IMAGE_PIXELS"
+        "file, raise PIL.Image.MAX_IMAGE_PIXELS (--max-pixels of `blip2-hf caption`)"
     )
 
 

@@ -11,7 +11,7 @@ from .checkpoints import checkpoint_to_resume, last_complete_checkpoint
 from .layer_decay import vision_layer_scales
 from .models import load_stage1, load_writer, make_stage1, make_stage2
 from .presets import describe_trained_parts, train_only
-from .runs import make_trainer, train_and_save, training_pairs, without_bad_rows
+from .runs import make_trainer, save_result, train_from_last_checkpoint, training_pairs, without_bad_rows
 from .sample_table import SampleTable
 from .trainer import Blip2Trainer
 
@@ -32,7 +32,8 @@ __all__ = [
     "make_stage1",
     "make_stage2",
     "make_trainer",
-    "train_and_save",
+    "save_result",
+    "train_from_last_checkpoint",
     "train_only",
     "training_pairs",
     "vision_layer_scales",

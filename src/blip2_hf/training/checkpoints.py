@@ -60,7 +60,7 @@ _FREE_OPTIONS = {
     "test_images",
 }
 _DATA, _VALIDATION = ("data", "images"), ("validation", "validation_images")
-_ANEW = "Give another --output_dir, or --overwrite to delete all checkpoints in it and begin anew"
+_ANEW = "Give another output folder, or --overwrite to delete all checkpoints in it and begin anew"
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
@@ -186,7 +186,7 @@ def _check_neighbours(checkpoint: str, folder: Path, settings: dict[str, Any]):
     if later and not (path.exists() and read_json(path, f"{_ANEW}.") == settings):
         raise ValueError(
             f"{folder} has checkpoints that other settings made ({', '.join(later)}), and the next run would take "
-            f"them for those of this one. To go on from {checkpoint}, give another --output_dir, or move them away."
+            f"them for those of this one. To go on from {checkpoint}, give another output folder, or move them away."
         )
 
 

@@ -15,10 +15,13 @@ from ..data.transforms import RandomResizedCropAndFlip
 from ..evaluation.generated_text import GeneratedTextMetrics
 from .arguments import Blip2Arguments
 from .checkpoints import checkpoint_to_resume
+from .presets import without_adapters
 from .sample_table import SampleTable
 from .trainer import Blip2Trainer
 
 
+_OF_ADAPTERS = ("adapter_config.json", "adapter_model*")
+_OF_WHOLE_MODELS = ("config.json", "generation_config.json", "model*.safetensors*")
 _SHUFFLED = 10_000  # rows of a stream that are shuffled together
 
 
@@ -123,9 +126,9 @@ def make_trainer(
     return trainer
 
 
-def train_and_save(trainer: Blip2Trainer, options: Mapping[str, Any], models: Iterable[str]):
+def train_from_last_checkpoint(trainer: Blip2Trainer, options: Mapping[str, Any], models: Iterable[str]):
     r"""
-    Train, from the last checkpoint of the same run if there is one, and save the model or its adapters.
+    Train, from the last checkpoint of the same run if there is one.
 
     Args:
         trainer ([`Blip2Trainer`]):
@@ -136,10 +139,39 @@ def train_and_save(trainer: Blip2Trainer, options: Mapping[str, Any], models: It
             Names of the options that are checkpoints of models.
 
     Raises:
-        ValueError: as [`checkpoint_to_resume`].
+        ValueError: as [`checkpoint_to_resume`]; if the rows make no batch.
     """
+    arguments, train = trainer.args, trainer.train_dataset
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and isinstance(train, ImageTextPairs) and len(train) < batch:
+        raise ValueError(
+            f"There are {len(train)} rows to learn from, which make no batch of {batch}. Give a smaller batch size."
+        )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, options, models))
-    trainer.save_model()
 
 
-__all__ = ["make_trainer", "train_and_save", "training_pairs", "without_bad_rows"]
+def save_result(trainer: Blip2Trainer, merge: bool = False):
+    r"""
+    Save the model, or its adapters, and the processor into the output folder.
+
+    Args:
+        trainer ([`Blip2Trainer`]):
+            The trainer, which has trained.
+        merge (`bool`, *optional*, defaults to `False`):
+            Whether to save the whole model with the adapters added to its weights.
+    """
+    folder, model = Path(trainer.args.output_dir or "."), trainer.accelerator.unwrap_model(trainer.model)
+    is_whole = merge or without_adapters(model) is model
+    if trainer.is_world_process_zero():
+        # What an earlier run has left would be loaded in its place
+        for pattern in _OF_ADAPTERS if is_whole else _OF_WHOLE_MODELS:
+            for path in folder.glob(pattern):
+                path.unlink()
+    if not merge:
+        trainer.save_model()
+    elif trainer.is_world_process_zero():
+        model.merge_and_unload().save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+
+
+__all__ = ["make_trainer", "save_result", "train_from_last_checkpoint", "training_pairs", "without_bad_rows"]

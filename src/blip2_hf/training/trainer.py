@@ -1,9 +1,10 @@
 """`Trainer` for BLIP-2: presets, weight decay, the losses of stage 1, evaluation, epochs, and pushes to the Hub."""
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,11 +180,8 @@ class Blip2Trainer(Seq2SeqTrainer):
             is_generated = self.args.predict_with_generate and not prediction_loss_only
             if prediction_loss_only or is_generated:
                 inputs = {**inputs, "skip_logits": True}
-            config = self.model.generation_config
-            if is_generated and config.max_new_tokens is not None:
-                # transformers fills in a default, and then warns at each batch that there are two limits
-                config.max_length = None
-            step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generate_kwargs)
+            with self._own_generation_config() if is_generated else nullcontext():
+                step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generate_kwargs)
             if is_generated and not self._bare_model().config.is_encoder_decoder:
                 # The generated tokens come with the prompt in front
                 step = (step[0], step[1][:, inputs["input_ids"].shape[1] :], step[2])
@@ -195,6 +193,22 @@ class Blip2Trainer(Seq2SeqTrainer):
         with torch.no_grad():
             outputs = model(**inputs, return_loss=False)
         return None, (outputs.image_features, outputs.text_features), inputs.get("image_ids")
+
+    @contextmanager
+    def _own_generation_config(self) -> Iterator[None]:
+        """
+        Generate by a copy of the model's settings. Trainer fills in all defaults, of which `max_length` would be a
+        second limit: transformers warns of it at each batch, and again with the saved model.
+        """
+        model = self._bare_model()
+        own = model.generation_config
+        model.generation_config = copy.deepcopy(own)
+        if own.max_new_tokens is not None:
+            model.generation_config.max_length = None
+        try:
+            yield
+        finally:
+            model.generation_config = own
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -1,0 +1,120 @@
+"""Answers to questions about pictures."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+
+from ..data.text import clean_question
+from ..jobs.batch_size import BatchSize, first_batch_size
+from ..jobs.inference import eval_mode
+from ..jobs.picture_inputs import PictureInputs, load_ahead
+from ..jobs.text_writing import special_token_in, write_texts
+from ..models.generation_presets import generation_preset
+
+
+@dataclass
+class PictureAnswers:
+    r"""
+    What [`answer_questions`] says of a picture.
+
+    Args:
+        index (`int`):
+            Which of the pictures.
+        texts (`list[str]`, *optional*):
+            An answer to each question; none if the picture can't be read.
+        error (`str`, *optional*):
+            Why it can't be read.
+    """
+
+    index: int
+    texts: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence,
+    questions: Sequence[str],
+    prompt: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    **generate_kwargs,
+) -> Generator[PictureAnswers, None, None]:
+    r"""
+    Answer each question about each picture. A picture goes through the tower and the Q-Former once for all questions,
+    unless the Q-Former reads them (InstructBLIP). Questions are written as in training ([`~data.clean_question`]).
+
+    Args:
+        model ([`Blip2ForConditionalGeneration`]):
+            The model, on its device.
+        processor ([`Blip2Processor`]):
+            Its processor.
+        images (`list`):
+            Anything that [`~image_loading.load_image`] takes.
+        questions (`list[str]`):
+            The questions.
+        prompt (`str`, *optional*):
+            What the model goes on from, with `{}` in the place of the question. Without it, that of the preset
+            `"vqa"`.
+        batch_size (`int`, *optional*):
+            Answers at a time, to begin with. Without it 128, or 16 on a CPU.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that decode pictures; 0 takes a thread of this one.
+        generate_kwargs (`dict`):
+            Arguments of [`~Blip2ForConditionalGeneration.generate`]. Those of the preset `"vqa"` hold if none are
+            given.
+
+    Returns:
+        generator of [`PictureAnswers`], in the order of the pictures.
+
+    Raises:
+        ValueError: if a question is empty, or spells a special token of the tokenizer, or the prompt has no `{}`.
+
+    Example:
+
+    ```python
+    >>> for answers in answer_questions(model, processor, ["cat.jpg"], ["what is it?", "what colour is it?"]):
+    ...     print(answers.texts)
+    ```"""
+    preset = generation_preset("vqa", model.config)
+    prompts = _prompts(questions, preset.prompt if prompt is None else prompt, processor.tokenizer)
+    generate_kwargs = generate_kwargs or preset.generate_kwargs
+    size = first_batch_size(batch_size, model.device)
+    current = BatchSize(size)
+    inputs = PictureInputs(images, processor.image_processor, "image")
+
+    def write(rows: list[tuple[str, torch.Tensor]]) -> list[str]:
+        return write_texts(model, processor, generate_kwargs, *map(list, zip(*rows, strict=True)))
+
+    with eval_mode(model), torch.no_grad():
+        for batch in load_ahead(inputs, num_workers, batch_size=max(1, size // len(prompts))):
+            pictures = [] if batch.pixel_values is None else list(batch.pixel_values)
+            rows = [(prompt, picture) for picture in pictures for prompt in prompts]
+            texts = iter([text for _, part in current.run(write, rows) for text in part])
+            for number in batch.numbers:
+                error = batch.errors.get(number)
+                yield PictureAnswers(number, [] if error else [next(texts) for _ in prompts], error)
+
+
+def _prompts(questions: Sequence[str], template: str, tokenizer: Any) -> list[str]:
+    if isinstance(questions, str) or not questions:
+        raise ValueError(f"A list of questions was expected, got {questions!r}.")
+    if "{}" not in template:
+        raise ValueError(f"The prompt {template!r} has no {{}} in the place of the question.")
+    prompts = [template.replace("{}", clean_question(question)) for question in questions]
+    for question, prompt in zip(questions, prompts, strict=True):
+        if not clean_question(question).strip():
+            raise ValueError(f"The question {question!r} is empty, or has no words.")
+        if found := special_token_in(prompt, template, tokenizer):
+            raise ValueError(
+                f"The question {question!r} has {found!r}, a special token of the tokenizer. Leave it out."
+            )
+    return prompts
+
+
+__all__ = ["PictureAnswers", "answer_questions"]

@@ -1,0 +1,44 @@
+"""Pictures that a user names one by one: files, wildcards, URLs."""
+
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+_TABLES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".tsv")  # URLs with these endings are no pictures
+
+
+def named_pictures(name: str) -> list[str] | None:
+    """
+    Return the picture files that an argument names: a file, those that a wildcard stands for, or a URL. `None` if it
+    names something else. A `ValueError` if the ending is that of a picture, and there is none.
+    """
+    from ..jobs.picture_files import is_picture_name
+    from ..models.image_loading import is_url
+
+    if is_url(name):
+        return None if urlsplit(name).path.lower().endswith(_TABLES) else [name]
+    if Path(name).exists():
+        return [name] if Path(name).is_file() and is_picture_name(name) else None
+    if glob.has_magic(name):
+        found = sorted(path for path in glob.glob(name, recursive=True) if is_picture_name(path))
+        if found:
+            return found
+    if is_picture_name(name):
+        raise ValueError(f"There is no picture {name}. Check the path.")
+    return None
+
+
+@contextmanager
+def pixel_limit(most: int | None) -> Iterator[None]:
+    """Read pictures of up to a number of pixels; `None` leaves the limit as it is, about 89 million."""
+    from PIL import Image
+
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = before if most is None else most
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before

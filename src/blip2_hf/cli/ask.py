@@ -1,0 +1,100 @@
+"""`blip2-hf ask`: answers to questions about pictures."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..jobs.errors import printable
+from ._common import add_command, find_device, load_captioner, tell_image_size
+from ._generation import check_generation, check_room, generation_with_preset, given_generation
+from ._pictures import named_pictures
+
+
+_LIKE_A_FILE = re.compile(r"\S*\w\.[A-Za-z]\w{1,4}|\S*[/\\]\S*")  # cat.jgp, photos/cat: no question is such a word
+
+
+def add_parser(commands: Any):
+    example = "blip2-hf ask cat.jpg 'what colour is the cat?' --model Salesforce/blip2-flan-t5-xl"
+    add = add_command(commands, "ask", _run, "Answer questions about pictures.", example=example)
+    arguments = "pictures (files, 'photos/*.jpg', URLs) and questions, in any order; each question is asked of each"
+    add("arguments", arguments, nargs="+", metavar="PICTURE QUESTION")
+    add("--model", required=True)
+    add("--prompt", "what the model goes on from, with the question at {}; without it the paper's for zero-shot VQA")
+    add("--num-beams", "beams (default: 5)")
+    add("--max-new-tokens", "the most tokens of an answer (default: 10)")
+    add("--generate")
+    add("--image-size")
+    add("--dtype")
+    add("--device")
+    add("--json", "print JSON, not a table", action="store_true")
+
+
+def _run(options: argparse.Namespace):
+    pictures, questions = _sort(options.arguments)
+
+    from ..captioning import answer_questions
+
+    model, processor, kwargs = _load(options, questions)
+    rows, is_broken = [], False
+    for answers in answer_questions(model, processor, pictures, questions, options.prompt, **kwargs):
+        if answers.error is not None:
+            is_broken = True
+            print(printable(f"blip2-hf: {answers.error}"), file=sys.stderr)
+            continue
+        for question, answer in zip(questions, answers.texts, strict=True):
+            row = {"picture": pictures[answers.index], "question": question, "answer": answer}
+            rows.append(row)
+            if not options.json:
+                cells = [answer] if len(pictures) == len(questions) == 1 else row.values()
+                print(printable("\t".join(" ".join(cell.split()) for cell in cells)), flush=True)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    if is_broken:
+        raise SystemExit(1)
+
+
+def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the model, its processor, and the arguments of `generate`."""
+    from ..data import with_image_size
+    from ..jobs.inference import weights_place
+    from ..models.configuration_blip2 import Blip2Config
+    from ..models.generation_presets import generation_preset
+
+    given = given_generation(options)
+    config = Blip2Config.from_pretrained(weights_place(options.model))
+    preset = generation_preset("vqa", config)
+    kwargs = generation_with_preset(preset, given)
+    check_generation(kwargs, options.model)
+    check_room(config, kwargs)
+    model, processor = load_captioner(options.model, options.dtype, find_device(options.device))
+    prompts = [(options.prompt or preset.prompt).replace("{}", question) for question in questions]
+    check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)))
+    tell_image_size(processor, options.image_size, preset.image_size)
+    processor.image_processor = with_image_size(processor.image_processor, options.image_size)
+    return model, processor, kwargs
+
+
+def _sort(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the pictures and the questions. What looks like the name of a picture, and is none, is refused."""
+    pictures: list[str] = []
+    questions = []
+    for argument in arguments:
+        if not argument.strip():
+            raise ValueError("An empty argument was given: the name of a picture, or a question, was expected.")
+        if (found := named_pictures(argument)) is not None:
+            pictures += found
+        elif Path(argument).is_file():
+            pictures.append(argument)  # the error says what it is
+        elif Path(argument).is_dir():
+            raise ValueError(f"{argument} is a folder. Give its pictures, such as '{argument}/*.jpg'.")
+        elif _LIKE_A_FILE.fullmatch(argument):
+            raise ValueError(f"{argument} is neither a picture that is there nor a question. Check the path.")
+        else:
+            questions.append(argument)
+    if not pictures or not questions:
+        missing = "a question" if pictures else "a picture"
+        raise ValueError(f"{missing} is missing: pictures and questions were expected, such as cat.jpg 'what is it?'.")
+    return list(dict.fromkeys(pictures)), questions

@@ -1,0 +1,38 @@
+"""Texts that a model writes from prompts about pictures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def write_texts(
+    model: Any, processor: Any, generate_kwargs: dict[str, Any], prompts: list[str], pictures: Sequence[torch.Tensor]
+) -> list[str]:
+    """
+    Return a text for each prompt and picture. A picture that stands several times goes through the tower and the
+    Q-Former once.
+    """
+    inputs = processor(text=prompts, return_tensors="pt").to(model.device)
+    if processor.qformer_tokenizer is not None:
+        # The Q-Former reads the question: each has features of its own
+        inputs["pixel_values"] = _stack(pictures, model)
+    else:
+        distinct = {id(picture): picture for picture in pictures}
+        row = {key: number for number, key in enumerate(distinct)}
+        features = model.get_image_features(_stack(list(distinct.values()), model)).pooler_output
+        inputs["image_features"] = features[[row[id(picture)] for picture in pictures]]
+    tokens = model.generate(**inputs, **generate_kwargs)
+    return processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
+
+
+def _stack(pictures: Sequence[torch.Tensor], model: Any) -> torch.Tensor:
+    if len(sizes := {tuple(picture.shape) for picture in pictures}) > 1:
+        raise ValueError(f"The image processor makes pictures of several sizes, {sorted(sizes)}: give image_size.")
+    return torch.stack(list(pictures)).to(model.device, model.dtype)
+
+
+def special_token_in(prompt: str, template: str, tokenizer: Any) -> str | None:
+    """Return a special token, such as the mark of a picture, that a prompt has and its template has not."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return next((token for token in tokens if prompt.count(token) > template.count(token)), None)
