@@ -22,7 +22,10 @@ def add_parser(commands: Any):
     add("--output", "folder of the result; run again to go on", required=True)
     add("--image-column")
     add("--image-root")
-    add("--text-column", "column of the existing captions: texts, or lists of texts", default="caption")
+    add(
+        "--text-column",
+        "column of the existing captions, texts or lists of texts; without it caption, if there is one",
+    )
     add(
         "--num-captions",
         "captions to propose for each picture; 0 ranks those that are there",
@@ -62,7 +65,7 @@ def _run(options: argparse.Namespace):
     with processes(options.device) as state:
         device = options.device or state.device
         kwargs = _generation(options) if options.num_captions else {}
-        rows = load_dataset(options)
+        rows = _with_captions(options, load_dataset(options))
         captioner = _open_captioner(options, device, kwargs) if options.num_captions else None
         caption_filter = RetrievalFilter(*load_retrieval_model(options.filter, device, options.dtype), options.score)
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")
@@ -79,6 +82,15 @@ def _generation(options: argparse.Namespace) -> dict[str, Any]:
         kwargs.pop("top_p", None)  # its default
     check_generation({"num_beams": 1, **kwargs}, options.captioner, options.num_captions)
     return kwargs
+
+
+def _with_captions(options: argparse.Namespace, rows: Any) -> Any:
+    """Return rows with a column of captions, which is empty if there are none and captions are proposed."""
+    if options.text_column is None:
+        options.text_column = "caption"
+        if options.num_captions and "caption" not in rows.column_names:
+            return rows.add_column("caption", [None] * len(rows))
+    return rows
 
 
 def _open_captioner(options: argparse.Namespace, device: Any, kwargs: dict[str, Any]) -> Any:

@@ -136,11 +136,25 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     return samples if options.limit is None else samples[: options.limit]
 
 
+def _captioned(options: argparse.Namespace, rows: Any) -> Any:
+    """Return rows of a folder of pictures, without those that have no caption. Rows of one file are one picture."""
+    from ..data.rows import get_column, select_columns
+
+    options.id_column = options.id_column or "file_name"
+    captions = select_columns(rows, [options.caption_column])
+    kept = [number for number, row in enumerate(captions) if get_column(row, options.caption_column) is not None]
+    if missing := len(rows) - len(kept):
+        print(f"blip2-hf: {missing:,} of {len(rows):,} pictures have no caption, and are left out.", file=sys.stderr)
+    return rows.select(kept)
+
+
 def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
     rows = load_dataset(options, default_split="test")
     if task.kind != "vqa":
+        if "file_name" in rows.column_names:
+            rows = _captioned(options, rows)
         return readers.read_caption_rows(
             rows, **pick(options, "image_column", "caption_column", "id_column", "allow_urls")
         )
