@@ -22,7 +22,7 @@ _WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 def add_parser(commands: Any):
     text = "Caption pictures: print captions of files, or write those of a collection. Run again to go on."
     example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,' --existing skip"
-    add = add_command(commands, "caption", _run, text, example=example)
+    add = add_command(commands, "caption", _run, text, check=_check, example=example)
     kinds = (
         "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), id on the Hub; or "
         "pictures: files, 'photos/*.jpg', URLs, whose captions are printed unless --output is given"
@@ -63,11 +63,14 @@ def add_parser(commands: Any):
     add("--allow-urls")
 
 
+def _check(options: argparse.Namespace):
+    if options.overwrite and options.existing not in (None, "overwrite"):
+        raise ValueError(f"--overwrite and --existing {options.existing} were given: give one of them.")
+
+
 def _run(options: argparse.Namespace):
     from ..jobs.checkpoints import WRITING, check_checkpoint
 
-    if options.overwrite and options.existing not in (None, "overwrite"):
-        raise ValueError(f"--overwrite and --existing {options.existing} were given: give one of them.")
     check_checkpoint(options.model, WRITING)
     files = _named_files(options.data)
     with pixel_limit(options.max_pixels):
