@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from stage1 import Processor, make_stage1
 from tiny import make_image, make_image_processor, make_model, make_processor
 
@@ -583,6 +583,17 @@ def test_the_sheet_of_a_picture_that_is_gone(tmp_path):
     sheet = search_command.draw_sheet(results, "a very long text " * 20, tmp_path)
     assert sheet.size[0] == search_command.PICTURE + 2 * search_command.GAP
     assert search_command.draw_sheet([], "nothing", tmp_path).size[1] == search_command.TITLE
+
+
+def test_a_long_text_loses_its_end_and_a_long_name_its_beginning():
+    font = ImageFont.load_default(16)
+    text = "a red bus in front of the blue house"
+    assert search_command._cut(text, font, 1000) == search_command._cut(text, font, 1000, at_end=True) == text
+    shown, name = search_command._cut(text, font, 150, at_end=True), search_command._cut(text, font, 150)
+    assert (
+        shown.startswith("a red bus") and shown.endswith("...") and name.startswith("...") and name.endswith("house")
+    )
+    assert all(100 < font.getlength(each) <= 150 for each in (shown, name))
 
 
 @pytest.mark.parametrize(

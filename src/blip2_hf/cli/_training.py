@@ -17,11 +17,7 @@ _NO_CHECKPOINT = "Give another --output, or --overwrite to replace what is there
 
 def add_data_options(add: Callable, held_out: float):
     """Add the options of what is learned from."""
-    add(
-        "data",
-        "folder of pictures with texts, file (parquet, tar, json, csv, arrow), or id on the Hub",
-        metavar="DATA",
-    )
+    add("data")
     add("--validation", "data to validate on, such as ID:validation, in place of --held-out", metavar="DATA")
     share = "share of the pictures, or their number, that is not learned from but validated on"
     add("--held-out", share, type=float, default=held_out, metavar="SHARE")
@@ -49,7 +45,7 @@ def add_training_options(add: Callable):
     add("--early-stopping", "stop after N validations without improvement", type=positive, metavar="N")
     add("--report-to", "where losses and scores are logged, besides the terminal", choices=_LOGGERS, default="none")
     add("--seed", "seed of all random choices", type=int, default=0)
-    add("--num-workers")
+    add("--num-workers", default=0)
     add("--device", "cpu; without it a GPU if there is one", choices=["cpu"])
     add("--output", "folder of the model; run again to go on after a stop", required=True, metavar="FOLDER")
     add("--overwrite", "delete the checkpoints in the folder, and begin anew", action="store_true")
@@ -180,17 +176,20 @@ def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
         return rows
     texts = rows.with_format(None).select_columns([column])
     kept = [number for number, row in enumerate(texts) if _has_text(row[column])]
-    missing = len(rows) - len(kept)
+    missing = sorted({*range(len(rows))} - {*kept})
     if not missing:
         return rows
     if not skips:
+        name = "file_name" if "file_name" in rows.column_names else None
+        first = f"row {missing[0]}" if name is None else rows.select_columns([name])[missing[0]][name]
         raise ValueError(
-            f"{missing:,} of {len(rows):,} rows of {data} have no text in the column {column!r}. Write it, in a "
-            "folder as a .txt file beside the picture, or leave them out: --skip-bad-rows."
+            f"{len(missing):,} of {len(rows):,} rows of {data}, {first} for one, have no text in the column "
+            f"{column!r}. Write it, in a folder as a .txt file beside the picture, or leave such rows out: "
+            "--skip-bad-rows."
         )
     if not kept:
         raise ValueError(f"No row of {data} has a text in the column {column!r}.")
-    print(f"{missing:,} of {len(rows):,} rows of {data} have no text, and are left out.")
+    print(f"{len(missing):,} of {len(rows):,} rows of {data} have no text, and are left out.")
     # With the numbers of the rows
     return hold_out(rows, 0)[0].select(kept)
 
@@ -228,9 +227,9 @@ def find_image_size(options: argparse.Namespace, processor: Any) -> int:
     return options.image_size or sides.pop()
 
 
-def check_model(name: str, has_language_model: bool) -> tuple[Any, Any]:
-    """Return the configuration and the processor of a model, once it is of the class that is needed."""
-    from ..jobs.checkpoints import STAGE1, WRITING, check_checkpoint, load_processor
+def check_model(name: str, need: str, advice: str = "") -> tuple[Any, Any]:
+    """Return the configuration and the processor of a model, once it is whole and of the class that is needed."""
+    from ..jobs.checkpoints import check_checkpoint, load_processor
     from ..jobs.inference import adapter_base
     from ..models.configuration_blip2 import Blip2Config
 
@@ -238,8 +237,7 @@ def check_model(name: str, has_language_model: bool) -> tuple[Any, Any]:
         raise ValueError(
             f"{name} holds adapters, and a whole model is needed. Merge them: blip2-hf convert {name} --output FOLDER"
         )
-    advice = f", or make one: blip2-hf pretrain DATA --stage 2 --stage1 {name} --language-model MODEL --output FOLDER"
-    check_checkpoint(name, WRITING if has_language_model else STAGE1, advice if has_language_model else "")
+    check_checkpoint(name, need, advice)
     return Blip2Config.from_pretrained(name), load_processor(name)
 
 

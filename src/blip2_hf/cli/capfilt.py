@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from ._common import add_command, load_captioner, load_dataset, pick, processes
-from ._generation import check_generation, given_generation
+from ._generation import check_generation, check_room, given_generation
 from ._parser import at_least_zero, positive
 
 
@@ -22,7 +22,10 @@ def add_parser(commands: Any):
     add("--output", "folder of the result; run again to go on", required=True)
     add("--image-column")
     add("--image-root")
-    add("--text-column", "column of the existing captions: texts, or lists of texts", default="caption")
+    add(
+        "--text-column",
+        "column of the existing captions, texts or lists of texts; without it caption, if there is one",
+    )
     add(
         "--num-captions",
         "captions to propose for each picture; 0 ranks those that are there",
@@ -35,11 +38,11 @@ def add_parser(commands: Any):
     add("--prompt", "text that proposed captions go on from, such as 'a photo of'")
     add("--top-p", default=0.9)
     add("--max-new-tokens", default=30)
-    add("--generate", "other arguments of generate, such as temperature=0.7, or do_sample=false num_beams=10")
+    add("--generate")
     add("--batch-size", default=16)
     add("--rows-per-shard")
     add("--seed", "seed of the sampling", type=at_least_zero, default=0)
-    add("--num-workers", default=2)
+    add("--num-workers")
     add("--dtype")
     add("--device")
     add("--config")
@@ -62,7 +65,7 @@ def _run(options: argparse.Namespace):
     with processes(options.device) as state:
         device = options.device or state.device
         kwargs = _generation(options) if options.num_captions else {}
-        rows = load_dataset(options)
+        rows = _with_captions(options, load_dataset(options))
         captioner = _open_captioner(options, device, kwargs) if options.num_captions else None
         caption_filter = RetrievalFilter(*load_retrieval_model(options.filter, device, options.dtype), options.score)
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")
@@ -81,6 +84,15 @@ def _generation(options: argparse.Namespace) -> dict[str, Any]:
     return kwargs
 
 
+def _with_captions(options: argparse.Namespace, rows: Any) -> Any:
+    """Return rows with a column of captions, which is empty if there are none and captions are proposed."""
+    if options.text_column is None:
+        options.text_column = "caption"
+        if options.num_captions and "caption" not in rows.column_names:
+            return rows.add_column("caption", [None] * len(rows))
+    return rows
+
+
 def _open_captioner(options: argparse.Namespace, device: Any, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoConfig, pipeline
 
@@ -89,6 +101,7 @@ def _open_captioner(options: argparse.Namespace, device: Any, kwargs: dict[str, 
 
     config = AutoConfig.from_pretrained(weights_place(options.captioner))
     if config.model_type in ("blip2", "blip-2"):
+        check_room(config, kwargs)
         parts = load_captioner(options.captioner, options.dtype, device, is_stage1=config.text_config is None)
         return ModelCaptioner(*parts, options.num_captions, options.prompt, **kwargs)
     make_pipeline: Any = pipeline  # the types of transformers 5 do not know the task

@@ -45,7 +45,7 @@ def add_parser(commands: Any):
     add("--suffix", "text to put behind each caption")
     add("--captions-per-image", "captions of each picture, sampled or of as many beams", type=positive, default=1)
     add("--num-beams")
-    add("--max-new-tokens", "the most tokens of a caption; without it 30, or the preset's")
+    add("--max-new-tokens", "the most tokens that are written; without it 30, or the preset's")
     add("--top-p")
     add("--temperature")
     add("--seed", "seed of what is sampled", type=int)
@@ -55,11 +55,11 @@ def add_parser(commands: Any):
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
-    add("--num-workers", "processes that load pictures; 0 takes a thread", default=2)
-    add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told")
+    add("--num-workers")
+    add("--image-column")
     add("--image-root")
     add("--config")
-    add("--split", "split of the dataset, also `train[:1000]` (default: train)", default=None)
+    add("--split")
     add("--allow-urls")
 
 
@@ -100,6 +100,7 @@ def _print_captions(options: argparse.Namespace, files: list[str]):
     from ..jobs.errors import printable
 
     model, processor, prompt, kwargs = _load(options, find_device)
+    kwargs["num_workers"] = min(kwargs["num_workers"], len(files) // 8)  # a process begins slowly
     is_broken = False
     for caption in caption_images(model, processor, files, prompt, **kwargs):
         if caption.error is not None:
@@ -179,7 +180,7 @@ def _open_pictures(options: argparse.Namespace) -> Any:
         if not (paths := sorted({path for name in options.data for path in glob.glob(name, recursive=True)})):
             raise ValueError(f"no file is called {data}.")
         return _open_tars(options, paths)
-    if path.is_dir() and is_picture_folder(path):
+    if is_picture_folder(path):
         _refuse(options, _OF_ROWS, f"{data} is a folder of pictures")
         return FolderPictures(path)
     if path.is_dir() and (paths := find_shards(path)):
@@ -192,11 +193,8 @@ def _open_pictures(options: argparse.Namespace) -> Any:
 def _open_tars(options: argparse.Namespace, paths: list[str]) -> Any:
     from ..captioning import TarPictures
 
-    _refuse(
-        options,
-        {name: _OF_ROWS[name] for name in ("config", "split", "image_root", "allow_urls")},
-        "Tar files have no rows",
-    )
+    no_effect = {name: value for name, value in _OF_ROWS.items() if name != "image_column"}
+    _refuse(options, no_effect, "Tar files have no rows")
     return TarPictures(paths, options.image_column)
 
 
@@ -207,9 +205,7 @@ def _given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
 def _refuse(options: argparse.Namespace, defaults: dict[str, Any], reason: str):
     """Refuse options that have no effect."""
     if given := _given(options, defaults):
-        raise ValueError(
-            f"{reason}: {' and '.join(given)} would have no effect. Leave {'it' if len(given) == 1 else 'them'} out."
-        )
+        raise ValueError(f"{reason}: leave out {' and '.join(given)}, which would have no effect.")
 
 
 def _ending(given: str | None) -> str:

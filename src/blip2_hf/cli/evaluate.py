@@ -54,7 +54,7 @@ def add_parser(commands: Any):
     add("--questions", "file of questions, such as v2_OpenEnded_mscoco_val2014_questions.json")
     add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
     add("--data")
-    add("--config", "configuration of --data, if it has several")
+    add("--config")
     split = "split of --data, also `test[:1000]`, or of Karpathy's file; without it test, or all if there are none"
     add("--split", split, default=None)
     add("--image-column")
@@ -79,7 +79,7 @@ def add_parser(commands: Any):
     candidates = "retrieval: candidates of contrast that are matched; 0 for contrast alone"
     add("--k", candidates, type=at_least_zero, default=128)
     add("--image-size")
-    add("--batch-size", "texts at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
+    add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
     add("--limit", "how many of the first samples count", type=positive)
@@ -136,11 +136,25 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     return samples if options.limit is None else samples[: options.limit]
 
 
+def _captioned(options: argparse.Namespace, rows: Any) -> Any:
+    """Return rows of a folder of pictures, without those that have no caption. Rows of one file are one picture."""
+    from ..data.rows import get_column, select_columns
+
+    options.id_column = options.id_column or "file_name"
+    captions = select_columns(rows, [options.caption_column])
+    kept = [number for number, row in enumerate(captions) if get_column(row, options.caption_column) is not None]
+    if missing := len(rows) - len(kept):
+        print(f"blip2-hf: {missing:,} of {len(rows):,} pictures have no caption, and are left out.", file=sys.stderr)
+    return rows.select(kept)
+
+
 def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
     rows = load_dataset(options, default_split="test")
     if task.kind != "vqa":
+        if "file_name" in rows.column_names:
+            rows = _captioned(options, rows)
         return readers.read_caption_rows(
             rows, **pick(options, "image_column", "caption_column", "id_column", "allow_urls")
         )

@@ -82,8 +82,9 @@ def add_parser(commands: Any):
         "--prompt",
         "text in front of a caption, or with {} for the question (default: 'a photo of'; 'Question: {} Answer:')",
     )
-    add("--max-new-tokens", "the most tokens of a text in validation (default: 30; 10 for answers)")
-    add("--image-size", "side of the pictures in pixels; without it, that of the checkpoint, or 364 for retrieval")
+    add("--max-new-tokens", "the most tokens that are written, in validation (default: 30; 10 for answers)")
+    square = "side in pixels of the square that pictures are scaled to"
+    add("--image-size", f"{square}; without it, that of the checkpoint, or 364 for retrieval")
     add("--dtype", "dtype of the language model", default="bfloat16")
     add_training_options(add)
     add("--merge", "write the whole model, with the adapters added to its weights", action="store_true")
@@ -92,7 +93,7 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
     arguments = _arguments(options, task)
-    config, processor = check_model(options.model, has_language_model=options.task != "retrieval")
+    config, processor = _check_model(options)
     data, image_size = _read(options, task, processor)
     load = _load_retriever if options.task == "retrieval" else _load_writer
     model, processor, collator = load(options, task, config, image_size)
@@ -118,6 +119,15 @@ def _run(options: argparse.Namespace):
     finish(trainer, options.output, task.next_command.format(options.output, options.prompt))
 
 
+def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    from ..jobs.checkpoints import MATCHING, WRITING
+
+    if options.task == "retrieval":
+        return check_model(options.model, MATCHING)
+    stage2 = f"blip2-hf pretrain DATA --stage 2 --stage1 {options.model} --language-model MODEL --output FOLDER"
+    return check_model(options.model, WRITING, f", or make one: {stage2}")
+
+
 def _check(options: argparse.Namespace):
     task = _TASKS[options.task]
     options.preset = options.preset or task.preset
@@ -141,6 +151,8 @@ def _check(options: argparse.Namespace):
     without = ("stage2", "qformer", "projection", "lora_language_model") if is_retrieval else ("stage1",)
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
+    if is_quantized and find_spec("bitsandbytes") is None:
+        raise ImportError('4 and 8 bits need bitsandbytes: pip install "blip2-hf[quantization]".')
     check_output(options, options.model)
 
 
