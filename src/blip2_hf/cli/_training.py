@@ -179,11 +179,13 @@ def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
     if not missing:
         return rows
     if not skips:
-        name = "file_name" if "file_name" in rows.column_names else None
-        first = f"row {missing[0]}" if name is None else rows.select_columns([name])[missing[0]][name]
+        first = f"row {missing[0]}"
+        if "file_name" in rows.column_names:
+            first = rows.select_columns(["file_name"])[missing[0]]["file_name"]
         raise ValueError(
-            f"{len(missing):,} of {len(rows):,} rows of {data}, {first} for one, have no text in the column {column!r}. "
-            "Write it, in a folder as a .txt file beside the picture, or leave such rows out: --skip-bad-rows."
+            f"{len(missing):,} of {len(rows):,} rows of {data}, {first} for one, have no text in the column "
+            f"{column!r}. Write it, in a folder as a .txt file beside the picture, or leave such rows out: "
+            "--skip-bad-rows."
         )
     if not kept:
         raise ValueError(f"No row of {data} has a text in the column {column!r}.")
