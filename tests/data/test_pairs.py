@@ -606,3 +606,27 @@ def test_what_is_held_out_is_not_learned(splits, tmp_path, monkeypatch):
             check_held_out(data, "other.parquet", other)
     check_held_out("me/ds", "me/ds:test", None, "me/ds:a:train", "plain", "me/other")
     check_held_out("plain/train.jsonl", "plain/validation.jsonl", "plain:train")
+
+
+@pytest.mark.parametrize("feature", [datasets.List, datasets.Sequence])
+def test_answers_of_vqav2_are_records(feature):
+    answers = [{"answer": "red", "answer_id": 1}, {"answer": "dark red", "answer_id": 2}]
+    kind = {"answer": datasets.Value("string"), "answer_id": datasets.Value("int64")}
+    if feature is datasets.Sequence:
+        answers = {name: [answer[name] for answer in answers] for name in kind}
+    columns = {"image": [make_image(0)], "question": ["what colour?"], "answers": [answers]}
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "question": text, "answers": feature(kind)})
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    kwargs = {"text_column": "answers", "prompt": "Question: {}", "prompt_column": "question"}
+    pairs = ImageTextPairs(rows, **kwargs)
+    assert pairs.references() == [["red", "dark red"]]
+    drawn = set()
+    for epoch in range(20):
+        pairs.set_epoch(epoch)
+        drawn.add(pairs[0]["text"])
+    assert drawn == {"red", "dark red"}
+    assert ImageTextPairs(rows, train=False, **kwargs)[0]["text"] == "red"
+    assert check_pairs(pairs, show_progress=False) == []
+    bad = ImageTextPairs([{**rows[0], "answers": [{"answer": "red"}, {"answer": None}]}], **kwargs)
+    assert [row.kind for row in check_pairs(bad, show_progress=False)] == ["text missing"]

@@ -7,6 +7,7 @@ import torch
 from paths import FIXTURES
 
 from blip2_hf.data import clean_caption, clean_question, split_prefix
+from blip2_hf.data.text import texts_of
 
 
 PAIRS = json.loads((FIXTURES / "text_processing.json").read_text())
@@ -77,3 +78,10 @@ def test_only_the_generator_decides_on_a_split():
     assert split_prefix(text, generator(3)) == first[0] == first[1]
     torch.testing.assert_close(torch.random.get_rng_state(), state)
     assert len({split_prefix(text, generator(seed)) for seed in range(20)}) > 3
+
+
+def test_texts_of_a_column():
+    answers = [{"answer": "red", "answer_id": 1}, {"answer": "dark red", "answer_id": 2}]
+    assert texts_of(answers) == texts_of({"answer": ["red", "dark red"], "answer_id": [1, 2]}) == ["red", "dark red"]
+    assert texts_of("red") == texts_of(["red"]) == ["red"]
+    assert texts_of([]) == [] and texts_of(None) == [None] and texts_of({"raw": "red"}) == [{"raw": "red"}]

@@ -13,11 +13,12 @@ import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from tiny import encode
 
 from blip2_hf.models import image_fetching, image_loading
@@ -585,3 +586,60 @@ def test_import_does_not_load_torch():
     code = "import models.image_loading, sys; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=package, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40
+
+
+@pytest.fixture
+def without_plugins(monkeypatch):
+    for module in ("pillow_avif", "pillow_heif", "pillow_jxl"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in ("OPEN", "ID", "EXTENSION"):
+        monkeypatch.setattr(Image, name, getattr(Image, name).copy())
+    image_loading._load_plugin.cache_clear()
+    yield
+    image_loading._load_plugin.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (HEIC, "a picture in HEIC, which PIL reads with a plug-in: pip install pillow-heif"),
+        (b"\xff\x0a" + b"\0" * 40, "a picture in JPEG XL, .*: pip install pillow-jxl-plugin"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0" * 40, "a picture in JPEG XL"),
+    ],
+)
+def test_a_picture_that_needs_a_plugin_says_which(data, message, without_plugins, tmp_path):
+    (tmp_path / "x.heic").write_bytes(data)
+    for image in (data, tmp_path / "x.heic", {"bytes": data, "path": None}):
+        with pytest.raises(ImageLoadError, match=message):
+            load_image(image)
+
+
+def test_a_plugin_is_loaded_once_and_when_a_picture_needs_it(without_plugins, monkeypatch):
+    class HeicFile(ImageFile.ImageFile):
+        format = "HEIC"
+
+        def _open(self):
+            self._size, self._mode = (5, 7), "RGB"
+            self.tile = []
+            self.im = Image.core.fill("RGB", self._size, (9, 8, 7))
+
+        def load(self):
+            return self.im.pixel_access(False)
+
+    calls = []
+
+    def register_heif_opener():
+        calls.append(1)
+        Image.register_open("HEIC", HeicFile, lambda head: head[4:12] == b"ftypheic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register_heif_opener))
+    with pytest.raises(ImageLoadError, match="not an image"):
+        load_image(b"no picture")
+    assert calls == []
+    for _ in range(2):
+        picture = load_image(HEIC)
+        assert picture.size == (5, 7) and picture.getpixel((0, 0)) == (9, 8, 7)
+    assert calls == [1]

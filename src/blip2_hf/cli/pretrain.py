@@ -43,7 +43,9 @@ def add_parser(commands: Any):
     example = (
         "blip2-hf pretrain pictures.parquet --stage 1 --vision-model facebook/dinov2-small --epochs 10 --output stage1"
     )
-    add = add_command(commands, "pretrain", _run, "Make a BLIP-2 of your own parts.", text, example=example)
+    add = add_command(
+        commands, "pretrain", _run, "Make a BLIP-2 of your own parts.", text, check=_check, example=example
+    )
     add_data_options(add, held_out=0.02)
     add("--text-column", "column of the captions: texts, or lists of texts (default: caption, otherwise text)")
     add("--streaming", "read the data as a stream, of which nothing is held out", action="store_true")
@@ -70,8 +72,6 @@ def _run(options: argparse.Namespace):
 
     from ..jobs.checkpoints import check_checkpoint
 
-    _check(options)
-    check_output(options, *(getattr(options, name) for name in _PARTS[options.stage]))
     if options.stage == 2:
         check_checkpoint(options.stage1)
     arguments = _arguments(options)
@@ -124,6 +124,7 @@ def _check(options: argparse.Namespace):
         parts = ("text_encoder", "vision_feature_layer", "num_query_tokens")
         if given := [name for name in parts if getattr(options, name) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')}: --model has its own. Leave one of the two out.")
+    check_output(options, *(getattr(options, name) for name in _PARTS[options.stage]))
 
 
 def _arguments(options: argparse.Namespace) -> Any:

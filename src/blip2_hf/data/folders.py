@@ -50,9 +50,9 @@ def find_picture_names(folder: Path) -> list[str]:
 
 def is_picture_folder(folder: Path) -> bool:
     """Tell whether a folder has pictures, or metadata about them, and is no dataset that was saved in files."""
-    if any((folder / name).exists() for name in _SAVED) or any(folder.glob(_SHARDS)):
+    if not folder.is_dir() or any((folder / name).exists() for name in _SAVED) or any(folder.glob(_SHARDS)):
         return False
-    return any((folder / name).is_file() for name in _METADATA) or bool(find_picture_files(folder))
+    return any((folder / name).is_file() for name in _METADATA) or any(find_picture_files(folder))
 
 
 def _find_metadata(folder: Path, names: Iterable[str]) -> list[Path]:

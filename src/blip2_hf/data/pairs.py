@@ -43,7 +43,7 @@ from .rows import (
     select_columns,
     stable_hash,
 )
-from .text import LONE_SURROGATE, clean_caption, clean_question, split_prefix
+from .text import LONE_SURROGATE, clean_caption, clean_question, split_prefix, texts_of
 
 
 logger = logging.get_logger(__name__)
@@ -145,7 +145,7 @@ class _Pairs:
     def _texts(self, row: Mapping, name: RowName, generator: torch.Generator) -> dict[str, str]:
         """Return `text` and, if there is one, `prompt`."""
         texts = self._own_texts(row, name, self.clean_text)
-        is_drawn = self.train and _is_list(get_column(row, self.text_column))
+        is_drawn = self.train and not isinstance(get_column(row, self.text_column), str)
         text = texts[int(torch.randint(len(texts), (), generator=generator)) if is_drawn else 0]
         if self.prompt is None and not self.prefix_lm:
             return {"text": text}
@@ -163,8 +163,7 @@ class _Pairs:
         """Return the texts of a row. Those after a question are answers, which are not cleaned."""
         value = get_column(row, self.text_column)
         clean = clean_caption if cleaned and self.prompt_column is None else None
-        texts = value or [value] if _is_list(value) else [value]
-        return [self._check(text, self.text_column, name, clean) for text in texts]
+        return [self._check(text, self.text_column, name, clean) for text in texts_of(value) or [value]]
 
     def _check(self, text: Any, column: str, name: RowName, clean: Callable[[str], str] | None) -> str:
         found = f"{name.at_start} has {shorten(text)} in column {column!r}"
@@ -208,8 +207,8 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures: anything that [`~image_loading.load_image`] takes.
         text_column (`str`, *optional*, defaults to `"caption"`):
-            Column of the texts: a string, or a list of strings, of which one is drawn. `json.caption` is the field
-            `caption` of the column `json`.
+            Column of the texts: a string, or a list of strings, or of dicts with `answer`, of which one is drawn.
+            `json.caption` is the field `caption` of the column `json`.
         transform (`Callable`, *optional*):
             `transform(image, generator)` on each picture, such as [`RandomResizedCropAndFlip`].
         id_column (`str`, *optional*):
@@ -534,10 +533,6 @@ _TRANSFORM_OF_FEATURES = (
     "The rows have features in place of pictures, which a transform can't change. Give no transform; cache_features "
     "can store several views of each picture."
 )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _check_prompt(prompt: str | None, prompt_column: str | None):

@@ -1,6 +1,8 @@
 """Captions and questions as BLIP-2 was trained on them: the steps of LAVIS, in its order, and its prefixes."""
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -44,6 +46,25 @@ def clean_question(text: str, max_words: int = 50) -> str:
         `str`: the question.
     """
     return _first_words(_PUNCTUATION.sub("", text.lower()).rstrip(" "), max_words)
+
+
+def texts_of(value: Any) -> list[Any]:
+    """
+    Return one text, several, or several records with `answer`, as in VQAv2, as a list. What is none of them stays, to
+    be refused.
+
+    Args:
+        value:
+            What a row has in a column of texts.
+
+    Returns:
+        `list`: the texts.
+    """
+    if isinstance(value, Mapping) and isinstance(value.get("answer"), list):
+        return value["answer"]  # as `datasets.Sequence` stores records
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return [value]
+    return [text.get("answer", text) if isinstance(text, Mapping) else text for text in value]
 
 
 def split_prefix(text: str, generator: torch.Generator) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.rows import column_names, get_column, select_columns
+from ..data.text import texts_of
 from ..jobs.errors import shorten
 from .samples import (
     CaptionSample,
@@ -331,12 +332,9 @@ def _value(values: Mapping, column: str, row: int, check: Callable[[Any, str], N
 def _texts(values: Mapping, column: str, row: int) -> list[str]:
     """Return one text, several, or several records with `answer`, as a list."""
     value, name = _value(values, column, row), f"row {row}, column {column!r}"
-    if not isinstance(value, (list, tuple)):
-        check_text(value, name)
-        return [value]
-    texts = [text.get("answer", text) if isinstance(text, Mapping) else text for text in value]
+    texts = texts_of(value)
     for number, text in enumerate(texts):
-        check_text(text, f"{name}, entry {number}")
+        check_text(text, name if texts == [value] else f"{name}, entry {number}")
     return texts
 
 

@@ -13,7 +13,13 @@ from .errors import CollectionError
 
 logger = logging.get_logger(__name__)
 
-_WITH_A_PLUGIN = {".heic", ".heif"}  # found without the plug-in too, so that the error can ask for it
+_WITH_A_PLUGIN = {
+    ".avif",
+    ".heic",
+    ".heif",
+    ".hif",
+    ".jxl",
+}  # found without the plug-in too, so that the error can ask for it
 _NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}  # PIL knows these formats by name, and can't decode them
 
 

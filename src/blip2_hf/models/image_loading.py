@@ -16,6 +16,8 @@
 import base64
 import binascii
 import contextlib
+import functools
+import importlib
 import io
 import math
 import os
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
 _BASE64_SPECIMEN = 40  # characters of a base64 string that an error message shows
 _LONGEST_HEAD = 16 * 2**20  # bytes that are read of a file before it is known to be an image
 _LONGEST_URL = 1000  # that an error message shows in full
+_PLUGINS = {  # of PIL, by the format: module, function that adds the format, package
+    "AVIF": ("pillow_avif", None, "pillow-avif-plugin"),
+    "HEIC": ("pillow_heif", "register_heif_opener", "pillow-heif"),
+    "JPEG XL": ("pillow_jxl", None, "pillow-jxl-plugin"),
+}
 _FLOAT_SLACK = 1e-3  # rounding and resampling leave values a little outside [0, 1]
 
 
@@ -425,10 +432,10 @@ class _Headed(io.RawIOBase):
         return self.file.read()
 
 
-def _decode(file: BinaryIO, quotes: bool = True) -> Image.Image:
+def _decode(file: BinaryIO, quotes: bool = True, is_retry: bool = False) -> Image.Image:
     """
     Decode the first frame of an image file, which is read on only if its head is that of an image. Errors quote from
-    the file unless `quotes` is False.
+    the file unless `quotes` is False. A plug-in for PIL is loaded when a picture needs it.
     """
     headed = _Headed(file)
     try:
@@ -439,6 +446,8 @@ def _decode(file: BinaryIO, quotes: bool = True) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(str(error)) from error
     except Image.UnidentifiedImageError:
+        if not is_retry and (kind := _find_kind(file)) is not None and _load_plugin(*_PLUGINS[kind][:2]):
+            return _decode(file, quotes, is_retry=True)
         raise _no_image(file, quotes) from None
     except Exception as error:  # decoders raise whatever they like
         raise _broken(error, quotes) from (error if quotes else None)
@@ -461,11 +470,42 @@ def _decode_pil(image: Image.Image, quotes: bool = True) -> Image.Image:
     return image
 
 
+def _find_kind(file: BinaryIO) -> str | None:
+    """Return the format of a file, if it is one that PIL reads with a plug-in."""
+    file.seek(0)
+    head = file.read(64)
+    file.seek(0)
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL"
+    if head[4:8] != b"ftyp":
+        return None
+    brands = head[8 : int.from_bytes(head[:4], "big")]
+    if b"avif" in brands or b"avis" in brands:
+        return "AVIF"
+    return "HEIC" if any(brand in brands for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")) else None
+
+
+@functools.cache
+def _load_plugin(module: str, function: str | None) -> bool:
+    """Load a plug-in for PIL, and tell whether it is installed."""
+    try:
+        plugin = importlib.import_module(module)
+    except ImportError:
+        return False
+    if function is not None:
+        getattr(plugin, function)()
+    return True
+
+
 def _no_image(file: BinaryIO, quotes: bool) -> _Problem:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if size == 0:
         return _Problem("the file is empty (0 bytes). Fetch or save it again")
+    if (kind := _find_kind(file)) is not None and not _load_plugin(*_PLUGINS[kind][:2]):
+        return _Problem(
+            f"this is a picture in {kind}, which PIL reads with a plug-in: pip install {_PLUGINS[kind][2]}"
+        )
     start = f", beginning with {file.read(12)!r}" if quotes else ""
     return _Problem(
         f"not an image that PIL can read ({size} bytes{start}). Give an image file, or install the PIL plug-in for "
