@@ -9,7 +9,7 @@ from typing import Any
 
 from ._common import add_command, find_device, load_captioner, load_dataset, pick, processes, tell_image_size
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
-from ._parser import positive
+from ._parser import positive, to_write
 from ._pictures import named_pictures, pixel_limit
 
 
@@ -33,7 +33,7 @@ def add_parser(commands: Any):
         ".jsonl, .csv or .parquet file, or folder of .txt files; without it, .txt files next to the pictures of a "
         "folder. `datasets` reads photos/metadata.jsonl with the folder photos"
     )
-    add("--output", output)
+    add("--output", output, type=to_write, metavar="FILE|FOLDER")
     add("--format", "without it, the ending of --output tells it", choices=["txt", "jsonl", "csv", "parquet"])
     add("--extension", "ending of the text files, such as .caption (default: .txt)")
     existing = "what becomes of captions that are there: they stay, are replaced, or get the new one behind or before"

@@ -66,6 +66,8 @@ def add_parser(commands: Any):
 
 
 def _run(options: argparse.Namespace):
+    from transformers import set_seed
+
     _check(options)
     check_output(options, *(getattr(options, name) for name in _PARTS[options.stage]))
     arguments = _arguments(options)
@@ -74,6 +76,7 @@ def _run(options: argparse.Namespace):
     needed = {"--image-column": options.image_column, "--text-column": text_column}
     rows = prepare_rows(options, rows, needed, text_column)
     data = _make_pairs(options, rows, text_column)
+    set_seed(options.seed)
     model, processor, collator = (_make_stage1 if options.stage == 1 else _make_stage2)(options, data)
 
     from ..training import make_trainer, save_result, train_from_last_checkpoint, without_bad_rows
