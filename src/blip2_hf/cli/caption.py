@@ -21,7 +21,7 @@ _WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 
 def add_parser(commands: Any):
     text = "Caption pictures: print captions of files, or write those of a collection. Run again to go on."
-    example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,' --existing skip"
+    example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,'"
     add = add_command(commands, "caption", _run, text, example=example)
     kinds = (
         "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), id on the Hub; or "
