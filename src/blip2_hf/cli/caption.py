@@ -121,9 +121,8 @@ def _write_captions(options: argparse.Namespace, files: list[str] | None):
     }
     with processes(options.device) as state:
         pictures = _open_pictures(options) if files is None else _as_folder(files)
-        open_output(
-            options.output, options.format, pictures, **output
-        )  # tells what does not fit before the model comes
+        # What does not fit is told before the model is loaded
+        open_output(options.output, options.format, pictures, **output)
         model, processor, prompt, kwargs = _load(options, lambda device: device or state.device)
         caption_dataset(model, processor, pictures, options.output, options.format, prompt, **output | kwargs)
 
