@@ -66,6 +66,13 @@ def texts(folder: str) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text().strip() for path in Path(folder).rglob("*.txt")}
 
 
+def read_by_datasets(*arguments, **kwargs) -> dict[str, str]:
+    """Return the captions of `photos`, by the names of the pictures."""
+    rows = datasets.load_dataset(*arguments, split="train", **kwargs)
+    folder = Path("photos").resolve()
+    return {Path(row["image"].filename).resolve().relative_to(folder).as_posix(): row["caption"] for row in rows}
+
+
 def test_the_page_runs_as_written(names, capsys):
     commands = [line for line in COMMANDS if not line.startswith(("pip ", "hf "))]
     kinds = ["caption", "echo", "ask", "finetune", "caption", "caption", "index", "search", "evaluate"]
@@ -107,11 +114,12 @@ def test_the_page_runs_as_written(names, capsys):
     assert [again["fox.png"]] == by_hand
 
     run(to_metadata, capsys)
-    loaded = datasets.load_dataset("photos", split="train")
-    found = {Path(row["image"].filename).relative_to(Path("photos").resolve()).as_posix(): row for row in loaded}
-    assert {name: row["caption"] for name, row in found.items()} == again
     rows = load_rows("photos")
     assert dict(zip(rows["file_name"], rows["caption"], strict=True)) == again
+    assert read_by_datasets("imagefolder", data_dir="photos") == again
+    for path in Path("photos").rglob("*.txt"):
+        path.unlink()
+    assert read_by_datasets("photos") == again
 
     run(index, capsys)
     printed = run(search, capsys)

@@ -1,15 +1,20 @@
 """A command computes with trained numbers: a checkpoint that lacks weights, or whose weights are NaN, is refused."""
 
+import json
+import shutil
+
 import datasets
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from stage1 import make_stage1
-from tiny import make_image, make_image_processor, make_model, make_processor
+from tiny import make_image, make_image_processor, make_model, make_pixel_values, make_processor
 
-from blip2_hf import Blip2ForConditionalGeneration
+from blip2_hf import Blip2ForConditionalGeneration, Blip2Model
 from blip2_hf.cli import main
-from blip2_hf.jobs.inference import check_finite, load_model
+from blip2_hf.jobs.fingerprints import model_settings
+from blip2_hf.jobs.inference import check_finite, load_model, processor_place, weights_place
 
 
 # Command, the model that it takes, and the weights that it is not to make up
@@ -113,3 +118,51 @@ def test_what_is_not_in_memory_is_not_looked_at():
     check_finite(model, "here")
     model.to("meta")
     check_finite(model, "nowhere")
+
+
+@pytest.fixture
+def adapters(folders, tmp_path, monkeypatch):
+    """Work in a folder with adapters of the captioner, which their file names by a relative path."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders / "captioner", "captioner")
+    model = Blip2ForConditionalGeneration.from_pretrained("captioner")
+    settings = LoraConfig(target_modules=r"language_model.*\.q_proj", init_lora_weights=False)
+    get_peft_model(model, settings).save_pretrained("adapters")
+    return tmp_path / "adapters"
+
+
+def test_adapters_are_put_into_their_base(adapters):
+    base = load_model(Blip2ForConditionalGeneration, "captioner", "A model")
+    model = load_model(Blip2ForConditionalGeneration, adapters, "A model")
+    inputs = {"pixel_values": make_pixel_values(1), "input_ids": torch.tensor([[5, 6, 7]])}
+    difference = model(**inputs).logits - base(**inputs).logits
+    assert difference.abs().max() > 1e-3 and not model.training
+    images = [make_image_processor()] * 2
+    settings, of_base = map(model_settings, (model, base), images)
+    assert settings["weights"] != of_base["weights"]
+    # Without the part that they adapt, the model is the base
+    tower = load_model(Blip2Model, adapters, "A model")
+    assert not any("lora" in name for name in tower.state_dict())
+
+
+def test_places_of_what_adapters_belong_to(adapters, monkeypatch):
+    assert (weights_place("captioner"), weights_place(adapters)) == ("captioner", "captioner")
+    assert (processor_place("captioner"), processor_place(adapters)) == ("captioner", "captioner")
+    make_processor().save_pretrained(adapters)
+    assert processor_place(adapters) == str(adapters)
+    # From elsewhere, a path beside the adapters is tried
+    shutil.move("captioner", adapters / "captioner")
+    (adapters / "inside").mkdir()
+    monkeypatch.chdir(adapters / "inside")
+    assert weights_place(adapters) == str(adapters / "captioner")
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [("runs/a/captioner", "adapters of runs/a/captioner, which is not there"), (None, "does not say of which model")],
+)
+def test_adapters_without_their_base(base, expected, adapters):
+    path = adapters / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.raises(ValueError, match=expected):
+        load_model(Blip2ForConditionalGeneration, adapters, "A model")

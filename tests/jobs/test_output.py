@@ -13,7 +13,22 @@ from processes import run
 from transformers.utils import logging
 
 from blip2_hf.jobs.errors import OutputInUseError, OutputLostError
-from blip2_hf.jobs.output import check_still_there, only_writer
+from blip2_hf.jobs.output import check_still_there, format_size, only_writer
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (4_700, "4.7 kB"),
+        (999_900, "1 MB"),
+        (73.7e9, "73.7 GB"),
+        (2.5e14, "250 TB"),
+    ],
+)
+def test_sizes_are_in_units_that_fit(size, shown):
+    assert format_size(size) == shown
 
 
 def test_a_second_writer_is_told_of_the_first(tmp_path):

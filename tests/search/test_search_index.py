@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from stage1 import Processor, make_stage1
 from tiny import make_image, make_image_processor, make_model, make_processor
 
@@ -396,7 +396,7 @@ def test_pictures_that_have_all_gone_do_not_empty_the_index(build, loaded, pictu
 def test_models_that_are_not_for_retrieval(tmp_path, pictures):
     make_model().save_pretrained(tmp_path / "captioner")
     make_processor().save_pretrained(tmp_path / "captioner")
-    with pytest.raises(ValueError, match="no model for retrieval|use_qformer_text_input"):
+    with pytest.raises(ValueError, match="has not learned to match images with texts"):
         load_retrieval_model(tmp_path / "captioner", "cpu")
     torch.manual_seed(0)
     model = Blip2ForImageTextRetrieval(make_stage1().config)
@@ -585,14 +585,25 @@ def test_the_sheet_of_a_picture_that_is_gone(tmp_path):
     assert search_command.draw_sheet([], "nothing", tmp_path).size[1] == search_command.TITLE
 
 
+def test_a_long_text_loses_its_end_and_a_long_name_its_beginning():
+    font = ImageFont.load_default(16)
+    text = "a red bus in front of the blue house"
+    assert search_command._cut(text, font, 1000) == search_command._cut(text, font, 1000, at_end=True) == text
+    shown, name = search_command._cut(text, font, 150, at_end=True), search_command._cut(text, font, 150)
+    assert (
+        shown.startswith("a red bus") and shown.endswith("...") and name.startswith("...") and name.endswith("house")
+    )
+    assert all(100 < font.getlength(each) <= 150 for each in (shown, name))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["search"], "give a text"),
         (["search", "x", "--image", "y.png"], "give a text"),
         (["search", "x", "--sheet", "out.jpg"], "ends in .png"),
-        (["search", "x", "--index", "nowhere"], "has no index"),
-        (["index", "nowhere", "--model", "x"], "no such folder"),
+        (["search", "x", "--index", "nowhere"], "There is no folder nowhere"),
+        (["index", "nowhere", "--model", "x"], "There is no folder nowhere"),
         (["index", "pictures"], "has no index"),
     ],
 )
@@ -601,14 +612,14 @@ def test_commands_that_do_not_fit(run, pictures, arguments, message):
         run(*arguments)
 
 
-def test_a_stopped_command_says_how_to_go_on(run, pictures, monkeypatch, capsys):
+def test_a_stopped_command_says_how_to_go_on(run, pictures, checkpoint, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SearchIndex, "build", stop)
     for arguments, message in (([], "same command again to go"), (["--rebuild"], "again, without --rebuild, to go")):
         with pytest.raises(SystemExit, match="130"):
-            run("index", pictures, "--model", "x", *arguments)
+            run("index", pictures, "--model", checkpoint, *arguments)
         assert message in capsys.readouterr().err
 
 

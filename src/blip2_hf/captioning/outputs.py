@@ -78,10 +78,9 @@ class CaptionOutput(ABC):
     def check(self, settings: Mapping[str, Any]):
         """Refuse captions that other settings made, unless they are overwritten or added to."""
         found = self._read_settings()
-        if self.existing == "skip" and (
-            found.get(_EXISTING) == "overwrite" or (_EXISTING in found and self.has_parts())
-        ):
-            self.existing = found[_EXISTING]  # of a run that was stopped, which is to go on
+        was_stopped = found.get(_EXISTING) == "overwrite" or (_EXISTING in found and self.has_parts())
+        if self.existing == "skip" and was_stopped:
+            self.existing = found[_EXISTING]  # it goes on
             check_settings(found, settings, self.place, _OTHERWISE, _FREE)
         elif self.existing == "skip":
             if self.has_captions():
@@ -191,8 +190,8 @@ class CaptionOutput(ABC):
             self._write_lines(self.broken, broken)
         if parts and self.adds:
             # Last, because what is known as added is not added again
-            added = self.read(self.added) if self.added.exists() else ()
-            self._write_lines(self.added, list(_without_broken(self.in_order(added, *map(self.read, parts)), [])))
+            records = self.in_order(self.read(self.added), *map(self.read, parts))
+            self._write_lines(self.added, list(_without_broken(records, [])))
         if self.existing == "overwrite":
             self._write_settings(settings, None)
         for path in parts:
@@ -207,8 +206,7 @@ class CaptionOutput(ABC):
 
     def check_complete(self):
         """Refuse to call a run finished that has left pictures without a caption and without a reason."""
-        broken = self.read(self.broken) if self.broken.exists() else ()
-        found = {*self.captioned(), *(self.pictures.position(record) for record in broken)}
+        found = {*self.captioned(), *(self.pictures.position(record) for record in self.read(self.broken))}
         # By their names, because names that are not Unicode may become equal
         identities = (self.pictures.identity(index) for index in range(len(self.pictures)))
         if missing := sum(self.pictures.position(identity) not in found for identity in identities):
@@ -252,9 +250,8 @@ class CaptionFile(CaptionOutput):
     def __init__(self, path: Path, output_format: str, pictures: Pictures, existing: str, num_captions: int):
         self.is_metadata = path.name in _METADATA
         # `datasets` reads no hidden files
-        super().__init__(
-            path, path.with_name(f".{path.name}") if self.is_metadata else path, pictures, existing, num_captions
-        )
+        base = path.with_name(f".{path.name}") if self.is_metadata else path
+        super().__init__(path, base, pictures, existing, num_captions)
         self.table = TABLES[output_format](path, pictures.columns, _MEND if self.is_metadata else _CAPTIONED_AGAIN)
         self._before: dict[int, Any] | None = None
 
@@ -317,7 +314,8 @@ class SidecarFiles(CaptionOutput):
     ):
         self.folder = pictures.folder if folder is None else folder
         self.extension = extension
-        super().__init__(self.folder, self.folder / "captions", pictures, existing, num_captions)
+        base = self.folder / f"captions{'' if extension == '.txt' else extension}"
+        super().__init__(self.folder, base, pictures, existing, num_captions)
         self.sidecars = [self.folder / f"{os.path.splitext(name)[0]}{extension}" for name in pictures.names]
         first: dict[Path, str] = {}
         for name, sidecar in zip(pictures.names, self.sidecars, strict=True):
@@ -401,7 +399,7 @@ def open_output(
     if existing not in EXISTING:
         raise ValueError(f"existing={existing!r}: one of {', '.join(EXISTING)} was expected.")
     path = None if output is None else Path(output)
-    ending = "" if path is None else path.suffix.removeprefix(".")
+    ending = "" if path is None or path.is_dir() else path.suffix.removeprefix(".").lower()
     output_format = output_format or {"": "txt"}.get(ending, ending)
     if output_format not in ("txt", *TABLES):
         raise CollectionError(

@@ -85,6 +85,8 @@ class Csv(CaptionTable):
                 for row in reader:
                     if None in row:
                         raise ValueError(f"line {reader.line_num} has more cells than the first line")
+                    if any(row[name] is None for name in self.columns):
+                        raise ValueError(f"line {reader.line_num} has too few cells")
                     yield row | {name: kind(row[name]) for name, kind in self.columns.items()}
         except StateFileError:
             raise

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ._parser import Parser, above_zero, at_least_zero, positive, probability
+from ._parser import Parser, above_zero, at_least_zero, folder_to_write, positive, probability
 
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-# Options that are names of models, in any command
+# Options of any command that are names of what is read
+_FOLDERS, _FILES, _DATA = ("folder", "images"), ("annotations", "questions"), ("data", "validation")
 _MODELS = ("model", "captioner", "filter", "vision_model", "language_model", "text_encoder", "stage1")
 
 _LONGEST_WAIT = timedelta(days=30)  # until the other processes have done their share, too
@@ -44,6 +46,7 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
             "metavar": "DATA",
         },
     ),
+    "--output": {"type": folder_to_write, "metavar": "FOLDER"},
     "--config": {"help": "configuration of the dataset, if it has several"},
     "--split": {"help": "split of the data, also `train[:1000]`; without it train"},
     "--image-column": {"help": "column of the pictures; without it their only column, or image"},
@@ -115,26 +118,35 @@ _GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names.s
 
 
 def add_command(
-    commands: Any, name: str, run: Callable, text: str, description: str | None = None, example: str | None = None
+    commands: Any,
+    name: str,
+    run: Callable,
+    text: str,
+    description: str | None = None,
+    example: str | None = None,
+    check: Callable | None = None,
 ) -> Callable:
     """
     Add a command, and return the function that adds an option to it, as [`add_option`] does. `example` is a line that
-    can be run, for the end of the help.
+    can be run, for the end of the help. `check` is called with the options before anything is looked for: it raises a
+    `ValueError` if they do not go together.
     """
     parser = commands.add_parser(
         name, help=text, description=description or text, example=example, group_titles=tuple(_GROUPS)
     )
-    parser.set_defaults(run=partial(_run_command, run), takes_files=False)
+    parser.set_defaults(run=partial(_run_command, run, check), takes_files=False)
     return partial(add_option, parser)
 
 
-def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Namespace):
+def _run_command(run: Callable, check: Callable | None, options: argparse.Namespace):
     """Run a command. An error that users can mend is told in a line, without a traceback."""
     from ..jobs.errors import tell_errors
 
     quieten_libraries()
     with tell_errors("blip2-hf"):
         try:
+            if check is not None:
+                check(options)
             check_device(getattr(options, "device", None))
             check_names(options)
             run(options)
@@ -143,8 +155,9 @@ def _run_command(run: Callable[[argparse.Namespace], None], options: argparse.Na
 
 
 def quieten_libraries():
-    """Keep back what packages say at their import of others that are not needed."""
+    """Keep back what packages say of others that are not needed, and what PEFT asks transformers for."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
@@ -169,14 +182,16 @@ def check_device(name: str | None):
 
 def check_names(options: argparse.Namespace):
     """Refuse names of models and of data that lead nowhere, before anything is loaded."""
-    from ..jobs.names import check_data_name, check_model_name
+    from ..jobs.names import check_data_name, check_file, check_folder, check_model_name
 
+    for names, check in ((_FOLDERS, check_folder), (_FILES, check_file), (_DATA, check_data_name)):
+        for value in (getattr(options, name, None) for name in names):
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None:
+                    check(one)
     for name in _MODELS:
         if (value := getattr(options, name, None)) is not None and not (options.takes_files and Path(value).is_file()):
             check_model_name(value)
-    data = getattr(options, "data", None) or []
-    for value in [data] if isinstance(data, str) else data:
-        check_data_name(value)
 
 
 def end_workers():

@@ -1,7 +1,9 @@
 """A parser of arguments that tells mistakes in a line, and guesses what was meant."""
 
 import argparse
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..jobs.errors import did_you_mean
@@ -33,6 +35,35 @@ positive = number(int, least=1)
 at_least_zero = number(int, least=0)
 probability = number(float, above=0, most=1)
 above_zero = number(float, above=0)
+
+
+def to_write(text: str) -> str:
+    """Return the name of a file or a folder that can be written: nothing is in its way, and the disk takes files."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name was given")
+    path = Path(text)
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if folder.is_file() and folder != path:
+        raise argparse.ArgumentTypeError(f"{text} can't be written, because {folder} is a file and no folder")
+    try:
+        tempfile.TemporaryFile(dir=folder if folder.is_dir() else folder.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} can't be written ({error.strerror}): give another place") from error
+    return text
+
+
+def folder_to_write(text: str) -> str:
+    """Return the name of a folder that can be written."""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file, and a folder was expected")
+    return to_write(text)
+
+
+def file_to_write(text: str) -> str:
+    """Return the name of a file that can be written."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, and a file was expected")
+    return to_write(text)
 
 
 class Parser(argparse.ArgumentParser):

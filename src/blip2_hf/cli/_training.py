@@ -17,11 +17,7 @@ _NO_CHECKPOINT = "Give another --output, or --overwrite to replace what is there
 
 def add_data_options(add: Callable, held_out: float):
     """Add the options of what is learned from."""
-    add(
-        "data",
-        "folder of pictures with texts, file (parquet, tar, json, csv, arrow), or id on the Hub",
-        metavar="DATA",
-    )
+    add("data")
     add("--validation", "data to validate on, such as ID:validation, in place of --held-out", metavar="DATA")
     share = "share of the pictures, or their number, that is not learned from but validated on"
     add("--held-out", share, type=float, default=held_out, metavar="SHARE")
@@ -179,17 +175,20 @@ def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
         return rows
     texts = rows.with_format(None).select_columns([column])
     kept = [number for number, row in enumerate(texts) if _has_text(row[column])]
-    missing = len(rows) - len(kept)
+    missing = sorted({*range(len(rows))} - {*kept})
     if not missing:
         return rows
     if not skips:
+        name = "file_name" if "file_name" in rows.column_names else None
+        first = f"row {missing[0]}" if name is None else rows.select_columns([name])[missing[0]][name]
         raise ValueError(
-            f"{missing:,} of {len(rows):,} rows of {data} have no text in the column {column!r}. Write it, in a "
-            "folder as a .txt file beside the picture, or leave them out: --skip-bad-rows."
+            f"{len(missing):,} of {len(rows):,} rows of {data}, {first} for one, have no text in the column "
+            f"{column!r}. Write it, in a folder as a .txt file beside the picture, or leave such rows out: "
+            "--skip-bad-rows."
         )
     if not kept:
         raise ValueError(f"No row of {data} has a text in the column {column!r}.")
-    print(f"{missing:,} of {len(rows):,} rows of {data} have no text, and are left out.")
+    print(f"{len(missing):,} of {len(rows):,} rows of {data} have no text, and are left out.")
     # With the numbers of the rows
     return hold_out(rows, 0)[0].select(kept)
 
@@ -227,33 +226,18 @@ def find_image_size(options: argparse.Namespace, processor: Any) -> int:
     return options.image_size or sides.pop()
 
 
-def check_model(name: str, has_language_model: bool) -> tuple[Any, Any]:
-    """Return the configuration and the processor of a model, once it is of the class that is needed."""
-    from transformers import AutoConfig
-
+def check_model(name: str, need: str, advice: str = "") -> tuple[Any, Any]:
+    """Return the configuration and the processor of a model, once it is whole and of the class that is needed."""
+    from ..jobs.checkpoints import check_checkpoint, load_processor
     from ..jobs.inference import adapter_base
     from ..models.configuration_blip2 import Blip2Config
-    from ..models.processing_blip2 import Blip2Processor
 
     if adapter_base(name) is not None:
         raise ValueError(
             f"{name} holds adapters, and a whole model is needed. Merge them: blip2-hf convert {name} --output FOLDER"
         )
-    kind = AutoConfig.from_pretrained(name).model_type
-    if kind not in ("blip2", "blip-2"):
-        raise ValueError(f"{name} is a model of type {kind!r}: a BLIP-2 was expected.")
-    config = Blip2Config.from_pretrained(name)
-    if has_language_model and config.text_config is None:
-        raise ValueError(
-            f"{name} is a model of stage 1, without a language model. Give one of stage 2, or make it: "
-            f"blip2-hf pretrain DATA --stage 2 --stage1 {name} --language-model MODEL --output FOLDER"
-        )
-    if not has_language_model and (config.text_config is not None or not config.qformer_config.use_qformer_text_input):
-        raise ValueError(f"{name} has not learned to compare pictures with texts: a model of stage 1 was expected.")
-    try:
-        return config, Blip2Processor.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"{name} has no processor. Save one beside the model: processor.save_pretrained.") from error
+    check_checkpoint(name, need, advice)
+    return Blip2Config.from_pretrained(name), load_processor(name)
 
 
 def finish(trainer: Any, output: str, next_command: str):

@@ -4,13 +4,15 @@ import argparse
 from typing import Any
 
 from ._common import DTYPES, add_command, find_device, load_dataset, option_group, pick
+from ._parser import at_least_zero, positive
 
 
 def add_parser(commands: Any):
     text = "Store the output of a frozen vision tower for the pictures of a dataset, so that training never runs it."
-    add = add_command(commands, "cache-features", _run, text)
+    example = "blip2-hf cache-features pictures.parquet --vision-model facebook/dinov2-small --output features"
+    add = add_command(commands, "cache-features", _run, text, check=_check, example=example)
     add("data")
-    add("--output", "folder of the features; run again to go on", required=True, metavar="FOLDER")
+    add("--output", "folder of the features; run again to go on", required=True)
     add("--config")
     add("--split")
     add("--image-column")
@@ -22,23 +24,25 @@ def add_parser(commands: Any):
     add("--vision-feature-layer", "with --vision-model: index into its hidden states, not its last output", type=int)
     add("--tower-dtype", "dtype of the tower; without it, that of the checkpoint", choices=DTYPES)
     add("--device")
-    add("--size", "side in pixels of the square that pictures are scaled to", type=int, default=224)
-    add("--views", "versions of each picture: itself, then random crops", type=int, default=1)
+    add("--size", "side in pixels of the square that pictures are scaled to", type=positive, default=224)
+    add("--views", "versions of each picture: itself, then random crops", type=positive, default=1)
     add("--dtype", "dtype of the features", default="bfloat16")
     add("--batch-size", default=32)
     add("--rows-per-shard")
-    add("--seed", "seed of the crops", type=int, default=0)
+    add("--seed", "seed of the crops", type=at_least_zero, default=0)
     add("--num-workers")
     add("--skip-broken", "leave out pictures that can't be read", action="store_true")
     add("--allow-urls")
-    add("--part-index", "number of this process, if several share the work", type=int, default=0)
-    add("--num-parts", "number of processes that share the work", type=int, default=1)
+    add("--part-index", "number of this process, if several share the work", type=at_least_zero, default=0)
+    add("--num-parts", "number of processes that share the work", type=positive, default=1)
 
 
-def _run(options: argparse.Namespace):
+def _check(options: argparse.Namespace):
     if options.model is not None and options.vision_feature_layer is not None:
         raise ValueError("--vision-feature-layer goes with --vision-model, because a BLIP-2 has its own.")
 
+
+def _run(options: argparse.Namespace):
     import torch
 
     from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size
@@ -66,3 +70,5 @@ def _run(options: argparse.Namespace):
         transform=RandomResizedCropAndFlip(options.size) if options.views > 1 else None,
         **pick(options, *names, "part_index", "num_parts", "allow_urls"),
     )
+    others = "" if options.num_parts == 1 else ", once the other parts are written"
+    print(f"The features are in {options.output}. Next{others}: blip2-hf pretrain {options.output} ...")

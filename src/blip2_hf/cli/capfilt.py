@@ -1,27 +1,38 @@
 """`blip2-hf capfilt`: captions that a model proposes, ranked together with those that pictures came with."""
 
 import argparse
+import sys
 from typing import Any
 
 from ._common import add_command, load_captioner, load_dataset, pick, processes
-from ._generation import check_generation, given_generation
+from ._generation import check_generation, check_room, given_generation
+from ._parser import at_least_zero, positive
 
 
 def add_parser(commands: Any):
     text = "Propose captions of pictures, rank them together with those that are there, and keep the best (CapFilt)."
-    add = add_command(commands, "capfilt", _run, text, f"{text} Run again to go on.")
+    example = (
+        "blip2-hf capfilt pictures.parquet --captioner Salesforce/blip2-opt-2.7b --filter "
+        "Salesforce/blip2-itm-vit-g --output filtered"
+    )
+    add = add_command(commands, "capfilt", _run, text, f"{text} Run again to go on.", check=_check, example=example)
     add("data")
     add("--captioner", "writes captions: a BLIP-2, or what pipeline('image-to-text') loads", metavar="MODEL")
     add("--filter", "ranks them: a model of stage 1 or for retrieval", required=True, metavar="MODEL")
-    add("--output", "folder of the result; run again to go on", required=True, metavar="FOLDER")
+    add("--output", "folder of the result; run again to go on", required=True)
     add("--image-column")
     add("--image-root")
     add(
         "--text-column",
         "column of the existing captions, texts or lists of texts; without it caption, if there is one",
     )
-    add("--num-captions", "captions to propose for each picture; 0 ranks those that are there", type=int, default=10)
-    add("--keep", "captions of a picture that are kept", type=int, default=2)
+    add(
+        "--num-captions",
+        "captions to propose for each picture; 0 ranks those that are there",
+        type=at_least_zero,
+        default=10,
+    )
+    add("--keep", "captions of a picture that are kept", type=positive, default=2)
     add("--score", "logit of matching, cosine of contrast, or their sum", choices=["sum", "itm", "itc"], default="sum")
     add("--min-score", "the lowest score that is kept", type=float)
     add("--prompt", "text that proposed captions go on from, such as 'a photo of'")
@@ -30,7 +41,7 @@ def add_parser(commands: Any):
     add("--generate", "other arguments of generate, such as temperature=0.7, or do_sample=false num_beams=10")
     add("--batch-size", default=16)
     add("--rows-per-shard")
-    add("--seed", "seed of the sampling", type=int, default=0)
+    add("--seed", "seed of the sampling", type=at_least_zero, default=0)
     add("--num-workers", default=2)
     add("--dtype")
     add("--device")
@@ -40,10 +51,12 @@ def add_parser(commands: Any):
     add("--overwrite", "delete what is in the folder, and begin anew", action="store_true")
 
 
-def _run(options: argparse.Namespace):
+def _check(options: argparse.Namespace):
     if options.num_captions and options.captioner is None:
         raise ValueError("give --captioner, or --num-captions 0 to rank the existing captions.")
 
+
+def _run(options: argparse.Namespace):
     from ..capfilt import RetrievalFilter, capfilt_dataset
     from ..jobs.checkpoints import MATCHING, check_checkpoint
     from ..search import load_retrieval_model
@@ -58,6 +71,8 @@ def _run(options: argparse.Namespace):
         names = ("image_column", "text_column", "keep", "min_score", "batch_size", "rows_per_shard", "seed")
         kwargs = pick(options, *names, "num_workers", "overwrite", "allow_urls")
         capfilt_dataset(rows, captioner, caption_filter, options.output, **kwargs)
+        if state.is_main_process:
+            print(f"Next: blip2-hf pretrain {options.output} --text-column kept_captions ...", file=sys.stderr)
 
 
 def _generation(options: argparse.Namespace) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def _open_captioner(options: argparse.Namespace, device: Any, kwargs: dict[str, 
 
     config = AutoConfig.from_pretrained(weights_place(options.captioner))
     if config.model_type in ("blip2", "blip-2"):
+        check_room(config, kwargs)
         parts = load_captioner(options.captioner, options.dtype, device, is_stage1=config.text_config is None)
         return ModelCaptioner(*parts, options.num_captions, options.prompt, **kwargs)
     make_pipeline: Any = pipeline  # the types of transformers 5 do not know the task

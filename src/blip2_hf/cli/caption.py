@@ -9,7 +9,7 @@ from typing import Any
 
 from ._common import add_command, find_device, load_captioner, load_dataset, pick, processes, tell_image_size
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
-from ._parser import positive
+from ._parser import positive, to_write
 from ._pictures import named_pictures, pixel_limit
 
 
@@ -22,7 +22,7 @@ _WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 def add_parser(commands: Any):
     text = "Caption pictures: print captions of files, or write those of a collection. Run again to go on."
     example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,' --existing skip"
-    add = add_command(commands, "caption", _run, text, example=example)
+    add = add_command(commands, "caption", _run, text, check=_check, example=example)
     kinds = (
         "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), id on the Hub; or "
         "pictures: files, 'photos/*.jpg', URLs, whose captions are printed unless --output is given"
@@ -33,7 +33,7 @@ def add_parser(commands: Any):
         ".jsonl, .csv or .parquet file, or folder of .txt files; without it, .txt files next to the pictures of a "
         "folder. `datasets` reads photos/metadata.jsonl with the folder photos"
     )
-    add("--output", output)
+    add("--output", output, type=to_write, metavar="FILE|FOLDER")
     add("--format", "without it, the ending of --output tells it", choices=["txt", "jsonl", "csv", "parquet"])
     add("--extension", "ending of the text files, such as .caption (default: .txt)")
     existing = "what becomes of captions that are there: they stay, are replaced, or get the new one behind or before"
@@ -63,11 +63,14 @@ def add_parser(commands: Any):
     add("--allow-urls")
 
 
+def _check(options: argparse.Namespace):
+    if options.overwrite and options.existing not in (None, "overwrite"):
+        raise ValueError(f"--overwrite and --existing {options.existing} were given: give one of them.")
+
+
 def _run(options: argparse.Namespace):
     from ..jobs.checkpoints import WRITING, check_checkpoint
 
-    if options.overwrite and options.existing not in (None, "overwrite"):
-        raise ValueError(f"--overwrite and --existing {options.existing} were given: give one of them.")
     check_checkpoint(options.model, WRITING)
     files = _named_files(options.data)
     with pixel_limit(options.max_pixels):
@@ -97,6 +100,7 @@ def _print_captions(options: argparse.Namespace, files: list[str]):
     from ..jobs.errors import printable
 
     model, processor, prompt, kwargs = _load(options, find_device)
+    kwargs["num_workers"] = min(kwargs["num_workers"], len(files) // 8)  # a process begins slowly
     is_broken = False
     for caption in caption_images(model, processor, files, prompt, **kwargs):
         if caption.error is not None:
@@ -189,11 +193,8 @@ def _open_pictures(options: argparse.Namespace) -> Any:
 def _open_tars(options: argparse.Namespace, paths: list[str]) -> Any:
     from ..captioning import TarPictures
 
-    _refuse(
-        options,
-        {name: _OF_ROWS[name] for name in ("config", "split", "image_root", "allow_urls")},
-        "Tar files have no rows",
-    )
+    no_effect = {name: value for name, value in _OF_ROWS.items() if name != "image_column"}
+    _refuse(options, no_effect, "Tar files have no rows")
     return TarPictures(paths, options.image_column)
 
 
@@ -204,9 +205,7 @@ def _given(options: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
 def _refuse(options: argparse.Namespace, defaults: dict[str, Any], reason: str):
     """Refuse options that have no effect."""
     if given := _given(options, defaults):
-        raise ValueError(
-            f"{reason}: {' and '.join(given)} would have no effect. Leave {'it' if len(given) == 1 else 'them'} out."
-        )
+        raise ValueError(f"{reason}: leave out {' and '.join(given)}, which would have no effect.")
 
 
 def _ending(given: str | None) -> str:

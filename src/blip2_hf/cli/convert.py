@@ -16,10 +16,13 @@ def add_parser(commands: Any):
         "Convert a checkpoint of LAVIS, the authors' code, or of transformers' BLIP-2 or InstructBLIP into one of "
         "this library, or, with --transformers, into one of transformers, which vLLM and others read too."
     )
-    add = add_command(commands, "convert", _run, "Convert a checkpoint from or to another code.", text)
+    example = "blip2-hf convert Salesforce/blip2-opt-2.7b --output blip2-opt-2.7b --dtype bfloat16"
+    add = add_command(
+        commands, "convert", _run, "Convert a checkpoint from or to another code.", text, example=example
+    )
     commands.choices["convert"].set_defaults(takes_files=True)
     add("source", "file of LAVIS, or folder or id on the Hub with a BLIP-2 or an InstructBLIP", metavar="SOURCE")
-    add("--output", "the folder that is written", required=True, metavar="DIR")
+    add("--output", "the folder that is written", required=True)
     add("--vision-model", "tower that a file of LAVIS lacks: eva_vit_g.pth, clip_vit_L.pth, folder or id", metavar="X")
     add("--language-model", "language model that a file of LAVIS lacks: folder or id", metavar="Y")
     add("--tokenizer", f"for a file of LAVIS (default: the language model's; without one, {_BERT})", metavar="Z")
@@ -79,7 +82,8 @@ def _from_folder(options: argparse.Namespace) -> tuple[Any, Any]:
     from ..convert.processors import load_processor
 
     model, left = load_checkpoint(options.source)
-    print("\n".join([f"left: {len(left)}", *(f"  {name}" for name in left)]))
+    if left:
+        print(f"Left, because the model has no place for them ({len(left)}):", *left, sep="\n  ")
     try:
         return model, load_processor(options.source, model.config)
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
 from ._common import add_command, load_captioner, load_dataset, pick, processes, tell_image_size
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
+from ._parser import at_least_zero, positive
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ _TASKS = {
 
 def add_parser(commands: Any):
     text = "Evaluate a model on the paper's benchmarks, or on a dataset. Start it with accelerate for many processes."
-    add = add_command(commands, "evaluate", _run, text)
+    example = "blip2-hf evaluate caption --data pairs.parquet --model Salesforce/blip2-opt-2.7b --output scores"
+    add = add_command(commands, "evaluate", _run, text, check=_check, example=example)
     add("task", f"one of {', '.join(_TASKS)}; the last three take --data", choices=_TASKS, metavar="TASK")
     add("--model", required=True)
-    add("--output", "folder of the results; run again to go on", required=True, metavar="FOLDER")
+    add("--output", "folder of the results; run again to go on", required=True)
     add("--annotations", "file of captions (dataset_coco.json) or of answers (v2_mscoco_val2014_annotations.json)")
     add("--questions", "file of questions, such as v2_OpenEnded_mscoco_val2014_questions.json")
     add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
@@ -74,18 +76,18 @@ def add_parser(commands: Any):
     add("--protocol", protocol, choices=(*_VQA_PROTOCOLS, *_GQA_PROTOCOLS))
     lemmatize = "whether answers are lemmatised before they are scored, with spaCy; without it for okvqa alone"
     add("--lemmatize", lemmatize, action=argparse.BooleanOptionalAction)
-    add("--k", "retrieval: candidates of contrast that are matched; 0 for contrast alone", type=int, default=128)
+    candidates = "retrieval: candidates of contrast that are matched; 0 for contrast alone"
+    add("--k", candidates, type=at_least_zero, default=128)
     add("--image-size")
     add("--batch-size", "texts at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
-    add("--limit", "how many of the first samples count", type=int)
+    add("--limit", "how many of the first samples count", type=positive)
     add("--num-workers")
 
 
 def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
-    _check(options, task)
     from ..jobs.checkpoints import MATCHING, WRITING, check_checkpoint
 
     check_checkpoint(options.model, MATCHING if task.kind == "retrieval" else WRITING)
@@ -94,14 +96,13 @@ def _run(options: argparse.Namespace):
         run(options, task, _read(options, task), options.device or state.device)
         if state.is_main_process:
             print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")
+            print(f"The table, results.json and predictions.json are in {options.output}.", file=sys.stderr)
 
 
-def _check(options: argparse.Namespace, task: _Task):
+def _check(options: argparse.Namespace):
+    task = _TASKS[options.task]
     if missing := [f"--{name}" for name in task.needs if getattr(options, name) is None]:
         raise ValueError(f"{options.task} needs {' and '.join(missing)}.")
-    for name, least in (("k", 0), ("limit", 1), ("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
-        if (value := getattr(options, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: at least {least} was expected.")
     names = {"annotations", "questions", "images", "data"} - {*task.needs}
     if options.task in ("vqav2", "okvqa"):
         names -= {"annotations"}

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from ._common import add_command, pick
@@ -64,7 +65,9 @@ def add_parser(commands: Any):
         "is one of transformers' TrainingArguments, such as --bf16 and --gradient-checkpointing."
     )
     example = "blip2-hf finetune photos --model Salesforce/blip2-opt-2.7b --output my-captioner"
-    add = add_command(commands, "finetune", _run, "Fine-tune a BLIP-2 on your own data.", text, example=example)
+    add = add_command(
+        commands, "finetune", _run, "Fine-tune a BLIP-2 on your own data.", text, check=_check, example=example
+    )
     add_data_options(add, held_out=0.1)
     add("--text-column", "column of the captions: texts, or lists of texts (default: caption, otherwise text)")
     add("--question-column", "column of the questions", default="question")
@@ -88,12 +91,8 @@ def add_parser(commands: Any):
 
 def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
-    options.preset = options.preset or task.preset
-    options.prompt = options.prompt if options.prompt is not None else task.prompt
-    _check(options)
-    check_output(options, options.model)
     arguments = _arguments(options, task)
-    config, processor = check_model(options.model, has_language_model=options.task != "retrieval")
+    config, processor = _check_model(options)
     data, image_size = _read(options, task, processor)
     load = _load_retriever if options.task == "retrieval" else _load_writer
     model, processor, collator = load(options, task, config, image_size)
@@ -119,7 +118,19 @@ def _run(options: argparse.Namespace):
     finish(trainer, options.output, task.next_command.format(options.output, options.prompt))
 
 
+def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    from ..jobs.checkpoints import MATCHING, WRITING
+
+    if options.task == "retrieval":
+        return check_model(options.model, MATCHING)
+    stage2 = f"blip2-hf pretrain DATA --stage 2 --stage1 {options.model} --language-model MODEL --output FOLDER"
+    return check_model(options.model, WRITING, f", or make one: {stage2}")
+
+
 def _check(options: argparse.Namespace):
+    task = _TASKS[options.task]
+    options.preset = options.preset or task.preset
+    options.prompt = options.prompt if options.prompt is not None else task.prompt
     is_retrieval, has_adapters = options.task == "retrieval", options.preset in _ADAPTERS
     is_quantized = options.load_in_4bit or options.load_in_8bit
     if options.load_in_4bit and options.load_in_8bit:
@@ -137,6 +148,9 @@ def _check(options: argparse.Namespace):
     without = ("stage2", "qformer", "projection", "lora_language_model") if is_retrieval else ("stage1",)
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
+    if is_quantized and find_spec("bitsandbytes") is None:
+        raise ImportError('4 and 8 bits need bitsandbytes: pip install "blip2-hf[quantization]".')
+    check_output(options, options.model)
 
 
 def _arguments(options: argparse.Namespace, task: _Task) -> Any:

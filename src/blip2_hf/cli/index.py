@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from ._common import add_command, pick, stop
+from ._parser import folder_to_write
 
 
 _SHOWN = 5  # broken pictures that are told of
@@ -12,11 +13,12 @@ _SHOWN = 5  # broken pictures that are told of
 
 def add_parser(commands: Any):
     text = "Make an index of a folder of pictures, to be searched by text, or bring it up to date."
-    add = add_command(commands, "index", _run, text)
+    example = "blip2-hf index photos --model Salesforce/blip2-itm-vit-g"
+    add = add_command(commands, "index", _run, text, example=example)
     folder = "the pictures, in this folder and those in it; run again to go on, or when they change"
     add("folder", folder, metavar="FOLDER")
     add("--model", "BLIP-2 for retrieval: folder or id on the Hub; an index that is there knows its own")
-    add("--index", "folder of the index (default: FOLDER/.blip2-index)", metavar="DIR")
+    add("--index", "folder of the index (default: FOLDER/.blip2-index)", type=folder_to_write, metavar="DIR")
     add("--store-embeds", "store the tower's output too, so that re-ranking need not run it", action="store_true")
     approximate = "make an approximate index with faiss, for many pictures (of itself from 100,000 on)"
     add("--approximate", approximate, action="store_true")
@@ -44,4 +46,5 @@ def _run(options: argparse.Namespace):
         more = [f"... and {len(broken) - _SHOWN:,} more"] if len(broken) > _SHOWN else []
         heading = f"Left out because they can't be read ({len(broken):,}, listed in {place}):"
         print(printable("\n  ".join([heading, *broken[:_SHOWN], *more])), file=sys.stderr)
-    print(printable(f"{len(index):,} pictures are in the index {index.directory}"))
+    search = f'blip2-hf search "a dog" --index {options.index or options.folder}'
+    print(printable(f"{len(index):,} pictures are in the index {index.directory}. Next: {search}"))

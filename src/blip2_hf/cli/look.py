@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ._common import add_command, check_png, find_device, save_png
+from ._parser import at_least_zero, file_to_write
 
 
 _GAP = 8  # pixels between pictures
@@ -14,14 +15,19 @@ _MOST_PIXELS = 8_000_000  # of a sheet, unless its full size is asked for
 
 def add_parser(commands: Any):
     text = "Draw over a picture where a BLIP-2 looks for a text, or, without a text, what its queries attend to."
-    add = add_command(commands, "look", _run, text)
+    example = 'blip2-hf look cat.jpg "a black cat" --model Salesforce/blip2-itm-vit-g --output cat.png'
+    add = add_command(commands, "look", _run, text, check=_check, example=example)
     add("picture", "file or URL", metavar="PICTURE")
     add("text", 'word or sentence, such as "a red circle"', metavar="TEXT", nargs="?")
     add("--model", "BLIP-2, for a text one that matches images with texts: folder or id on the Hub", required=True)
-    add("--output", "the drawing", required=True, metavar="FILE.png")
+    add("--output", "the drawing", required=True, type=file_to_write, metavar="FILE.png")
     methods = ("gradcam", "attention")
     add("--method", "with TEXT: Grad-CAM of matching, or attention alone", default="gradcam", choices=methods)
-    add("--layer", "layer of the Q-Former, one that has cross-attention; without it, the mean of all", type=int)
+    add(
+        "--layer",
+        "layer of the Q-Former, one that has cross-attention; without it, the mean of all",
+        type=at_least_zero,
+    )
     add("--per-word", "also draw each word of TEXT, as a text of its own", action="store_true")
     add("--full-size", "keep the picture's size, also if the sheet has more than 8 megapixels", action="store_true")
     add("--image-size")
@@ -29,7 +35,7 @@ def add_parser(commands: Any):
     add("--device")
 
 
-def _run(options: argparse.Namespace):
+def _check(options: argparse.Namespace):
     check_png(options.output)
     if options.per_word and options.text is None:
         raise ValueError("--per-word goes with TEXT.")
@@ -38,6 +44,8 @@ def _run(options: argparse.Namespace):
             "TEXT is empty: give a word or a sentence, or leave it out to see what the queries attend to."
         )
 
+
+def _run(options: argparse.Namespace):
     from ..models.image_loading import check_reads_8_bit, load_image
 
     picture = load_image(options.picture)

@@ -43,7 +43,9 @@ def add_parser(commands: Any):
     example = (
         "blip2-hf pretrain pictures.parquet --stage 1 --vision-model facebook/dinov2-small --epochs 10 --output stage1"
     )
-    add = add_command(commands, "pretrain", _run, "Make a BLIP-2 of your own parts.", text, example=example)
+    add = add_command(
+        commands, "pretrain", _run, "Make a BLIP-2 of your own parts.", text, check=_check, example=example
+    )
     add_data_options(add, held_out=0.02)
     add("--text-column", "column of the captions: texts, or lists of texts (default: caption, otherwise text)")
     add("--streaming", "read the data as a stream, of which nothing is held out", action="store_true")
@@ -66,14 +68,15 @@ def add_parser(commands: Any):
 
 
 def _run(options: argparse.Namespace):
-    _check(options)
-    check_output(options, *(getattr(options, name) for name in _PARTS[options.stage]))
+    from transformers import set_seed
+
     arguments = _arguments(options)
     rows = open_rows(options)
     text_column = find_text_column(options, rows["train"])
     needed = {"--image-column": options.image_column, "--text-column": text_column}
     rows = prepare_rows(options, rows, needed, text_column)
     data = _make_pairs(options, rows, text_column)
+    set_seed(options.seed)
     model, processor, collator = (_make_stage1 if options.stage == 1 else _make_stage2)(options, data)
 
     from ..training import make_trainer, save_result, train_from_last_checkpoint, without_bad_rows
@@ -117,6 +120,7 @@ def _check(options: argparse.Namespace):
         parts = ("text_encoder", "vision_feature_layer", "num_query_tokens")
         if given := [name for name in parts if getattr(options, name) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')}: --model has its own. Leave one of the two out.")
+    check_output(options, *(getattr(options, name) for name in _PARTS[options.stage]))
 
 
 def _arguments(options: argparse.Namespace) -> Any:
@@ -130,10 +134,11 @@ def _arguments(options: argparse.Namespace) -> Any:
 
 def _make_pairs(options: argparse.Namespace, rows: dict[str, Any], text_column: str) -> dict[str, Any]:
     from ..data import ImageTextPairs, check_feature_size, find_id_column
+    from ..jobs.checkpoints import MATCHING
     from ..training import training_pairs
 
     if options.model is not None:
-        _, processor = check_model(options.model, has_language_model=False)
+        _, processor = check_model(options.model, MATCHING)
         options.image_size = find_image_size(options, processor)
     options.image_size = options.image_size or _IMAGE_SIZE
     check_feature_size(options.image_size, options.data, options.validation)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._common import add_command, check_png, pick, save_png
+from ._parser import at_least_zero, file_to_write, positive
 
 
 if TYPE_CHECKING:
@@ -24,27 +25,40 @@ _GROUND, _FRAME, _INK, _PALE = "#ffffff", "#eeeeee", "#222222", "#777777"
 
 def add_parser(commands: Any):
     text = "Find the pictures of a folder that fit a text. `blip2-hf index` makes the index that is searched."
-    add = add_command(commands, "search", _run, text)
+    example = 'blip2-hf search "a red bus" --index photos'
+    add = add_command(commands, "search", _run, text, check=_check, example=example)
     add("text", "what to look for", nargs="?", metavar="TEXT")
     add("--image", "look for pictures like this one, in place of a text", metavar="FILE")
     add("--index", "the folder of the index, or of the pictures", default=".", metavar="DIR")
     add("--model", "the model that the index was built with, if it has moved")
-    add("--top", "pictures to find", type=int, default=12)
+    add("--top", "pictures to find", type=positive, default=12)
     rerank = "how many of the first the model reads together with the text; the paper has 128"
-    add("--rerank", rerank, type=int, default=0)
+    add("--rerank", rerank, type=at_least_zero, default=0)
     add("--exact", "compare with all pictures, even if there is an approximate index", action="store_true")
-    add("--sheet", "file of the sheet (default: search.png, or nowhere with --json)", metavar="FILE.png")
+    add(
+        "--sheet",
+        "PNG of the sheet (default: search.png, or none with --json)",
+        type=file_to_write,
+        metavar="FILE",
+    )
     add("--open", "show the sheet", action="store_true")
     add("--json", "print JSON, not a table", action="store_true")
     add("--device")
     add("--dtype")
 
 
-def _run(options: argparse.Namespace):
+def _check(options: argparse.Namespace):
     if (options.text is None) == (options.image is None):
         raise ValueError("give a text to search for, or --image.")
     check_png(options.sheet or "search.png")
+    from ..jobs.names import check_file, check_folder
 
+    check_folder(options.index)
+    if options.image is not None and "://" not in options.image:
+        check_file(options.image)
+
+
+def _run(options: argparse.Namespace):
     from ..jobs.errors import printable
     from ..search import SearchIndex
 

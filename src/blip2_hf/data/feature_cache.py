@@ -21,7 +21,7 @@ from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json
 from ..jobs.batch_size import BatchSize
 from ..jobs.fingerprints import check_settings_file, fingerprint, sampled_rows, sampled_weights, stable_repr
 from ..jobs.inference import eval_mode
-from ..jobs.output import check_still_there, only_writer
+from ..jobs.output import check_still_there, format_size, only_writer
 from ..jobs.picture_inputs import PictureBatch, PictureInput, load_shards, split_rows
 from ..jobs.state_files import read_json, read_whole
 from ..models.backbones import load_tower, measure_width
@@ -392,13 +392,13 @@ class _Shards:
         length, width = self.shape
         tqdm.write(
             f"{len(self.pictures):,} rows of {self.pictures.views} x {length} x {width} {self.dtype} values: "
-            f"{self.row_bytes / 1e6:.3g} MB a row, {len(self.pictures) * self.row_bytes / 1e9:.3g} GB in all, "
-            f"{needed / 1e9:.3g} GB to be written now; {free / 1e9:.3g} GB are free in {self.folder}.",
+            f"{format_size(self.row_bytes)} a row, {format_size(len(self.pictures) * self.row_bytes)} in all, "
+            f"{format_size(needed)} to be written now; {format_size(free)} are free in {self.folder}.",
             file=sys.stderr,
         )
         if needed > free:
             raise OSError(
-                f"{self.folder} has {free / 1e9:.3g} GB of free space, the features need {needed / 1e9:.3g} GB. Free "
+                f"{self.folder} has {format_size(free)} of free space, the features need {format_size(needed)}. Free "
                 "some, or store fewer views, or a smaller dtype, or on another disk."
             )
 

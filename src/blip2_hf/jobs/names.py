@@ -11,7 +11,6 @@ from .errors import first_sentence
 
 # In the folder of a model, or of adapters of PEFT
 _CONFIGS = ("config.json", "adapter_config.json")
-_WEIGHTS = (".safetensors", ".bin")
 _FILE_ENDINGS = re.compile(
     r"\.(pth?|bin|ckpt|safetensors|gguf|onnx|json[l5]?|ndjson|csv|tsv|txt|token|gz|parquet|pq|arrow|tar|zip|jpe?g|png|webp|gif|hei[cf])$",
     re.I,
@@ -67,11 +66,30 @@ def check_data_name(name: str | os.PathLike):
         raise ValueError("An empty name was given: a file, a folder, or a dataset's id on the Hub, was expected.")
     # A split may stand behind the name; the colon of a protocol has slashes after it
     path = Path(name) if os.path.exists(name) else Path(re.split(r":(?!//)", name, maxsplit=1)[0])
-    if path.exists():
-        if path.is_dir() and not any(path.iterdir()):
-            raise FileNotFoundError(f"The folder {path} is empty.")
-    elif "://" not in name and is_dataset_id(str(path)):
+    if "://" in name:
+        return
+    if is_dataset_id(str(path)):
         _check_repository(str(path), "dataset", "README.md")
+    elif path.is_dir() and not any(path.iterdir()):
+        raise FileNotFoundError(f"The folder {path} is empty.")
+
+
+def check_folder(name: str | os.PathLike):
+    """Refuse a name that is not that of a folder here, by a `FileNotFoundError` or a `NotADirectoryError`."""
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no folder {name}.{_similar(path)}")
+    if not path.is_dir():
+        raise NotADirectoryError(f"{name} is a file: a folder was expected.")
+
+
+def check_file(name: str | os.PathLike):
+    """Refuse a name that is not that of a file here, by a `FileNotFoundError` or an `IsADirectoryError`."""
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {name}.{_similar(path)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} is a folder: a file was expected.")
 
 
 def is_dataset_id(name: str) -> bool:
@@ -109,8 +127,6 @@ def _check_model_folder(path: Path):
         guess = "" if newest is None else f" Did you mean {newest.parent}?"
         raise FileNotFoundError(f"The folder {path} holds no model, because it has no config.json.{guess}")
     if (path / "config.json").is_file():
-        if not any(file.suffix in _WEIGHTS for file in path.iterdir()):
-            raise FileNotFoundError(f"The folder {path} holds no weights, such as model.safetensors. Copy it whole.")
         return
     from .inference import adapter_base
 
@@ -145,7 +161,7 @@ def _may_be_hub_id(name: str) -> bool:
 
 def _similar(path: Path) -> str:
     """Return the end of a message: the path with what is most similar in place of its first part that is missing."""
-    parts = path.parts
+    parts = path.parts or (".",)
     missing = next(number for number in range(len(parts)) if not Path(*parts[: number + 1]).exists())
     folder, rest = Path(*parts[:missing]), parts[missing + 1 :]
     try:

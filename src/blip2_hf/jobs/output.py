@@ -62,6 +62,14 @@ def _acquire(file: BaseFileLock, output: Any, wait: float) -> Exception | None:
     return None
 
 
+def format_size(size: float) -> str:
+    """Return a number of bytes as people read it, such as `4.7 MB`."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:  # which would be shown as 1e+03
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
+
+
 def share(items: Sequence, state: "PartialState") -> Sequence:
     """Return what this process does of the work: every n-th item, if there are n processes."""
     return items[state.process_index :: state.num_processes]

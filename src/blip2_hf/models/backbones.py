@@ -86,6 +86,7 @@ def load_with_info(model_class: Any, name: str | os.PathLike, **kwargs) -> tuple
         `tuple`: the model, and the sorted names as `missing_keys` and `unexpected_keys`.
 
     Raises:
+        OSError: if a file is missing.
         ValueError: if a file is cut off or damaged, or weights have other shapes than the configuration says.
     """
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -96,6 +97,9 @@ def load_with_info(model_class: Any, name: str | os.PathLike, **kwargs) -> tuple
         raise ValueError(
             f"A file of the weights of {name} is cut off or damaged ({error}). Copy or download it again."
         ) from error
+    except OSError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise OSError(f"{name} can't be loaded ({reason}). Copy or download it again, all of its files.") from error
     if mismatched := sorted(str(key[0]) for key in info["mismatched_keys"]):
         raise ValueError(
             f"{len(mismatched)} weights of {name} have other shapes than its config.json says ({mismatched[0]}). Give "

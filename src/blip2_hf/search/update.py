@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..jobs.batch_size import BatchSize
 from ..jobs.errors import printable
+from ..jobs.output import format_size
 from ..jobs.picture_files import find_picture_files
 from ..jobs.picture_inputs import PictureInputs, load_ahead
 from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
@@ -132,13 +133,13 @@ class Updater:
         size = sum(array[0].nbytes for array in part.values())
         free = shutil.disk_usage(self.store.directory).free
         self._tell(
-            f"{count:,} pictures are to be computed: {size / 1e3:,.3g} kB each, {size * count / 1e9:.3g} GB in all; "
-            f"{free / 1e9:.3g} GB are free in {self.store.directory}."
+            f"{count:,} pictures are to be computed: {format_size(size)} each, {format_size(size * count)} in all; "
+            f"{format_size(free)} are free in {self.store.directory}."
         )
         if size * count > free:
             raise OSError(
-                f"{self.store.directory} has {free / 1e9:.3g} GB of free space, but the index needs "
-                f"{size * count / 1e9:.3g} GB more. Free some, or leave out the tower's output (store_embeds)."
+                f"{self.store.directory} has {format_size(free)} of free space, but the index needs "
+                f"{format_size(size * count)} more. Free some, or leave out the tower's output (store_embeds)."
             )
 
     def _tell(self, text: str):

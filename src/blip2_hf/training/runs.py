@@ -109,7 +109,15 @@ def make_trainer(
 
     Returns:
         [`Blip2Trainer`].
+
+    Raises:
+        ValueError: if the rows make no batch.
     """
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and isinstance(train, ImageTextPairs) and len(train) < batch:
+        raise ValueError(
+            f"There are {len(train)} rows to learn from, which make no batch of {batch}. Give a smaller batch size."
+        )
     trainer = Blip2Trainer(
         model,
         arguments,
@@ -139,14 +147,8 @@ def train_from_last_checkpoint(trainer: Blip2Trainer, options: Mapping[str, Any]
             Names of the options that are checkpoints of models.
 
     Raises:
-        ValueError: as [`checkpoint_to_resume`]; if the rows make no batch.
+        ValueError: as [`checkpoint_to_resume`].
     """
-    arguments, train = trainer.args, trainer.train_dataset
-    batch = arguments.train_batch_size * arguments.world_size
-    if arguments.dataloader_drop_last and isinstance(train, ImageTextPairs) and len(train) < batch:
-        raise ValueError(
-            f"There are {len(train)} rows to learn from, which make no batch of {batch}. Give a smaller batch size."
-        )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, options, models))
 
 

@@ -16,7 +16,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_seq2seq import Seq2SeqTrainer
-from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, get_last_checkpoint, set_seed
 from transformers.utils import logging
 
 from ..data.callbacks import SetEpochCallback
@@ -85,6 +85,8 @@ class Blip2Trainer(Seq2SeqTrainer):
                 "transformers' Trainer takes TrainingArguments."
             )
         if args.preset is not None:
+            # Adapters are drawn, before Trainer sets the seed
+            set_seed(args.seed)
             model = train_only(model, args.preset)
         if isinstance(model, Blip2ForConditionalGeneration) and args.save_strategy != SaveStrategy.NO:
             # Refused now, not at the first checkpoint
