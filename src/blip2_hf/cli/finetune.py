@@ -44,9 +44,7 @@ class _Task:
 
 
 _TASKS = {
-    "caption": _Task(
-        "CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {} --prompt {!r}"
-    ),
+    "caption": _Task("CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {}"),
     "vqa": _Task(
         "vqa_accuracy",
         "lora_language_model",
