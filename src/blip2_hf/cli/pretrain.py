@@ -70,6 +70,10 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     from transformers import set_seed
 
+    from ..jobs.checkpoints import check_checkpoint
+
+    if options.stage == 2:
+        check_checkpoint(options.stage1)
     arguments = _arguments(options)
     rows = open_rows(options)
     text_column = find_text_column(options, rows["train"])
