@@ -48,7 +48,7 @@ def add_parser(commands: Any):
     add("--suffix", "text to put behind each caption")
     add("--captions-per-image", "captions of each picture, sampled or of as many beams", type=positive, default=1)
     add("--num-beams")
-    add("--max-new-tokens", "the most tokens of a caption; without it 30, or the preset's")
+    add("--max-new-tokens", "the most tokens that are written; without it 30, or the preset's")
     add("--top-p")
     add("--temperature")
     add("--seed", "seed of what is sampled", type=int)
@@ -58,11 +58,11 @@ def add_parser(commands: Any):
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
-    add("--num-workers", "processes that load pictures; 0 takes a thread", default=2)
-    add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told")
+    add("--num-workers")
+    add("--image-column")
     add("--image-root")
     add("--config")
-    add("--split", "split of the dataset, also `train[:1000]` (default: train)", default=None)
+    add("--split")
     add("--allow-urls")
 
 

@@ -54,7 +54,7 @@ def add_parser(commands: Any):
     add("--questions", "file of questions, such as v2_OpenEnded_mscoco_val2014_questions.json")
     add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
     add("--data")
-    add("--config", "configuration of --data, if it has several")
+    add("--config")
     split = "split of --data, also `test[:1000]`, or of Karpathy's file; without it test, or all if there are none"
     add("--split", split, default=None)
     add("--image-column")
@@ -79,7 +79,7 @@ def add_parser(commands: Any):
     candidates = "retrieval: candidates of contrast that are matched; 0 for contrast alone"
     add("--k", candidates, type=at_least_zero, default=128)
     add("--image-size")
-    add("--batch-size", "texts at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
+    add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
     add("--limit", "how many of the first samples count", type=positive)

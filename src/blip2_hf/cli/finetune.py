@@ -80,8 +80,9 @@ def add_parser(commands: Any):
         "--prompt",
         "text in front of a caption, or with {} for the question (default: 'a photo of'; 'Question: {} Answer:')",
     )
-    add("--max-new-tokens", "the most tokens of a text in validation (default: 30; 10 for answers)")
-    add("--image-size", "side of the pictures in pixels; without it, that of the checkpoint, or 364 for retrieval")
+    add("--max-new-tokens", "the most tokens that are written, in validation (default: 30; 10 for answers)")
+    square = "side in pixels of the square that pictures are scaled to"
+    add("--image-size", f"{square}; without it, that of the checkpoint, or 364 for retrieval")
     add("--dtype", "dtype of the language model", default="bfloat16")
     add_training_options(add)
     add("--merge", "write the whole model, with the adapters added to its weights", action="store_true")
@@ -138,6 +139,8 @@ def _check(options: argparse.Namespace):
             "--load-in-4bit and --load-in-8bit go with adapters, because nothing else of such a model is saved: give "
             f"--preset {' or '.join(_ADAPTERS)}, and a task with a language model."
         )
+    if is_quantized and find_spec("bitsandbytes") is None:
+        raise ImportError('--load-in-4bit and --load-in-8bit need bitsandbytes: pip install "blip2-hf[quantization]".')
     if options.merge and (not has_adapters or is_quantized):
         reason = "are not merged into 4 or 8 bits, which would round them" if is_quantized else "are not trained here"
         raise ValueError(f"--merge: adapters {reason}. Leave --merge out.")
