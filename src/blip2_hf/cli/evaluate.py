@@ -136,30 +136,30 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     return samples if options.limit is None else samples[: options.limit]
 
 
-def _captioned(options: argparse.Namespace, rows: Any) -> Any:
-    """Return rows of a folder of pictures, without those that have no caption. Rows of one file are one picture."""
-    from ..data.rows import get_column, select_columns
-
-    options.id_column = options.id_column or "file_name"
-    captions = select_columns(rows, [options.caption_column])
-    kept = [number for number, row in enumerate(captions) if get_column(row, options.caption_column) is not None]
-    if missing := len(rows) - len(kept):
-        print(f"blip2-hf: {missing:,} of {len(rows):,} pictures have no caption, and are left out.", file=sys.stderr)
-    return rows.select(kept)
-
-
 def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
     rows = load_dataset(options, default_split="test")
-    if task.kind != "vqa":
-        if "file_name" in rows.column_names:
-            rows = _captioned(options, rows)
-        return readers.read_caption_rows(
-            rows, **pick(options, "image_column", "caption_column", "id_column", "allow_urls")
-        )
+    is_vqa = task.kind == "vqa"
+    if "file_name" in rows.column_names:  # of a folder of pictures, several rows of which may be about one
+        id_column = "image_id_column" if is_vqa else "id_column"
+        setattr(options, id_column, getattr(options, id_column) or "file_name")
+        rows = _with_texts(rows, options.question_column if is_vqa else options.caption_column)
+    if not is_vqa:
+        names = ("image_column", "caption_column", "id_column")
+        return readers.read_caption_rows(rows, **pick(options, *names, "allow_urls"))
     names = ("image_column", "question_column", "answer_column", "id_column", "image_id_column", "group_column")
     return readers.read_question_rows(rows, **pick(options, *names, "allow_urls"))
+
+
+def _with_texts(rows: Any, column: str) -> Any:
+    """Return the rows that have something in a column, and say how many others there are."""
+    from ..data.rows import get_column, select_columns
+
+    kept = [number for number, row in enumerate(select_columns(rows, [column])) if get_column(row, column) is not None]
+    if missing := len(rows) - len(kept):
+        print(f"blip2-hf: {missing:,} of {len(rows):,} rows have no {column}, and are left out.", file=sys.stderr)
+    return rows.select(kept)
 
 
 def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any):
