@@ -4,14 +4,17 @@ import csv
 import json
 
 import datasets
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from saved_models import save_captioner
 from tiny import make_image, make_model, make_processor
 
 from blip2_hf.captioning import CollectionError, FolderPictures, RowPictures, caption_dataset, caption_images
 from blip2_hf.captioning.captions import CaptionWriter, with_affixes
+from blip2_hf.cli import main
 from blip2_hf.jobs.errors import StateFileError
 
 
@@ -88,6 +91,20 @@ def test_sentences_and_tags_are_joined(photos, caption, expected):
     new = [expected[name].strip() for name in NAMES]
     found = [(photos / name).read_text() for name in ("0.txt", "1.txt", "sub/2.txt")]
     assert found == [f"A dog runs. {new[0]}\n", f"dog, grass, {new[1]}\n", f"{new[2]}\n"]
+
+
+def test_two_processes_add_each_caption_once(photos, tmp_path):
+    model = save_captioner(tmp_path / "model")
+    for name in ("0.txt", "1.txt", "sub/2.txt"):
+        (photos / name).write_text("mine")
+    command = ["caption", str(photos), "--model", str(model), "--existing", "append", "--num-workers", "0"]
+    command += ["--max-new-tokens", str(TOKENS)]
+    for _ in range(2):
+        processes.run(main, command, folder=tmp_path, processes=2)
+        texts = [(photos / name).read_text() for name in ("0.txt", "1.txt", "sub/2.txt")]
+        assert all(text.startswith("mine, ") and text.count("mine, ") == 1 for text in texts)
+        assert [row["before"] for row in lines(photos / "captions.added.jsonl")] == ["mine"] * 3
+    assert len(set(texts)) == 3
 
 
 def test_a_text_of_another_encoding_is_listed(photos, caption):

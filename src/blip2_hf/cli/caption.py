@@ -21,7 +21,7 @@ _WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 
 def add_parser(commands: Any):
     text = "Caption pictures: print captions of files, or write those of a collection. Run again to go on."
-    example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,' --existing skip"
+    example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,'"
     add = add_command(commands, "caption", _run, text, check=_check, example=example)
     kinds = (
         "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), id on the Hub; or "
@@ -127,9 +127,8 @@ def _write_captions(options: argparse.Namespace, files: list[str] | None):
     }
     with processes(options.device) as state:
         pictures = _open_pictures(options) if files is None else _as_folder(files)
-        open_output(
-            options.output, options.format, pictures, **output
-        )  # tells what does not fit before the model comes
+        # What does not fit is told before the model is loaded
+        open_output(options.output, options.format, pictures, **output)
         model, processor, prompt, kwargs = _load(options, lambda device: device or state.device)
         caption_dataset(model, processor, pictures, options.output, options.format, prompt, **output | kwargs)
 
