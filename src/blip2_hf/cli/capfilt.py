@@ -35,7 +35,10 @@ def add_parser(commands: Any):
     add("--keep", "captions of a picture that are kept", type=positive, default=2)
     add("--score", "logit of matching, cosine of contrast, or their sum", choices=["sum", "itm", "itc"], default="sum")
     add("--min-score", "the lowest score that is kept", type=float)
-    add("--prompt", "text that proposed captions go on from, such as 'a photo of'")
+    add(
+        "--prompt",
+        "text that captions go on from, 'a photo of' for example (default: that of the model's fine-tuning)",
+    )
     add("--top-p", default=0.9)
     add("--max-new-tokens", default=30)
     add("--generate")

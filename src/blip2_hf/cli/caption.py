@@ -40,7 +40,10 @@ def add_parser(commands: Any):
     add("--existing", f"{existing} (default: skip)", choices=["skip", "overwrite", "append", "prepend"])
     add("--overwrite", "short for --existing overwrite", action="store_true")
     add("--preset", "the paper's settings; other options come first", choices=["caption", "nocaps"])
-    add("--prompt", "text that the captions go on from, such as 'a photo of'")
+    add(
+        "--prompt",
+        "text that captions go on from, 'a photo of' for example (default: that of the model's fine-tuning)",
+    )
     add("--prefix", "text to put before each caption, such as a trigger word")
     add("--suffix", "text to put behind each caption")
     add("--captions-per-image", "captions of each picture, sampled or of as many beams", type=positive, default=1)
@@ -137,6 +140,7 @@ def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | Non
     from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
     from ..models.generation_presets import generation_preset
+    from ..models.processing_blip2 import learned_prompt
 
     kwargs, prompt = given_generation(options), options.prompt
     config = Blip2Config.from_pretrained(weights_place(options.model))
@@ -148,6 +152,7 @@ def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | Non
     check_generation(kwargs, options.model, options.captions_per_image)
     check_room(config, kwargs)
     model, processor = load_captioner(options.model, options.dtype, device(options.device))
+    prompt = learned_prompt(processor) if prompt is None else prompt
     check_room(model.config, kwargs, len(processor(text=prompt or "").input_ids[0]))
     if preset is not None:
         tell_image_size(processor, options.image_size, preset.image_size)

@@ -44,9 +44,7 @@ class _Task:
 
 
 _TASKS = {
-    "caption": _Task(
-        "CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {} --prompt {!r}"
-    ),
+    "caption": _Task("CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {}"),
     "vqa": _Task(
         "vqa_accuracy",
         "lora_language_model",
@@ -150,7 +148,7 @@ def _check(options: argparse.Namespace):
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
     if is_quantized and find_spec("bitsandbytes") is None:
-        raise ImportError('4 and 8 bits need bitsandbytes: pip install "blip2-hf[quantization]".')
+        raise ImportError('--load-in-4bit and --load-in-8bit need bitsandbytes: pip install "blip2-hf[quantization]".')
     check_output(options, options.model)
 
 
