@@ -1,6 +1,7 @@
 """`blip2-hf finetune`: a trained BLIP-2 learns from pictures with texts of one's own."""
 
 import argparse
+import shlex
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -45,7 +46,7 @@ class _Task:
 
 _TASKS = {
     "caption": _Task(
-        "CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {} --prompt {!r}"
+        "CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {} --prompt {}"
     ),
     "vqa": _Task(
         "vqa_accuracy",
@@ -53,7 +54,7 @@ _TASKS = {
         "Question: {} Answer:",
         10,
         0.0,
-        "blip2-hf ask PICTURE QUESTION --model {}",
+        "blip2-hf ask PICTURE QUESTION --model {} --prompt {}",
     ),
     "retrieval": _Task("mean_recall", "finetune", None, 0, 0.5, "blip2-hf index FOLDER --model {}"),
 }
@@ -115,7 +116,8 @@ def _run(options: argparse.Namespace):
     )
     train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=["model"])
     save_result(trainer, merge=options.merge)
-    finish(trainer, options.output, task.next_command.format(options.output, options.prompt))
+    given = (shlex.quote(value) for value in (options.output, options.prompt or ""))
+    finish(trainer, options.output, task.next_command.format(*given))
 
 
 def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -188,9 +190,10 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
         columns["prompt"] = options.prompt
     image_size = find_image_size(options, processor)
     check_feature_size(image_size, options.data, options.validation)
+    validation = rows["validation"]
     data = {
         "train": training_pairs(rows["train"], image_size, options.seed, task.flip, **columns),
-        "validation": rows["validation"] and ImageTextPairs(rows["validation"], train=False, **columns),
+        "validation": None if validation is None else ImageTextPairs(validation, train=False, **columns),
     }
     if data["train"].has_features and options.preset in ("finetune", "everything", "lora_vision_model"):
         raise ValueError(
