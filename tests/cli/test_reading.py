@@ -93,7 +93,7 @@ def test_a_folder_that_was_captioned(models, photos, capsys):
     evaluate = ["evaluate", "caption", "--data", "photos", "--model", f"{models}/captioner", "--output", "scores"]
     main([*evaluate, "--generate", "max_new_tokens=5", "min_new_tokens=0"])
     assert json.loads(Path("scores/results.json").read_text())["num_scored"] == {"overall": len(NAMES)}
-    assert "1 of 5 pictures have no caption, and are left out" in capsys.readouterr().err
+    assert "1 of 5 rows have no caption, and are left out" in capsys.readouterr().err
 
 
 def test_captions_in_metadata_are_those_of_datasets(models, photos):
@@ -112,9 +112,9 @@ def test_captions_in_metadata_are_those_of_datasets(models, photos):
         ("caption", ["--split", "test"], "photos is a folder of pictures"),
         ("caption", ["--image-column", "jpg"], "photos is a folder of pictures"),
         ("cache-features", ["--split", "test"], "photos has no splits, but 'test' was asked for"),
-        ("cache-features", ["--config", "english"], "photos has no use for it"),
+        ("cache-features", ["--config", "english"], "--config. was given, but photos has none"),
         ("cache-features", ["--image-column", "jpg"], "photos is a folder of pictures, without a column 'jpg'"),
-        ("capfilt", ["--image-root", "photos"], "photos has no use for it"),
+        ("capfilt", ["--text-column", "text"], "no column 'text'"),
         ("evaluate", ["--split", "test"], "photos has no splits, but 'test' was asked for"),
     ],
 )

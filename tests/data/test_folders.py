@@ -166,9 +166,8 @@ def test_folders_that_are_named_like_splits(tmp_path):
 
 
 def test_arguments_that_have_no_use(photos):
-    for arguments in ({"config": "english"}, {"image_root": photos}):
-        with pytest.raises(ValueError, match="has no use for it. Leave it out"):
-            load_rows(photos, **arguments)
+    with pytest.raises(ValueError, match="The configuration 'english' .--config. was given, but .*photos has none"):
+        load_rows(photos, config="english")
     with pytest.raises(ValueError, match="without a column 'jpg'.*Its columns are"):
         load_rows(photos, image_column="jpg")
     assert len(load_rows(photos, image_column="image")) == 5
@@ -188,6 +187,11 @@ def test_folders_without_pictures(tmp_path, monkeypatch):
         table.to_parquet(tmp_path / "files" / f"{split}.parquet")
     assert load_rows(tmp_path / "files", "test")[0] == {"caption": "test", "image": f"{tmp_path}/files-test.png"}
     assert find_splits(tmp_path / "files") == ["train", "test"]
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"files: (Unknown|Bad) split.*val.*train.*test[^?]*$"):
+            load_rows(tmp_path / "files", "val", streaming=streaming)
+    with pytest.raises(ValueError, match="files: BuilderConfig 'english' not found"):
+        load_rows(tmp_path / "files", config="english")
 
 
 def test_a_dataset_of_the_hub_that_was_fetched_is_no_folder_of_pictures(tmp_path, monkeypatch):

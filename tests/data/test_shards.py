@@ -88,12 +88,6 @@ def test_several_pictures_of_a_sample_are_several_columns(tmp_path):
     assert {"jpg", "seg.png"} <= set(load_rows(tmp_path / "0.tar").column_names)
 
 
-def test_tar_files_have_their_pictures(tmp_path):
-    write_shard(tmp_path / "0.tar", {"bus": ("jpg",)})
-    with pytest.raises(ValueError, match=r"image_root \(--image-root\) was given, but .*0.tar has its pictures in it"):
-        load_rows(tmp_path / "0.tar", image_root=tmp_path)
-
-
 def test_a_shard_that_changed_is_read_anew(tmp_path):
     write_shard(tmp_path / "0.tar", {"bus": ("jpg",), "cat": ("png",)})
     assert load_rows(tmp_path / "0.tar")["__key__"][:] == ["bus", "cat"]

@@ -139,11 +139,6 @@ def test_paths_that_datasets_holds(folder):
     pq.write_table(rows.cast_column("image", datasets.Image()).data.table, table)
     found = load_rows(table)
     assert found.features["image"] == datasets.Image() and found["image"][0].size == (8, 6)
-    with pytest.raises(
-        ValueError, match=r"image_root \(--image-root\) was given, but column 'caption'.* has no paths"
-    ):
-        (folder / "numbers.csv").write_text("caption\n1\n")
-        load_rows(folder / "numbers.csv", image_column="caption", image_root=folder)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +198,7 @@ def test_arguments_that_have_no_use(folder):
     for arguments in ({"split": "test"}, {"split": "test", "streaming": True}):
         with pytest.raises(ValueError, match="rows.csv has no splits, but 'test' was asked for"):
             load_rows(folder / "rows.csv", **arguments)
-    with pytest.raises(ValueError, match="The configuration 'english' was given, but .* has none"):
+    with pytest.raises(ValueError, match="The configuration 'english' .--config. was given, but .* has none"):
         load_rows(folder / "rows.csv", config="english")
     with pytest.raises(ValueError, match="The split 'test' was given, but the name 'me/ds:train' ends in 'train'"):
         load_rows("me/ds:train", "test")

@@ -45,7 +45,7 @@ def add_training_options(add: Callable):
     add("--early-stopping", "stop after N validations without improvement", type=positive, metavar="N")
     add("--report-to", "where losses and scores are logged, besides the terminal", choices=_LOGGERS, default="none")
     add("--seed", "seed of all random choices", type=int, default=0)
-    add("--num-workers")
+    add("--num-workers", default=0)
     add("--device", "cpu; without it a GPU if there is one", choices=["cpu"])
     add("--output", "folder of the model; run again to go on after a stop", required=True, metavar="FOLDER")
     add("--overwrite", "delete the checkpoints in the folder, and begin anew", action="store_true")
@@ -73,7 +73,8 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
 
     if options.report_to != "none" and find_spec(options.report_to) is None:
         name = options.report_to
-        raise ValueError(f"--report-to {name} needs the package {name}: pip install {name}")
+        package = '"blip2-hf[training]"' if name == "tensorboard" else name
+        raise ImportError(f"--report-to {name} needs the package {name}: pip install {package}")
     on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
     given = {
         "output_dir": options.output,

@@ -45,16 +45,14 @@ class _Task:
 
 
 _TASKS = {
-    "caption": _Task(
-        "CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {} --prompt {}"
-    ),
+    "caption": _Task("CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {}"),
     "vqa": _Task(
         "vqa_accuracy",
         "lora_language_model",
         "Question: {} Answer:",
         10,
         0.0,
-        "blip2-hf ask PICTURE QUESTION --model {} --prompt {}",
+        "blip2-hf ask PICTURE QUESTION --model {}",
     ),
     "retrieval": _Task("mean_recall", "finetune", None, 0, 0.5, "blip2-hf index FOLDER --model {}"),
 }
@@ -83,8 +81,9 @@ def add_parser(commands: Any):
         "--prompt",
         "text in front of a caption, or with {} for the question (default: 'a photo of'; 'Question: {} Answer:')",
     )
-    add("--max-new-tokens", "the most tokens of a text in validation (default: 30; 10 for answers)")
-    add("--image-size", "side of the pictures in pixels; without it, that of the checkpoint, or 364 for retrieval")
+    add("--max-new-tokens", "the most tokens that are written, in validation (default: 30; 10 for answers)")
+    square = "side in pixels of the square that pictures are scaled to"
+    add("--image-size", f"{square}; without it, that of the checkpoint, or 364 for retrieval")
     add("--dtype", "dtype of the language model", default="bfloat16")
     add_training_options(add)
     add("--merge", "write the whole model, with the adapters added to its weights", action="store_true")
@@ -116,8 +115,7 @@ def _run(options: argparse.Namespace):
     )
     train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=["model"])
     save_result(trainer, merge=options.merge)
-    given = (shlex.quote(value) for value in (options.output, options.prompt or ""))
-    finish(trainer, options.output, task.next_command.format(*given))
+    finish(trainer, options.output, task.next_command.format(shlex.quote(options.output)))
 
 
 def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -151,7 +149,7 @@ def _check(options: argparse.Namespace):
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
     if is_quantized and find_spec("bitsandbytes") is None:
-        raise ImportError('4 and 8 bits need bitsandbytes: pip install "blip2-hf[quantization]".')
+        raise ImportError('--load-in-4bit and --load-in-8bit need bitsandbytes: pip install "blip2-hf[quantization]".')
     check_output(options, options.model)
 
 

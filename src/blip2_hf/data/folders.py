@@ -9,7 +9,7 @@ import datasets
 from transformers.utils import logging
 
 from ..jobs.errors import printable
-from ..jobs.picture_files import find_picture_files
+from ..jobs.picture_files import find_picture_files, has_picture_files
 from .splits import select_split, split_by_folder
 from .tables import load_tables
 
@@ -52,7 +52,7 @@ def is_picture_folder(folder: Path) -> bool:
     """Tell whether a folder has pictures, or metadata about them, and is no dataset that was saved in files."""
     if not folder.is_dir() or any((folder / name).exists() for name in _SAVED) or any(folder.glob(_SHARDS)):
         return False
-    return any((folder / name).is_file() for name in _METADATA) or any(find_picture_files(folder))
+    return any((folder / name).is_file() for name in _METADATA) or has_picture_files(folder)
 
 
 def _find_metadata(folder: Path, names: Iterable[str]) -> list[Path]:

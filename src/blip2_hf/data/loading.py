@@ -77,8 +77,7 @@ def load_rows(
     if path.is_dir():
         return _load_folder(path, config, split, streaming, image_column, image_root)
     if not _is_on_hub(name):
-        if config is not None:
-            raise ValueError(f"The configuration {config!r} was given, but {name} has none. Leave it out.")
+        _refuse_config(path, config)
         return load_tables(name, split, streaming, image_column or "image", image_root)
     rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     return rows if image_root is None else find_pictures(rows, image_column or "image", None, image_root, name)
@@ -94,20 +93,20 @@ def _load_folder(
 ) -> datasets.Dataset | datasets.IterableDataset:
     for mark, load in _FOLDERS.items():
         if (path / mark).exists():
-            _refuse(path, config=config, image_root=image_root)
+            _refuse_config(path, config)
             if split != "train":
                 raise ValueError(f"{path} has no splits, but {split!r} was asked for. Give the name alone.")
             rows = load(path)
             return rows.to_iterable_dataset() if streaming else rows
     if (path / _DICT).exists():
-        _refuse(path, config=config, image_root=image_root)
+        _refuse_config(path, config)
         parts = datasets.load_from_disk(path)
         if split not in parts:
             raise ValueError(f"{path} has the splits {', '.join(parts)}, but {split!r} was asked for. Give one.")
         return parts[split].to_iterable_dataset() if streaming else parts[split]
     if not is_picture_folder(path):
         return _load_files(path, config, split, streaming, image_column or "image", image_root)
-    _refuse(path, config=config, image_root=image_root)
+    _refuse_config(path, config)
     rows = load_picture_folder(path, find_picture_names(path), split)
     if image_column is not None and image_column not in rows.column_names:
         raise ValueError(
@@ -117,11 +116,9 @@ def _load_folder(
     return rows.to_iterable_dataset() if streaming else rows
 
 
-def _refuse(path: Path, **arguments: object):
-    """Refuse arguments that have no use for a folder."""
-    if unused := [name for name, value in arguments.items() if value is not None]:
-        option = unused[0].replace("_", "-")
-        raise ValueError(f"{unused[0]} (--{option}) was given, but {path} has no use for it. Leave it out.")
+def _refuse_config(path: Path, config: str | None):
+    if config is not None:
+        raise ValueError(f"The configuration {config!r} (--config) was given, but {path} has none. Leave it out.")
 
 
 def _load_files(

@@ -35,11 +35,6 @@ def find_pictures(
     if image_root is not None and not Path(image_root).is_dir():
         raise ValueError(f"image_root (--image-root) {image_root}: no such folder. Give the folder of the pictures.")
     if not _has_paths(rows, column):
-        if image_root is not None:
-            raise ValueError(
-                f"image_root (--image-root) was given, but column {column!r} of {name} has no paths. Leave it out, or "
-                "name the column of the paths with image_column (--image-column)."
-            )
         return rows
     bases = [base for base in (folder, image_root) if base is not None]
     places = [os.path.abspath(Path(base, subfolder)) for base in bases for subfolder in subfolders]

@@ -34,6 +34,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # of `datasets`, and their
 _COMPRESSED = {".csv", ".json", ".jsonl", ".ndjson", ".tsv"}  # read with .gz, too
 _TEXTS = {".txt", ".token"}
 ENDINGS = ", ".join([*_BUILDERS, "Flickr8k's .txt and .token"])
+_WRONG_SPLIT = re.compile("Unknown split|Bad split|Unrecognized instruction|BuilderConfig")  # of `datasets`
 _COCO = re.compile(r"captions_(\w+)\.json")
 
 
@@ -87,8 +88,6 @@ def _load_groups(
 ) -> Iterator[Rows]:
     """Yield the rows of tables, together those of files in one folder, from which their pictures' paths start."""
     if ending == ".tar":
-        if image_root is not None:
-            raise ValueError(f"image_root (--image-root) was given, but {name} has its pictures in it. Leave it out.")
         with errors_that_name(name):
             yield load_shards([glob.escape(path) for path in paths], paths, "train", streaming)
         return
@@ -143,6 +142,8 @@ def errors_that_name(name: str) -> Iterator[None]:
         reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetBuildError) else error
         if isinstance(reason, OSError) and reason.errno is not None:  # a full disk, or no permission
             raise
+        if _WRONG_SPLIT.match(str(reason)):
+            raise ValueError(f"{name}: {_first_line(reason)}") from error
         is_empty = isinstance(reason, StopIteration) or "corresponds to no data" in str(reason)
         raise _unreadable(name, "there are no rows in it" if is_empty else str(reason)) from error
     finally:
@@ -150,8 +151,12 @@ def errors_that_name(name: str) -> Iterator[None]:
 
 
 def _unreadable(name: str, reason: str) -> ValueError:
-    line = (reason.strip() or "it is empty").splitlines()[0].rstrip(".")
+    line = _first_line(reason or "it is empty").rstrip(".")
     return ValueError(f"{name} can't be read: {line}. Is the file complete, and in UTF-8?")
+
+
+def _first_line(text: object) -> str:
+    return str(text).strip().partition("\n")[0]
 
 
 def _check_ending(name: str) -> str:

@@ -3,6 +3,7 @@
 import functools
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -45,11 +46,18 @@ def find_picture_files(
     `left_out` are passed over, links to folders are not followed, and what is no file, such as a named pipe, is no
     picture.
     """
-    folder = Path(folder)
+    return dict(sorted(_walk(Path(folder), left_out)))
+
+
+def has_picture_files(folder: str | os.PathLike) -> bool:
+    """Tell whether `find_picture_files` finds any, without a walk through the whole folder."""
+    return any(True for _ in _walk(Path(folder)))
+
+
+def _walk(folder: Path, left_out: str | os.PathLike | None = None) -> Iterator[tuple[str, os.stat_result]]:
     if not folder.is_dir():
         raise CollectionError(f"{folder}: no such folder. Give a folder of pictures.")
     passed_over = None if left_out is None else Path(left_out).resolve()
-    found = {}
     for parent, folders, names in os.walk(folder, onerror=_warn):
         folders[:] = [name for name in folders if name[0] != "." and Path(parent, name).resolve() != passed_over]
         for name in names:
@@ -61,8 +69,7 @@ def find_picture_files(
                     _warn(error)
                     continue
                 if stat.S_ISREG(status.st_mode):
-                    found[path.relative_to(folder).as_posix()] = status
-    return dict(sorted(found.items()))
+                    yield path.relative_to(folder).as_posix(), status
 
 
 def _warn(error: OSError):
