@@ -141,7 +141,7 @@ def test_a_text_that_is_corrected_while_a_run_is_stopped_stays(photos, caption, 
         raise OSError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("blip2_hf.captioning.outputs.SidecarFiles.join", fail)
+        patch.setattr("blip2_hf.captioning.sidecars.SidecarFiles.join", fail)
         with pytest.raises(OSError, match="full"):
             caption(existing="overwrite")
     (photos / "0.txt").write_text("corrected")
@@ -284,10 +284,12 @@ def test_a_table_of_other_settings(photos, caption, expected, tmp_path, existing
 
 def test_nothing_is_added_to_what_another_run_has_not_finished(caption, tmp_path, monkeypatch):
     output = tmp_path / "captions.jsonl"
+
+    def fail(*_):
+        raise OSError("full")
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "blip2_hf.captioning.outputs.CaptionFile.join", lambda *_: (_ for _ in ()).throw(OSError("full"))
-        )
+        patch.setattr("blip2_hf.captioning.table_output.CaptionFile.join", fail)
         with pytest.raises(OSError, match="full"):
             caption(output, prompt="a")
     with pytest.raises(CollectionError, match="is not finished: a run with other options"):
