@@ -116,7 +116,7 @@ _GROUPS = {
     "scores": "--protocol --lemmatize --k --score --min-score --keep --top --rerank --exact",
     "output": """
         --output --format --extension --existing --overwrite --rebuild --approximate --store-embeds --transformers
-        --max-shard-size --merge --push-to-hub --sheet --open --json --csv --per-word --full-size
+        --max-shard-size --merge --push-to-hub --sheet --open --json --csv --per-word --full-size --full-size
     """,
     "speed and memory": """
         --batch-size --num-workers --device --dtype --tower-dtype --rows-per-shard --part-index --num-parts

@@ -96,8 +96,6 @@ class Parser(argparse.ArgumentParser):
         if rest and not getattr(options, "takes_rest", False):
             self.error(f"{rest[0]!r} was given, and nothing like it is expected.")
         options.rest = rest
-        if self._subparsers is None:
-            options.own_options = [*self._option_string_actions]
         return options, rest
 
     def _correct(self, args: list[str]) -> list[str]:

@@ -105,7 +105,8 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     if rest:
-        known = [*options.own_options, *(name for name in parser._option_string_actions if "_" not in name)]
+        own = options.parser._option_string_actions
+        known = [*own, *(name for name in parser._option_string_actions if "_" not in name)]
         raise ValueError(f"there is no option {rest[0]}.{did_you_mean(rest[0].replace('_', '-'), known)}")
     if options.early_stopping is not None and not arguments.load_best_model_at_end:
         raise ValueError("--early-stopping needs validations: hold pictures out, and give --eval-steps.")

@@ -36,7 +36,9 @@ def _run(options: argparse.Namespace):
     pictures, questions = _sort(options.arguments)
 
     from ..captioning import answer_questions
+    from ..jobs.checkpoints import WRITING, check_checkpoint
 
+    check_checkpoint(options.model, WRITING)
     model, processor, kwargs = _load(options, questions)
     rows, is_broken = [], False
     for answers in answer_questions(model, processor, pictures, questions, options.prompt, **kwargs):

@@ -55,7 +55,7 @@ def add_parser(commands: Any):
     add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
     add("--data")
     add("--config")
-    split = "split of --data, also `test[:1000]`, or of Karpathy's file; without it test, or all if there are none"
+    split = "split of the data, also `test[:1000]`, or of Karpathy's file; without it test, or all if there are none"
     add("--split", split, default=None)
     add("--image-column")
     add("--image-root")

@@ -139,8 +139,6 @@ def _check(options: argparse.Namespace):
             "--load-in-4bit and --load-in-8bit go with adapters, because nothing else of such a model is saved: give "
             f"--preset {' or '.join(_ADAPTERS)}, and a task with a language model."
         )
-    if is_quantized and find_spec("bitsandbytes") is None:
-        raise ImportError('--load-in-4bit and --load-in-8bit need bitsandbytes: pip install "blip2-hf[quantization]".')
     if options.merge and (not has_adapters or is_quantized):
         reason = "are not merged into 4 or 8 bits, which would round them" if is_quantized else "are not trained here"
         raise ValueError(f"--merge: adapters {reason}. Leave --merge out.")
@@ -150,7 +148,7 @@ def _check(options: argparse.Namespace):
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
     if is_quantized and find_spec("bitsandbytes") is None:
-        raise ImportError('4 and 8 bits need bitsandbytes: pip install "blip2-hf[quantization]".')
+        raise ImportError('--load-in-4bit and --load-in-8bit need bitsandbytes: pip install "blip2-hf[quantization]".')
     check_output(options, options.model)
 
 

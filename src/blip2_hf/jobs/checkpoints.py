@@ -14,8 +14,8 @@ from .errors import first_sentence
 from .inference import processor_place, weights_place
 
 
-# What a model is needed for: to write with a language model, or also with the Q-Former alone, to match, or to train on
-WRITING, WRITING_ALONE, MATCHING, STAGE1 = "writing", "writing alone", "matching", "stage 1"
+# What a model is needed for: to write with a language model, or also with the Q-Former alone, or to match
+WRITING, WRITING_ALONE, MATCHING = "writing", "writing alone", "matching"
 _STAGE1, _STAGE2, _RETRIEVAL = "Blip2ForPreTraining", "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
 _NAMES = {_STAGE1: "model of stage 1", _STAGE2: "model of stage 2", _RETRIEVAL: "model for retrieval"}
 _NEEDS = {
@@ -30,7 +30,6 @@ _NEEDS = {
         "has not learned to match images with texts",
         f"Give a model of stage 1 or for retrieval ({_STAGE1}, {_RETRIEVAL}), such as Salesforce/blip2-itm-vit-g",
     ),
-    STAGE1: ({_STAGE1}, "lacks parts that are trained here", f"Give a model of stage 1 ({_STAGE1})"),
 }
 
 
@@ -43,7 +42,7 @@ def check_checkpoint(name: str | os.PathLike, need: str | None = None, advice: s
             Folder of a model or of adapters, or id on the Hub.
         need (`str`, *optional*):
             `"writing"` with a language model, `"writing alone"` with that or the Q-Former alone, `"matching"` of
-            images with texts, or `"stage 1"` for all that is trained there.
+            images with texts.
         advice (`str`, *optional*, defaults to `""`):
             What else a user can do, for the end of the message.
 
@@ -96,7 +95,6 @@ def _load_part(part_class: Any, name: str | os.PathLike, kind: str) -> Any:
 
 __all__ = [
     "MATCHING",
-    "STAGE1",
     "WRITING",
     "WRITING_ALONE",
     "check_checkpoint",
