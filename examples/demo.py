@@ -282,7 +282,7 @@ def main():
     assets = real_assets(hub=arguments.hub)
     tokenizer = AutoTokenizer.from_pretrained(assets.language_model)
     image_processor = with_image_size(AutoImageProcessor.from_pretrained(assets.vision_model), arguments.size)
-    processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=QUERIES)
+    processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=QUERIES, prompt=PROMPT)
     pictures, test = load_pictures(arguments, tokenizer)
     print(f"{len(pictures)} training pictures of {arguments.concepts} things, and {len(test)} test pictures")
     train_features = stored_features(pictures, assets, image_processor, arguments.views)
@@ -293,7 +293,7 @@ def main():
     captioner = pipeline("image-to-text", model=str(folder))
     print("\nCaptioning the test pictures:")
     images = (row["image"] for row in tqdm(test, unit="picture"))
-    outputs = captioner(images, prompt=PROMPT, max_new_tokens=8, batch_size=16)
+    outputs = captioner(images, max_new_tokens=8, batch_size=16)
     # A name is one line
     captions = [output[0]["generated_text"].split("\n")[0].strip() for output in outputs]
     print(f"\n{'caption':28} truth")

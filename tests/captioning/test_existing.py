@@ -4,14 +4,17 @@ import csv
 import json
 
 import datasets
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from saved_models import save_captioner
 from tiny import make_image, make_model, make_processor
 
 from blip2_hf.captioning import CollectionError, FolderPictures, RowPictures, caption_dataset, caption_images
 from blip2_hf.captioning.captions import CaptionWriter, with_affixes
+from blip2_hf.cli import main
 from blip2_hf.jobs.errors import StateFileError
 
 
@@ -90,11 +93,60 @@ def test_sentences_and_tags_are_joined(photos, caption, expected):
     assert found == [f"A dog runs. {new[0]}\n", f"dog, grass, {new[1]}\n", f"{new[2]}\n"]
 
 
+def test_two_processes_add_each_caption_once(photos, tmp_path):
+    model = save_captioner(tmp_path / "model")
+    for name in ("0.txt", "1.txt", "sub/2.txt"):
+        (photos / name).write_text("mine")
+    command = ["caption", str(photos), "--model", str(model), "--existing", "append", "--num-workers", "0"]
+    command += ["--max-new-tokens", str(TOKENS)]
+    for _ in range(2):
+        processes.run(main, command, folder=tmp_path, processes=2)
+        texts = [(photos / name).read_text() for name in ("0.txt", "1.txt", "sub/2.txt")]
+        assert all(text.startswith("mine, ") and text.count("mine, ") == 1 for text in texts)
+        assert [row["before"] for row in lines(photos / "captions.added.jsonl")] == ["mine"] * 3
+    assert len(set(texts)) == 3
+
+
 def test_a_text_of_another_encoding_is_listed(photos, caption):
     (photos / "0.txt").write_bytes("ein Bär".encode("latin-1"))
     assert caption(existing="append").broken == 1
-    assert "0.txt is no text of UTF-8" in lines(photos / "captions.broken.jsonl")[0]["reason"]
+    assert "text is not in UTF-8" in lines(photos / "captions.broken.jsonl")[0]["reason"]
     assert (photos / "0.txt").read_bytes() == b"ein B\xe4r"
+    assert caption(existing="overwrite").broken == 0
+
+
+@pytest.mark.parametrize("existing", ["append", "overwrite"])
+@pytest.mark.parametrize("name", ["texts", "captions.jsonl"])
+def test_a_run_that_has_changed_nothing_binds_no_later_one(photos, caption, tmp_path, name, existing):
+    output = None if name == "texts" else tmp_path / name
+    caption(output)
+    make_image(1).save(photos / "new.png")
+    with pytest.raises(ValueError, match="num_beam'"):
+        caption(output, existing=existing, num_beam=2)
+    assert caption(output).captioned == 1
+    with pytest.raises(CollectionError, match="made otherwise .*prompt"):
+        caption(output, prompt="a")
+    if output is not None:
+        settings = output.with_name(f"{name}.settings.json").read_text()
+        with pytest.raises(CollectionError, match="a list of captions was expected"):
+            caption(output, existing="append", num_captions=2, num_beams=2)
+        assert output.with_name(f"{name}.settings.json").read_text() == settings
+
+
+def test_a_text_that_is_corrected_while_a_run_is_stopped_stays(photos, caption, monkeypatch):
+    for name in ("0.txt", "1.txt", "sub/2.txt"):
+        (photos / name).write_text("mine")
+
+    def fail(*_):
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("blip2_hf.captioning.outputs.SidecarFiles.join", fail)
+        with pytest.raises(OSError, match="full"):
+            caption(existing="overwrite")
+    (photos / "0.txt").write_text("corrected")
+    caption(existing="overwrite")
+    assert (photos / "0.txt").read_text() == "corrected" and (photos / "1.txt").read_text() != "mine"
 
 
 def test_what_is_overwritten_is_replaced_one_by_one(photos, caption, expected, monkeypatch):

@@ -107,7 +107,8 @@ def test_the_page_runs_as_written(names, capsys):
     assert sorted(again) == names and texts("photos") == corrected
     # The adapters write them, not the base model
     model, processor = AutoPeftModel.from_pretrained("captioner").eval(), Blip2Processor.from_pretrained("captioner")
-    inputs = processor(images="photos/fox.png", return_tensors="pt")
+    assert processor.prompt == "a photo of"
+    inputs = processor(images="photos/fox.png", text=processor.prompt, return_tensors="pt")
     with torch.no_grad():
         generated = model.generate(**inputs, max_new_tokens=30)
     by_hand = processor.post_process_image_text_to_text(generated, input_ids=inputs["input_ids"])

@@ -232,7 +232,7 @@ def test_code_is_the_files_that_are_needed_and_no_more(folder):
 
 
 def test_code_imports_what_transformers_users_have(folder):
-    allowed = {"PIL", "huggingface_hub", "numpy", "torch", "transformers"}
+    allowed = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
     for file in [*(folder / "opt").glob("*.py"), *(folder / "stage1").glob("*.py")]:
         assert set(get_imports(file)) - set(sys.stdlib_module_names) <= allowed, file
 

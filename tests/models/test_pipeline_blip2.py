@@ -495,6 +495,24 @@ def test_question_is_asked_as_the_model_expects(name, images):
     assert len(answer[0]["answer"].split()) == 5
 
 
+def test_what_was_learned_behind_a_prompt_is_asked_with_it(images, tmp_path):
+    model, processor = make(make_blip2)
+    processor.prompt = "a photo of two"
+    processor.save_pretrained(tmp_path)
+    for prompt, text in ((None, "a photo of two"), ("the cat", "the cat"), ("", "")):
+        pipe = pipeline("image-to-text", model=model, processor=Blip2Processor.from_pretrained(tmp_path), **FIVE_WORDS)
+        with prompts_of(pipe) as prompts:
+            pipe(images[0], prompt=prompt)
+        assert prompts == [text]
+    # One of captions is none of questions, and the other way round
+    processor.prompt = "is {} the answer"
+    oracle = pipeline("visual-question-answering", model=model, processor=processor, **FIVE_WORDS)
+    with prompts_of(oracle) as prompts:
+        oracle(images[0], "how many cat ?")
+        pipeline("image-to-text", model=model, processor=processor, **FIVE_WORDS)(images[0])
+    assert prompts == ["is how many cat ? the answer", ""]
+
+
 def test_template_without_a_place_is_refused(blip2_oracle, images):
     with pytest.raises(ValueError, match="prompt_template"):
         blip2_oracle(images[0], "how many ?", prompt_template="answer:")

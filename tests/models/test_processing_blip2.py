@@ -185,7 +185,8 @@ def test_pictures_of_every_size(processor, size):
 
 def test_round_trip(processor, tmp_path):
     processor.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "processor_config.json").read_text())["num_query_tokens"] == NUM_QUERIES
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert saved["num_query_tokens"] == NUM_QUERIES and "prompt" not in saved
     expected = processor(images=make_image(), text="a <image>", return_tensors="pt")
     for loaded in (Blip2Processor.from_pretrained(tmp_path), transformers.AutoProcessor.from_pretrained(tmp_path)):
         assert type(loaded) is Blip2Processor
@@ -244,7 +245,9 @@ def test_the_kind_of_language_model_is_found_out(tmp_path):
 
 
 def test_files_for_transformers_own_processor(processor, tmp_path):
+    processor.prompt = "a photo of"
     processor.save_pretrained(tmp_path, transformers_compatible=True)
+    assert "prompt" not in json.loads((tmp_path / "processor_config.json").read_text())
     make_model().save_pretrained(tmp_path, transformers_compatible=True)
     theirs = transformers.AutoProcessor.from_pretrained(tmp_path)
     assert type(theirs) is transformers.Blip2Processor

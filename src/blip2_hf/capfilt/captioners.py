@@ -14,6 +14,7 @@ from ..jobs.fingerprints import model_settings
 from ..jobs.inference import eval_mode, seeded
 from ..models.image_loading import check_reads_8_bit
 from ..models.modeling_pretraining import Blip2ForPreTraining
+from ..models.processing_blip2 import learned_prompt
 
 
 NUM_CAPTIONS, TOP_P = 10, 0.9  # the paper's number; nucleus sampling as BLIP has it
@@ -34,7 +35,8 @@ class ModelCaptioner:
         num_captions (`int`, *optional*, defaults to 10):
             Captions of each picture. The paper has 10.
         prompt (`str`, *optional*):
-            Text that the captions go on from; it is not part of them.
+            Text that the captions go on from; it is not part of them. Without it the processor's `prompt`, if it has
+            one.
         generate_kwargs (`dict`):
             Arguments of `generate`, over `do_sample=True, top_p=0.9, num_beams=1, max_new_tokens=30`.
 
@@ -58,10 +60,10 @@ class ModelCaptioner:
     ):
         self.model = model
         self.processor = processor
-        self.prompt = prompt
+        self.prompt = learned_prompt(processor) if prompt is None else prompt
         self.generate_kwargs = _generation(num_captions, generate_kwargs)
         self._batch_size = BatchSize()
-        self._tokens = processor(text=prompt or "", return_tensors="pt").to(model.device)
+        self._tokens = processor(text=self.prompt or "", return_tensors="pt").to(model.device)
 
     def __call__(self, pictures: list[Any]) -> list[list[str]]:
         r"""

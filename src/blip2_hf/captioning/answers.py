@@ -14,6 +14,7 @@ from ..jobs.inference import eval_mode
 from ..jobs.picture_inputs import PictureInputs, load_ahead
 from ..jobs.text_writing import special_token_in, write_texts
 from ..models.generation_presets import generation_preset
+from ..models.processing_blip2 import learned_prompt
 
 
 @dataclass
@@ -59,8 +60,8 @@ def answer_questions(
         questions (`list[str]`):
             The questions.
         prompt (`str`, *optional*):
-            What the model goes on from, with `{}` in the place of the question. Without it, that of the preset
-            `"vqa"`.
+            What the model goes on from, with `{}` in the place of the question. Without it, the processor's `prompt`,
+            if it has a `{}`, or else that of the preset `"vqa"`.
         batch_size (`int`, *optional*):
             Answers at a time, to begin with. Without it 128, or 16 on a CPU.
         num_workers (`int`, *optional*, defaults to 0):
@@ -82,6 +83,7 @@ def answer_questions(
     ...     print(answers.texts)
     ```"""
     preset = generation_preset("vqa", model.config)
+    prompt = learned_prompt(processor, asks=True) if prompt is None else prompt
     prompts = _prompts(questions, preset.prompt if prompt is None else prompt, processor.tokenizer)
     generate_kwargs = generate_kwargs or preset.generate_kwargs
     size = first_batch_size(batch_size, model.device)

@@ -13,6 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from ..jobs.batch_size import BatchSize, first_batch_size
 from ..jobs.inference import eval_mode, seeded
 from ..jobs.picture_inputs import PictureInputs, PictureStream, load_ahead
+from ..models.processing_blip2 import learned_prompt
 
 
 MAX_NEW_TOKENS = 30  # LAVIS's captions have no more
@@ -71,7 +72,7 @@ def caption_images(
         images (sequence, `Dataset`, or iterable):
             Anything that [`~image_loading.load_image`] takes.
         prompt (`str`, *optional*):
-            Text that the captions go on from.
+            Text that the captions go on from. Without it the processor's `prompt`, if it has one.
         max_new_tokens (`int`, *optional*, defaults to 30):
             The most tokens of a caption.
         batch_size (`int`, *optional*):
@@ -149,7 +150,8 @@ class CaptionWriter:
         self.processor = processor
         self.num_captions = num_captions
         self.generate_kwargs = generate_kwargs | ({"num_return_sequences": num_captions} if num_captions > 1 else {})
-        self.prompt = processor(text=prompt or "", return_tensors="pt").to(model.device)
+        prompt = (learned_prompt(processor) if prompt is None else prompt) or ""
+        self.prompt = processor(text=prompt, return_tensors="pt").to(model.device)
         self.batch_size = BatchSize()
 
     def __call__(self, pixel_values: torch.Tensor) -> list[list[str]]:

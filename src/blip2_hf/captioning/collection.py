@@ -21,6 +21,7 @@ from ..jobs.fingerprints import model_settings
 from ..jobs.output import only_writer, share, tell_share
 from ..jobs.state_files import as_json
 from ..models.image_loading import check_reads_8_bit
+from ..models.processing_blip2 import learned_prompt
 from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images, seed_of
 from .outputs import CaptionOutput, open_output
 from .pictures import FolderPictures, Pictures, RowPictures
@@ -134,6 +135,7 @@ def caption_dataset(
     files = open_output(output, output_format, pictures, existing, num_captions, extension)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     texts = {"num_captions": num_captions, "prefix": prefix, "suffix": suffix, "seed": seed}
+    prompt = learned_prompt(processor) if prompt is None else prompt
     settings = _settings(model, processor, files.pictures, prompt, generate_kwargs, texts)
 
     def caption(indices: list[int]) -> Generator[PictureCaption, None, None]:

@@ -17,8 +17,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from ..data.text import LONE_SURROGATE
 from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json, write_text
-from ..jobs.errors import CollectionError, MadeOtherwiseError, StateFileError
+from ..jobs.errors import CollectionError, MadeOtherwiseError
 from ..jobs.fingerprints import check_settings, check_settings_file
 from ..jobs.output import raise_lost
 from ..jobs.picture_files import picture_endings
@@ -33,8 +34,8 @@ BEFORE = "before"  # what was there, of a caption that was added to it
 REASON = "reason"  # of a picture that can't be read
 EXISTING = ("skip", "overwrite", "append", "prepend")
 
-_EXISTING = "existing"  # in the settings
-_FREE = ("model", _EXISTING)  # settings that may differ
+_EXISTING, _EARLIER = "existing", "earlier"  # in the settings: of a run that overwrites or adds, and those before it
+_FREE = ("model", _EXISTING, _EARLIER)  # settings that may differ
 _METADATA = {f"metadata.{ending}" for ending in TABLES}  # names that `datasets` looks for in a folder of pictures
 _OTHERWISE = (
     "Give the same options to go on with these captions, another output (--output), or existing='overwrite' "
@@ -61,6 +62,7 @@ class CaptionOutput(ABC):
         self.broken = _beside(base, "broken.jsonl")
         self.added = _beside(base, "added.jsonl")
         self.lock = base.with_name(f".{base.name.lstrip('.')}.lock")
+        self._found: dict[str, Any] = {}  # settings of what is there
         self._begins = False  # whether this run is the first to overwrite, or to add these captions
 
     @property
@@ -77,17 +79,19 @@ class CaptionOutput(ABC):
 
     def check(self, settings: Mapping[str, Any]):
         """Refuse captions that other settings made, unless they are overwritten or added to."""
-        found = self._read_settings()
+        found = self._found = self._read_settings()
         was_stopped = found.get(_EXISTING) == "overwrite" or (_EXISTING in found and self.has_parts())
         if self.existing == "skip" and was_stopped:
             self.existing = found[_EXISTING]  # it goes on
             check_settings(found, settings, self.place, _OTHERWISE, _FREE)
-        elif self.existing == "skip":
-            if self.has_captions():
+        elif self.existing == "skip" and self.has_captions():
+            if found:
+                check_settings(found, settings, self.place, _OTHERWISE, _FREE)
+            else:
                 check_settings_file(self.settings, settings, self.place, _OTHERWISE, _FREE)
-        else:
+        elif self.existing != "skip":
             given = as_json(settings) | {_EXISTING: self.existing}
-            self._begins = any(found.get(key) != given.get(key) for key in {*found, *given} - {"model"})
+            self._begins = any(found.get(key) != given.get(key) for key in {*found, *given} - {"model", _EARLIER})
             if self._begins and self.adds:
                 self._check_can_add(found)
 
@@ -102,10 +106,13 @@ class CaptionOutput(ABC):
             check_settings({name: found.get(name) for name in data}, data, self.place, _OTHERWISE)
 
     def _read_settings(self) -> dict[str, Any]:
+        """Return the settings of what is there. A run that has not overwritten or added anything does not count."""
         if not self.settings.exists():
             return {}
         advice = f"It says what made {self.place}: restore it, or delete both. {_OTHERWISE}"
-        return read_json(self.settings, advice)
+        found = read_json(self.settings, advice)
+        has_begun = _EXISTING not in found or self.has_parts() or self.added.exists()
+        return found if has_begun else found.get(_EARLIER, {})
 
     def done(self) -> set[int]:
         """Return the pictures that this run need not look at, those that an unfinished one found broken too."""
@@ -142,14 +149,14 @@ class CaptionOutput(ABC):
         if caption.error is not None:
             return identity | {REASON: caption.error}
         new = self.value(caption.texts)
-        try:
-            before = self.before(caption.index) if self.adds else None
-        except StateFileError as error:
-            return identity | {REASON: str(error)}
+        before = None if self.existing == "skip" else self.before(caption.index)
         if before is None:
             return identity | {CAPTION: new}
-        first, second = (before, new) if self.existing == "append" else (new, before)
-        return identity | {CAPTION: self.joined(first, second), BEFORE: before}
+        if self.adds:
+            if isinstance(before, str) and LONE_SURROGATE.search(before):
+                return identity | {REASON: "Its text is not in UTF-8, and no caption can be added. Save it as UTF-8."}
+            new = self.joined(*((before, new) if self.existing == "append" else (new, before)))
+        return identity | {CAPTION: new, BEFORE: before}
 
     @abstractmethod
     def before(self, index: int) -> Any:
@@ -170,12 +177,11 @@ class CaptionOutput(ABC):
         if self._begins:
             for path in (*self.parts(), self.added):
                 path.unlink(missing_ok=True)
-        # What was added stays known
-        existing = self._read_settings().get(_EXISTING) if self.existing == "skip" else self.existing
-        self._write_settings(settings, existing)
-
-    def _write_settings(self, settings: Mapping[str, Any], existing: str | None):
-        write_json(self.settings, {**settings, **({} if existing is None else {_EXISTING: existing})})
+        kept = {name: self._found[name] for name in (_EXISTING, _EARLIER) if name in self._found}
+        if self._begins:
+            earlier = {name: value for name, value in self._found.items() if name not in kept}
+            kept = {_EXISTING: self.existing, **({_EARLIER: earlier} if earlier else {})}
+        write_json(self.settings, {**settings, **kept})
 
     def folders(self) -> set[Path]:
         """Return the folders that are written to."""
@@ -192,8 +198,8 @@ class CaptionOutput(ABC):
             # Last, because what is known as added is not added again
             records = self.in_order(self.read(self.added), *map(self.read, parts))
             self._write_lines(self.added, list(_without_broken(records, [])))
-        if self.existing == "overwrite":
-            self._write_settings(settings, None)
+        if self.existing != "skip":
+            write_json(self.settings, {**settings, **({_EXISTING: self.existing} if self.adds else {})})
         for path in parts:
             path.unlink()
 
@@ -270,9 +276,14 @@ class CaptionFile(CaptionOutput):
                 )
             yield row
 
+    def check(self, settings: Mapping[str, Any]):
+        super().check(settings)
+        for _ in self.results():  # what does not fit is told before anything is written
+            pass
+
     def has_captions(self) -> bool:
         # Without settings, metadata are those of the user
-        return self.has_parts() or (self.settings if self.is_metadata else self.place).exists()
+        return self.has_parts() or (bool(self._found) if self.is_metadata else self.place.exists())
 
     def captioned(self) -> Iterator[int]:
         positions = (self.pictures.position(row) for row in self.results() if row.get(CAPTION) is not None)
@@ -328,7 +339,7 @@ class SidecarFiles(CaptionOutput):
 
     def has_captions(self) -> bool:
         # Without settings, texts beside pictures are those of the user
-        return self.has_parts() or (self.settings.exists() and any(self.folder.rglob(f"*{self.extension}")))
+        return self.has_parts() or (bool(self._found) and any(self.folder.rglob(f"*{self.extension}")))
 
     def captioned(self) -> Iterator[int]:
         return (index for index, sidecar in enumerate(self.sidecars) if sidecar.exists())
@@ -345,26 +356,15 @@ class SidecarFiles(CaptionOutput):
 
     def before(self, index: int) -> str | None:
         sidecar = self.sidecars[index]
-        if not sidecar.exists():
-            return None
-        try:
-            return sidecar.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise StateFileError(
-                f"{sidecar} is no text of UTF-8 ({error}), to which a caption could be added. Save it as UTF-8."
-            ) from error
+        return sidecar.read_bytes().decode("utf-8-sig", "surrogateescape") if sidecar.exists() else None
 
     def write(self, add: Callable[[Any], None], caption: PictureCaption) -> bool:
         record = self.record(caption)
-        if CAPTION not in record:
-            add(record)
-            return False
-        if self.adds:
+        if self.existing != "skip" or CAPTION not in record:
             add(record)  # first, so that `prepare` can tell whether the text is written
-        self._write_text(caption.index, record[CAPTION])
-        if self.existing == "overwrite":
-            add(record)
-        return True
+        if CAPTION in record:
+            self._write_text(caption.index, record[CAPTION])
+        return CAPTION in record
 
     def _write_text(self, index: int, text: str):
         sidecar = self.sidecars[index]
@@ -373,11 +373,11 @@ class SidecarFiles(CaptionOutput):
 
     def prepare(self, settings: Mapping[str, Any]):
         super().prepare(settings)
-        if self.adds:
-            for record in chain(*map(self.read, self.parts())):
-                index = self.pictures.position(record)
-                if CAPTION in record and index is not None and self.before(index) == record.get(BEFORE):
-                    self._write_text(index, record[CAPTION])
+        for record in chain(*map(self.read, self.parts())):
+            index = self.pictures.position(record)
+            # Another text than the one before is the new one, or the user's
+            if CAPTION in record and index is not None and self.before(index) == record.get(BEFORE):
+                self._write_text(index, record[CAPTION])
 
     def join(self, parts: list[Path], broken: list[dict[str, Any]]):
         for _ in _without_broken(self.in_order(*map(self.read, parts)), broken):

@@ -49,7 +49,9 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--output": {"type": folder_to_write, "metavar": "FOLDER"},
     "--config": {"help": "configuration of the dataset, if it has several"},
     "--split": {"help": "split of the data, also `train[:1000]`; without it train"},
-    "--image-column": {"help": "column of the pictures; without it their only column, or image"},
+    "--image-column": {
+        "help": "column of the pictures, or their ending in tar files; without it the only one, or image"
+    },
     "--image-root": {
         "help": "folder from which the paths of pictures start that are not beside the file that names them",
         "metavar": "FOLDER",
@@ -58,8 +60,8 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "help": "side in pixels of the square that pictures are scaled to; without it, that of the checkpoint",
         "type": positive,
     },
-    "--batch-size": {"help": "pictures at a time", "type": positive},
-    "--num-workers": {"help": "processes that load pictures", "type": at_least_zero, "default": 0},
+    "--batch-size": {"help": "pictures at a time, fewer if they don't fit", "type": positive},
+    "--num-workers": {"help": "processes that load pictures", "type": at_least_zero, "default": 2},
     "--allow-urls": {
         "help": "fetch pictures that rows have as URLs, from public addresses; those of this machine and of private "
         "networks only from each HOST that is named",
@@ -67,9 +69,16 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "metavar": "HOST",
         "default": False,
     },
-    "--rows-per-shard": {"help": "rows of a file", "type": positive, "default": 1000},
-    "--max-new-tokens": {"help": "the most tokens of a caption", "type": positive},
-    "--num-beams": {"help": "beams; without it the model's own setting, which is mostly 1", "type": positive},
+    "--rows-per-shard": {
+        "help": "rows of a file; what is computed again after a stop",
+        "type": positive,
+        "default": 1000,
+    },
+    "--max-new-tokens": {"help": "the most tokens that are written", "type": positive},
+    "--num-beams": {
+        "help": "beams of the search; without it the model's own setting, which is mostly 1",
+        "type": positive,
+    },
     "--temperature": {"help": "sample at this temperature", "type": above_zero},
     "--top-p": {"help": "sample from the likeliest tokens that have this probability together", "type": probability},
     "--generate": {
@@ -107,7 +116,7 @@ _GROUPS = {
     "scores": "--protocol --lemmatize --k --score --min-score --keep --top --rerank --exact",
     "output": """
         --output --format --extension --existing --overwrite --rebuild --approximate --store-embeds --transformers
-        --max-shard-size --merge --push-to-hub --sheet --open --json --csv --per-word
+        --max-shard-size --merge --push-to-hub --sheet --open --json --csv --per-word --full-size --full-size
     """,
     "speed and memory": """
         --batch-size --num-workers --device --dtype --tower-dtype --rows-per-shard --part-index --num-parts

@@ -45,12 +45,12 @@ def add_training_options(add: Callable):
     add("--early-stopping", "stop after N validations without improvement", type=positive, metavar="N")
     add("--report-to", "where losses and scores are logged, besides the terminal", choices=_LOGGERS, default="none")
     add("--seed", "seed of all random choices", type=int, default=0)
-    add("--num-workers")
+    add("--num-workers", default=0)
     add("--device", "cpu; without it a GPU if there is one", choices=["cpu"])
     add("--output", "folder of the model; run again to go on after a stop", required=True, metavar="FOLDER")
     add("--overwrite", "delete the checkpoints in the folder, and begin anew", action="store_true")
     add("--push-to-hub", "repository that the model is pushed to at the end", metavar="REPOSITORY")
-    add.args[0].set_defaults(takes_rest=True)  # type: ignore[attr-defined]
+    add.args[0].set_defaults(takes_rest=True, parser=add.args[0])  # type: ignore[attr-defined]
 
 
 def check_output(options: argparse.Namespace, *models: str | None):
@@ -73,7 +73,8 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
 
     if options.report_to != "none" and find_spec(options.report_to) is None:
         name = options.report_to
-        raise ValueError(f"--report-to {name} needs the package {name}: pip install {name}")
+        package = '"blip2-hf[training]"' if name == "tensorboard" else name
+        raise ImportError(f"--report-to {name} needs the package {name}: pip install {package}")
     on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
     given = {
         "output_dir": options.output,
@@ -104,7 +105,8 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     if rest:
-        known = [name for name in parser._option_string_actions if "_" not in name]
+        own = options.parser._option_string_actions
+        known = [*own, *(name for name in parser._option_string_actions if "_" not in name)]
         raise ValueError(f"there is no option {rest[0]}.{did_you_mean(rest[0].replace('_', '-'), known)}")
     if options.early_stopping is not None and not arguments.load_best_model_at_end:
         raise ValueError("--early-stopping needs validations: hold pictures out, and give --eval-steps.")
@@ -179,8 +181,9 @@ def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
     if not missing:
         return rows
     if not skips:
-        name = "file_name" if "file_name" in rows.column_names else None
-        first = f"row {missing[0]}" if name is None else rows.select_columns([name])[missing[0]][name]
+        first = f"row {missing[0]}"
+        if "file_name" in rows.column_names:
+            first = rows.select_columns(["file_name"])[missing[0]]["file_name"]
         raise ValueError(
             f"{len(missing):,} of {len(rows):,} rows of {data}, {first} for one, have no text in the column "
             f"{column!r}. Write it, in a folder as a .txt file beside the picture, or leave such rows out: "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..jobs.errors import printable
-from ._common import add_command, find_device, load_captioner, tell_image_size
+from ._common import add_command, find_device, load_captioner
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
 from ._pictures import named_pictures
 
@@ -22,9 +22,9 @@ def add_parser(commands: Any):
     arguments = "pictures (files, 'photos/*.jpg', URLs) and questions, in any order; each question is asked of each"
     add("arguments", arguments, nargs="+", metavar="PICTURE QUESTION")
     add("--model", required=True)
-    add("--prompt", "what the model goes on from, with the question at {}; without it the paper's for zero-shot VQA")
-    add("--num-beams", "beams (default: 5)")
-    add("--max-new-tokens", "the most tokens of an answer (default: 10)")
+    add("--prompt", "text with the question at {} (default: that of the model's fine-tuning, or the paper's)")
+    add("--num-beams", "beams of the search (default: 5)")
+    add("--max-new-tokens", "the most tokens that are written (default: 10)")
     add("--generate")
     add("--image-size")
     add("--dtype")
@@ -36,7 +36,9 @@ def _run(options: argparse.Namespace):
     pictures, questions = _sort(options.arguments)
 
     from ..captioning import answer_questions
+    from ..jobs.checkpoints import WRITING, check_checkpoint
 
+    check_checkpoint(options.model, WRITING)
     model, processor, kwargs = _load(options, questions)
     rows, is_broken = [], False
     for answers in answer_questions(model, processor, pictures, questions, options.prompt, **kwargs):
@@ -62,6 +64,7 @@ def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, 
     from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
     from ..models.generation_presets import generation_preset
+    from ..models.processing_blip2 import learned_prompt
 
     given = given_generation(options)
     config = Blip2Config.from_pretrained(weights_place(options.model))
@@ -70,9 +73,9 @@ def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, 
     check_generation(kwargs, options.model)
     check_room(config, kwargs)
     model, processor = load_captioner(options.model, options.dtype, find_device(options.device))
-    prompts = [(options.prompt or preset.prompt).replace("{}", question) for question in questions]
+    prompt = options.prompt or learned_prompt(processor, asks=True) or preset.prompt
+    prompts = [prompt.replace("{}", question) for question in questions]
     check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)))
-    tell_image_size(processor, options.image_size, preset.image_size)
     processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     return model, processor, kwargs
 

@@ -48,11 +48,14 @@ def _run(options: argparse.Namespace):
     from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size
     from ..jobs.checkpoints import check_checkpoint, load_image_processor
     from ..jobs.inference import check_finite, load_model
+    from ..models.backbones import load_tower_config
     from ..models.modeling_base import Blip2Model
 
     name = options.model or options.vision_model
     if options.model is not None:
         check_checkpoint(name)
+    else:
+        load_tower_config(name)
     image_processor = with_image_size(load_image_processor(name), options.size)
     dataset = load_dataset(options)
     if options.model is not None:

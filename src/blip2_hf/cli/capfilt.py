@@ -35,14 +35,17 @@ def add_parser(commands: Any):
     add("--keep", "captions of a picture that are kept", type=positive, default=2)
     add("--score", "logit of matching, cosine of contrast, or their sum", choices=["sum", "itm", "itc"], default="sum")
     add("--min-score", "the lowest score that is kept", type=float)
-    add("--prompt", "text that proposed captions go on from, such as 'a photo of'")
+    add(
+        "--prompt",
+        "text that captions go on from, 'a photo of' for example (default: that of the model's fine-tuning)",
+    )
     add("--top-p", default=0.9)
     add("--max-new-tokens", default=30)
-    add("--generate", "other arguments of generate, such as temperature=0.7, or do_sample=false num_beams=10")
+    add("--generate")
     add("--batch-size", default=16)
     add("--rows-per-shard")
     add("--seed", "seed of the sampling", type=at_least_zero, default=0)
-    add("--num-workers", default=2)
+    add("--num-workers")
     add("--dtype")
     add("--device")
     add("--config")

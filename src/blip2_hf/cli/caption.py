@@ -21,7 +21,7 @@ _WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 
 def add_parser(commands: Any):
     text = "Caption pictures: print captions of files, or write those of a collection. Run again to go on."
-    example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,' --existing skip"
+    example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,'"
     add = add_command(commands, "caption", _run, text, check=_check, example=example)
     kinds = (
         "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), id on the Hub; or "
@@ -40,12 +40,15 @@ def add_parser(commands: Any):
     add("--existing", f"{existing} (default: skip)", choices=["skip", "overwrite", "append", "prepend"])
     add("--overwrite", "short for --existing overwrite", action="store_true")
     add("--preset", "the paper's settings; other options come first", choices=["caption", "nocaps"])
-    add("--prompt", "text that the captions go on from, such as 'a photo of'")
+    add(
+        "--prompt",
+        "text that captions go on from, 'a photo of' for example (default: that of the model's fine-tuning)",
+    )
     add("--prefix", "text to put before each caption, such as a trigger word")
     add("--suffix", "text to put behind each caption")
     add("--captions-per-image", "captions of each picture, sampled or of as many beams", type=positive, default=1)
     add("--num-beams")
-    add("--max-new-tokens", "the most tokens of a caption; without it 30, or the preset's")
+    add("--max-new-tokens", "the most tokens that are written; without it 30, or the preset's")
     add("--top-p")
     add("--temperature")
     add("--seed", "seed of what is sampled", type=int)
@@ -55,11 +58,11 @@ def add_parser(commands: Any):
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
-    add("--num-workers", "processes that load pictures; 0 takes a thread", default=2)
-    add("--image-column", "column (or ending in the tar files) of the pictures, if it can't be told")
+    add("--num-workers")
+    add("--image-column")
     add("--image-root")
     add("--config")
-    add("--split", "split of the dataset, also `train[:1000]` (default: train)", default=None)
+    add("--split")
     add("--allow-urls")
 
 
@@ -124,9 +127,8 @@ def _write_captions(options: argparse.Namespace, files: list[str] | None):
     }
     with processes(options.device) as state:
         pictures = _open_pictures(options) if files is None else _as_folder(files)
-        open_output(
-            options.output, options.format, pictures, **output
-        )  # tells what does not fit before the model comes
+        # What does not fit is told before the model is loaded
+        open_output(options.output, options.format, pictures, **output)
         model, processor, prompt, kwargs = _load(options, lambda device: device or state.device)
         caption_dataset(model, processor, pictures, options.output, options.format, prompt, **output | kwargs)
 
@@ -138,6 +140,7 @@ def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | Non
     from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
     from ..models.generation_presets import generation_preset
+    from ..models.processing_blip2 import learned_prompt
 
     kwargs, prompt = given_generation(options), options.prompt
     config = Blip2Config.from_pretrained(weights_place(options.model))
@@ -149,6 +152,7 @@ def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | Non
     check_generation(kwargs, options.model, options.captions_per_image)
     check_room(config, kwargs)
     model, processor = load_captioner(options.model, options.dtype, device(options.device))
+    prompt = learned_prompt(processor) if prompt is None else prompt
     check_room(model.config, kwargs, len(processor(text=prompt or "").input_ids[0]))
     if preset is not None:
         tell_image_size(processor, options.image_size, preset.image_size)

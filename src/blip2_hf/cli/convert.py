@@ -28,7 +28,7 @@ def add_parser(commands: Any):
     add("--tokenizer", f"for a file of LAVIS (default: the language model's; without one, {_BERT})", metavar="Z")
     add("--transformers", "write the format of transformers' own BLIP-2 (or InstructBLIP)", action="store_true")
     add("--dtype", "precision of all weights; without it, each stays as it is")
-    add("--image-size", "side of the pictures in pixels, to which position embeddings are interpolated")
+    add("--image-size", "side in pixels of the square that pictures are scaled to; positions are interpolated to it")
     add("--max-shard-size", "size of a file of weights", default="5GB", metavar="SIZE")
     add("--overwrite", "replace DIR if it holds a model", action="store_true")
 

@@ -54,8 +54,8 @@ def add_parser(commands: Any):
     add("--questions", "file of questions, such as v2_OpenEnded_mscoco_val2014_questions.json")
     add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
     add("--data")
-    add("--config", "configuration of --data, if it has several")
-    split = "split of --data, also `test[:1000]`, or of Karpathy's file; without it test, or all if there are none"
+    add("--config")
+    split = "split of the data, also `test[:1000]`, or of Karpathy's file; without it test, or all if there are none"
     add("--split", split, default=None)
     add("--image-column")
     add("--image-root")
@@ -67,7 +67,7 @@ def add_parser(commands: Any):
     add("--group-column", "column by which accuracy is told apart")
     add("--allow-urls")
     add("--preset", "settings of generation, in place of the task's", choices=PRESET_NAMES)
-    add("--prompt", "prompt in place of the preset's; the question stands at {}")
+    add("--prompt", "text with the question at {} (default: that of the model's fine-tuning, or the preset's)")
     add("--generate")
     protocol = (
         f"how answers are scored: {', '.join(_VQA_PROTOCOLS)}; GQA: {', '.join(_GQA_PROTOCOLS)}; without it official "
@@ -79,7 +79,7 @@ def add_parser(commands: Any):
     candidates = "retrieval: candidates of contrast that are matched; 0 for contrast alone"
     add("--k", candidates, type=at_least_zero, default=128)
     add("--image-size")
-    add("--batch-size", "texts at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
+    add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
     add("--device")
     add("--limit", "how many of the first samples count", type=positive)
@@ -165,6 +165,7 @@ def _with_texts(rows: Any, column: str) -> Any:
 def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any):
     from ..evaluation.answer_protocols import check_protocol
     from ..evaluation.benchmarks import evaluate_captioning, evaluate_vqa
+    from ..models.processing_blip2 import learned_prompt
 
     # What can be wrong with settings is told before the model is loaded
     preset = _preset(options, task)
@@ -174,6 +175,9 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
         protocol = check_protocol(samples, options.protocol or task.protocol, lemmatize)
         evaluate, scoring = evaluate_vqa, {"protocol": protocol, "lemmatize": lemmatize}
     model, processor = load_captioner(options.model, options.dtype, device)
+    learned = learned_prompt(processor, asks=task.kind == "vqa")
+    if learned is not None and options.prompt is None and options.preset is None:
+        preset = replace(preset, prompt=learned)
     tell_image_size(processor, options.image_size, preset.image_size)
     evaluate(model, processor, samples, options.output, preset, options.task, **scoring, **pick(options, *_COMMON))
 

@@ -25,7 +25,7 @@ def add_parser(commands: Any):
     add("model", "BLIP-2 or InstructBLIP: folder or id on the Hub", metavar="MODEL")
     add("--output", "the graph, a file that ends in .onnx or .pt2", required=True, type=file_to_write, metavar="FILE")
     add("--dtype", "precision; without it, the model's")
-    add("--image-size", "side of the pictures in pixels; without it, the tower's")
+    add("--image-size")
 
 
 def _check(options: argparse.Namespace):

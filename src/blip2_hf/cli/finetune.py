@@ -44,9 +44,7 @@ class _Task:
 
 
 _TASKS = {
-    "caption": _Task(
-        "CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {} --prompt {!r}"
-    ),
+    "caption": _Task("CIDEr-D", "lora_language_model", "a photo of", 30, 0.5, "blip2-hf caption FOLDER --model {}"),
     "vqa": _Task(
         "vqa_accuracy",
         "lora_language_model",
@@ -82,8 +80,9 @@ def add_parser(commands: Any):
         "--prompt",
         "text in front of a caption, or with {} for the question (default: 'a photo of'; 'Question: {} Answer:')",
     )
-    add("--max-new-tokens", "the most tokens of a text in validation (default: 30; 10 for answers)")
-    add("--image-size", "side of the pictures in pixels; without it, that of the checkpoint, or 364 for retrieval")
+    add("--max-new-tokens", "the most tokens that are written, in validation (default: 30; 10 for answers)")
+    square = "side in pixels of the square that pictures are scaled to"
+    add("--image-size", f"{square}; without it, that of the checkpoint, or 364 for retrieval")
     add("--dtype", "dtype of the language model", default="bfloat16")
     add_training_options(add)
     add("--merge", "write the whole model, with the adapters added to its weights", action="store_true")
@@ -149,7 +148,7 @@ def _check(options: argparse.Namespace):
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
     if is_quantized and find_spec("bitsandbytes") is None:
-        raise ImportError('4 and 8 bits need bitsandbytes: pip install "blip2-hf[quantization]".')
+        raise ImportError('--load-in-4bit and --load-in-8bit need bitsandbytes: pip install "blip2-hf[quantization]".')
     check_output(options, options.model)
 
 

@@ -26,8 +26,8 @@ def add_parser(commands: Any):
     add("--device")
     add("--dtype")
     add("--batch-size", default=32)
-    add("--rows-per-shard", "pictures of a file: what is computed again after a stop", default=500)
-    add("--num-workers", default=4)
+    add("--rows-per-shard", default=500)
+    add("--num-workers")
 
 
 def _run(options: argparse.Namespace):

@@ -46,11 +46,14 @@ def _check(options: argparse.Namespace):
 
 
 def _run(options: argparse.Namespace):
+    from ..jobs.checkpoints import MATCHING, check_checkpoint
     from ..models.image_loading import check_reads_8_bit, load_image
 
     picture = load_image(options.picture)
-    model, processor = _load_model(options)
+    advice = ", or leave out TEXT to draw what the queries attend to"
+    check_checkpoint(options.model, None if options.text is None else MATCHING, advice)
     image_processor = _load_image_processor(options)
+    model, processor = _load_model(options)
     check_reads_8_bit(image_processor)
     inputs = image_processor(images=[picture], return_tensors="pt").to(model.device, model.dtype)
     titles, heat_maps = _maps(options, model, processor, inputs["pixel_values"])
@@ -61,16 +64,13 @@ def _run(options: argparse.Namespace):
 
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """Load a model or, if there is a text, one with heads for matching and its processor."""
-    from ..jobs.checkpoints import MATCHING, check_checkpoint
     from ..jobs.inference import load_model
     from ..models.modeling_base import Blip2Model
     from ..retrieval.loading import load_retrieval_model
 
     if options.text is None:
-        check_checkpoint(options.model)
         model = load_model(Blip2Model, options.model, "A BLIP-2", dtype=options.dtype or "auto")
         return model.to(find_device(options.device)), None
-    check_checkpoint(options.model, MATCHING, advice=", or leave out TEXT to draw what the queries attend to")
     return load_retrieval_model(options.model, options.device, options.dtype)
 
 

@@ -62,7 +62,8 @@ def add_parser(commands: Any):
     add("--prompt", "stage 2: text in front of the captions (default: none)")
     add("--prefix-lm", "stage 2: give the beginning of each text, and learn the rest", action="store_true")
     add("--max-length", "the most tokens of a text that are learned", type=positive, default=32)
-    add("--image-size", f"side of the pictures in pixels (default: {_IMAGE_SIZE}; with --model, the checkpoint's)")
+    size = "side in pixels of the square that pictures are scaled to"
+    add("--image-size", f"{size} (default: {_IMAGE_SIZE}; with --model, that of the checkpoint)")
     add("--dtype", "stage 2: dtype of the language model", default="bfloat16")
     add_training_options(add)
 
@@ -70,6 +71,10 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     from transformers import set_seed
 
+    from ..jobs.checkpoints import check_checkpoint
+
+    if options.stage == 2:
+        check_checkpoint(options.stage1)
     arguments = _arguments(options)
     rows = open_rows(options)
     text_column = find_text_column(options, rows["train"])

@@ -41,7 +41,7 @@ def check_checkpoint(name: str | os.PathLike, need: str | None = None, advice: s
         name (`str` or `os.PathLike`):
             Folder of a model or of adapters, or id on the Hub.
         need (`str`, *optional*):
-            `"writing"` with a language model, `"writing alone"` with that or the Q-Former alone, or `"matching"` of
+            `"writing"` with a language model, `"writing alone"` with that or the Q-Former alone, `"matching"` of
             images with texts.
         advice (`str`, *optional*, defaults to `""`):
             What else a user can do, for the end of the message.

@@ -30,6 +30,7 @@ from ._hub_mixin import HubMixin
 from .configuration_blip2 import public_class_name
 from .generation_presets import GenerationPreset, generation_preset
 from .image_loading import load_image_for
+from .processing_blip2 import learned_prompt
 
 
 logger = logging.get_logger(__name__)
@@ -387,7 +388,7 @@ class ImageToTextPipeline(_ImageTextPipeline):
             images (same as `inputs`, *optional*):
                 Another name for `inputs`.
             prompt (`str`, *optional*):
-                Text that the model continues.
+                Text that the model continues. Without it the processor's `prompt`, if it has one.
             preset (`str` or [`~generation_presets.GenerationPreset`], *optional*):
                 Settings of the paper by name, `"caption"` or `"nocaps"`, or settings of one's own
                 (see [`~generation_presets.generation_preset`]). Arguments of the call take precedence.
@@ -411,6 +412,7 @@ class ImageToTextPipeline(_ImageTextPipeline):
     def preprocess(self, item: _Item, prompt: str | None = None, timeout: float = 30.0) -> dict[str, Any]:
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"the prompt is of type {type(prompt).__name__}; a single string was expected")
+        prompt = learned_prompt(self.processor) if prompt is None else prompt
         return {"encodings": self._encode(self._load(item, timeout), prompt)}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
@@ -422,8 +424,8 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
     Answers questions about images: the `"visual-question-answering"` pipeline of transformers 4, for BLIP-2, for other
     models that generate the answer (BLIP, GIT, ...), and for those that choose among known answers (ViLT).
 
-    BLIP-2 is asked with the prompt of the paper, `"Question: {} Answer:"`, or `"Question: {} Short answer:"` if the
-    language model is an encoder-decoder; other models get the bare question.
+    BLIP-2 is asked with the `prompt` of its processor or, without one, with the paper's, `"Question: {} Answer:"`, or
+    `"Question: {} Short answer:"` if the language model is an encoder-decoder; other models get the bare question.
 
     Args:
         model ([`PreTrainedModel`]):
@@ -548,6 +550,8 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         return {"encodings": self._encode(self._load(item, timeout), prompt, padding=padding, truncation=truncation)}
 
     def _default_template(self) -> str:
+        if (prompt := learned_prompt(self.processor, asks=True)) is not None:
+            return prompt
         return generation_preset("vqa", self.model.config).prompt if self.model_type in _BLIP2 else "{}"
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int = 5) -> list[dict[str, Any]]:

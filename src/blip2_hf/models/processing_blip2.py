@@ -52,6 +52,10 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             Token id that ends a `text_target` of a decoder-only language model: the id at which generation stops.
             Defaults to the tokenizer's end token. `from_pretrained` looks into config.json, because BLIP-2 with OPT
             ends texts with a newline.
+        prompt (`str`, *optional*):
+            What the model was fine-tuned to go on from, such as `"a photo of"`, or `"Question: {} Answer:"` with `{}`
+            in the place of the question. Pipelines and commands take it if no other prompt is given. The processor
+            itself adds nothing to a text.
 
     Example:
 
@@ -61,7 +65,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
     >>> batch = processor(images=pictures, text="a photo of", text_target=captions, return_tensors="pt")  # with labels
     ```"""
 
-    valid_kwargs = ["num_query_tokens", "is_encoder_decoder", "end_token_id"]
+    valid_kwargs = ["num_query_tokens", "is_encoder_decoder", "end_token_id", "prompt"]
     valid_processor_kwargs = Blip2HfProcessorKwargs
 
     def __init__(
@@ -73,6 +77,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         is_encoder_decoder: bool | None = None,
         end_token_id: int | None = None,
         chat_template: str | None = None,
+        prompt: str | None = None,
         **kwargs,
     ):
         image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
@@ -89,6 +94,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         self.is_encoder_decoder = is_encoder_decoder
         self.end_token_id = tokenizer.eos_token_id if end_token_id is None else end_token_id
         self.qformer_tokenizer = qformer_tokenizer
+        self.prompt = prompt
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         if self.chat_template is None:
             self.chat_template = tokenizer.chat_template
@@ -105,6 +111,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         finally:
             self.qformer_tokenizer = qformer_tokenizer
         output.pop(QFORMER_TOKENIZER, None)
+        if self.prompt is None:
+            output.pop("prompt", None)
         if qformer_tokenizer is not None:
             output[QFORMER_TOKENIZER] = QFORMER_TOKENIZER
         return output
@@ -143,7 +151,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         for name in ("processor_config.json", "tokenizer_config.json"):
             path = Path(save_directory) / name
             content = json.loads(path.read_text()) | {"processor_class": "Blip2Processor"}
-            for own in ("is_encoder_decoder", "end_token_id"):
+            for own in ("is_encoder_decoder", "end_token_id", "prompt"):
                 content.pop(own, None)
             path.write_text(json.dumps(content, indent=2))
         return files
@@ -488,6 +496,12 @@ def _is_empty(rows: Any) -> bool:
 
 def _repeat(values: list, repeats: list[int]) -> list:
     return [value for value, count in zip(values, repeats, strict=True) for _ in range(count)]
+
+
+def learned_prompt(processor: Any, asks: bool = False) -> str | None:
+    """Return the `prompt` of a processor of ours if it asks a question, or, by default, if it does not."""
+    prompt = processor.prompt if isinstance(processor, Blip2HfProcessor) else None
+    return prompt if prompt is not None and ("{}" in prompt) == asks else None
 
 
 def _group(images: Any) -> list[list]:

@@ -95,7 +95,7 @@ def make_trainer(
         model ([`Blip2PreTrainedModel`]):
             The model.
         processor ([`Blip2Processor`]):
-            Its processor, which is saved with it.
+            Its processor, which is saved with it, and with the prompt of the pairs.
         arguments ([`Blip2Arguments`]):
             The settings.
         train, validation ([`~data.ImageTextPairs`]):
@@ -118,6 +118,8 @@ def make_trainer(
         raise ValueError(
             f"There are {len(train)} rows to learn from, which make no batch of {batch}. Give a smaller batch size."
         )
+    # What has learned behind a prompt is asked with it
+    processor.prompt = train.prompt or None
     trainer = Blip2Trainer(
         model,
         arguments,

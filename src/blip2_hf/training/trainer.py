@@ -322,11 +322,10 @@ class Blip2Trainer(Seq2SeqTrainer):
         card = Path(output_dir or self.args.output_dir) / CARD_NAME
         before = card.read_bytes() if card.exists() else None
         super()._save(output_dir, state_dict)
-        adapter_config = Path(output_dir or self.args.output_dir) / "adapter_config.json"
-        if adapter_config.exists():
-            _complete_adapter_config(adapter_config, self._bare_model(), self.args.push_to_hub)
-        if not self.args.push_to_hub:
+        adapter_config = card.with_name("adapter_config.json")
+        if not adapter_config.exists():
             return
+        _complete_adapter_config(adapter_config, self._bare_model(), self.args.push_to_hub)
         # PEFT writes a mostly blank card of its own with each save
         if before is not None:
             card.write_bytes(before)
