@@ -24,6 +24,7 @@ from transformers import HfArgumentParser
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_size, check_held_out, load_rows
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.evaluation.metrics import caption_metrics
+from blip2_hf.jobs.errors import tell_errors
 from blip2_hf.training import (
     FineTuningArguments,
     load_writer,
@@ -93,4 +94,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("finetune_captioning.py"):
+        main()

@@ -27,6 +27,7 @@ from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_size, check_held_out, load_rows
 from blip2_hf.evaluation import GeneratedTextMetrics, score_answers
 from blip2_hf.evaluation.metrics import choose_vqa_protocol, vqa_accuracy_scores
+from blip2_hf.jobs.errors import tell_errors
 from blip2_hf.training import (
     FineTuningArguments,
     load_writer,
@@ -165,4 +166,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("finetune_vqa.py"):
+        main()

@@ -32,6 +32,7 @@ from blip2_hf.data import (
     load_rows,
 )
 from blip2_hf.evaluation import contrastive_retrieval_metrics
+from blip2_hf.jobs.errors import tell_errors
 from blip2_hf.training import (
     Stage1Arguments,
     make_stage1,
@@ -103,4 +104,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("pretrain_stage1.py"):
+        main()

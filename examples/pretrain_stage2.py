@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_size, hold_out, load_rows
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.evaluation.metrics import caption_metrics
+from blip2_hf.jobs.errors import tell_errors
 from blip2_hf.training import (
     Stage2Arguments,
     make_stage2,
@@ -120,4 +121,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("pretrain_stage2.py"):
+        main()
