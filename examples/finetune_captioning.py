@@ -25,6 +25,7 @@ from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_s
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.evaluation.metrics import caption_metrics
 from blip2_hf.jobs.errors import tell_errors
+from blip2_hf.jobs.names import check_names
 from blip2_hf.training import (
     FineTuningArguments,
     load_writer,
@@ -59,6 +60,7 @@ class CaptioningArguments:
 
 def main():
     options, arguments = HfArgumentParser((CaptioningArguments, FineTuningArguments)).parse_args_into_dataclasses()
+    check_names([options.model], [options.data, options.validation])
     check_held_out(options.data, options.validation)
     check_feature_size(options.image_size, options.data, options.validation)
     model, processor = load_writer(

@@ -28,6 +28,7 @@ from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_s
 from blip2_hf.evaluation import GeneratedTextMetrics, score_answers
 from blip2_hf.evaluation.metrics import choose_vqa_protocol, vqa_accuracy_scores
 from blip2_hf.jobs.errors import tell_errors
+from blip2_hf.jobs.names import check_names
 from blip2_hf.training import (
     FineTuningArguments,
     load_writer,
@@ -117,6 +118,7 @@ def main():
     parser = HfArgumentParser((VQAArguments, FineTuningArguments))
     parser.set_defaults(metric_for_best_model="vqa_accuracy")
     options, arguments = parser.parse_args_into_dataclasses()
+    check_names([options.model, options.stage1], [options.data, options.validation, options.test])
     check_held_out(options.data, options.validation, options.test)
     pictures = (options.images, options.validation_images, options.test_images)
     check_feature_size(options.image_size, options.data, options.validation, options.test, *pictures)
