@@ -194,8 +194,10 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
         "validation": None if validation is None else ImageTextPairs(validation, train=False, **columns),
     }
     if data["train"].has_features and options.preset in ("finetune", "everything", "lora_vision_model"):
+        preset = "stage1" if options.task == "retrieval" else "lora_language_model"
         raise ValueError(
-            f"{options.data} has stored features, which need a frozen tower, and --preset {options.preset} trains it."
+            f"{options.data} has stored features, which need a frozen tower, and --preset {options.preset} trains it. "
+            f"Give --preset {preset}, or pictures."
         )
     return data, image_size
 

@@ -9,7 +9,6 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from ..data.image_size import with_image_size
 from ..jobs.checkpoints import MATCHING, WRITING, check_checkpoint, load_processor
-from ..jobs.names import check_model_name
 from ..models.backbones import load_whole
 from ..models.frozen import cast_parameters
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
@@ -105,8 +104,6 @@ def make_stage1(
     Returns:
         `tuple[Blip2ForPreTraining, Blip2Processor]`.
     """
-    check_model_name(vision_model)
-    check_model_name(text_encoder)
     model = Blip2ForPreTraining.from_encoders_pretrained(vision_model, text_encoder, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(text_encoder)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
@@ -140,9 +137,6 @@ def make_stage2(
     Returns:
         `tuple[Blip2ForConditionalGeneration, Blip2Processor]`.
     """
-    for name in (stage1, language_model, vision_model):
-        if name is not None:
-            check_model_name(name)
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
         stage1,
         language_model,
@@ -162,7 +156,6 @@ def make_stage2(
 
 def _load_processor(name: str | os.PathLike, need: str, image_size: int | None) -> Blip2Processor:
     """Load the processor of a model, once the model is known to be of the class that is needed."""
-    check_model_name(name)
     check_checkpoint(name, need)
     processor = load_processor(name)
     processor.image_processor = with_image_size(processor.image_processor, image_size)
