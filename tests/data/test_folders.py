@@ -142,6 +142,17 @@ def test_metadata_that_do_not_fit(photos, files, message):
     assert "\n" not in str(error.value)
 
 
+def test_tables_beside_pictures_are_told_of(photos, caplog):
+    (photos / "captions.settings.json").write_text("{}")
+    with transformers_warnings(caplog):
+        assert load_rows(photos).column_names == ["image", "file_name"]
+        assert caplog.text == ""
+        write_lines(photos / "train.jsonl", [{"image": "a.png", "caption": "a bus"}])
+        assert load_rows(photos).column_names == ["image", "file_name"]
+    assert "is read as a folder of pictures, without texts. To read train.jsonl, name that file." in caplog.text
+    assert load_rows(photos / "train.jsonl")["caption"][:] == ["a bus"]
+
+
 def test_metadata_without_pictures(tmp_path):
     write_lines(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "caption": "a bus"}])
     with pytest.raises(ValueError, match="names the picture 'a.png', which is not in the folder"):
@@ -177,6 +188,7 @@ def test_folders_without_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.md").touch()
+    (tmp_path / "empty" / "notes.txt").write_text("Buy milk.")
     with pytest.raises(ValueError, match="empty is a folder without pictures and without files of rows") as error:
         load_rows(tmp_path / "empty")
     assert "\n" not in str(error.value)

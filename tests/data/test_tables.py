@@ -280,11 +280,17 @@ def test_captions_of_karpathy(folder):
     assert rows["image_id"][:] == [1, 3] and rows["caption"][:] == [["no 1"], ["no 3"]]
     for split in ("val", "validation"):
         assert load_rows(folder / "dataset_coco.json", split)["image_id"][:] == [4]
+        assert load_rows(f"{folder}/dataset_coco.json:{split}")["image_id"][:] == [4]
+    with pytest.raises(ValueError, match="has the splits train, test, validation, but 'extra' was asked for"):
+        load_rows(folder / "dataset_coco.json", "extra")
+    WRITERS["rows.JSON"](folder / "rows.json")
+    with pytest.raises(ValueError, match="dataset_coco.json has annotations, and other files beside it are tables"):
+        load_rows(folder / "*.json")
     assert next(iter(load_rows(folder / "dataset_coco.json", "test", streaming=True)))["image_id"] == 2
     assert sorted(find_splits(folder / "dataset_coco.json")) == ["test", "train", "validation"]
 
 
-def test_captions_of_flickr(folder):
+def test_captions_of_flickr(folder, tmp_path):
     (folder / "captions.txt").write_text(
         'image,caption\na.png,a bus\na.png,"a red, old bus"\nin/b.png,a cat, asleep .\n'
     )
@@ -296,6 +302,11 @@ def test_captions_of_flickr(folder):
         assert rows["image"][:] == [f"{folder}/a.png", f"{folder}/in/b.png"]
         assert ImageTextPairs(rows, clean_text=False).references()[0] == ["a bus", "a red, old bus"]
         assert rows["caption"][1][0].replace(" ", "") == "acat,asleep."
+    # As Flickr8k is unpacked
+    (tmp_path / "flickr").mkdir()
+    folder.rename(tmp_path / "flickr" / "Images")
+    (tmp_path / "flickr" / "Images" / "captions.txt").rename(tmp_path / "flickr" / "captions.txt")
+    assert load_rows(tmp_path / "flickr" / "captions.txt")["image"][0] == f"{tmp_path}/flickr/Images/a.png"
 
 
 def test_annotations_of_lavis(folder):

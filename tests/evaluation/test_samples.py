@@ -16,9 +16,10 @@ from benchmark_runs import (
     predictions,
     question_samples,
 )
+from saved_models import save_captioner
 from tiny import make_image, make_model, make_processor
 
-from blip2_hf.cli import main
+from blip2_hf.cli import evaluate, main
 from blip2_hf.data import clean_question
 from blip2_hf.evaluation import retrieval_recall
 from blip2_hf.evaluation.benchmarks import evaluate_captioning, evaluate_vqa
@@ -366,11 +367,13 @@ def test_questions_of_which_nothing_is_left(opt, tmp_path, generated):
     assert generated == []
 
 
-def test_a_broken_file_is_named_in_a_line(tmp_path):
+def test_a_broken_file_is_named_in_a_line(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"question": "a?", "answer": "b"}\n{"question"')
-    options = ["evaluate", "vqa", "--model", "none", "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path)]
+    monkeypatch.setattr(evaluate, "load_captioner", None)
+    save_captioner(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path)]
     with pytest.raises(SystemExit, match="^blip2-hf: .*rows.jsonl can't be read: "):
-        main(options)
+        main(["evaluate", "vqa", *options])
 
 
 def test_captions_with_the_mark_of_a_picture_in_retrieval(retrieval, tmp_path):
@@ -386,16 +389,17 @@ def test_a_prompt_with_half_a_character(opt, tmp_path):
         evaluate_captioning(model, processor, caption_samples(1), tmp_path, preset)
 
 
-def test_the_command_names_file_and_entry(tmp_path):
-    """Before it loads a model, of which there is none."""
+def test_the_command_names_file_and_entry(tmp_path, monkeypatch):
+    for part in (make_model(), make_processor()):
+        part.save_pretrained(tmp_path / "model")
     entry = {"imageId": "n1", "question": "How many?", "answer": 2}
     images = make_pictures(tmp_path / "images", "n1.jpg")
     options = ["--questions", write(tmp_path / "gqa.json", {"7": entry}), "--images", images]
-    with pytest.raises(SystemExit, match="^blip2-hf: .*gqa.json, '7': 'answer' is 2; a text was expected"):
-        main(command(tmp_path, "gqa", tmp_path / "out", *options))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load_captioner", None)  # not before the data are checked
+        with pytest.raises(SystemExit, match="^blip2-hf: .*gqa.json, '7': 'answer' is 2; a text was expected"):
+            main(command(tmp_path, "gqa", tmp_path / "out", *options))
     entry |= {"question": "What is <image>?", "answer": "a bus"}
-    for part in (make_model(), make_processor()):
-        part.save_pretrained(tmp_path / "model")
     options[1] = write(tmp_path / "gqa.json", {"7": entry})
     with pytest.raises(SystemExit, match="^blip2-hf: .*gqa.json, '7': the prompt is .*'<image>' is a special token"):
         main(command(tmp_path, "gqa", tmp_path / "out", *options))

@@ -154,10 +154,13 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 
 def _with_texts(rows: Any, column: str) -> Any:
     """Return the rows that have something in a column, and say how many others there are."""
+    from accelerate import PartialState
+
     from ..data.rows import get_column, select_columns
 
     kept = [number for number, row in enumerate(select_columns(rows, [column])) if get_column(row, column) is not None]
-    if missing := len(rows) - len(kept):
+    missing = len(rows) - len(kept)
+    if missing and PartialState().is_main_process:
         print(f"blip2-hf: {missing:,} of {len(rows):,} rows have no {column}, and are left out.", file=sys.stderr)
     return rows.select(kept)
 

@@ -11,13 +11,13 @@ from transformers.utils import logging
 from ..jobs.errors import printable
 from ..jobs.picture_files import find_picture_files, has_picture_files
 from .splits import select_split, split_by_folder
-from .tables import load_tables
+from .tables import is_table, load_tables
 
 
 logger = logging.get_logger(__name__)
 
 _SAVED = ("cache.json", "dataset_info.json", "dataset_dict.json")  # of `cache_features` and `save_to_disk`
-_SHARDS = "data/*-*-of-*.parquet"  # as `push_to_hub` and CapFilt name them
+_SHARDS = ("*-*-of-*.parquet", "data/*-*-of-*.parquet")  # as `push_to_hub` and CapFilt name them
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _TEXT_ENDINGS = (".txt", ".caption")
 _FILE = "file_name"
@@ -50,7 +50,11 @@ def find_picture_names(folder: Path) -> list[str]:
 
 def is_picture_folder(folder: Path) -> bool:
     """Tell whether a folder has pictures, or metadata about them, and is no dataset that was saved in files."""
-    if not folder.is_dir() or any((folder / name).exists() for name in _SAVED) or any(folder.glob(_SHARDS)):
+    if (
+        not folder.is_dir()
+        or any((folder / name).exists() for name in _SAVED)
+        or any(any(folder.glob(shards)) for shards in _SHARDS)
+    ):
         return False
     return any((folder / name).is_file() for name in _METADATA) or has_picture_files(folder)
 
@@ -121,8 +125,18 @@ def _add_texts(folder: Path, rows: datasets.Dataset) -> datasets.Dataset:
         return rows
     found = {name: _read_text(paths[0]) for name in names if (paths := _find_texts(folder, name))}
     if not found:
+        _tell_of_tables(folder)
         return rows
     return rows.add_column("caption", [found.get(name) for name in names])
+
+
+def _tell_of_tables(folder: Path):
+    """Say that tables in a folder of pictures are not read."""
+    tables = [name for name in sorted(os.listdir(folder)) if is_table(name) or name == "captions.txt"]
+    if tables := [name for name in tables if not name.endswith((".settings.json", ".broken.jsonl"))]:
+        logger.warning(
+            f"{folder} is read as a folder of pictures, without texts. To read {tables[0]}, name that file."
+        )
 
 
 def _has_texts(rows: datasets.Dataset, name: str) -> bool:

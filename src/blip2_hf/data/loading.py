@@ -12,7 +12,7 @@ from .folders import find_picture_names, is_picture_folder, load_picture_folder
 from .picture_paths import find_pictures
 from .shards import find_shards, load_shards
 from .splits import split_by_folder
-from .tables import ENDINGS, errors_that_name, find_annotated_splits, load_tables, table_ending
+from .tables import ENDINGS, errors_that_name, find_annotated_splits, is_table, load_tables, table_ending
 
 
 # What opens the folders that `cache_features` and `Dataset.save_to_disk` write, by a file in them
@@ -140,7 +140,7 @@ def _load_files(
 
 
 def _check_has_rows(path: Path):
-    if not any(table_ending(name) for _, _, names in os.walk(path) for name in names):
+    if not any(is_table(name) for _, _, names in os.walk(path) for name in names):
         raise ValueError(
             f"{path} is a folder without pictures and without files of rows ({ENDINGS}). Give a folder of pictures, "
             "or such a file."
@@ -221,7 +221,10 @@ def _read_name(data: str) -> tuple[str, str | None, str | None]:
     if not ends or os.path.exists(data) or table_ending(data):
         return data, None, None
     path = Path(name)
-    if path.is_file() or table_ending(name) or any((path / mark).exists() for mark in _FOLDERS):
+    may_have_splits = table_ending(name) == ".json"  # Karpathy's file
+    if ((path.is_file() or table_ending(name)) and not may_have_splits) or any(
+        (path / mark).exists() for mark in _FOLDERS
+    ):
         raise ValueError(
             f"{data!r} has {ends[0]!r} after {name!r}, which has no splits: a dataset of the Hub, or a folder with "
             "files of several splits, was expected. Give the name alone."

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,18 +40,21 @@ def find_pictures(
     places = [os.path.abspath(Path(base, subfolder)) for base in bases for subfolder in subfolders]
     if not places:
         return rows
+    is_stream = isinstance(rows, datasets.IterableDataset)
+    if is_stream:
+        values = [row.get(column) for row in without_decoding(rows).take(_FIRST)]
+    else:
+        values = select_columns(rows.with_format(None), [column])[:][column]
+    paths = (path for value in values if (path := _relative_path(value)) is not None)
+    if not (first := list(itertools.islice(paths, _FIRST))):
+        return rows
+    _check_first(first, places, name)
     find = partial(_find, places=places)
-    if isinstance(rows, datasets.IterableDataset):
-        first = (row.get(column) for row in without_decoding(rows).take(_FIRST))
-        if _any_relative(_check_first(first, places, name)):
-            return rows.map(partial(_replace, find=find, column=column), features=rows.features)
-        return rows
-    stored = select_columns(rows.with_format(None), [column])[:][column]
-    if not _any_relative(_check_first(stored, places, name)):
-        return rows
+    if is_stream:
+        return rows.map(partial(_replace, find=find, column=column), features=rows.features)
     columns = rows.column_names
     features = datasets.Features({column: rows.features[column]})
-    changed = datasets.Dataset.from_dict({column: list(map(find, stored))}, features=features)
+    changed = datasets.Dataset.from_dict({column: list(map(find, values))}, features=features)
     rows = datasets.concatenate_datasets([rows.remove_columns(column), changed], axis=1)
     return rows.select_columns(columns)
 
@@ -73,21 +76,14 @@ def _has_paths(rows: Rows, column: str) -> bool:
     return False
 
 
-def _check_first(values: Iterable[Any], places: Sequence[str], name: str) -> Iterator[str]:
-    """Yield the relative paths. If the first of them are found nowhere, raise an error."""
-    paths = (path for value in values if (path := _relative_path(value)) is not None)
-    first = list(itertools.islice(paths, _FIRST))
-    named = [path for path in first if is_picture_name(path)]
-    if named and not any(os.path.exists(_find(path, places)) for path in first):
+def _check_first(paths: Sequence[str], places: Sequence[str], name: str):
+    """Refuse the first relative paths of pictures if none of them is found."""
+    named = [path for path in paths if is_picture_name(path)]
+    if named and not any(os.path.exists(_find(path, places)) for path in paths):
         raise ValueError(
             f"{name} names the picture {named[0]!r}, which is not in {' and not in '.join(places)}. Name the folder "
             "that the paths start from with image_root (--image-root)."
         )
-    yield from itertools.chain(first, paths)
-
-
-def _any_relative(paths: Iterator[str]) -> bool:
-    return next(paths, None) is not None
 
 
 def _relative_path(value: Any) -> str | None:
@@ -102,14 +98,13 @@ def _find(value: Any, places: Sequence[str]) -> Any:
     """Return the absolute path of a relative one."""
     if (path := _relative_path(value)) is None:
         return value
-    found = [whole for place in places if os.path.exists(whole := os.path.normpath(os.path.join(place, path)))]
-    if not found and not os.path.exists(path) and is_picture_name(path):
-        found = [
-            os.path.normpath(os.path.join(place, path)) for place in places
-        ]  # so that the error about the picture is whole
-    if not found:
-        return value
-    return found[0] if isinstance(value, str) else {"bytes": None, "path": found[0]}
+    candidates = [os.path.normpath(os.path.join(place, path)) for place in places]
+    found = next(filter(os.path.exists, candidates), None)
+    if found is None:
+        if os.path.exists(path) or not is_picture_name(path):
+            return value
+        found = candidates[0]  # so that the error about the picture says where it was looked for
+    return found if isinstance(value, str) else {"bytes": None, "path": found}
 
 
 def _replace(row: dict[str, Any], find: Any, column: str) -> dict[str, Any]:

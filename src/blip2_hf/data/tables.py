@@ -5,13 +5,14 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from ..jobs.errors import CollectionError
 from .annotations import read_json_annotations, read_text_annotations
 from .picture_paths import Rows, find_pictures, without_decoding
 from .shards import load_shards
@@ -47,6 +48,11 @@ def table_ending(name: str | os.PathLike) -> str | None:
     return ending if ending in _BUILDERS or ending in _TEXTS else None
 
 
+def is_table(name: str) -> bool:
+    """Tell by the name of a file in a folder whether `datasets` reads it as rows."""
+    return name[0] != "." and table_ending(name) in _BUILDERS
+
+
 def load_tables(
     name: str, split: str, streaming: bool, image_column: str = "image", image_root: str | os.PathLike | None = None
 ) -> Rows:
@@ -78,8 +84,8 @@ def _concatenate(parts: Iterable[Rows]) -> Any:
 def _make_rows(path: Path, rows: list[dict[str, Any]], image_root: str | os.PathLike | None) -> Rows:
     """Make rows of a file of annotations, with the paths of their pictures."""
     own = _COCO.fullmatch(path.name)
-    # COCO's file lies in annotations/, beside train2017/
-    subfolders = ("", own[1], f"../{own[1]}") if own else ("",)
+    # COCO's file lies in annotations/, beside train2017/, and Flickr8k's beside Images/
+    subfolders = ("", own[1], f"../{own[1]}") if own else ("", "Images")
     return find_pictures(datasets.Dataset.from_list(rows), "image", path.parent, image_root, str(path), subfolders)
 
 
@@ -107,7 +113,7 @@ def _load(ending: str, files: str | list[str], split: str, streaming: bool, name
         return rows
 
 
-def _read_annotations(paths: Iterable[str], ending: str) -> dict[str, list[dict[str, Any]]] | None:
+def _read_annotations(paths: Sequence[str], ending: str) -> dict[str, list[dict[str, Any]]] | None:
     """Return the rows of files of annotations, by their paths, or `None` if they are tables."""
     if ending not in (".json", *_TEXTS):
         return None
@@ -120,6 +126,8 @@ def _read_annotations(paths: Iterable[str], ending: str) -> dict[str, list[dict[
             raise _unreadable(path, str(error)) from error
         if rows is not None:
             found[path] = rows
+    if found and len(found) < len(paths):
+        raise ValueError(f"{next(iter(found))} has annotations, and other files beside it are tables. Give one kind.")
     return found or None
 
 
@@ -138,6 +146,8 @@ def errors_that_name(name: str) -> Iterator[None]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says the same
     try:
         yield
+    except (CollectionError, ImportError, MemoryError):
+        raise
     except Exception as error:  # the readers of `datasets` raise whatever they like
         reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetBuildError) else error
         if isinstance(reason, OSError) and reason.errno is not None:  # a full disk, or no permission
