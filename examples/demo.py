@@ -46,6 +46,7 @@ from blip2_hf.data import (
     with_image_size,
 )
 from blip2_hf.evaluation import retrieval_recall
+from blip2_hf.jobs.errors import tell_errors
 from blip2_hf.models.losses import image_text_similarity
 
 
@@ -313,4 +314,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("demo.py"):
+        main()

@@ -28,6 +28,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.data import VisionTower, cache_features, with_image_size
+from blip2_hf.jobs.errors import tell_errors
 
 
 LAYER, SIZE = 9, 112
@@ -165,4 +166,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("easy_vqa.py"):
+        main()

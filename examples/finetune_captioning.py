@@ -24,6 +24,8 @@ from transformers import HfArgumentParser
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_size, check_held_out, load_rows
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.evaluation.metrics import caption_metrics
+from blip2_hf.jobs.errors import tell_errors
+from blip2_hf.jobs.names import check_names
 from blip2_hf.training import (
     FineTuningArguments,
     load_writer,
@@ -58,6 +60,7 @@ class CaptioningArguments:
 
 def main():
     options, arguments = HfArgumentParser((CaptioningArguments, FineTuningArguments)).parse_args_into_dataclasses()
+    check_names([options.model], [options.data, options.validation])
     check_held_out(options.data, options.validation)
     check_feature_size(options.image_size, options.data, options.validation)
     model, processor = load_writer(
@@ -93,4 +96,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("finetune_captioning.py"):
+        main()

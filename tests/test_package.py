@@ -77,6 +77,40 @@ def test_auto_classes_know_ours_whatever_is_imported_first():
     assert printed.splitlines() == ["0"] * len(ORDERS), printed
 
 
+# Packages of the extras, by which none of the modules must be stopped
+EXTRAS = "bitsandbytes evaluate faiss gguf matplotlib onnx onnxruntime onnxscript pillow_heif scipy spacy tensorboard"
+
+
+def test_a_base_installation_imports_every_module():
+    code = """
+        import importlib.machinery, pkgutil, sys
+
+        class Others(importlib.machinery.PathFinder):
+            @classmethod
+            def find_spec(cls, name, *args, **kwargs):
+                return None if name in sys.argv[1:] else super().find_spec(name, *args, **kwargs)
+
+        sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Others
+        import blip2_hf
+
+        def fail(name):
+            raise
+
+        names = [module.name for module in pkgutil.walk_packages(blip2_hf.__path__, "blip2_hf.", onerror=fail)]
+        names.remove("blip2_hf.cli.__main__")  # runs the command
+        names.remove("blip2_hf.evaluation.metrics.evaluate_module")  # of load_metric alone
+        for name in names:
+            importlib.import_module(name)
+        from blip2_hf.evaluation.metrics import load_metric
+        try:
+            load_metric("cider_d")
+        except ImportError as error:
+            print(len(names) > 100, error)
+    """
+    expected = 'True Modules of evaluate need it: pip install "blip2-hf[evaluation]".'
+    assert run(code, *EXTRAS.split()) == expected
+
+
 def test_an_installation_holds_all_files(tmp_path):
     command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)

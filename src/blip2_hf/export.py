@@ -1,5 +1,6 @@
 """The image side of BLIP-2 as one graph for serving: from pictures to soft prompts or features."""
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,7 +135,10 @@ def _write(program: torch.export.ExportedProgram, path: Path, format: str):
     with temporary_folder(path.parent) as folder:
         file = folder / path.name
         if format == "torch":
-            torch.export.save(program, file)
+            # Not into the file, because torch ends the process if the disk is full
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer)
+            file.write_bytes(buffer.getbuffer())
         else:
             onnx = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
             onnx.save(file, external_data=True)

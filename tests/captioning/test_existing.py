@@ -141,7 +141,7 @@ def test_a_text_that_is_corrected_while_a_run_is_stopped_stays(photos, caption, 
         raise OSError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("blip2_hf.captioning.outputs.SidecarFiles.join", fail)
+        patch.setattr("blip2_hf.captioning.sidecars.SidecarFiles.join", fail)
         with pytest.raises(OSError, match="full"):
             caption(existing="overwrite")
     (photos / "0.txt").write_text("corrected")
@@ -179,12 +179,12 @@ def test_what_is_overwritten_is_replaced_one_by_one(photos, caption, expected, m
 def test_metadata_of_the_user_are_completed(photos, caption, expected, ending):
     own = [
         {"file_name": "sub/2.png", "stars": "4", "caption": None},
-        {"file_name": "gone.png", "stars": "1", "caption": "a picture\nthat is gone, really"},
+        {"file_name": "gone.png", "stars": "1", "caption": "ein Bär\nthat is gone, really"},
         {"file_name": "0.png", "stars": "5", "caption": "mine"},
     ]
     path = photos / f"metadata.{ending}"
     if ending == "jsonl":
-        path.write_text("\n".join(map(json.dumps, own)))  # the last line has no end
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in own))  # the last line has no end
     elif ending == "csv":
         with open(path, "w", newline="", encoding="utf-8-sig") as file:
             writer = csv.DictWriter(file, own[0])
@@ -197,6 +197,7 @@ def test_metadata_of_the_user_are_completed(photos, caption, expected, ending):
     rest = read(path)
     assert [row["file_name"] for row in rest if row["file_name"] != "1.png"] == [row["file_name"] for row in own]
     by_name = {row["file_name"]: row for row in rest}
+    assert ending == "parquet" or "Bär" in path.read_text(encoding="utf-8")
     assert by_name["sub/2.png"] == {**own[0], "caption": expected["sub/2.png"]}
     assert by_name["gone.png"] == own[1] and by_name["0.png"] == own[2]
     assert by_name["1.png"]["caption"] == expected["1.png"]
@@ -284,10 +285,12 @@ def test_a_table_of_other_settings(photos, caption, expected, tmp_path, existing
 
 def test_nothing_is_added_to_what_another_run_has_not_finished(caption, tmp_path, monkeypatch):
     output = tmp_path / "captions.jsonl"
+
+    def fail(*_):
+        raise OSError("full")
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "blip2_hf.captioning.outputs.CaptionFile.join", lambda *_: (_ for _ in ()).throw(OSError("full"))
-        )
+        patch.setattr("blip2_hf.captioning.table_output.CaptionFile.join", fail)
         with pytest.raises(OSError, match="full"):
             caption(output, prompt="a")
     with pytest.raises(CollectionError, match="is not finished: a run with other options"):

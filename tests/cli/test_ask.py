@@ -119,7 +119,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(photos, model, monkeypatch
 
 def test_a_model_that_answers_nothing_and_a_picture_that_is_none(photos, model, tmp_path, capsys):
     save_stage1(tmp_path / "stage1")
-    with pytest.raises(SystemExit, match="needs a language model"):
+    with pytest.raises(SystemExit, match="has no language model"):
         main(["ask", "a.png", "what?", "--model", "stage1"])
     (tmp_path / "notes.md").write_text("no picture")
     with pytest.raises(SystemExit) as stopped:

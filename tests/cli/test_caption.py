@@ -105,7 +105,7 @@ def test_pictures_are_written_if_that_is_asked_for(photos, model, run):
     assert all((photos / name).read_text().startswith("sks, ") for name in (*found, "b.caption"))
 
 
-def test_larger_pictures_are_broken(photos, run):
+def test_larger_pictures_are_broken(photos, run, recwarn):
     Image.new("RGB", (100, 100)).save(photos / "large.png")
     limit = Image.MAX_IMAGE_PIXELS
     for workers in ("0", "1"):
@@ -115,6 +115,7 @@ def test_larger_pictures_are_broken(photos, run):
     run("photos", "--output", "all.jsonl", "--max-pixels", "10000")
     assert len(read_lines("all.jsonl")) == 4
     assert limit == Image.MAX_IMAGE_PIXELS
+    assert not [each for each in recwarn if each.category is Image.DecompressionBombWarning]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,8 @@ def test_larger_pictures_are_broken(photos, run):
         ([], {"num_beams": 5, "length_penalty": 1.0}),
         (["--top-p", "0.5"], {"num_beams": 1, "do_sample": True, "top_p": 0.5}),
         (["--temperature", "0.5", "--num-beams", "2"], {**TWO_BEAMS, "temperature": 0.5}),
-        (["--generate", "do_sample=true", "top_k=3"], {"num_beams": 1, "do_sample": True, "top_k": 3}),
+        (["--generate", "top_k=3"], {"num_beams": 1, "do_sample": True, "top_k": 3}),
+        (["--generate", "do_sample=false"], {"num_beams": 5, "length_penalty": 1.0}),
     ],
 )
 def test_sampling_beside_a_preset(photos, run, options, generation):

@@ -361,6 +361,8 @@ def test_both_stages_of_pretraining(work, capsys):
     pretrain("2", "stage2", *joined)
     assert "blip2-hf finetune DATA --model" in capsys.readouterr().out.splitlines()[-1]
     assert (work / "stage2" / "samples.md").read_text().count("## Step 2, CIDEr-D") == 1
+    pretrain("2", "streamed", *joined, "--streaming")
+    assert "eval_" not in capsys.readouterr().out
     finetune(Path(), "rows.parquet", work / "stage2", work / "captioner", *STEPS)
     main(["caption", "photos", "--model", str(work / "captioner"), "--output", str(work / "c.jsonl"), *CAPTION])
     assert len((work / "c.jsonl").read_text().splitlines()) == 3
@@ -373,6 +375,7 @@ def test_both_stages_of_pretraining(work, capsys):
         (["--stage", "2", "--stage1", "stage1"], "--stage 2 needs --stage1.*--language-model"),
         (["--stage", "1", "--vision-model", "captioner", "--prefix-lm"], "--prefix-lm goes with --stage 2"),
         (["--stage", "1", "--model", "stage1", "--num-query-tokens", "3"], "--num-query-tokens: --model has its own"),
+        (["--stage", "1", "--model", "stage1", "--streaming", "--epochs", "2"], "--epochs: the length of a stream"),
         (["--stage", "1", "--model", "captioner"], "captioner is a model of stage 2 .*not learned to match"),
     ],
 )

@@ -20,6 +20,7 @@ from blip2_hf.evaluation import GeneratedTextMetrics, exact_match, word_f1
 from blip2_hf.training import (
     Blip2Trainer,
     FineTuningArguments,
+    RetrievalArguments,
     Stage1Arguments,
     Stage2Arguments,
 )
@@ -38,6 +39,9 @@ def test_the_papers_settings(tmp_path):
     tuning = FineTuningArguments(str(tmp_path))
     assert (tuning.num_train_epochs, tuning.learning_rate, tuning.warmup_steps) == (5, 1e-5, 1000)
     assert (tuning.adam_beta2, tuning.preset, tuning.predict_with_generate) == (0.999, "finetune", True)
+    retrieval = RetrievalArguments(str(tmp_path))
+    assert (retrieval.num_train_epochs, retrieval.learning_rate, retrieval.warmup_steps) == (5, 1e-5, 1000)
+    assert (retrieval.adam_beta2, retrieval.preset, retrieval.vision_layer_decay) == (0.999, "finetune", 0.95)
 
 
 def test_a_learning_rate_below_the_papers_last_one_does_not_rise(tmp_path):
@@ -96,6 +100,26 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best = Blip2ForConditionalGeneration.from_pretrained(trainer.state.best_model_checkpoint)
     torch.testing.assert_close(best.query_tokens.weight, trainer.model.query_tokens.weight)
+
+
+def test_generation_settings_stay_as_they_are(tmp_path):
+    """Trainer fills in defaults as it evaluates, of which a second limit of length would be saved."""
+    trainer = make_trainer(tmp_path, compute_metrics=GeneratedTextMetrics)
+    before = trainer.model.generation_config.to_dict()
+    trainer.evaluate()
+    assert trainer.model.generation_config.to_dict() == before
+    trainer.save_model()
+    saved = Blip2ForConditionalGeneration.from_pretrained(tmp_path).generation_config
+    assert (saved.max_new_tokens, saved.max_length) == (6, None)
+
+
+def test_adapters_are_drawn_by_the_seed(tmp_path):
+    def draw(seed: int) -> torch.Tensor:
+        trainer = make_trainer(tmp_path, preset="lora_language_model", seed=seed)
+        return next(p for name, p in trainer.model.named_parameters() if "lora_A" in name)
+
+    first, again, other = draw(1), draw(1), draw(2)
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_adapters_in_the_trainer(tmp_path):

@@ -22,8 +22,9 @@ from ..jobs.output import only_writer, share, tell_share
 from ..jobs.state_files import as_json
 from ..models.image_loading import check_reads_8_bit
 from ..models.processing_blip2 import learned_prompt
+from .caption_output import CaptionOutput
 from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images, seed_of
-from .outputs import CaptionOutput, open_output
+from .formats import open_output
 from .pictures import FolderPictures, Pictures, RowPictures
 
 

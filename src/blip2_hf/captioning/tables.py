@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -71,7 +72,7 @@ class JsonLines(CaptionTable):
         )
 
     def _write(self, file: IO[bytes], rows: Iterable[dict[str, Any]], columns: Mapping[str, type]):
-        file.writelines(map(json_line, rows))
+        file.writelines(map(_readable_line, rows))
 
 
 class Csv(CaptionTable):
@@ -126,6 +127,14 @@ class Parquet(CaptionTable):
         with pq.ParquetWriter(file, schema) as writer:
             while group := list(islice(rows, _ROWS_PER_GROUP)):
                 writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+def _readable_line(row: dict[str, Any]) -> bytes:
+    """Return a line in which people can read other letters than those of ASCII."""
+    try:
+        return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:  # half a character
+        return json_line(row)
 
 
 TABLES: dict[str, type[CaptionTable]] = {"csv": Csv, "jsonl": JsonLines, "parquet": Parquet}

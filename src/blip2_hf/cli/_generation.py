@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..models.generation_presets import GenerationPreset
 
 _OPTIONS = ("num_beams", "max_new_tokens", "top_p", "temperature")  # of commands, that generate has too
+_OF_SAMPLING = {"top_p", "temperature", "top_k", "min_p", "typical_p"}  # without an effect on a search
 # Arguments that other options stand for, and those that make generate return more than texts
 _OTHERS = {
     "prompt": "--prompt",
@@ -52,9 +53,9 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def given_generation(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `generate` that the options give. One that it does not have, or can't be, is refused."""
     given = {name: value for name in _OPTIONS if (value := getattr(options, name, None)) is not None}
-    if given.keys() & {"top_p", "temperature"}:
-        given["do_sample"] = True
     given |= dict(options.generate or [])
+    if given.keys() & _OF_SAMPLING:
+        given.setdefault("do_sample", True)
     for name, value in given.items():
         _check_argument(name, value)
     return given

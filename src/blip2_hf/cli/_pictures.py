@@ -1,6 +1,7 @@
 """Pictures that a user names one by one: files, wildcards, URLs."""
 
 import glob
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,9 @@ def pixel_limit(most: int | None) -> Iterator[None]:
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = before if most is None else most
     try:
-        yield
+        with warnings.catch_warnings():
+            # Larger pictures are refused, which is told
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = before

@@ -175,6 +175,8 @@ def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
 
     if not isinstance(rows, datasets.Dataset) or column not in rows.column_names:
         return rows
+    if len(rows) == 0:
+        raise ValueError(f"{data} has no rows.")
     texts = rows.with_format(None).select_columns([column])
     kept = [number for number, row in enumerate(texts) if _has_text(row[column])]
     missing = sorted({*range(len(rows))} - {*kept})

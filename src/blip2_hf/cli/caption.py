@@ -118,7 +118,7 @@ def _print_captions(options: argparse.Namespace, files: list[str]):
 
 def _write_captions(options: argparse.Namespace, files: list[str] | None):
     from ..captioning import caption_dataset
-    from ..captioning.outputs import open_output
+    from ..captioning.formats import open_output
 
     output = {
         "existing": "overwrite" if options.overwrite else options.existing or "skip",

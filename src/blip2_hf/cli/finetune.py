@@ -1,6 +1,7 @@
 """`blip2-hf finetune`: a trained BLIP-2 learns from pictures with texts of one's own."""
 
 import argparse
+import shlex
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -114,7 +115,7 @@ def _run(options: argparse.Namespace):
     )
     train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=["model"])
     save_result(trainer, merge=options.merge)
-    finish(trainer, options.output, task.next_command.format(options.output, options.prompt))
+    finish(trainer, options.output, task.next_command.format(shlex.quote(options.output)))
 
 
 def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -187,9 +188,10 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
         columns["prompt"] = options.prompt
     image_size = find_image_size(options, processor)
     check_feature_size(image_size, options.data, options.validation)
+    validation = rows["validation"]
     data = {
         "train": training_pairs(rows["train"], image_size, options.seed, task.flip, **columns),
-        "validation": rows["validation"] and ImageTextPairs(rows["validation"], train=False, **columns),
+        "validation": None if validation is None else ImageTextPairs(validation, train=False, **columns),
     }
     if data["train"].has_features and options.preset in ("finetune", "everything", "lora_vision_model"):
         raise ValueError(

@@ -87,8 +87,9 @@ def _run(options: argparse.Namespace):
     from ..training import make_trainer, save_result, train_from_last_checkpoint, without_bad_rows
 
     if options.skip_bad_rows:
+        if options.streaming and options.stage == 2:
+            data["train"].check = collator.check
         data = without_bad_rows(data, collator, options.output)
-        data["train"].check = getattr(collator, "check", None)
     metrics = _metrics(options, processor, data["validation"])
     patience = options.early_stopping
     trainer = make_trainer(
@@ -121,6 +122,8 @@ def _check(options: argparse.Namespace):
         raise ValueError("--stage 2 needs --stage1, a model of stage 1, and --language-model.")
     if options.stage == 1 and (options.vision_model is None) == (options.model is None):
         raise ValueError("--stage 1 needs --vision-model, to begin, or --model, to go on from a trained model.")
+    if options.streaming and options.epochs is not None:
+        raise ValueError("--epochs: the length of a stream is not known. Give --max-steps.")
     if options.model is not None:
         parts = ("text_encoder", "vision_feature_layer", "num_query_tokens")
         if given := [name for name in parts if getattr(options, name) is not None]:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 _LONGEST_VALUE = 80  # characters of a value that a message shows
 _LONGEST_SENTENCE = 160  # characters of another's message in ours
@@ -64,18 +66,29 @@ def tell_errors(name: str) -> Iterator[None]:
         yield
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"{name}: {printable(describe(error))}") from error
+    except SafetensorError as error:
+        raise SystemExit(f"{name}: a file of weights can't be read or written ({first_sentence(error)}).") from error
     except RuntimeError as error:
-        from accelerate.utils.memory import should_reduce_batch_size
-
-        if not should_reduce_batch_size(error):
+        if (text := _explain(error)) is None:
             raise
-        raise SystemExit(
-            f"{name}: memory ran out. Make batches smaller, load the model in another dtype such as bfloat16, or take "
-            "a device with more memory."
-        ) from error
+        raise SystemExit(f"{name}: {text}") from error
     except KeyboardInterrupt:
         print(f"{name}: stopped.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _explain(error: RuntimeError) -> str | None:
+    """Return what users can do about an error of torch, `None` if nothing."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if should_reduce_batch_size(error):
+        return (
+            "memory ran out. Make batches smaller, load the model in another dtype such as bfloat16, or take a device "
+            "with more memory."
+        )
+    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+        return f"a file can't be written whole ({first_sentence(error)}). Is the disk full?"
+    return None
 
 
 def describe(error: Exception) -> str:

@@ -4,6 +4,7 @@ import difflib
 import glob
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import first_sentence
@@ -72,6 +73,23 @@ def check_data_name(name: str | os.PathLike):
         _check_repository(str(path), "dataset", "README.md")
     elif path.is_dir() and not any(path.iterdir()):
         raise FileNotFoundError(f"The folder {path} is empty.")
+
+
+def check_names(models: Iterable[str | os.PathLike | None], data: Iterable[str | os.PathLike | None] = ()):
+    r"""
+    Refuse names of models and of data that lead nowhere, before anything is loaded.
+
+    Args:
+        models, data (`Iterable` of `str` or `os.PathLike`):
+            Names, as in [`check_model_name`] and [`check_data_name`]. `None` is passed over.
+
+    Raises:
+        OSError or ValueError: as these.
+    """
+    for check, names in ((check_data_name, data), (check_model_name, models)):
+        for name in names:
+            if name is not None:
+                check(name)
 
 
 def check_folder(name: str | os.PathLike):

@@ -1,7 +1,6 @@
 """Captions, answers and retrieval scored as the benchmarks do: pure Python functions, and modules of `evaluate`."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .bleu import bleu
@@ -76,9 +75,10 @@ def load_metric(name: str, **kwargs: Any) -> "EvaluationModule":
     ```"""
     if name not in METRICS:
         raise ValueError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
-    if find_spec("evaluate") is None:
-        raise ImportError('Modules of evaluate need it: pip install "blip2-hf[evaluation]".')
-    from .evaluate_module import Blip2Metric
+    try:
+        from .evaluate_module import Blip2Metric
+    except ImportError as error:
+        raise ImportError('Modules of evaluate need it: pip install "blip2-hf[evaluation]".') from error
 
     return Blip2Metric(config_name=name, **kwargs)
 

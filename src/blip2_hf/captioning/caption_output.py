@@ -1,13 +1,12 @@
 """
-Files of captions, safe to be killed over: while a run lasts, each process appends to a part of its own; at the end the
-parts become one file.
+What a run writes captions to, safe to be killed over: while it lasts, each process appends to a part of its own; at
+the end the parts become the result.
 
 What there is already is skipped, overwritten, or added to. A run that overwrites or adds remembers which pictures it
 has done, so that it can go on: in its parts, and, if it adds, in the file `added`, because a caption is added once.
 """
 
 import heapq
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,31 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from ..data.text import LONE_SURROGATE
-from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json, write_text
-from ..jobs.errors import CollectionError, MadeOtherwiseError
+from ..jobs.atomic_files import atomic_file, remove_leftovers, write_json
+from ..jobs.errors import MadeOtherwiseError
 from ..jobs.fingerprints import check_settings, check_settings_file
 from ..jobs.output import raise_lost
-from ..jobs.picture_files import picture_endings
 from ..jobs.state_files import appended_lines, as_json, json_line, read_json, read_json_lines
 from .captions import PictureCaption
-from .pictures import FolderPictures, Pictures
-from .tables import TABLES
+from .pictures import Pictures
 
 
 CAPTION = "caption"
-BEFORE = "before"  # what was there, of a caption that was added to it
+BEFORE = "before"  # what was there, of a caption that takes its place or is added to it
 REASON = "reason"  # of a picture that can't be read
-EXISTING = ("skip", "overwrite", "append", "prepend")
 
 _EXISTING, _EARLIER = "existing", "earlier"  # in the settings: of a run that overwrites or adds, and those before it
 _FREE = ("model", _EXISTING, _EARLIER)  # settings that may differ
-_METADATA = {f"metadata.{ending}" for ending in TABLES}  # names that `datasets` looks for in a folder of pictures
 _OTHERWISE = (
     "Give the same options to go on with these captions, another output (--output), or existing='overwrite' "
     "(--overwrite) to replace them."
 )
-_CAPTIONED_AGAIN = "Restore it, or delete the file or that line: its pictures are captioned again."
-_MEND = "Mend it, or give another output (--output)."
 
 
 class CaptionOutput(ABC):
@@ -168,7 +161,7 @@ class CaptionOutput(ABC):
 
     def joined(self, first: Any, second: Any) -> Any:
         """Return captions that one picture has, as the result has them."""
-        return first + second if self.is_list else _join(first, second)
+        return first + second if self.is_list else join_texts(first, second)
 
     def prepare(self, settings: Mapping[str, Any]):
         """Remove what runs that were killed left unfinished, and say what the captions are made with."""
@@ -197,7 +190,7 @@ class CaptionOutput(ABC):
         if parts and self.adds:
             # Last, because what is known as added is not added again
             records = self.in_order(self.read(self.added), *map(self.read, parts))
-            self._write_lines(self.added, list(_without_broken(records, [])))
+            self._write_lines(self.added, list(without_broken(records, [])))
         if self.existing != "skip":
             write_json(self.settings, {**settings, **({_EXISTING: self.existing} if self.adds else {})})
         for path in parts:
@@ -236,7 +229,7 @@ class CaptionOutput(ABC):
     def in_order(self, *sources: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield the records of sources, each in the order of the pictures, without those that stand twice."""
         last = None
-        positions = [_with_position(source, self.pictures) for source in sources]
+        positions = [with_position(source, self.pictures) for source in sources]
         for _, record in heapq.merge(*positions, key=itemgetter(0)):
             identity = self.key(record)
             if identity != last:
@@ -247,207 +240,7 @@ class CaptionOutput(ABC):
         return tuple(record[name] for name in self.pictures.columns)
 
 
-class CaptionFile(CaptionOutput):
-    """
-    Captions in one file, JSON lines, CSV or Parquet, that appears when the run is finished. If it is a `metadata` file
-    of a folder of pictures, it may be the user's, with captions, rows and columns that stay.
-    """
-
-    def __init__(self, path: Path, output_format: str, pictures: Pictures, existing: str, num_captions: int):
-        self.is_metadata = path.name in _METADATA
-        # `datasets` reads no hidden files
-        base = path.with_name(f".{path.name}") if self.is_metadata else path
-        super().__init__(path, base, pictures, existing, num_captions)
-        self.table = TABLES[output_format](path, pictures.columns, _MEND if self.is_metadata else _CAPTIONED_AGAIN)
-        self._before: dict[int, Any] | None = None
-
-    def results(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of the result. A cell without a caption has `None`."""
-        kind = list if self.is_list else str
-        for row in self.table.read():
-            if self.is_metadata and row.get(CAPTION) == "":
-                row[CAPTION] = None  # an empty cell of CSV
-            found = row.get(CAPTION)
-            if found is not None and not isinstance(found, kind):
-                expected = "a list of captions" if self.is_list else "one text"
-                raise CollectionError(
-                    f"{self.place} has captions such as {found!r}, and {expected} was expected for each picture "
-                    "(num_captions, --captions-per-image). Give another output (--output)."
-                )
-            yield row
-
-    def check(self, settings: Mapping[str, Any]):
-        super().check(settings)
-        for _ in self.results():  # what does not fit is told before anything is written
-            pass
-
-    def has_captions(self) -> bool:
-        # Without settings, metadata are those of the user
-        return self.has_parts() or (bool(self._found) if self.is_metadata else self.place.exists())
-
-    def captioned(self) -> Iterator[int]:
-        positions = (self.pictures.position(row) for row in self.results() if row.get(CAPTION) is not None)
-        return (position for position in positions if position is not None)
-
-    def before(self, index: int) -> Any:
-        if self._before is None:
-            found = ((self.pictures.position(row), row.get(CAPTION)) for row in self.results())
-            self._before = {position: text for position, text in found if position is not None}
-        return self._before.get(index)
-
-    def join(self, parts: list[Path], broken: list[dict[str, Any]]):
-        # What is overwritten goes, also of pictures that are gone, unless there may be more than captions
-        stays = self.is_metadata or self.existing != "overwrite"
-        there = {self.key(row) for row in self.results()} if stays else set()
-        written = (record for part in parts for record in self.read(part) if CAPTION in record)
-        updates = {key: record for record in written if (key := self.key(record)) in there}
-        new = (record for record in self.in_order(*map(self.read, parts)) if self.key(record) not in updates)
-        new = map(_as_row, _without_broken(new, broken))
-        old = (self._updated(row, updates.get(self.key(row))) for row in (self.results() if stays else ()))
-        sources = [_with_position(source, self.pictures) for source in (old, new)]
-        rows = (row for _, row in heapq.merge(*sources, key=itemgetter(0)))
-        self.table.write(rows, {CAPTION: list if self.is_list else str})
-
-    def _updated(self, row: dict[str, Any], record: dict[str, Any] | None) -> dict[str, Any]:
-        """Return a row with its new caption, unless it has that already, or another one that was not known."""
-        if record is None or (self.existing != "overwrite" and row.get(CAPTION) != record.get(BEFORE)):
-            return row
-        return {**row, CAPTION: record[CAPTION]}
-
-
-class SidecarFiles(CaptionOutput):
-    """A text file for each picture of a folder: beside it, or at the same place in another folder."""
-
-    pictures: FolderPictures
-
-    def __init__(
-        self, folder: Path | None, pictures: FolderPictures, existing: str, num_captions: int, extension: str
-    ):
-        self.folder = pictures.folder if folder is None else folder
-        self.extension = extension
-        base = self.folder / f"captions{'' if extension == '.txt' else extension}"
-        super().__init__(self.folder, base, pictures, existing, num_captions)
-        self.sidecars = [self.folder / f"{os.path.splitext(name)[0]}{extension}" for name in pictures.names]
-        first: dict[Path, str] = {}
-        for name, sidecar in zip(pictures.names, self.sidecars, strict=True):
-            if sidecar in first:
-                raise CollectionError(
-                    f"{first[sidecar]} and {name} would both have the captions of {sidecar}. Take --format jsonl or "
-                    "parquet, or rename one."
-                )
-            first[sidecar] = name
-
-    def has_captions(self) -> bool:
-        # Without settings, texts beside pictures are those of the user
-        return self.has_parts() or (bool(self._found) and any(self.folder.rglob(f"*{self.extension}")))
-
-    def captioned(self) -> Iterator[int]:
-        return (index for index, sidecar in enumerate(self.sidecars) if sidecar.exists())
-
-    def folders(self) -> set[Path]:
-        return {self.folder, *(path.parent for path in self.sidecars)}
-
-    def value(self, texts: list[str]) -> str:
-        return "".join(f"{' '.join(text.split()) if self.is_list else text}\n" for text in texts)
-
-    def joined(self, first: str, second: str) -> str:
-        first, second = first.strip(), second.strip()
-        return (f"{first}\n{second}" if first and second and self.is_list else _join(first, second)) + "\n"
-
-    def before(self, index: int) -> str | None:
-        sidecar = self.sidecars[index]
-        return sidecar.read_bytes().decode("utf-8-sig", "surrogateescape") if sidecar.exists() else None
-
-    def write(self, add: Callable[[Any], None], caption: PictureCaption) -> bool:
-        record = self.record(caption)
-        if self.existing != "skip" or CAPTION not in record:
-            add(record)  # first, so that `prepare` can tell whether the text is written
-        if CAPTION in record:
-            self._write_text(caption.index, record[CAPTION])
-        return CAPTION in record
-
-    def _write_text(self, index: int, text: str):
-        sidecar = self.sidecars[index]
-        sidecar.parent.mkdir(parents=True, exist_ok=True)
-        write_text(sidecar, text)
-
-    def prepare(self, settings: Mapping[str, Any]):
-        super().prepare(settings)
-        for record in chain(*map(self.read, self.parts())):
-            index = self.pictures.position(record)
-            # Another text than the one before is the new one, or the user's
-            if CAPTION in record and index is not None and self.before(index) == record.get(BEFORE):
-                self._write_text(index, record[CAPTION])
-
-    def join(self, parts: list[Path], broken: list[dict[str, Any]]):
-        for _ in _without_broken(self.in_order(*map(self.read, parts)), broken):
-            pass  # the texts are there
-
-
-def open_output(
-    output: str | os.PathLike | None,
-    output_format: str | None,
-    pictures: Pictures,
-    existing: str = "skip",
-    num_captions: int = 1,
-    extension: str = ".txt",
-) -> CaptionOutput:
-    """
-    Return the output of a format, by default the one that the ending of its name tells. Without `output`, text files
-    lie in the folder of the pictures.
-    """
-    if existing not in EXISTING:
-        raise ValueError(f"existing={existing!r}: one of {', '.join(EXISTING)} was expected.")
-    path = None if output is None else Path(output)
-    ending = "" if path is None or path.is_dir() else path.suffix.removeprefix(".").lower()
-    output_format = output_format or {"": "txt"}.get(ending, ending)
-    if output_format not in ("txt", *TABLES):
-        raise CollectionError(
-            f"{output}: the ending does not tell the format. Name a file that ends in {', '.join(TABLES)}, or give "
-            f"--format txt, {', '.join(TABLES)}."
-        )
-    if output_format == "txt":
-        return _open_sidecars(path, pictures, existing, num_captions, extension)
-    if path is None or path.is_dir():
-        raise CollectionError(f"--format {output_format} needs the name of a file, --output captions.{output_format}.")
-    if output_format == "csv" and num_captions > 1:
-        raise CollectionError(
-            "A cell of CSV has one caption. For several of a picture, give a .jsonl or a .parquet file."
-        )
-    if path.name in _METADATA:
-        pictures = _named_by_metadata(path, pictures)
-    return CaptionFile(path, output_format, pictures, existing, num_captions)
-
-
-def _named_by_metadata(path: Path, pictures: Pictures) -> FolderPictures:
-    if not isinstance(pictures, FolderPictures):
-        raise CollectionError(
-            f"{path.name} describes a folder of pictures. Give another name, such as captions.jsonl."
-        )
-    if others := [name for name in sorted(_METADATA - {path.name}) if path.with_name(name).exists()]:
-        raise CollectionError(
-            f"{path.with_name(others[0])} is there already, and `datasets` reads one metadata file of a folder. Give "
-            "it as --output, or remove it."
-        )
-    return pictures.named_from(path.parent)
-
-
-def _open_sidecars(
-    path: Path | None, pictures: Pictures, existing: str, num_captions: int, extension: str
-) -> SidecarFiles:
-    if not isinstance(pictures, FolderPictures):
-        raise CollectionError(
-            "A .txt for each picture needs a folder of pictures. Give --output a file that ends in .jsonl, .csv or "
-            ".parquet."
-        )
-    if path is not None and path.is_file():
-        raise CollectionError(f"{path} is a file, and --format txt needs a folder. Give another --output.")
-    if not re.fullmatch(r"\.\w[\w.-]*", extension) or extension.lower() in picture_endings():
-        raise CollectionError(f"--extension {extension}: the ending of a text file was expected, such as .caption.")
-    return SidecarFiles(path, pictures, existing, num_captions, extension)
-
-
-def _join(first: str, second: str) -> str:
+def join_texts(first: str, second: str) -> str:
     """Return two captions as one: with a comma, as lists of tags have it, or as sentences."""
     first, second = first.strip(), second.strip()
     if not first or not second:
@@ -459,12 +252,7 @@ def _beside(base: Path, ending: str) -> Path:
     return base.with_name(f"{base.name}.{ending}")
 
 
-def _as_row(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record of a part as a row."""
-    return {name: value for name, value in record.items() if name != BEFORE}
-
-
-def _without_broken(records: Iterable[dict[str, Any]], broken: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def without_broken(records: Iterable[dict[str, Any]], broken: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for record in records:
         if CAPTION in record:
             yield record
@@ -472,7 +260,7 @@ def _without_broken(records: Iterable[dict[str, Any]], broken: list[dict[str, An
             broken.append(record)
 
 
-def _with_position(records: Iterable[dict[str, Any]], pictures: Pictures) -> Iterator[tuple[int, dict[str, Any]]]:
+def with_position(records: Iterable[dict[str, Any]], pictures: Pictures) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield records with numbers that never fall. Those of pictures that are gone stay where they are."""
     last = -1
     for record in records:
