@@ -60,8 +60,8 @@ class CaptioningArguments:
 
 def main():
     options, arguments = HfArgumentParser((CaptioningArguments, FineTuningArguments)).parse_args_into_dataclasses()
-    check_names([options.model], [options.data, options.validation])
     check_held_out(options.data, options.validation)
+    check_names([options.model], [options.data, options.validation])
     check_feature_size(options.image_size, options.data, options.validation)
     model, processor = load_writer(
         options.model, options.image_size, options.language_model_dtype, options.max_new_tokens

@@ -261,6 +261,22 @@ def test_the_same_command_goes_on_and_another_is_refused(work, capsys):
     assert (work / "out" / "samples.md").read_text().count("## Step") == 1
 
 
+def test_stored_features_need_a_frozen_tower(work, capsys):
+    for model in ("captioner", "stage1"):
+        cache = ["cache-features", "rows.parquet", "--model", model, "--size", "28", "--dtype", "float32"]
+        main([*cache, "--output", str(work / f"features-{model}")])
+    command = ["finetune", str(work / "features-captioner"), "--model", "captioner", *STEPS, "--held-out", "4"]
+    text = refusal([*command, "--preset", "finetune", "--output", str(work / "refused")], capsys)
+    assert "--preset finetune trains it. Give --preset lora_language_model" in text
+    main([*command, "--output", str(work / "captions")])
+    assert (work / "captions" / "samples.md").read_text().count("| row ") == 4
+    command = ["finetune", str(work / "features-stage1"), "--model", "stage1", "--task", "retrieval", *STEPS]
+    command += ["--image-size", "28", "--output", str(work / "retrieval")]
+    assert "Give --preset stage1" in refusal(command, capsys)
+    main([*command, "--preset", "stage1"])
+    Blip2ForImageTextRetrieval.from_pretrained(work / "retrieval")
+
+
 def test_rows_without_text(work, capsys):
     command = ["finetune", "gaps.parquet", "--model", "captioner", "--output", str(work / "out"), *STEPS]
     text = refusal(command, capsys)

@@ -8,6 +8,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from ..data.image_size import with_image_size
+from ..jobs.checkpoints import MATCHING, WRITING, check_checkpoint, load_processor
 from ..models.backbones import load_whole
 from ..models.frozen import cast_parameters
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
@@ -44,8 +45,10 @@ def load_writer(
         `tuple[Blip2ForConditionalGeneration, Blip2Processor]`.
 
     Raises:
-        ValueError: if it lacks weights.
+        OSError: if there is no such model.
+        ValueError: if it is of another class, lacks weights, or has no processor.
     """
+    processor = _load_processor(name, WRITING, image_size)
     dtype = getattr(torch, language_model_dtype)
     kwargs = {} if bits is None else {"quantization_config": _quantization(bits, dtype)}
     model = load_whole(
@@ -59,7 +62,7 @@ def load_writer(
     if bits is None:
         cast_parameters(model.language_model, dtype)
     _limit_generation(model, max_new_tokens)
-    return model, _processor(name, image_size)
+    return model, processor
 
 
 def load_stage1(name: str | os.PathLike, image_size: int | None = None) -> tuple[Blip2ForPreTraining, Blip2Processor]:
@@ -76,10 +79,12 @@ def load_stage1(name: str | os.PathLike, image_size: int | None = None) -> tuple
         `tuple[Blip2ForPreTraining, Blip2Processor]`.
 
     Raises:
-        ValueError: if it lacks weights.
+        OSError: if there is no such model.
+        ValueError: if it is of another class, lacks weights, or has no processor.
     """
+    processor = _load_processor(name, MATCHING, image_size)
     model = load_whole(Blip2ForPreTraining, name, "A Blip2ForPreTraining", dtype=torch.float32)
-    return model, _processor(name, image_size)
+    return model, processor
 
 
 def make_stage1(
@@ -149,8 +154,10 @@ def make_stage2(
     return model, processor
 
 
-def _processor(name: str | os.PathLike, image_size: int | None) -> Blip2Processor:
-    processor = Blip2Processor.from_pretrained(name)
+def _load_processor(name: str | os.PathLike, need: str, image_size: int | None) -> Blip2Processor:
+    """Load the processor of a model, once the model is known to be of the class that is needed."""
+    check_checkpoint(name, need)
+    processor = load_processor(name)
     processor.image_processor = with_image_size(processor.image_processor, image_size)
     return processor
 
