@@ -329,6 +329,8 @@ MISTAKES = {
     "a file as the output": (["--output", "rows.parquet"], "rows.parquet is a file"),
     "no package": (["--report-to", "wandb"], "--report-to wandb needs the package wandb: pip install wandb"),
     "early stopping": (["--early-stopping", "2", "--held-out", "0"], "--early-stopping needs validations"),
+    "nothing to validate on": (["--eval-steps", "2", "--held-out", "0"], "--eval-steps: nothing is held out"),
+    "an output twice": (["--output_dir", "elsewhere"], "--output_dir: the folder of the model is given as --output"),
     "a preset of the other stage": (["--preset", "stage1"], "--preset stage1 is not for the task caption"),
     "too few rows": (
         ["--model", "stage1", "--task", "retrieval", "--batch-size", "30", "--image-size", "28"],
