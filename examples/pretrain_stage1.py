@@ -82,7 +82,7 @@ def make_data(options: PretrainingArguments, seed: int) -> dict:
 
 def main():
     options, arguments = HfArgumentParser((PretrainingArguments, Stage1Arguments)).parse_args_into_dataclasses()
-    check_names([options.vision_model, options.text_encoder], [options.data])
+    check_names([options.vision_model, options.text_encoder], [options.data, options.validation])
     data = make_data(options, arguments.seed)
     model, processor = make_stage1(
         options.vision_model,

@@ -123,8 +123,8 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def fail(program, path):
-        path.write_bytes(b"half")
+    def fail(program, file):
+        file.write(b"half")
         raise OSError("disk full")
 
     (tmp_path / "encoder.pt2").write_bytes(b"old")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from .jobs.atomic_files import rename, temporary_folder
+from .jobs.atomic_files import named_in_errors, rename, temporary_folder
 from .models.configuration_blip2 import Blip2Config
 from .models.modeling_base import Blip2PreTrainedModel
 from .models.modeling_blip2 import Blip2ForConditionalGeneration
@@ -138,7 +138,8 @@ def _write(program: torch.export.ExportedProgram, path: Path, format: str):
             # Not into the file, because torch ends the process if the disk is full
             buffer = io.BytesIO()
             torch.export.save(program, buffer)
-            file.write_bytes(buffer.getbuffer())
+            with named_in_errors(path, file):
+                file.write_bytes(buffer.getbuffer())
         else:
             onnx = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False)
             onnx.save(file, external_data=True)

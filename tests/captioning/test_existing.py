@@ -261,6 +261,23 @@ def test_csv(photos, caption, expected, tmp_path):
         caption(tmp_path / "rows.csv", rows)
 
 
+def test_a_row_that_is_corrected_while_a_run_is_stopped_stays(photos, caption, monkeypatch):
+    path = photos / "metadata.jsonl"
+    path.write_text("".join(json.dumps({"file_name": name, "caption": "mine"}) + "\n" for name in NAMES))
+
+    def fail(*_):
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("blip2_hf.captioning.table_output.CaptionFile.join", fail)
+        with pytest.raises(OSError, match="full"):
+            caption(path, existing="append")
+    path.write_text(path.read_text().replace("mine", "corrected", 1))
+    assert caption(path, existing="append").captioned == 0
+    found = [row["caption"] for row in lines(path)]
+    assert found[0] == "corrected" and all(text.startswith("mine, ") for text in found[1:])
+
+
 @pytest.mark.parametrize("existing", ["append", "overwrite"])
 def test_a_table_of_other_settings(photos, caption, expected, tmp_path, existing):
     output = tmp_path / "captions.jsonl"

@@ -179,7 +179,7 @@ def test_all_that_reads_rows_has_the_option(command):
     assert parse([*command.split(), "--allow-urls", "localhost", "10.0.0.7"]).allow_urls == ["localhost", "10.0.0.7"]
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, device):
     with pytest.raises(SystemExit, match=f"blip2-hf: --device {device} is not there .*Give cpu"):
         main(["caption", str(tmp_path), "--model", str(tmp_path / "missing"), "--device", device])

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import re
+import resource
 import shlex
 import shutil
 import sys
@@ -385,3 +386,19 @@ def test_a_full_disk(told, tmp_path, monkeypatch, name):
     monkeypatch.setattr(io, "open", full)
     data = {"evaluate": "--generate max_new_tokens=3 min_new_tokens=0 --split train", "retrieval": "--split train"}
     assert "No space left on device" in told(name, data.get(name, ""), before_loading=False)
+
+
+@pytest.mark.parametrize("name", ["convert", "export", "finetune", "search"])
+def test_a_full_disk_for_libraries_that_write_themselves(told, monkeypatch, name):
+    """A limit on the size of files is as a full disk for code that is not Python's."""
+    if name == "search":
+        monkeypatch.setitem(ALL_LINES, name, ("search cat --index photos/index --sheet {output}.png", None, None))
+        main(["index", "photos", "--model", "stage1", "--index", "photos/index", "--num-workers", "0"])
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000 if name == "search" else 40_000, most))
+    try:
+        assert re.search(
+            "can't be (read or )?written.*File too large|File too large", told(name, before_loading=False)
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

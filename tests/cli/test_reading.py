@@ -96,8 +96,9 @@ def test_a_folder_that_was_captioned(models, photos, capsys):
     assert "1 of 5 rows have no caption, and are left out" in capsys.readouterr().err
 
 
-def test_captions_in_metadata_are_those_of_datasets(models, photos):
-    caption(models, "--output", "photos/metadata.jsonl")
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_captions_in_metadata_are_those_of_datasets(ending, models, photos):
+    caption(models, "--output", f"photos/metadata.{ending}")
     rows = load_rows("photos")
     theirs = datasets.load_dataset("photos", split="train")
     assert theirs["caption"][:] == rows["caption"][: len(NAMES)]

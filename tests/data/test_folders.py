@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from blip2_hf.captioning import FolderPictures
-from blip2_hf.data import ImageTextPairs, find_splits, load_rows
+from blip2_hf.data import ImageTextPairs, find_id_column, find_splits, hold_out, load_rows
 
 
 def add_pictures(folder: Path, *names: str):
@@ -83,6 +83,31 @@ def test_metadata(photos, ending):
         assert theirs["caption"][:] == found["caption"][:3]
     stored = [rows.cast_column("image", datasets.Image(decode=False))["image"][:] for rows in (theirs, found)]
     assert [row["path"] for row in stored[0]] == [row["path"] for row in stored[1][:3]]
+
+
+def test_pictures_are_held_out_with_all_their_captions(photos):
+    names = ["a.png", "cats/c.png", "dogs/d.png"] * 4
+    write_lines(photos / "metadata.jsonl", [{"file_name": name, "caption": str(n)} for n, name in enumerate(names)])
+    rows = load_rows(photos)
+    assert find_id_column(rows) == "file_name"
+    train, held_out = hold_out(rows, 2, find_id_column(rows))
+    assert len(set(held_out["file_name"])) == 2 and not set(held_out["file_name"]) & set(train["file_name"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"image": ["a.png"], "image_id": [3], "file_name": ["a.png"]}, "image_id"),
+        ({"image": ["a.png"], "image_id": [0.5], "file_name": ["a.png"]}, "file_name"),
+        ({"image": ["a.png"], "caption": ["a bus"]}, "image"),
+        ({"image": [7], "caption": ["a bus"]}, "image"),
+        ({"picture": ["a.png"], "image": [None]}, "picture"),
+        ({"caption": ["a bus"]}, None),
+    ],
+)
+def test_the_column_that_names_the_picture(columns, expected):
+    column = "picture" if "picture" in columns else "image"
+    assert find_id_column(datasets.Dataset.from_dict(columns), column) == expected
 
 
 def test_metadata_in_folders_inside(photos):

@@ -93,7 +93,8 @@ def test_fine_tuning_asks_what_evaluation_asks_and_learns_answers_as_they_are(tm
     features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
     path = str(tmp_path / "rows.parquet")
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(path)
-    pairs = script["make_pairs"](script["VQAArguments"](model="", data=path, validation=path), path, None)
+    options = script["VQAArguments"](model="", data=path, validation=path)
+    pairs = script["make_data"](options, seed=0)["validation"]
     assert [pairs[i]["text"] for i in range(4)] == ANSWERS
     asked = [f"Question: {clean_question(question)} Answer:" for question in QUESTIONS]
     assert [pairs[i]["prompt"] for i in range(4)] == asked

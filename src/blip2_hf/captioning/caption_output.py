@@ -191,8 +191,10 @@ class CaptionOutput(ABC):
             # Last, because what is known as added is not added again
             records = self.in_order(self.read(self.added), *map(self.read, parts))
             self._write_lines(self.added, list(without_broken(records, [])))
-        if self.existing != "skip":
-            write_json(self.settings, {**settings, **({_EXISTING: self.existing} if self.adds else {})})
+        if self.existing == "overwrite":
+            write_json(self.settings, settings)
+        elif self.adds and self.added.exists():
+            write_json(self.settings, {**settings, _EXISTING: self.existing})
         for path in parts:
             path.unlink()
 

@@ -179,14 +179,19 @@ def stop(message: str) -> NoReturn:
 
 def check_device(name: str | None):
     """Refuse a device that is not there, before anything is loaded."""
-    if name is not None:
-        import torch
+    if name is None:
+        return
+    import torch
 
-        try:
-            torch.empty(0, device=name)
-        except (AssertionError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"--device {name} is not there ({reason}). Give cpu, or leave it out.") from error
+    from ..jobs.errors import first_sentence
+
+    try:
+        # Nothing is computed on the device `meta`
+        torch.empty(1, device=name).cpu()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"--device {name} is not there ({first_sentence(error)}). Give cpu, or leave it out."
+        ) from error
 
 
 def check_names(options: argparse.Namespace):

@@ -143,11 +143,15 @@ def find_text_column(options: argparse.Namespace, rows: Any) -> str:
 
 
 def prepare_rows(
-    options: argparse.Namespace, rows: Mapping[str, Any], needed: Mapping[str, str], text_column: str
+    options: argparse.Namespace,
+    rows: Mapping[str, Any],
+    needed: Mapping[str, str],
+    text_column: str,
+    is_contrasted: bool = False,
 ) -> dict[str, Any]:
     """
     Check columns and texts, and hold rows out if there are none to validate on. `needed` has the columns by the option
-    that names each.
+    that names each. A picture that is contrasted with others is not validated on alone.
     """
     prepared = dict(rows)
     for name, place in (("train", options.data), ("validation", options.validation)):
@@ -155,7 +159,9 @@ def prepare_rows(
             _check_columns(place, prepared[name], needed)
             prepared[name] = _with_texts(place, prepared[name], text_column, options.skip_bad_rows)
     if prepared["validation"] is None and not getattr(options, "streaming", False):
-        prepared["train"], prepared["validation"] = _hold_out(prepared["train"], options)
+        prepared["train"], prepared["validation"] = _hold_out(prepared["train"], options, 2 if is_contrasted else 1)
+    if is_contrasted and prepared["validation"] is not None and len(prepared["validation"]) == 1:
+        raise ValueError("One row is to be validated on, which has no other to be told from. Hold out 2 or more.")
     return prepared
 
 
@@ -214,14 +220,14 @@ def _has_text(value: Any) -> bool:
     return bool(value.strip() if isinstance(value, str) else value)
 
 
-def _hold_out(rows: Any, options: argparse.Namespace) -> tuple[Any, Any]:
-    """Split rows by picture. A share that is less than a picture is one."""
+def _hold_out(rows: Any, options: argparse.Namespace, least: int) -> tuple[Any, Any]:
+    """Split rows by picture. A share of the pictures that is less than `least` of them is as many."""
     from ..data import find_id_column, hold_out
 
     id_column = options.id_column or find_id_column(rows, options.image_column)
     train, held_out = hold_out(rows, options.held_out, id_column, options.seed)
-    if options.held_out > 0 and len(held_out) == 0:
-        train, held_out = hold_out(rows, 1, id_column, options.seed)
+    if 0 < options.held_out < 1 and len(held_out) < least:
+        train, held_out = hold_out(rows, least, id_column, options.seed)
     return train, held_out if len(held_out) else None
 
 

@@ -180,7 +180,7 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
         columns |= {"prompt_column": options.question_column, "text_column": options.answer_column}
     else:
         columns["text_column"] = needed["--text-column"] = find_text_column(options, rows["train"])
-    rows = prepare_rows(options, rows, needed, columns["text_column"])
+    rows = prepare_rows(options, rows, needed, columns["text_column"], options.task == "retrieval")
     if options.task == "retrieval":
         columns["id_column"] = options.id_column or find_id_column(rows["train"], options.image_column)
         options.image_size = options.image_size or _RETRIEVAL_IMAGE_SIZE

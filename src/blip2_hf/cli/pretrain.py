@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace):
     rows = open_rows(options)
     text_column = find_text_column(options, rows["train"])
     needed = {"--image-column": options.image_column, "--text-column": text_column}
-    rows = prepare_rows(options, rows, needed, text_column)
+    rows = prepare_rows(options, rows, needed, text_column, options.stage == 1)
     data = _make_pairs(options, rows, text_column)
     set_seed(options.seed)
     model, processor, collator = (_make_stage1 if options.stage == 1 else _make_stage2)(options, data)

@@ -16,18 +16,24 @@ from .tables import is_table, load_tables
 
 logger = logging.get_logger(__name__)
 
-_SAVED = ("cache.json", "dataset_info.json", "dataset_dict.json")  # of `cache_features` and `save_to_disk`
-_SHARDS = ("*-*-of-*.parquet", "data/*-*-of-*.parquet")  # as `push_to_hub` and CapFilt name them
+_SAVED = (  # what `cache_features`, `save_to_disk`, `push_to_hub` and CapFilt write
+    "cache.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "*-*-of-*.parquet",
+    "data/*-*-of-*.parquet",
+)
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _TEXT_ENDINGS = (".txt", ".caption")
 _FILE = "file_name"
 
 
-def load_picture_folder(folder: Path, names: Sequence[str], split: str = "train") -> datasets.Dataset:
+def load_picture_folder(folder: Path, split: str = "train") -> datasets.Dataset:
     """
-    Load the pictures of a folder, whose paths inside it are `names`. Rows have `image`, `file_name` and the columns of
-    the metadata files. If those have no texts, `caption` has the texts beside the pictures.
+    Load the pictures of a folder. Rows have `image`, `file_name`, the path inside the folder, and the columns of the
+    metadata files. If those have no texts, `caption` has the texts beside the pictures.
     """
+    names = find_picture_names(folder)
     tables = [_read_metadata(folder, path, set(names)) for path in _find_metadata(folder, names)]
     described = {name for table in tables for name in table[_FILE]}
     others = [name for name in names if name not in described]
@@ -50,11 +56,7 @@ def find_picture_names(folder: Path) -> list[str]:
 
 def is_picture_folder(folder: Path) -> bool:
     """Tell whether a folder has pictures, or metadata about them, and is no dataset that was saved in files."""
-    if (
-        not folder.is_dir()
-        or any((folder / name).exists() for name in _SAVED)
-        or any(any(folder.glob(shards)) for shards in _SHARDS)
-    ):
+    if not folder.is_dir() or any(any(folder.glob(name)) for name in _SAVED):
         return False
     return any((folder / name).is_file() for name in _METADATA) or has_picture_files(folder)
 

@@ -107,7 +107,7 @@ def _load_folder(
     if not is_picture_folder(path):
         return _load_files(path, config, split, streaming, image_column or "image", image_root)
     _refuse_config(path, config)
-    rows = load_picture_folder(path, find_picture_names(path), split)
+    rows = load_picture_folder(path, split)
     if image_column is not None and image_column not in rows.column_names:
         raise ValueError(
             f"{path} is a folder of pictures, without a column {image_column!r} (--image-column). Its columns are "

@@ -95,6 +95,8 @@ def describe(error: Exception) -> str:
     """Return what an error says: of one of the system the file first, and then what is the matter with it."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        return f"a file can't be read or written ({error.strerror})."
     return str(error)
 
 

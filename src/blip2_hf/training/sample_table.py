@@ -1,5 +1,6 @@
 """What a model says of some held-out pictures, at each evaluation."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,17 @@ class SampleTable(TrainerCallback):
         names = ["picture", *(["question"] if len(set(prompts)) > 1 else []), "reference", "model"]
         lines = [f"## {heading}", "", _line(names), _line(["---"] * len(names))]
         for row, item in zip(self.rows, self.items, strict=True):
-            cells = {"picture": item["row"].file or item["row"], "question": item["prompt"]}
+            cells = {"picture": _shown(item["row"].file) or item["row"], "question": item["prompt"]}
             cells["reference"] = " / ".join(self.metrics.references_as_written[row][:2])
             cells["model"] = self.metrics.predictions[row]
             lines.append(_line([cells[name] for name in names]))
         return "\n".join(lines)
+
+
+def _shown(file: str | None) -> str | None:
+    """Return the name of a file from the folder of work, if it lies inside of that."""
+    folder = f"{os.getcwd()}{os.sep}"
+    return None if file is None else file.removeprefix(folder)
 
 
 def _score(name: str | None, metrics: dict[str, Any]) -> str:
