@@ -163,6 +163,8 @@ def test_python_takes_adapters(shared, work):
     for model in models:
         torch.testing.assert_close(model.eval()(**inputs).logits, expected)
     assert isinstance(models[0].get_base_model(), Blip2ForConditionalGeneration)
+    pipe = transformers.pipeline("image-to-text", model=str(shared / "adapters"), device="cpu", dtype="float32")
+    torch.testing.assert_close(pipe.model(**inputs).logits, expected)
 
 
 def test_answers(work):
