@@ -163,6 +163,8 @@ def test_python_takes_adapters(shared, work):
     for model in models:
         torch.testing.assert_close(model.eval()(**inputs).logits, expected)
     assert isinstance(models[0].get_base_model(), Blip2ForConditionalGeneration)
+    pipe = transformers.pipeline("image-to-text", model=str(shared / "adapters"), device="cpu", dtype="float32")
+    torch.testing.assert_close(pipe.model(**inputs).logits, expected)
 
 
 def test_answers(work):
@@ -329,6 +331,8 @@ MISTAKES = {
     "a file as the output": (["--output", "rows.parquet"], "rows.parquet is a file"),
     "no package": (["--report-to", "wandb"], "--report-to wandb needs the package wandb: pip install wandb"),
     "early stopping": (["--early-stopping", "2", "--held-out", "0"], "--early-stopping needs validations"),
+    "nothing to validate on": (["--eval-steps", "2", "--held-out", "0"], "--eval-steps: nothing is held out"),
+    "an output twice": (["--output_dir", "elsewhere"], "--output_dir: the folder of the model is given as --output"),
     "a preset of the other stage": (["--preset", "stage1"], "--preset stage1 is not for the task caption"),
     "too few rows": (
         ["--model", "stage1", "--task", "retrieval", "--batch-size", "30", "--image-size", "28"],

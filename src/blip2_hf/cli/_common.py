@@ -214,13 +214,14 @@ def end_workers():
         worker.terminate()
 
 
-def add_option(parser: Parser, name: str, text: str | None = None, **kwargs):
+def add_option(parser: Parser, name: str, text: str | None = None, group: str | None = None, **kwargs):
     """Add an argument. What is not given is as in the other commands that have it. The help tells the default."""
     kwargs = _SHARED.get(name, {}) | kwargs | ({} if text is None else {"help": text})
     default = kwargs.get("default")
     if default is not None and default is not False:  # 0 is told
         kwargs["help"] += " (default: %(default)s)"
-    option_group(parser, name).add_argument(name, **kwargs)
+    place = parser.groups[group] if group is not None else option_group(parser, name)
+    place.add_argument(name, **kwargs)
 
 
 def option_group(parser: Parser, name: str) -> Any:

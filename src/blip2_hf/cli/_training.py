@@ -94,6 +94,9 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
     }
     defaults = {"logging_steps": 10, "dataloader_pin_memory": not on_cpu} | defaults
     if options.eval_steps is not None:
+        is_stream = getattr(options, "streaming", False)
+        if options.validation is None and (is_stream or options.held_out == 0):
+            raise ValueError("--eval-steps: nothing is held out to validate on. Give --validation.")
         steps = {"eval_steps": options.eval_steps, "save_steps": options.eval_steps}
         defaults |= {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, **steps}
     parser = HfArgumentParser(kind, exit_on_error=False, allow_abbrev=False)
@@ -108,6 +111,8 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
         own = options.parser._option_string_actions
         known = [*own, *(name for name in parser._option_string_actions if "_" not in name)]
         raise ValueError(f"there is no option {rest[0]}.{did_you_mean(rest[0].replace('_', '-'), known)}")
+    if arguments.output_dir != options.output:
+        raise ValueError("--output_dir: the folder of the model is given as --output.")
     if options.early_stopping is not None and not arguments.load_best_model_at_end:
         raise ValueError("--early-stopping needs validations: hold pictures out, and give --eval-steps.")
     return arguments
@@ -199,9 +204,16 @@ def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
         )
     if not kept:
         raise ValueError(f"No row of {data} has a text in the column {column!r}.")
-    print(f"{len(missing):,} of {len(rows):,} rows of {data} have no text, and are left out.")
+    _tell(f"{len(missing):,} of {len(rows):,} rows of {data} have no text, and are left out.")
     # With the numbers of the rows
     return hold_out(rows, 0)[0].select(kept)
+
+
+def _tell(message: str):
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(message)
 
 
 def _has_text(value: Any) -> bool:
@@ -223,7 +235,7 @@ def prefer_loss_of_few(arguments: Any, validation: Any, metric: str):
     """Choose the best checkpoint by the loss if too few pictures are held out for the metric."""
     is_chosen = arguments.load_best_model_at_end and arguments.metric_for_best_model == metric
     if is_chosen and validation is not None and len(validation) < _FEW:
-        print(f"{len(validation)} held out: too few for {metric}. The best checkpoint is the one with the least loss.")
+        _tell(f"{len(validation)} held out: too few for {metric}. The best checkpoint is the one with the least loss.")
         arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
 
 

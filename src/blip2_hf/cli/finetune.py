@@ -74,7 +74,7 @@ def add_parser(commands: Any):
     add("--model", "BLIP-2 to start from, for retrieval one of stage 1: folder or id on the Hub", required=True)
     add("--task", "what is learned", choices=[*_TASKS], default="caption")
     preset = "which parts are trained (default: adapters in the language model; for retrieval, finetune)"
-    add("--preset", preset, choices=_PRESETS)
+    add("--preset", preset, group="training", choices=_PRESETS)
     add("--load-in-4bit", "quantise the language model, under adapters", action="store_true")
     add("--load-in-8bit", "as --load-in-4bit, more exactly", action="store_true")
     add(

@@ -58,7 +58,7 @@ def add_parser(commands: Any):
     add("--num-query-tokens", "stage 1: number of queries (default: 32)", type=positive, metavar="N")
     add("--stage1", "stage 2: model of stage 1 to go on from")
     add("--language-model", "stage 2: any causal or sequence-to-sequence language model")
-    add("--preset", "which parts are trained (default: those of the paper's stage)")
+    add("--preset", "which parts are trained (default: those of the paper's stage)", group="training")
     add("--prompt", "stage 2: text in front of the captions (default: none)")
     add("--prefix-lm", "stage 2: give the beginning of each text, and learn the rest", action="store_true")
     add("--max-length", "the most tokens of a text that are learned", type=positive, default=32)
