@@ -326,7 +326,7 @@ MISTAKES = {
     "merging into 4 bits": (["--load-in-4bit", "--merge"], "--merge: adapters are not merged into 4 or 8 bits"),
     "4 bits without bitsandbytes": (["--load-in-4bit"], r"blip2-hf\[quantization\]"),
     "merging nothing": (["--preset", "stage2", "--merge"], "--merge: adapters are not trained"),
-    "the model as the output": (["--output", "captioner"], "--output captioner is the model that is trained"),
+    "the model as the output": (["--output", "captioner"], "--output captioner is what is read, too"),
     "another model as the output": (["--output", "stage1"], "stage1 holds a model that this command has not made"),
     "a file as the output": (["--output", "rows.parquet"], "rows.parquet is a file"),
     "no package": (["--report-to", "wandb"], "--report-to wandb needs the package wandb: pip install wandb"),

@@ -150,7 +150,7 @@ def _check(options: argparse.Namespace):
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
     if is_quantized and find_spec("bitsandbytes") is None:
         raise ImportError('--load-in-4bit and --load-in-8bit need bitsandbytes: pip install "blip2-hf[quantization]".')
-    check_output(options, options.model)
+    check_output(options)
 
 
 def _arguments(options: argparse.Namespace, task: _Task) -> Any:

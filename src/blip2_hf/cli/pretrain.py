@@ -128,7 +128,7 @@ def _check(options: argparse.Namespace):
         parts = ("text_encoder", "vision_feature_layer", "num_query_tokens")
         if given := [name for name in parts if getattr(options, name) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')}: --model has its own. Leave one of the two out.")
-    check_output(options, *(getattr(options, name) for name in _PARTS[options.stage]))
+    check_output(options)
 
 
 def _arguments(options: argparse.Namespace) -> Any:
