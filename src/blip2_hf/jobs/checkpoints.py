@@ -14,7 +14,7 @@ from .errors import first_sentence
 from .inference import processor_place, weights_place
 
 
-# What a model is needed for: to write with a language model, or with the Q-Former alone too, to match, or to learn that
+# What a model is needed for: to write with a language model, or also with the Q-Former alone; to match; to learn that
 WRITING, WRITING_ALONE, MATCHING, LEARNING_TO_MATCH = "writing", "writing alone", "matching", "learning to match"
 _STAGE1, _STAGE2, _RETRIEVAL = "Blip2ForPreTraining", "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
 _NAMES = {_STAGE1: "model of stage 1", _STAGE2: "model of stage 2", _RETRIEVAL: "model for retrieval"}
