@@ -310,7 +310,7 @@ MISTAKES = {
         ["--model", "stage1"],
         "stage1 is a model of stage 1 .*has no language model.*pretrain DATA --stage 2",
     ),
-    "a captioner for retrieval": (["--task", "retrieval"], "captioner is a model of stage 2 .*not learned to match"),
+    "a captioner for retrieval": (["--task", "retrieval"], "captioner is a model of stage 2 .*lacks weights for"),
     "adapters": (["--model", "adapters"], "adapters holds adapters.*blip2-hf convert adapters"),
     "no BLIP-2": (["--model", "vit"], "a model of type 'vit': a BLIP-2 was expected"),
     "no column": (
@@ -396,7 +396,7 @@ def test_both_stages_of_pretraining(work, capsys):
         (["--stage", "1", "--vision-model", "captioner", "--prefix-lm"], "--prefix-lm goes with --stage 2"),
         (["--stage", "1", "--model", "stage1", "--num-query-tokens", "3"], "--num-query-tokens: --model has its own"),
         (["--stage", "1", "--model", "stage1", "--streaming", "--epochs", "2"], "--epochs: the length of a stream"),
-        (["--stage", "1", "--model", "captioner"], "captioner is a model of stage 2 .*not learned to match"),
+        (["--stage", "1", "--model", "captioner"], "captioner is a model of stage 2 .*lacks weights for"),
     ],
 )
 def test_mistakes_of_pretraining(options, expected, work, capsys):

@@ -119,10 +119,10 @@ def _run(options: argparse.Namespace):
 
 
 def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    from ..jobs.checkpoints import MATCHING, WRITING
+    from ..jobs.checkpoints import LEARNING_TO_MATCH, WRITING
 
     if options.task == "retrieval":
-        return check_model(options.model, MATCHING)
+        return check_model(options.model, LEARNING_TO_MATCH)
     stage2 = f"blip2-hf pretrain DATA --stage 2 --stage1 {options.model} --language-model MODEL --output FOLDER"
     return check_model(options.model, WRITING, f", or make one: {stage2}")
 
