@@ -9,6 +9,7 @@ import pytest
 
 import blip2_hf
 from blip2_hf.cli import main, make_parser
+from blip2_hf.cli._common import _GROUP_OF
 from blip2_hf.cli._parser import at_least_zero, number, probability
 from blip2_hf.jobs.errors import tell_errors
 
@@ -63,6 +64,10 @@ def test_every_option_is_in_a_group_and_every_group_in_its_place(command):
     titles = [line.removesuffix(":") for line in parser.format_help().splitlines() if line.endswith(":")]
     titles = [title for title in titles if title in parser.groups]
     assert titles and titles == [title for title in PARSER_GROUPS if title in titles]
+
+
+def test_the_table_of_groups_has_no_other_options():
+    assert {*_GROUP_OF} <= {name for command in SUBPARSERS for name in options_of(command)} | {"--lemmatize"}
 
 
 PARSER_GROUPS = [*SUBPARSERS["caption"].groups]

@@ -98,16 +98,16 @@ _GROUPS = {
     "data": """
         --data --config --split --image-column --image-root --text-column --caption-column --question-column
         --answer-column --id-column --image-id-column --group-column --annotations --questions --images --image --index
-        --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out --recursive --streaming
+        --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out --streaming
     """,
     "model": """
         --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --stage1
-        --vision-feature-layer --num-query-tokens --image-size --size --max-pixels --adapter --load-in-4bit
-        --load-in-8bit --method --layer
+        --vision-feature-layer --num-query-tokens --image-size --size --max-pixels --load-in-4bit --load-in-8bit
+        --method --layer
     """,
     "generation": """
-        --preset --prompt --prefix --suffix --num-beams --max-new-tokens --min-new-tokens --temperature --top-p --top-k
-        --seed --num-captions --captions-per-image --generate --question
+        --preset --prompt --prefix --suffix --num-beams --max-new-tokens --temperature --top-p --seed
+        --num-captions --captions-per-image --generate
     """,
     "training": """
         --task --stage --epochs --max-steps --learning-rate --accumulate --eval-steps --early-stopping --report-to
@@ -116,11 +116,10 @@ _GROUPS = {
     "scores": "--protocol --lemmatize --k --score --min-score --keep --top --rerank --exact",
     "output": """
         --output --format --extension --existing --overwrite --rebuild --approximate --store-embeds --transformers
-        --max-shard-size --merge --push-to-hub --sheet --open --json --csv --per-word --full-size --full-size
+        --max-shard-size --merge --push-to-hub --sheet --open --json --per-word --full-size
     """,
     "speed and memory": """
         --batch-size --num-workers --device --dtype --tower-dtype --rows-per-shard --part-index --num-parts
-        --gradient-checkpointing
     """,
 }
 _GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names.split()}
