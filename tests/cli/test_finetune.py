@@ -310,7 +310,7 @@ MISTAKES = {
         ["--model", "stage1"],
         "stage1 is a model of stage 1 .*has no language model.*pretrain DATA --stage 2",
     ),
-    "a captioner for retrieval": (["--task", "retrieval"], "captioner is a model of stage 2 .*not learned to match"),
+    "a captioner for retrieval": (["--task", "retrieval"], "captioner is a model of stage 2 .*lacks weights for"),
     "adapters": (["--model", "adapters"], "adapters holds adapters.*blip2-hf convert adapters"),
     "no BLIP-2": (["--model", "vit"], "a model of type 'vit': a BLIP-2 was expected"),
     "no column": (
@@ -326,7 +326,7 @@ MISTAKES = {
     "merging into 4 bits": (["--load-in-4bit", "--merge"], "--merge: adapters are not merged into 4 or 8 bits"),
     "4 bits without bitsandbytes": (["--load-in-4bit"], r"blip2-hf\[quantization\]"),
     "merging nothing": (["--preset", "stage2", "--merge"], "--merge: adapters are not trained"),
-    "the model as the output": (["--output", "captioner"], "--output captioner is the model that is trained"),
+    "the model as the output": (["--output", "captioner"], "--output captioner is what is read, too"),
     "another model as the output": (["--output", "stage1"], "stage1 holds a model that this command has not made"),
     "a file as the output": (["--output", "rows.parquet"], "rows.parquet is a file"),
     "no package": (["--report-to", "wandb"], "--report-to wandb needs the package wandb: pip install wandb"),
@@ -396,7 +396,7 @@ def test_both_stages_of_pretraining(work, capsys):
         (["--stage", "1", "--vision-model", "captioner", "--prefix-lm"], "--prefix-lm goes with --stage 2"),
         (["--stage", "1", "--model", "stage1", "--num-query-tokens", "3"], "--num-query-tokens: --model has its own"),
         (["--stage", "1", "--model", "stage1", "--streaming", "--epochs", "2"], "--epochs: the length of a stream"),
-        (["--stage", "1", "--model", "captioner"], "captioner is a model of stage 2 .*not learned to match"),
+        (["--stage", "1", "--model", "captioner"], "captioner is a model of stage 2 .*lacks weights for"),
     ],
 )
 def test_mistakes_of_pretraining(options, expected, work, capsys):

@@ -330,6 +330,18 @@ def test_a_file_in_place_of_an_output_folder(told, name):
     assert re.search("file is a file.* a folder was expected", told(name, output="file"))
 
 
+@pytest.mark.parametrize("name", ["cache-features", "capfilt", "evaluate", "finetune", "pretrain", "retriever"])
+def test_the_data_in_place_of_an_output(told, name):
+    assert "--output photos is what is read, too. Give another folder." in told(name, data="photos", output="photos")
+
+
+@pytest.mark.parametrize(("data", "model"), [("captioner", "photos"), ("stage1", "photos/0.png")])
+def test_data_and_model_the_other_way_round(told, data, model):
+    message = "photos holds no model" if model == "photos" else "photos/0.png is a file: the folder of a model"
+    for name in ("caption", "capfilt", "evaluate"):
+        assert message in told(name, data=data, model=model)
+
+
 # --- packages ---
 
 

@@ -1,6 +1,8 @@
 """Every command reads a folder of pictures in the same way, also after `caption` has written into it."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -155,3 +157,22 @@ def test_tables_name_pictures_that_lie_elsewhere(models, photos):
     evaluate += ["--model", f"{models}/captioner"]
     main([*evaluate, "--generate", "max_new_tokens=5", "min_new_tokens=0"])
     assert json.loads(Path("scores/results.json").read_text())["num_scored"] == {"overall": 2}
+
+
+@pytest.mark.parametrize("endings", [("jpg", "jpg"), ("jpg", "png")], ids=["one_ending", "two_endings"])
+def test_shards(endings, models, photos):
+    with tarfile.open("0.tar", "w") as tar:
+        for number, ending in enumerate(endings):
+            picture = io.BytesIO()
+            make_image(number).save(picture, format={"jpg": "JPEG", "png": "PNG"}[ending])
+            for name, content in ((ending, picture.getvalue()), ("txt", b"a red bus")):
+                info = tarfile.TarInfo(f"{number}.{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    evaluate = ["evaluate", "caption", "--data", "*.tar", "--caption-column", "txt", "--output", "scores"]
+    evaluate += ["--model", f"{models}/captioner"]
+    main([*evaluate, "--generate", "max_new_tokens=5", "min_new_tokens=0"])
+    assert json.loads(Path("scores/results.json").read_text())["num_scored"] == {"overall": 2}
+    features = ["--size", "28", "--output", "features"]
+    main(["cache-features", "0.tar", "--model", f"{models}/stage1", *features])
+    assert load_cached_features("features")["txt"][:] == ["a red bus"] * 2

@@ -236,6 +236,16 @@ def test_a_fingerprint_is_that_of_the_rows(dataset, rows, tmp_path):
     assert len(fingerprints) == 2
 
 
+def test_a_fingerprint_does_not_tell_where_pictures_lie(tmp_path):
+    def find(place: str, seed: int) -> str:
+        (tmp_path / place).mkdir()
+        make_image(seed).save(tmp_path / place / "a.png")
+        (tmp_path / place / "a.txt").write_text("a dog")
+        return ImageTextPairs(load_rows(tmp_path / place)).fingerprint()
+
+    assert find("here", 0) == find("there", 0) != find("another", 1)
+
+
 def test_a_fingerprint_of_stored_features():
     def features(value):
         stored = {"image_embeds": np.full((1, 2, 3), value, np.float32).tobytes(), "image_embeds_shape": [1, 2, 3]}

@@ -18,7 +18,7 @@ from ..data.bad_rows import (
     open_row_picture,
 )
 from ..data.feature_cache import EMBEDS, FEATURE_COLUMNS, read_cached_features
-from ..data.rows import get_column, select_columns
+from ..data.rows import get_column, picture_bytes, select_columns
 from ..data.text import clean_caption
 from ..jobs.errors import shorten
 from ..jobs.fingerprints import fingerprint, sampled_rows
@@ -89,7 +89,9 @@ class CaptionedPictures(torch.utils.data.Dataset):
 
     def describe(self) -> dict[str, Any]:
         """Return what tells these rows from others: their columns, and a hash of some, as they are stored."""
-        sample = (repr(self.columns([number]).to_pylist()) for number in sampled_rows(len(self)))
+        rows = (self.columns([number]).to_pylist()[0] for number in sampled_rows(len(self)))
+        # A picture that is a file may have moved
+        sample = (repr([(n, picture_bytes(v) if n == self.image_column else v) for n, v in r.items()]) for r in rows)
         return {
             "columns": list(self.table.column_names),
             "dataset": fingerprint(text.encode("utf-8", "surrogatepass") for text in sample),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..data.rows import find_image_column, get_column, open_image, select_columns
+from ..data.rows import find_image_column, get_column, open_image, picture_bytes, select_columns
 from ..data.shards import read_members, split_member
 from ..jobs.errors import CollectionError
 from ..jobs.fingerprints import fingerprint, sampled_rows
@@ -226,10 +226,7 @@ class RowPictures(Pictures):
         }
 
     def _row_bytes(self, row: int) -> bytes:
-        value = get_column(self.rows[row], self.column)
-        if isinstance(value, Mapping) and value.get("bytes") is not None:
-            return value["bytes"]
-        return repr(value).encode("utf-8", "surrogatepass")
+        return picture_bytes(get_column(self.rows[row], self.column))
 
 
 def _as_utf8(name: str) -> str:

@@ -208,6 +208,15 @@ def check_names(options: argparse.Namespace):
             check_model_name(value)
 
 
+def check_output_apart(options: argparse.Namespace):
+    """Refuse to write into a folder that is read."""
+    output = Path(options.output)
+    for name in (*_FOLDERS, *_DATA, *_MODELS):
+        value = getattr(options, name, None)
+        if isinstance(value, str) and output.exists() and Path(value).exists() and output.samefile(value):
+            raise ValueError(f"--output {output} is what is read, too. Give another folder.")
+
+
 def end_workers():
     """End the processes that load pictures: a `DataLoader` would wait 5 seconds for each that is busy."""
     for worker in multiprocessing.active_children():

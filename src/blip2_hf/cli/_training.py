@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ._common import pick
+from ._common import check_output_apart, pick
 from ._parser import above_zero, did_you_mean, positive
 
 
@@ -53,14 +53,10 @@ def add_training_options(add: Callable):
     add.args[0].set_defaults(takes_rest=True, parser=add.args[0])  # type: ignore[attr-defined]
 
 
-def check_output(options: argparse.Namespace, *models: str | None):
-    """Refuse an output folder that holds what another command made, or one of the models."""
+def check_output(options: argparse.Namespace):
+    """Refuse an output folder that holds what another command made, or is read."""
     folder = Path(options.output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file: a folder was expected.")
-    for model in models:
-        if model is not None and folder.exists() and Path(model).exists() and folder.samefile(model):
-            raise ValueError(f"--output {folder} is the model that is trained. Give another folder.")
+    check_output_apart(options)
     is_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     if is_model and not (folder / "_settings.json").exists() and not options.overwrite:
         raise ValueError(f"{folder} holds a model that this command has not made. {_NO_CHECKPOINT}")

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ._common import DTYPES, add_command, find_device, load_dataset, option_group, pick
+from ._common import DTYPES, add_command, check_output_apart, find_device, load_dataset, option_group, pick
 from ._parser import at_least_zero, positive
 
 
@@ -40,6 +40,7 @@ def add_parser(commands: Any):
 def _check(options: argparse.Namespace):
     if options.model is not None and options.vision_feature_layer is not None:
         raise ValueError("--vision-feature-layer goes with --vision-model, because a BLIP-2 has its own.")
+    check_output_apart(options)
 
 
 def _run(options: argparse.Namespace):

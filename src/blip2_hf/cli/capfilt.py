@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from ._common import add_command, load_captioner, load_dataset, pick, processes
+from ._common import add_command, check_output_apart, load_captioner, load_dataset, pick, processes
 from ._generation import check_generation, check_room, given_generation
 from ._parser import at_least_zero, positive
 
@@ -57,6 +57,7 @@ def add_parser(commands: Any):
 def _check(options: argparse.Namespace):
     if options.num_captions and options.captioner is None:
         raise ValueError("give --captioner, or --num-captions 0 to rank the existing captions.")
+    check_output_apart(options)
 
 
 def _run(options: argparse.Namespace):

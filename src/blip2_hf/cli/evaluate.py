@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import add_command, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._common import add_command, check_output_apart, load_captioner, load_dataset, pick, processes, tell_image_size
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
 from ._parser import at_least_zero, positive
 
@@ -100,6 +100,7 @@ def _run(options: argparse.Namespace):
 
 
 def _check(options: argparse.Namespace):
+    check_output_apart(options)
     task = _TASKS[options.task]
     if missing := [f"--{name}" for name in task.needs if getattr(options, name) is None]:
         raise ValueError(f"{options.task} needs {' and '.join(missing)}.")

@@ -119,10 +119,10 @@ def _run(options: argparse.Namespace):
 
 
 def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    from ..jobs.checkpoints import MATCHING, WRITING
+    from ..jobs.checkpoints import LEARNING_TO_MATCH, WRITING
 
     if options.task == "retrieval":
-        return check_model(options.model, MATCHING)
+        return check_model(options.model, LEARNING_TO_MATCH)
     stage2 = f"blip2-hf pretrain DATA --stage 2 --stage1 {options.model} --language-model MODEL --output FOLDER"
     return check_model(options.model, WRITING, f", or make one: {stage2}")
 
@@ -150,7 +150,7 @@ def _check(options: argparse.Namespace):
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
     if is_quantized and find_spec("bitsandbytes") is None:
         raise ImportError('--load-in-4bit and --load-in-8bit need bitsandbytes: pip install "blip2-hf[quantization]".')
-    check_output(options, options.model)
+    check_output(options)
 
 
 def _arguments(options: argparse.Namespace, task: _Task) -> Any:

@@ -128,7 +128,7 @@ def _check(options: argparse.Namespace):
         parts = ("text_encoder", "vision_feature_layer", "num_query_tokens")
         if given := [name for name in parts if getattr(options, name) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')}: --model has its own. Leave one of the two out.")
-    check_output(options, *(getattr(options, name) for name in _PARTS[options.stage]))
+    check_output(options)
 
 
 def _arguments(options: argparse.Namespace) -> Any:
@@ -142,11 +142,11 @@ def _arguments(options: argparse.Namespace) -> Any:
 
 def _make_pairs(options: argparse.Namespace, rows: dict[str, Any], text_column: str) -> dict[str, Any]:
     from ..data import ImageTextPairs, check_feature_size, find_id_column
-    from ..jobs.checkpoints import MATCHING
+    from ..jobs.checkpoints import LEARNING_TO_MATCH
     from ..training import training_pairs
 
     if options.model is not None:
-        _, processor = check_model(options.model, MATCHING)
+        _, processor = check_model(options.model, LEARNING_TO_MATCH)
         options.image_size = find_image_size(options, processor)
     options.image_size = options.image_size or _IMAGE_SIZE
     check_feature_size(options.image_size, options.data, options.validation)

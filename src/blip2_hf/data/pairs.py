@@ -38,6 +38,7 @@ from .rows import (
     check_id,
     column_names,
     get_column,
+    picture_bytes,
     read_row_numbers,
     seeded_generator,
     select_columns,
@@ -377,7 +378,7 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             `str`: 32 hexadecimal digits, which do not depend on where the files of the dataset lie.
         """
         return fingerprint(
-            _row_bytes(rows, number)
+            _row_bytes(rows, number, self.picture_column)
             for rows in (self.dataset, [] if self.images is None else self.images)
             for number in sampled_rows(len(rows))
         )
@@ -557,9 +558,10 @@ def _select(dataset: Any, columns: Iterable[str]) -> Any:
     return select_columns(dataset, [*columns, *origin])
 
 
-def _row_bytes(rows: Any, number: int) -> bytes:
-    """Return a row as it is stored, and how many there are."""
+def _row_bytes(rows: Any, number: int, picture_column: str) -> bytes:
+    """Return a row as it is stored, with a part of a picture that is a file, and how many there are."""
     values = {n: v.to_pybytes() if isinstance(v, pa.Buffer) else v for n, v in _read_row(rows, number).items()}
+    values = {n: picture_bytes(v) if n == picture_column else v for n, v in values.items()}
     return stable_repr((len(rows), number, values)).encode("utf-8", "surrogatepass")
 
 

@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 
 from ..jobs.errors import CollectionError
+from ..jobs.fingerprints import stable_repr
 from ..models.image_fetching import FetchError, read_at_most
 from ..models.image_loading import as_load_error, is_url, load_image
 
 
 # File systems of fsspec that lead to no other machine, and the Hub
 _OWN_FILE_SYSTEMS = {"file", "local", "zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd", "hf"}
+_TELLING_BYTES = 2**16  # at the beginning of a file, by which it is told from others
 ROW_NUMBER = "__row__"  # column of a part of a dataset: which row of the whole each row is
 
 
@@ -168,6 +170,18 @@ def open_image(value: Any, name: str, allow_urls: bool | Sequence[str] | None = 
     except Exception as error:  # each file system of fsspec has errors of its own, and may lack its package
         raise as_load_error(error, value, name) from error
     return load_image({"bytes": data, "path": path}, name)
+
+
+def picture_bytes(value: Any) -> bytes:
+    """Return what tells the picture of a row from others: of a file its name and its beginning, not its folder."""
+    path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
+    if isinstance(path, str) and os.path.isfile(path):
+        with open(path, "rb") as file:
+            name = f"{os.path.basename(path)} {os.path.getsize(path)} "
+            return name.encode("utf-8", "surrogatepass") + file.read(_TELLING_BYTES)
+    if isinstance(value, Mapping) and value.get("bytes") is not None:
+        return value["bytes"]
+    return stable_repr(value).encode("utf-8", "surrogatepass")
 
 
 def _check_part(part: str, allow_urls: bool | Sequence[str] | None):

@@ -14,8 +14,8 @@ from .errors import first_sentence
 from .inference import processor_place, weights_place
 
 
-# What a model is needed for: to write with a language model, or also with the Q-Former alone, or to match
-WRITING, WRITING_ALONE, MATCHING = "writing", "writing alone", "matching"
+# What a model is needed for: to write with a language model, or also with the Q-Former alone; to match; to learn that
+WRITING, WRITING_ALONE, MATCHING, LEARNING_TO_MATCH = "writing", "writing alone", "matching", "learning to match"
 _STAGE1, _STAGE2, _RETRIEVAL = "Blip2ForPreTraining", "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
 _NAMES = {_STAGE1: "model of stage 1", _STAGE2: "model of stage 2", _RETRIEVAL: "model for retrieval"}
 _NEEDS = {
@@ -30,6 +30,11 @@ _NEEDS = {
         "has not learned to match images with texts",
         f"Give a model of stage 1 or for retrieval ({_STAGE1}, {_RETRIEVAL}), such as Salesforce/blip2-itm-vit-g",
     ),
+    LEARNING_TO_MATCH: (
+        {_STAGE1},
+        "lacks weights for what is learned together: contrast, matching and captioning",
+        f"Give a model of stage 1 ({_STAGE1}), such as what `blip2-hf convert` makes of LAVIS's blip2_pretrained.pth",
+    ),
 }
 
 
@@ -42,7 +47,7 @@ def check_checkpoint(name: str | os.PathLike, need: str | None = None, advice: s
             Folder of a model or of adapters, or id on the Hub.
         need (`str`, *optional*):
             `"writing"` with a language model, `"writing alone"` with that or the Q-Former alone, `"matching"` of
-            images with texts.
+            images with texts, `"learning to match"`.
         advice (`str`, *optional*, defaults to `""`):
             What else a user can do, for the end of the message.
 
@@ -94,6 +99,7 @@ def _load_part(part_class: Any, name: str | os.PathLike, kind: str) -> Any:
 
 
 __all__ = [
+    "LEARNING_TO_MATCH",
     "MATCHING",
     "WRITING",
     "WRITING_ALONE",
