@@ -107,6 +107,9 @@ def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> A
         own = options.parser._option_string_actions
         known = [*own, *(name for name in parser._option_string_actions if "_" not in name)]
         raise ValueError(f"there is no option {rest[0]}.{did_you_mean(rest[0].replace('_', '-'), known)}")
+    if arguments.n_gpu > 1:
+        # Trainer would split each batch by DataParallel, which knows neither contrast nor generation
+        arguments._n_gpu = 1
     if arguments.output_dir != options.output:
         raise ValueError("--output_dir: the folder of the model is given as --output.")
     if options.early_stopping is not None and not arguments.load_best_model_at_end:
