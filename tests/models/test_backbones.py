@@ -1,14 +1,11 @@
 """The parts of a BLIP-2 are the trained ones: out of any checkpoint that holds them, and never made up."""
 
 import re
-import runpy
-import types
 
 import datasets
 import pytest
 import torch
 import transformers
-from paths import EXAMPLES
 from safetensors.torch import load_file, save_file
 from stage1 import make_stage1
 from tiny import (
@@ -20,6 +17,7 @@ from tiny import (
     make_image_processor,
     make_model,
     make_pixel_values,
+    make_processor,
     make_tokenizer,
     randomize,
 )
@@ -34,7 +32,8 @@ from blip2_hf import (
 )
 from blip2_hf.cli import main
 from blip2_hf.data import load_cached_features, read_cached_features
-from blip2_hf.models.backbones import load_language_model, load_tower, load_tower_config
+from blip2_hf.models.backbones import load_language_model, load_tower, load_tower_config, load_whole
+from blip2_hf.training import load_writer
 
 
 BERT = {"vocab_size": 64, "max_position_embeddings": 40, **SMALL}
@@ -277,11 +276,29 @@ def test_a_model_of_another_kind_is_no_blip2(tmp_path):
         Blip2Model.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["finetune_captioning", "finetune_vqa"])
-def test_fine_tuning_starts_from_a_whole_model(name, tmp_path):
+def test_fine_tuning_starts_from_a_whole_model(tmp_path):
     save(make_model(), tmp_path)
+    make_processor().save_pretrained(tmp_path)
     drop(tmp_path, "^language_projection")
-    script = runpy.run_path(str(EXAMPLES / f"{name}.py"))
-    options = types.SimpleNamespace(model=str(tmp_path), attn_implementation=None)
     with pytest.raises(ValueError, match="lacks 2 weights .language_projection.bias"):
-        script["load_model"](options, *([None] if name == "finetune_vqa" else []))
+        load_writer(tmp_path)
+
+
+def test_weights_of_other_shapes_than_the_configuration_says(tmp_path):
+    save(make_model(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["language_projection.bias"] = torch.zeros(3)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights of .* have other shapes .*language_projection.bias"):
+        load_whole(Blip2ForConditionalGeneration, tmp_path, "A BLIP-2")
+
+
+def test_weights_that_are_cut_off(tmp_path):
+    save(make_model(), tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="weights of .* is cut off or damaged .*again"):
+        load_whole(Blip2ForConditionalGeneration, tmp_path, "A BLIP-2")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="can't be loaded .*again, all of its files"):
+        load_whole(Blip2ForConditionalGeneration, tmp_path, "A BLIP-2")
