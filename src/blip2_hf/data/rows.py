@@ -25,6 +25,7 @@ from ..models.image_loading import as_load_error, is_url, load_image
 _OWN_FILE_SYSTEMS = {"file", "local", "zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd", "hf"}
 _TELLING_BYTES = 2**16  # at the beginning of a file, by which it is told from others
 ROW_NUMBER = "__row__"  # column of a part of a dataset: which row of the whole each row is
+PICTURE_ID = "__picture__"  # column of ids that are equal for rows of the same picture
 
 
 def stable_hash(text: str) -> int:
