@@ -6,7 +6,8 @@ import datasets
 import pytest
 from tiny import make_image
 
-from blip2_hf.cli._training import find_ids, open_rows, prepare_rows
+from blip2_hf.cli._training import find_ids, open_rows, prefer_loss_of_few, prepare_rows
+from blip2_hf.data import ImageTextPairs
 
 
 @pytest.fixture
@@ -32,3 +33,13 @@ def test_embedded_pictures_are_held_out_with_all_their_rows(held_out, pictures, 
     column = ids["id_column"]
     assert len(set(validation[column])) == pictures and len(validation) == 3 * pictures
     assert not set(validation[column]) & set(train[column]) and len(train) + len(validation) == 12
+
+
+@pytest.mark.parametrize(("images", "expected"), [(9, "loss"), (10, "mean_recall")])
+def test_the_loss_decides_if_few_pictures_are_held_out(images, expected, capsys):
+    captions = [f"text {n}" for n in range(3 * images)]
+    rows = [{"image": make_image(n % images), "caption": caption} for n, caption in enumerate(captions)]
+    arguments = Namespace(load_best_model_at_end=True, metric_for_best_model="mean_recall", greater_is_better=True)
+    prefer_loss_of_few(arguments, ImageTextPairs(rows), "mean_recall")
+    assert arguments.metric_for_best_model == expected and arguments.greater_is_better == (expected != "loss")
+    assert ("Held-out pictures: 9, too few" in capsys.readouterr().out) == (expected == "loss")

@@ -252,8 +252,11 @@ def _hold_out(rows: Any, options: argparse.Namespace, least: int) -> tuple[Any, 
 def prefer_loss_of_few(arguments: Any, validation: Any, metric: str):
     """Choose the best checkpoint by the loss if too few pictures are held out for the metric."""
     is_chosen = arguments.load_best_model_at_end and arguments.metric_for_best_model == metric
-    if is_chosen and validation is not None and len(validation) < _FEW:
-        _tell(f"{len(validation)} held out: too few for {metric}. The best checkpoint is the one with the least loss.")
+    if not is_chosen or validation is None:
+        return
+    count = len(validation.different_pictures(_FEW))
+    if count < _FEW:
+        _tell(f"Held-out pictures: {count}, too few for {metric}. The best checkpoint is the one with the least loss.")
         arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
 
 

@@ -15,6 +15,7 @@ from ._training import (
     find_text_column,
     finish,
     open_rows,
+    prefer_loss_of_few,
     prepare_rows,
     training_arguments,
 )
@@ -91,6 +92,7 @@ def _run(options: argparse.Namespace):
         if options.streaming and options.stage == 2:
             data["train"].check = collator.check
         data = without_bad_rows(data, collator, options.output)
+    prefer_loss_of_few(arguments, data["validation"], _METRICS[options.stage])
     metrics = _metrics(options, processor, data["validation"])
     patience = options.early_stopping
     trainer = make_trainer(

@@ -175,6 +175,8 @@ def open_image(value: Any, name: str, allow_urls: bool | Sequence[str] | None = 
 
 def picture_bytes(value: Any) -> bytes:
     """Return what tells the picture of a row from others: of a file its name and its beginning, not its folder."""
+    if isinstance(value, Image.Image):
+        return repr((value.mode, value.size)).encode() + value.tobytes()
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
     if isinstance(path, str) and os.path.isfile(path):
         with open(path, "rb") as file:
