@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from blip2_hf.data import ImageTextPairs, find_id_column, find_splits, load_rows
+from blip2_hf.data import ImageTextPairs, ImageTextStream, find_id_column, find_splits, load_rows
 
 
 ROWS = {"image": ["a.png", "in/b.png"], "caption": ["a bus", "NA"]}
@@ -72,6 +72,19 @@ def test_endings(name, streaming, folder):
         {"image": f"{folder}/a.png", "caption": "a bus"},
         {"image": f"{folder}/in/b.png", "caption": "NA"},
     ]
+
+
+@pytest.mark.parametrize("column", ["caption", "answers"])
+def test_texts_of_which_some_are_lists(column, folder):
+    lines = [{"image": "a.png", column: "a bus"}, {"image": "in/b.png", column: ["a cat", "a red cat"]}]
+    if column == "answers":
+        lines.append({"image": "a.png", column: [{"answer": "a bus"}, {"answer": "bus"}]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = [["a bus"], ["a cat", "a red cat"], ["a bus", "bus"]][: len(lines)]
+    rows = load_rows(folder / "rows.jsonl")
+    assert ImageTextPairs(rows, text_column=column).references() == expected
+    stream = ImageTextStream(load_rows(folder / "rows.jsonl", streaming=True), text_column=column, train=False)
+    assert [item["text"] for item in stream] == [texts[0] for texts in expected]
 
 
 def test_several_files(folder):
@@ -157,7 +170,9 @@ def test_paths_that_datasets_holds(folder):
         ("latin.csv", "caption\nStraße\n".encode("latin-1"), "can't be read.*UTF-8"),
         ("latin.jsonl", '{"a": "Straße"}\n'.encode("latin-1"), "can't be read.*UTF-8"),
         ("latin.json", '{"a": "Straße"}\n'.encode("latin-1"), "can't be read.*UTF-8"),
-        ("ragged.csv", b"a,b\n1,2\n1,2,3,4\n", "can't be read"),
+        ("ragged.csv", b"a,b\n1,2\n1,2,3,4\n", "Expected 2 fields in line 3, saw 4. Put texts .* in quotes"),
+        ("shifted.csv", b"image,caption\na.png,a, b\n", "saw more in the first row. Put texts .* in quotes"),
+        ("shifted.tsv", b"image\tcaption\na.png\ta\tb\tc\n", "saw more in the first row. Put texts .* in quotes"),
         ("no.csv.gz", b"image\n", "can't be read"),
         ("empty.tar", b"", "is not a tar file|can't be read"),
         ("notes.txt", b"Buy milk\n", "a text file is read if it is Flickr8k's captions.txt"),

@@ -107,9 +107,13 @@ def _load(ending: str, files: str | list[str], split: str, streaming: bool, name
     with errors_that_name(name):
         rows = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming, **kwargs)
         if streaming:
-            next(iter(without_decoding(rows)))
+            columns = list(next(iter(without_decoding(rows))))
         else:
             rows.data.validate(full=True)  # Arrow reads JSON without a look at its encoding
+            columns = rows.column_names
+        if builder == "csv" and any(column.startswith("__index_level_") for column in columns):
+            # pandas takes them for the names of the rows
+            raise ValueError("Expected as many fields as the header has, saw more in the first row")
         return rows
 
 
@@ -162,7 +166,11 @@ def errors_that_name(name: str) -> Iterator[None]:
 
 def _unreadable(name: str, reason: str) -> ValueError:
     line = _first_line(reason or "it is empty").rstrip(".")
-    return ValueError(f"{name} can't be read: {line}. Is the file complete, and in UTF-8?")
+    is_ragged = "fields" in line and "saw" in line  # of pandas
+    hint = (
+        "Put texts that have the separator in them in quotes." if is_ragged else "Is the file complete, and in UTF-8?"
+    )
+    return ValueError(f"{name} can't be read: {line}. {hint}")
 
 
 def _first_line(text: object) -> str:
