@@ -103,6 +103,14 @@ def test_several_files(folder):
     assert list(load_rows(f"{folder}/**/rows.csv", "train[1:]")) == expected[1:]
 
 
+def test_files_whose_columns_differ(folder):
+    for inner, number in (("x", "3"), ("y", "three")):
+        (folder / inner).mkdir()
+        (folder / inner / "rows.csv").write_text(f"caption,number\n{inner},{number}\n")
+    with pytest.raises(ValueError, match="column 'number' is .*int64.* in .*x/rows.csv, and .*string.*y/rows.csv"):
+        load_rows(f"{folder}/?/rows.csv")
+
+
 def test_paths_start_from_image_root_if_they_are_not_beside(folder, tmp_path):
     (tmp_path / "tables").mkdir()
     table = tmp_path / "tables" / "rows.csv"
