@@ -133,6 +133,30 @@ def test_paths_start_from_image_root_if_they_are_not_beside(folder, tmp_path):
         load_rows(table, image_root=tmp_path / "nosuch")
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize("column", ["file_name", "file"])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "captions.csv", "rows.parquet"])
+def test_a_table_that_names_files(name, column, streaming, folder, tmp_path):
+    rows = datasets.Dataset.from_dict({column: ROWS["image"], "caption": ROWS["caption"]})
+    ending = name.partition(".")[2]
+    {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[ending](folder / name)
+    expected = [
+        {column: file, "caption": caption, "image": f"{folder}/{file}"}
+        for file, caption in zip(*ROWS.values(), strict=True)
+    ]
+    assert list(load_rows(folder / name, streaming=streaming)) == expected
+    # In a folder of tables, which are not beside their pictures
+    (tmp_path / "tables").mkdir()
+    (folder / name).rename(tmp_path / "tables" / f"rows.{ending}")
+    assert list(load_rows(tmp_path / "tables", streaming=streaming, image_root=folder)) == expected
+    with pytest.raises(
+        ValueError, match=f"names the picture 'a.png', which is not in {tmp_path}/tables.*--image-root"
+    ):
+        load_rows(tmp_path / "tables" / f"rows.{ending}", streaming=streaming)
+    given = load_rows(tmp_path / "tables", streaming=streaming, image_root=folder, image_column=column)
+    assert next(iter(given)) == {column: f"{folder}/a.png", "caption": "a bus"}
+
+
 def test_only_relative_paths_change(folder, monkeypatch):
     kept = [
         f"{folder}/a.png",

@@ -112,7 +112,7 @@ def _tell_of_gone(path: Path, first: str, gone: int, rows: int):
     """Say that rows are left out because their pictures are not there, and refuse a file of such rows alone."""
     if gone == rows:
         raise ValueError(
-            f"{path} names the picture {first!r}, which is not in the folder {path.parent}, nor is any other picture in it. "
+            f"{path} names the picture {first!r}, which is not in the folder {path.parent}, nor are the others. "
             "Give the path of each picture from that folder, or remove the file."
         )
     logger.warning(

@@ -54,7 +54,11 @@ def is_table(name: str) -> bool:
 
 
 def load_tables(
-    name: str, split: str, streaming: bool, image_column: str = "image", image_root: str | os.PathLike | None = None
+    name: str,
+    split: str,
+    streaming: bool,
+    image_column: str | None = None,
+    image_root: str | os.PathLike | None = None,
 ) -> Rows:
     """Load the rows of a file, or of several (`*`), as [`load_rows`] does."""
     if "://" in name:
@@ -119,7 +123,12 @@ def _make_rows(path: Path, rows: list[dict[str, Any]], image_root: str | os.Path
 
 
 def _load_groups(
-    paths: list[str], ending: str, streaming: bool, image_column: str, image_root: str | os.PathLike | None, name: str
+    paths: list[str],
+    ending: str,
+    streaming: bool,
+    image_column: str | None,
+    image_root: str | os.PathLike | None,
+    name: str,
 ) -> Iterator[tuple[str, Rows]]:
     """Yield the rows of tables, together those of files in one folder, from which their pictures' paths start."""
     if ending == ".tar":
