@@ -117,7 +117,9 @@ def _without_decoding(feature: Any) -> Any:
         return {name: _without_decoding(inner) for name, inner in feature.items()}
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         return dataclasses.replace(feature, feature=_without_decoding(feature.feature))
-    return dataclasses.replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
+    if isinstance(feature, datasets.Json) or getattr(feature, "decode", False) is not True:
+        return feature  # texts of which some are lists are JSON, which refers to no file
+    return dataclasses.replace(feature, decode=False)
 
 
 def find_image_column(dataset: datasets.Dataset) -> str:
