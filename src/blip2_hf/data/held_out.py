@@ -115,7 +115,7 @@ def _picture_id(value: Any, number: int) -> str:
 
 def count_pictures(rows: datasets.Dataset, id_column: str | None) -> int:
     """Return the number of pictures of rows, by the column of their ids: that of the rows if there is none."""
-    return len(rows) if id_column is None else len(set(_read_column(rows, id_column)))
+    return len(rows) if id_column is None else len(set(map(repr, _read_column(rows, id_column))))
 
 
 def _read_column(rows: datasets.Dataset, column: str) -> list[Any]:
