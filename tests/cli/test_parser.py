@@ -56,6 +56,12 @@ def test_options_that_commands_share_have_the_same_words_and_defaults():
             assert (stem(action.help), default) == first[:2], f"{name} of {command} and {first[2]}"
 
 
+def test_the_column_of_captions_has_two_names():
+    for name in ("--text-column=x", "--caption_column=x"):
+        assert PARSER.parse_args(["finetune", "data", "--model", "m", "--output", "o", name]).text_column == "x"
+        assert PARSER.parse_args(["evaluate", "caption", "--model", "m", "--output", "o", name]).caption_column == "x"
+
+
 @pytest.mark.parametrize("command", SUBPARSERS)
 def test_every_option_is_in_a_group_and_every_group_in_its_place(command):
     parser = SUBPARSERS[command]

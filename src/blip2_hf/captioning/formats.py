@@ -2,7 +2,7 @@
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..jobs.errors import CollectionError
 from ..jobs.picture_files import picture_endings
@@ -61,7 +61,15 @@ def _named_by_metadata(path: Path, pictures: Pictures) -> FolderPictures:
             f"{path.with_name(others[0])} is there already, and `datasets` reads one metadata file of a folder. Give "
             "it as --output, or remove it."
         )
-    return pictures.named_from(path.parent)
+    named = pictures.named_from(path.parent)
+    names = (named.identity(index)["file_name"] for index in range(len(named)))
+    inner = sorted({path.parent / folder for name in names for folder in PurePosixPath(name).parents[:-1]})
+    if found := [place for folder in inner for name in sorted(METADATA) if (place := folder / name).exists()]:
+        raise CollectionError(
+            f"{found[0]} describes some of the pictures already, which would stand in two files. Caption "
+            f"{found[0].parent} with it as --output, or move its rows into {path}."
+        )
+    return named
 
 
 def _open_sidecars(

@@ -9,6 +9,10 @@ from typing import Any, NoReturn
 from ..jobs.errors import did_you_mean
 
 
+# Columns of captions are columns of texts in some commands
+_OTHER_NAMES = {"--caption-column": "--text-column", "--text-column": "--caption-column"}
+
+
 def number(kind: type, least: float | None = None, most: float | None = None, above: float | None = None) -> Callable:
     """Return a function that parses an `int` or a `float` within bounds."""
     bounds = [f"at least {least}"] if least is not None else []
@@ -106,6 +110,8 @@ class Parser(argparse.ArgumentParser):
             if not name.startswith("--") or " " in name or name in self._option_string_actions:
                 continue
             hyphenated = name.replace("_", "-")
+            if hyphenated not in self._option_string_actions:
+                hyphenated = _OTHER_NAMES.get(hyphenated, hyphenated)
             if hyphenated in self._option_string_actions:
                 args[position] = hyphenated + sign + value
             elif not self.get_default("takes_rest"):

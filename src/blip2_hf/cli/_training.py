@@ -155,7 +155,7 @@ def prepare_rows(
     prepared = dict(rows)
     for name, place in (("train", options.data), ("validation", options.validation)):
         if prepared[name] is not None:
-            _check_columns(place, prepared[name], needed)
+            check_columns(place, prepared[name], needed)
             prepared[name] = _with_texts(place, prepared[name], text_column, options.skip_bad_rows)
     if prepared["validation"] is None and not getattr(options, "streaming", False):
         prepared["train"], prepared["validation"] = _hold_out(prepared["train"], options, 2 if is_contrasted else 1)
@@ -164,7 +164,8 @@ def prepare_rows(
     return prepared
 
 
-def _check_columns(data: str, rows: Any, columns: Mapping[str, str]):
+def check_columns(data: str, rows: Any, columns: Mapping[str, str]):
+    """Refuse data that lack a column. `columns` has the columns by the option that names each."""
     from ..data.feature_cache import EMBEDS
     from ..data.rows import column_names
 
@@ -182,13 +183,14 @@ def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
     import datasets
 
     from ..data import hold_out
+    from ..data.text import has_text
 
     if not isinstance(rows, datasets.Dataset) or column not in rows.column_names:
         return rows
     if len(rows) == 0:
         raise ValueError(f"{data} has no rows.")
     texts = rows.with_format(None).select_columns([column])
-    kept = [number for number, row in enumerate(texts) if _has_text(row[column])]
+    kept = [number for number, row in enumerate(texts) if has_text(row[column])]
     missing = sorted({*range(len(rows))} - {*kept})
     if not missing:
         return rows
@@ -213,10 +215,6 @@ def _tell(message: str):
 
     if PartialState().is_main_process:
         print(message)
-
-
-def _has_text(value: Any) -> bool:
-    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def _hold_out(rows: Any, options: argparse.Namespace, least: int) -> tuple[Any, Any]:

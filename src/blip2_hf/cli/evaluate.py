@@ -11,6 +11,7 @@ from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generati
 from ._common import add_command, check_output_apart, load_captioner, load_dataset, pick, processes, tell_image_size
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
 from ._parser import at_least_zero, positive
+from ._training import check_columns
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 
     rows = load_dataset(options, default_split="test")
     is_vqa = task.kind == "vqa"
+    columns = ["image", *(("question", "answer", "image_id", "group") if is_vqa else ("caption",)), "id"]
+    needed = {f"--{name.replace('_', '-')}-column": getattr(options, f"{name}_column") for name in columns}
+    check_columns(options.data, rows, {option: column for option, column in needed.items() if column is not None})
     if "file_name" in rows.column_names:  # of a folder of pictures, several rows of which may be about one
         id_column = "image_id_column" if is_vqa else "id_column"
         setattr(options, id_column, getattr(options, id_column) or "file_name")
@@ -158,8 +162,10 @@ def _with_texts(rows: Any, column: str) -> Any:
     from accelerate import PartialState
 
     from ..data.rows import get_column, select_columns
+    from ..data.text import has_text
 
-    kept = [number for number, row in enumerate(select_columns(rows, [column])) if get_column(row, column) is not None]
+    texts = (get_column(row, column) for row in select_columns(rows, [column]))
+    kept = [number for number, text in enumerate(texts) if has_text(text)]
     missing = len(rows) - len(kept)
     if missing and PartialState().is_main_process:
         print(f"blip2-hf: {missing:,} of {len(rows):,} rows have no {column}, and are left out.", file=sys.stderr)
