@@ -38,6 +38,11 @@ def open_output(
             f"{output}: the ending does not tell the format. Name a file that ends in {', '.join(TABLES)}, or give "
             f"--format txt, {', '.join(TABLES)}."
         )
+    if output_format != "txt" and extension != ".txt":
+        raise CollectionError(
+            f"--extension {extension} is the ending of text files, and {output} is one file. Leave it out, or give a "
+            "folder as --output."
+        )
     if output_format == "txt":
         return _open_sidecars(path, pictures, existing, num_captions, extension)
     if path is None or path.is_dir():
@@ -84,4 +89,9 @@ def _open_sidecars(
         raise CollectionError(f"{path} is a file, and --format txt needs a folder. Give another --output.")
     if not re.fullmatch(r"\.\w[\w.-]*", extension) or extension.lower() in picture_endings():
         raise CollectionError(f"--extension {extension}: the ending of a text file was expected, such as .caption.")
+    if path is not None and not path.is_dir() and path.suffix in (".txt", extension):
+        raise CollectionError(
+            f"--output {path}: a folder was expected, of a text file for each picture. Give "
+            f"{path.with_suffix('')}, or for one file a name that ends in .jsonl, .csv or .parquet."
+        )
     return SidecarFiles(path, pictures, existing, num_captions, extension)

@@ -88,10 +88,10 @@ def generation_with_preset(preset: "GenerationPreset", given: dict[str, Any]) ->
     return kwargs
 
 
-def check_generation(kwargs: dict[str, Any], model: str, num_texts: int = 1):
+def check_generation(kwargs: dict[str, Any], model: str, num_texts: int = 1, seed: int | None = None):
     """
-    Refuse arguments of `generate` that do not go together, and more texts of a picture than they give. `model` names
-    the checkpoint, whose own settings hold for the others.
+    Refuse arguments of `generate` that do not go together, more texts of a picture than they give, and a seed of what
+    is not sampled. `model` names the checkpoint, whose own settings hold for the others.
     """
     from transformers import GenerationConfig
 
@@ -104,6 +104,8 @@ def check_generation(kwargs: dict[str, Any], model: str, num_texts: int = 1):
         own = GenerationConfig()
     beams = kwargs.get("num_beams") or own.num_beams or 1
     samples = kwargs.get("do_sample", own.do_sample)
+    if seed is not None and not samples:
+        raise ValueError(f"--seed {seed}: nothing is sampled, so it would have no effect. Give --top-p 0.9 too.")
     if num_texts > beams and (beams > 1 or not samples):
         raise ValueError(
             f"{num_texts} captions of a picture were asked for, and a search with --num-beams {beams} writes at most "

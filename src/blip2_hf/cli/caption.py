@@ -130,7 +130,9 @@ def _write_captions(options: argparse.Namespace, files: list[str] | None):
         # What does not fit is told before the model is loaded
         open_output(options.output, options.format, pictures, **output)
         model, processor, prompt, kwargs = _load(options, lambda device: device or state.device)
-        caption_dataset(model, processor, pictures, options.output, options.format, prompt, **output | kwargs)
+        counts = caption_dataset(model, processor, pictures, options.output, options.format, prompt, **output | kwargs)
+    if counts.broken == counts.pictures:
+        raise SystemExit(1)
 
 
 def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | None, dict[str, Any]]:
@@ -149,7 +151,7 @@ def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | Non
         kwargs = generation_with_preset(preset, kwargs)
         prompt = preset.prompt if prompt is None else prompt
     kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **kwargs}
-    check_generation(kwargs, options.model, options.captions_per_image)
+    check_generation(kwargs, options.model, options.captions_per_image, options.seed)
     check_room(config, kwargs)
     model, processor = load_captioner(options.model, options.dtype, device(options.device))
     prompt = learned_prompt(processor) if prompt is None else prompt
