@@ -89,7 +89,7 @@ def _open_sidecars(
         raise CollectionError(f"{path} is a file, and --format txt needs a folder. Give another --output.")
     if not re.fullmatch(r"\.\w[\w.-]*", extension) or extension.lower() in picture_endings():
         raise CollectionError(f"--extension {extension}: the ending of a text file was expected, such as .caption.")
-    if path is not None and not path.is_dir() and path.suffix in (".txt", extension):
+    if path is not None and not path.is_dir() and path.suffix.lower() in (".txt", extension.lower()):
         raise CollectionError(
             f"--output {path}: a folder was expected, of a text file for each picture. Give "
             f"{path.with_suffix('')}, or for one file a name that ends in .jsonl, .csv or .parquet."
