@@ -109,12 +109,14 @@ def _check(options: argparse.Namespace):
     if options.task in ("vqav2", "okvqa"):
         names -= {"annotations"}
     if task.needs != ("data",):
-        names |= {"config", "image_column", "image_root"}
+        names |= {"config", "image_column", "image_root", "id_column", "image_id_column", "group_column"}
+    if task.needs == ("questions", "images") or options.task == "nocaps":
+        names |= {"split"}
     if task.kind == "retrieval":
         names |= {"preset", "prompt", "generate"}
     if task.kind != "vqa":
-        names |= {"protocol", "lemmatize"}
-    if unused := [f"--{name}" for name in sorted(names) if getattr(options, name) is not None]:
+        names |= {"protocol", "lemmatize", "image_id_column", "group_column"}
+    if unused := [f"--{name.replace('_', '-')}" for name in sorted(names) if getattr(options, name) is not None]:
         raise ValueError(f"{options.task} has no use for {' and '.join(unused)}.")
     if options.protocol not in (None, *task.protocols):
         expected = ", ".join(task.protocols)
