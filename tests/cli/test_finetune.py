@@ -290,7 +290,7 @@ def test_rows_without_text(work, capsys):
     printed = capsys.readouterr().out
     assert "2 of 14 rows of gaps.parquet have no text, and are left out." in printed
     # One picture tells too little for CIDEr-D
-    assert "1 held out: too few for CIDEr-D" in printed and "(loss" in printed.splitlines()[-1]
+    assert "Held-out pictures: 1, too few for CIDEr-D" in printed and "(loss" in printed.splitlines()[-1]
 
 
 def test_options_of_trainer_and_what_is_not_validated(work, capsys):
