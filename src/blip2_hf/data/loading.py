@@ -59,9 +59,8 @@ def load_rows(
 
     Args:
         data (`str` or `os.PathLike`):
-            Name of the folder, the file or the dataset. The name of a dataset of the Hub, or of a folder with splits,
-            may end in a split, or in a configuration and a split: `"me/ds:validation"`, `"me/ds:train[:1000]"`,
-            `"me/ds:english:validation"`. A path that exists is always taken as a path.
+            Name of the folder, the file or the dataset. It may end in a split, or in a configuration and a split:
+            `"me/ds:validation"`, `"rows.jsonl:train[:1000]"`, `"me/ds:english:validation"`. A path that exists is always taken as a path.
         split (`str`, *optional*):
             Split of data whose name ends in none, or a part of it, such as `"train[:1000]"`; by default `"train"`.
             Data without splits are called `"train"`.
@@ -81,7 +80,8 @@ def load_rows(
     Raises:
         ValueError: if a file has an unknown ending or is broken, if a folder has neither pictures nor files with rows,
             if pictures are not where paths lead, or if an argument has no use for the data.
-        FileNotFoundError: if there is no such file or folder.
+        FileNotFoundError: if there is no such file or folder, or dataset of the Hub.
+        ConnectionError: if the Hub does not answer.
     """
     name, own_config, own_split = _read_name(str(data))
     if split is not None and own_split is not None:
