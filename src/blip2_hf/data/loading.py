@@ -60,7 +60,8 @@ def load_rows(
     Args:
         data (`str` or `os.PathLike`):
             Name of the folder, the file or the dataset. It may end in a split, or in a configuration and a split:
-            `"me/ds:validation"`, `"rows.jsonl:train[:1000]"`, `"me/ds:english:validation"`. A path that exists is always taken as a path.
+            `"me/ds:validation"`, `"rows.jsonl:train[:1000]"`, `"me/ds:english:validation"`. A path that exists is
+            always taken as a path.
         split (`str`, *optional*):
             Split of data whose name ends in none, or a part of it, such as `"train[:1000]"`; by default `"train"`.
             Data without splits are called `"train"`.
