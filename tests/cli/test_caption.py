@@ -156,7 +156,7 @@ def test_sampling_beside_a_preset(photos, run, options, generation):
         (["photos/a.png", "--existing", "append"], "printed without --output: leave out --existing"),
         (["photos/a.png", "--overwrite", "--split", "test"], "leave out --split and --overwrite"),
         (["photos", "--overwrite", "--existing", "append"], "--overwrite and --existing append"),
-        (["photos", "--split", "train"], "photos is a folder of pictures: leave out --split"),
+        (["photos", "--config", "english"], "photos is a folder of pictures: leave out --config"),
         (["photos", "--image-column", "x", "--allow-urls"], "leave out --image-column and --allow-urls"),
         (["photos", "--captions-per-image", "3"], "3 captions.*--num-beams 1 writes at most 1.*Give --num-beams 3"),
         (["photos", "--captions-per-image", "3", "--num-beams", "2", "--top-p", "0.9"], "at most 2"),

@@ -186,7 +186,7 @@ def _open_pictures(options: argparse.Namespace) -> Any:
         if not (paths := sorted({path for name in options.data for path in glob.glob(name, recursive=True)})):
             raise ValueError(f"no file is called {data}.")
         return _open_tars(options, paths)
-    if is_picture_folder(path):
+    if options.split is None and is_picture_folder(path):
         _refuse(options, _OF_ROWS, f"{data} is a folder of pictures")
         return FolderPictures(path)
     if path.is_dir() and (paths := find_shards(path)):
