@@ -35,6 +35,16 @@ def test_embedded_pictures_are_held_out_with_all_their_rows(held_out, pictures, 
     assert not set(validation[column]) & set(train[column]) and len(train) + len(validation) == 12
 
 
+def test_a_picture_is_not_contrasted_with_itself(options):
+    needed = {"--text-column": "caption"}
+    options.held_out = 0.25
+    validation = prepare_rows(options, open_rows(options), needed, "caption", is_contrasted=True)["validation"]
+    assert len(validation) == 6 and len(ImageTextPairs(validation).different_pictures(3)) == 2
+    options.held_out = 1
+    with pytest.raises(ValueError, match="One picture is to be validated on, which has no other to be told from"):
+        prepare_rows(options, open_rows(options), needed, "caption", is_contrasted=True)
+
+
 @pytest.mark.parametrize(("images", "expected"), [(9, "loss"), (10, "mean_recall")])
 def test_the_loss_decides_if_few_pictures_are_held_out(images, expected, capsys):
     captions = [f"text {n}" for n in range(3 * images)]

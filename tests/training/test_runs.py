@@ -93,3 +93,19 @@ def test_what_is_saved_takes_the_place_of_another_kind(tmp_path):
     assert (tmp_path / "config.json").exists() and not (tmp_path / "adapter_config.json").exists()
     merged = Blip2ForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(merged.language_model.model.decoder.layers[0].self_attn.q_proj.weight, expected)
+
+
+def test_a_training_that_diverges_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text("of a good model")
+    pairs = ImageTextPairs(make_rows(["a dog", "grass"]), prompt="a photo of")
+    processor = make_processor()
+    arguments = make_arguments(tmp_path, learning_rate=1e30, warmup_steps=0)
+    trainer = make_trainer(make_model(), processor, arguments, pairs, pairs, LanguageModelCollator(processor))
+    with pytest.raises(ValueError, match=r"The loss of step \d is nan: the training has diverged.* than 1e.30"):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"The loss of an evaluation after step \d is nan: the training has diverged"):
+        trainer.evaluate()
+    trainer.model.query_tokens.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="Trained weights are NaN or infinite: the training has diverged"):
+        save_result(trainer)
+    assert (tmp_path / "config.json").read_text() == "of a good model"

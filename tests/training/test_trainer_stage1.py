@@ -55,6 +55,15 @@ def test_plain_trainer(tmp_path):
     assert 0 <= metrics["eval_image_to_text_r1"] <= metrics["eval_image_to_text_r10"] <= 1
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_weights_that_are_nan_are_told_by_the_loss(chunk_size, tmp_path):
+    """Not by the draw of hard negatives, whose error would be a traceback, and would stop a GPU."""
+    trainer = make_trainer(tmp_path, gradient_caching_chunk_size=chunk_size)
+    trainer.model.query_tokens.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="The loss of step 1 is nan: the training has diverged"):
+        trainer.train()
+
+
 def test_losses_are_logged_apart(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()

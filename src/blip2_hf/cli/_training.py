@@ -160,8 +160,8 @@ def prepare_rows(
             prepared[name] = _with_texts(place, prepared[name], text_column, options.skip_bad_rows)
     if prepared["validation"] is None and not getattr(options, "streaming", False):
         prepared["train"], prepared["validation"] = _hold_out(prepared["train"], options, 2 if is_contrasted else 1)
-    if is_contrasted and prepared["validation"] is not None and len(prepared["validation"]) == 1:
-        raise ValueError("One row is to be validated on, which has no other to be told from. Hold out 2 or more.")
+    if is_contrasted and prepared["validation"] is not None and _count(prepared["validation"], options) == 1:
+        raise ValueError("One picture is to be validated on, which has no other to be told from. Hold out 2 or more.")
     return prepared
 
 
@@ -242,9 +242,15 @@ def _hold_out(rows: Any, options: argparse.Namespace, least: int) -> tuple[Any, 
 
     id_column = find_ids(options, rows)[0]["id_column"]
     train, held_out = hold_out(rows, options.held_out, id_column, options.seed)
-    if 0 < options.held_out < 1 and len(held_out) < least:
+    if 0 < options.held_out < 1 and _count(held_out, options) < least:
         train, held_out = hold_out(rows, least, id_column, options.seed)
     return train, held_out if len(held_out) else None
+
+
+def _count(rows: Any, options: argparse.Namespace) -> int:
+    from ..data.held_out import count_pictures
+
+    return count_pictures(rows, find_ids(options, rows)[0]["id_column"])
 
 
 def prefer_loss_of_few(arguments: Any, validation: Any, metric: str):

@@ -105,9 +105,9 @@ def _run(options: argparse.Namespace):
         early_stopping_patience=patience,
     )
     train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=_PARTS[options.stage])
-    save_result(trainer)
     if data["validation"] is not None and arguments.eval_strategy == "no":
         trainer.evaluate()
+    save_result(trainer)
     next_commands = {
         1: f"blip2-hf pretrain DATA --stage 2 --stage1 {options.output} --language-model MODEL --output FOLDER",
         2: f"blip2-hf finetune DATA --model {options.output} --output FOLDER",

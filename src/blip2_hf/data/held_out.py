@@ -113,10 +113,19 @@ def _picture_id(value: Any, number: int) -> str:
     return f"row {number}" if has_none else fingerprint([picture_bytes(value)])
 
 
-def _read_ids(rows: datasets.Dataset, column: str) -> list[int | str]:
+def count_pictures(rows: datasets.Dataset, id_column: str | None) -> int:
+    """Return the number of pictures of rows, by the column of their ids: that of the rows if there is none."""
+    return len(rows) if id_column is None else len(set(_read_column(rows, id_column)))
+
+
+def _read_column(rows: datasets.Dataset, column: str) -> list[Any]:
     selected = select_columns(rows.with_format(None), [column])
     (name,) = selected.column_names
-    values = [get_column({name: value}, column) for value in selected[:][name]]
+    return [get_column({name: value}, column) for value in selected[:][name]]
+
+
+def _read_ids(rows: datasets.Dataset, column: str) -> list[int | str]:
+    values = _read_column(rows, column)
     if missing := [number for number, value in enumerate(values) if value is None]:
         raise ValueError(
             f"{len(missing):,} rows, the first of which is row {missing[0]}, have no id in column {column!r}. They "

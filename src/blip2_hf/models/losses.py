@@ -98,7 +98,8 @@ def draw_hard_negatives(logits: torch.Tensor, is_match: torch.Tensor) -> torch.T
     """
     has_negative = ~is_match.all(dim=1, keepdim=True)
     weights = logits.masked_fill(is_match & has_negative, float("-inf")).softmax(dim=1)
-    return torch.multinomial(weights, 1).squeeze(1)
+    # NaN is told by the loss; here it would be an error that stops the GPU
+    return torch.multinomial(weights.nan_to_num(1.0), 1).squeeze(1)
 
 
 def image_text_matching_loss(

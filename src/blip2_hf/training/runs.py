@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 
 from ..data.bad_rows import leave_out_bad_rows
 from ..data.feature_cache import EMBEDS
@@ -17,7 +18,7 @@ from .checkpoints import checkpoint_to_resume
 from .early_stopping import EarlyStopping
 from .presets import without_adapters
 from .sample_table import SampleTable
-from .trainer import Blip2Trainer
+from .trainer import Blip2Trainer, diverged
 
 
 _OF_ADAPTERS = ("adapter_config.json", "adapter_model*")
@@ -163,7 +164,11 @@ def save_result(trainer: Blip2Trainer, merge: bool = False):
             The trainer, which has trained.
         merge (`bool`, *optional*, defaults to `False`):
             Whether to save the whole model with the adapters added to its weights.
+
+    Raises:
+        ValueError: if trained weights are NaN or infinite. Nothing in the folder is touched then.
     """
+    _check_weights(trainer)
     folder, model = Path(trainer.args.output_dir or "."), trainer.accelerator.unwrap_model(trainer.model)
     is_whole = merge or without_adapters(model) is model
     if trainer.is_world_process_zero():
@@ -176,6 +181,14 @@ def save_result(trainer: Blip2Trainer, merge: bool = False):
     elif trainer.is_world_process_zero():
         model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
+
+
+def _check_weights(trainer: Blip2Trainer):
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    broken = torch.tensor(sum(not weight.isfinite().all() for weight in trained), device=trainer.args.device)
+    # Each process may have a part of the weights
+    if trainer.accelerator.gather(broken).any():
+        raise diverged(trainer, "Trained weights are NaN or infinite")
 
 
 __all__ = ["make_trainer", "save_result", "train_from_last_checkpoint", "training_pairs", "without_bad_rows"]

@@ -1,6 +1,7 @@
 """`Trainer` for BLIP-2: presets, weight decay, the losses of stage 1, evaluation, epochs, and pushes to the Hub."""
 
 import copy
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ class Blip2Trainer(Seq2SeqTrainer):
     - each loss of a model's output (`loss_itc`, ...) is logged besides their sum, for training and for evaluation;
     - a table of the trained and the frozen parts is printed when training begins;
     - of evaluations with equal metrics the best is the one with the lowest loss, and of equal losses the last one;
+    - a loss that is NaN or infinite ends the training with an error;
     - a run that has ended, also by [`EarlyStopping`], is not trained on when it is resumed;
     - with `predict_with_generate`, metrics are given the new tokens, without the prompt;
     - [`~data.ImageTextPairs`] are told the epoch, and an [`~data.ImageTextStream`] that repeats is divided among
@@ -76,7 +78,8 @@ class Blip2Trainer(Seq2SeqTrainer):
             Arguments of [`~transformers.Trainer`].
 
     Raises:
-        ValueError: if `args` are not [`Blip2Arguments`], or checkpoints of a model that can't be saved are wanted.
+        ValueError: if `args` are not [`Blip2Arguments`], or checkpoints of a model that can't be saved are wanted; in
+            training and evaluation, if the loss is NaN or infinite.
     """
 
     args: Blip2Arguments
@@ -237,6 +240,10 @@ class Blip2Trainer(Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # A scaler skips such steps, and looks for a scale without them
+        is_scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled
+        if model.training and not is_scaled and not loss.isfinite().all():
+            raise diverged(self, f"The loss of step {self.state.global_step + 1:,} is {loss.mean().item()}")
         losses = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
         self._losses["train" if model.training else "eval"].add(losses, rows=len(next(iter(inputs.values()))))
         return (loss, outputs) if return_outputs else loss
@@ -253,6 +260,9 @@ class Blip2Trainer(Seq2SeqTrainer):
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss = output.metrics.get(f"{metric_key_prefix}_loss", 0.0)
+        if not math.isfinite(loss):
+            raise diverged(self, f"The loss of an evaluation after step {self.state.global_step:,} is {loss}")
         losses = self._losses["eval"].take(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
         return output
@@ -361,6 +371,14 @@ class Blip2Trainer(Seq2SeqTrainer):
                 shutil.copyfile(file, Path(self.args.output_dir or ".") / file.name)
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def diverged(trainer: Blip2Trainer, finding: str) -> ValueError:
+    """Return the error of a training that has diverged, of which `finding` tells."""
+    return ValueError(
+        f"{finding}: the training has diverged, and its model is not saved. Give a lower learning rate "
+        f"(--learning-rate) than {trainer.args.learning_rate:g}, and --overwrite to begin anew."
+    )
 
 
 def _complete_adapter_config(path: Path, model: nn.Module, is_pushed: bool):
