@@ -165,8 +165,14 @@ def _run_command(run: Callable, check: Callable | None, options: argparse.Namesp
 def quieten_libraries():
     """Keep back what packages say of others that are not needed, and what PEFT asks transformers for."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_needed)
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def _is_needed(record: logging.LogRecord) -> bool:
+    """Tell whether a message of a training is of use: not that Trainer copies ids of tokens, or sorts by numbers."""
+    return not record.getMessage().startswith(("The tokenizer has new PAD/BOS/EOS", "mtime may not be reliable"))
 
 
 def stop(message: str) -> NoReturn:
@@ -312,6 +318,7 @@ def load_dataset(options: argparse.Namespace, default_split: str = "train") -> A
         split = default_split
     rows = load_rows(options.data, split, **pick(options, "config", "image_column", "image_root"))
     options.image_column = options.image_column or find_image_column(rows)
+    check_columns(options.data, rows, {"--image-column": options.image_column})
     return rows
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import add_command, check_output_apart, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._common import (
+    add_command,
+    check_columns,
+    check_output_apart,
+    load_captioner,
+    load_dataset,
+    pick,
+    processes,
+    tell_image_size,
+)
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
 from ._parser import at_least_zero, positive
 
@@ -142,6 +151,9 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 
     rows = load_dataset(options, default_split="test")
     is_vqa = task.kind == "vqa"
+    texts = ("question_column", "answer_column", "image_id_column", "group_column") if is_vqa else ("caption_column",)
+    named = {f"--{name.replace('_', '-')}": getattr(options, name) for name in (*texts, "id_column")}
+    check_columns(options.data, rows, named)
     if "file_name" in rows.column_names:  # of a folder of pictures, several rows of which may be about one
         id_column = "image_id_column" if is_vqa else "id_column"
         setattr(options, id_column, getattr(options, id_column) or "file_name")
