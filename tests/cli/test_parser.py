@@ -22,7 +22,10 @@ OTHER_IN_EACH = {
     *("--output", "--overwrite", "--model", "--index", "--prompt", "--preset", "--seed", "--text-column"),
     *("--vision-model", "--language-model", "--vision-feature-layer", "--id-column", "--dtype"),
 }
-OTHER_DEFAULTS = {"--batch-size", "--rows-per-shard", "--top-p", "--max-new-tokens", "--held-out", "--num-workers"}
+OTHER_DEFAULTS = {
+    *("--batch-size", "--rows-per-shard", "--top-p", "--max-new-tokens", "--held-out", "--num-workers"),
+    *("--question-column", "--answer-column"),
+}
 HEAVY = ("torch", "transformers", "datasets", "numpy", "PIL", "huggingface_hub", "accelerate", "peft", "pandas")
 
 

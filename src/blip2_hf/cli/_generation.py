@@ -81,7 +81,9 @@ def generation_with_preset(preset: "GenerationPreset", given: dict[str, Any]) ->
     """
     kwargs = dict(preset.generate_kwargs)
     if given.get("do_sample") and "num_beams" not in given:
-        kwargs = {name: value for name, value in kwargs.items() if name != "length_penalty"} | {"num_beams": 1}
+        kwargs["num_beams"] = 1
+    if given.get("num_beams", kwargs.get("num_beams")) == 1:
+        kwargs.pop("length_penalty", None)  # has a meaning for beams alone
     kwargs |= given
     if "min_new_tokens" in kwargs.keys() - given.keys():
         kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], kwargs["max_new_tokens"])

@@ -39,6 +39,39 @@ positive = number(int, least=1)
 at_least_zero = number(int, least=0)
 probability = number(float, above=0, most=1)
 above_zero = number(float, above=0)
+seed = number(int, least=0, most=2**32 - 1)  # NumPy takes no other
+
+
+def share_or_number(text: str) -> float:
+    """Parse a share below 1, or a whole number."""
+    value = number(float, least=0)(text)
+    if value >= 1 and not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} was given, a share below 1 or a whole number was expected")
+    return value
+
+
+def repository(text: str) -> str:
+    """Return the id of a repository on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given, a repository on the Hub such as me/captioner was expected"
+        ) from error
+    return text
+
+
+def training_device(text: str) -> str:
+    """Refuse devices that `Trainer` does not choose: it takes the GPUs that it sees."""
+    if text != "cpu":
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given, and only cpu can be: a training takes the GPU that it sees. Leave --device out, or "
+            "choose a GPU by CUDA_VISIBLE_DEVICES"
+        )
+    return text
 
 
 def to_write(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ._common import add_command, find_device, load_captioner, load_dataset, pick, processes, tell_image_size
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
-from ._parser import positive, to_write
+from ._parser import positive, seed, to_write
 from ._pictures import named_pictures, pixel_limit
 
 
@@ -51,7 +51,7 @@ def add_parser(commands: Any):
     add("--max-new-tokens", "the most tokens that are written; without it 30, or the preset's")
     add("--top-p")
     add("--temperature")
-    add("--seed", "seed of what is sampled", type=int)
+    add("--seed", "seed of what is sampled", type=seed)
     add("--generate")
     add("--image-size")
     add("--max-pixels", "larger pictures are listed as broken (default: about 89 million, as in PIL)", type=positive)

@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import add_command, check_output_apart, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._common import (
+    add_command,
+    check_columns,
+    check_output_apart,
+    load_captioner,
+    load_dataset,
+    pick,
+    processes,
+    tell_image_size,
+)
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
 from ._parser import at_least_zero, positive
-from ._training import check_columns
 
 
 @dataclass(frozen=True)
