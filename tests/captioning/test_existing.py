@@ -93,6 +93,49 @@ def test_sentences_and_tags_are_joined(photos, caption, expected):
     assert found == [f"A dog runs. {new[0]}\n", f"dog, grass, {new[1]}\n", f"{new[2]}\n"]
 
 
+@pytest.mark.parametrize("existing", ["append", "prepend"])
+def test_a_caption_is_a_line_of_its_own_beside_several(photos, caption, expected, existing):
+    (photos / "0.txt").write_text("a dog\non grass\n")
+    caption(existing=existing)
+    new = expected["0.png"].strip()
+    texts = ["a dog\non grass", new] if existing == "append" else [new, "a dog\non grass"]
+    assert (photos / "0.txt").read_text() == "\n".join(texts) + "\n"
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+@pytest.mark.parametrize("name", ["texts", "captions.jsonl", "photos/metadata.csv", "photos/metadata.jsonl"])
+def test_an_empty_text_is_no_caption(photos, caption, expected, tmp_path, name, empty):
+    output = tmp_path / name
+    rows = [{"file_name": name, "caption": empty if name == "1.png" else "mine"} for name in NAMES]
+    if output.suffix == "":
+        (output / "sub").mkdir(parents=True)
+        for row in rows:
+            (output / row["file_name"]).with_suffix(".txt").write_text(row["caption"])
+    elif output.suffix == ".csv":
+        with open(output, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        caption(output)
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        output.write_text(text.replace("file_name", "file") if output.name == "captions.jsonl" else text)
+    assert caption(output).captioned == 1
+    if output.suffix == "":
+        found = [(output / name).with_suffix(".txt").read_text() for name in NAMES]
+    else:
+        found = [row["caption"] for row in (cells if output.suffix == ".csv" else lines)(output)]
+    assert [text.strip() for text in found] == ["mine", expected["1.png"].strip(), "mine"]
+
+
+def test_a_model_that_writes_nothing(photos, parts, caption, tmp_path, monkeypatch):
+    monkeypatch.setattr(CaptionWriter, "_write", lambda self, pixel_values: [[""] for _ in pixel_values])
+    for output in (None, tmp_path / "captions.jsonl", photos / "metadata.csv"):
+        for _ in range(2):
+            assert caption(output).captioned == 3
+    assert [row["caption"] for row in lines(tmp_path / "captions.jsonl")] == [""] * 3
+
+
 def test_two_processes_add_each_caption_once(photos, tmp_path):
     model = save_captioner(tmp_path / "model")
     for name in ("0.txt", "1.txt", "sub/2.txt"):
@@ -226,6 +269,12 @@ def test_metadata_above_the_pictures_and_elsewhere(photos, caption, tmp_path):
     assert [row["file_name"] for row in lines(tmp_path / "metadata.jsonl")] == [f"photos/{name}" for name in NAMES]
     with pytest.raises(CollectionError, match="metadata.jsonl is there already, and `datasets` reads one"):
         caption(tmp_path / "metadata.csv")
+    (photos / "sub" / "metadata.csv").write_text("file_name,caption\n2.png,mine\n")
+    for output in (tmp_path, photos):
+        with pytest.raises(CollectionError, match="sub/metadata.csv describes some .*Caption .*photos/sub with it"):
+            caption(output / "metadata.jsonl")
+    assert caption(photos / "sub" / "metadata.csv", photos / "sub").captioned == 0
+    (photos / "sub" / "metadata.csv").unlink()
     (tmp_path / "other").mkdir()
     with pytest.raises(CollectionError, match="does not find the pictures of .*photos"):
         caption(tmp_path / "other" / "metadata.jsonl")

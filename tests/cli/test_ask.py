@@ -1,6 +1,7 @@
 """`blip2-hf ask`: answers of the pipeline, one pass over each picture, and what is no question."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,8 @@ def test_the_command(photos, model, capsys):
         (["what is it?"], "a picture is missing"),
         (["a.png", "cat.jgp"], "cat.jgp is neither a picture that is there nor a question"),
         (["a.png", "photos/cat"], "photos/cat is neither"),
+        (["a.png", "../cat"], "../cat is neither"),
+        (["why/how", "is it cat.jpg?", "indoors/outdoors?", "who/what?"], "a picture is missing"),
         (["a.png", "my cat.jpg", "what?"], "no picture my cat.jpg"),
         (["a.png", "x*.png", "what?"], r"no picture x\*.png"),
         ([".", "what?"], "is a folder. Give its pictures"),
@@ -113,6 +116,7 @@ def test_the_command(photos, model, capsys):
 )
 def test_mistakes_are_told_before_the_model_is_loaded(photos, model, monkeypatch, arguments, message):
     monkeypatch.setattr("blip2_hf.cli.ask.load_captioner", lambda *_: pytest.fail("the model was loaded"))
+    Path("photos").mkdir()
     with pytest.raises(SystemExit, match=f"^blip2-hf: .*{message}"):
         main(["ask", *arguments, "--model", str(model)])
 

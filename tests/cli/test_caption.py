@@ -89,6 +89,16 @@ def test_a_broken_picture_among_others(photos, model, capsys):
     assert "('photos/b.png'): not an image" in printed.err and "Traceback" not in printed.err
 
 
+def test_a_collection_of_broken_pictures(photos, model, run):
+    for name in ("a.png", "b.png"):
+        (photos / name).write_bytes(b"no picture")
+    run("photos", "--output", "captions.jsonl")
+    (photos / "sub" / "c.JPG").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stopped:
+        run("photos", "--output", "broken.jsonl")
+    assert stopped.value.code == 1 and len(read_lines("broken.jsonl.broken.jsonl")) == 3
+
+
 def test_pictures_are_written_if_that_is_asked_for(photos, model, run):
     names = ["photos/a.png", "photos/sub/c.JPG"]
     expected = texts(model, names)
@@ -146,12 +156,17 @@ def test_sampling_beside_a_preset(photos, run, options, generation):
         (["photos/a.png", "--existing", "append"], "printed without --output: leave out --existing"),
         (["photos/a.png", "--overwrite", "--split", "test"], "leave out --split and --overwrite"),
         (["photos", "--overwrite", "--existing", "append"], "--overwrite and --existing append"),
-        (["photos", "--split", "train"], "photos is a folder of pictures: leave out --split"),
+        (["photos", "--config", "english"], "photos is a folder of pictures: leave out --config"),
         (["photos", "--image-column", "x", "--allow-urls"], "leave out --image-column and --allow-urls"),
         (["photos", "--captions-per-image", "3"], "3 captions.*--num-beams 1 writes at most 1.*Give --num-beams 3"),
         (["photos", "--captions-per-image", "3", "--num-beams", "2", "--top-p", "0.9"], "at most 2"),
         (["photos", "--captions-per-image", "2", "--output", "x.csv"], "A cell of CSV has one caption"),
         (["photos", "--output", "elsewhere/metadata.jsonl"], "does not find the pictures"),
+        (["photos/a.png", "--output", "a.txt"], "a.txt: a folder was expected.*Give a, or for one file"),
+        (["photos", "--output", "a.cap", "--format", "txt", "--extension", "cap"], "a.cap: a folder was"),
+        (["photos", "--output", "a.jsonl", "--extension", "cap"], "--extension .cap .* a.jsonl is one file"),
+        (["photos", "--seed", "1"], "--seed 1: nothing is sampled"),
+        (["photos", "--seed", "1", "--preset", "caption"], "--seed 1: nothing is sampled"),
         (["photos", "--generate", "prompt=x"], "no argument 'prompt' .*Give --prompt"),
         (["photos", "--generate", "num_beam=2"], "no argument 'num_beam' .*Did you mean num_beams"),
         (["photos", "--generate", "do_sample=yes"], "do_sample='yes' was given, true or false was expected"),

@@ -59,6 +59,10 @@ def shared(tmp_path_factory) -> Path:
     (folder / "photos").mkdir()
     for seed in range(3):
         make_image(seed).save(folder / "photos" / f"{seed}.png")
+    rows = [{"image": "photos/gone.png" if i == 20 else f"photos/{i % 3}.png", "caption": "a"} for i in range(ROWS)]
+    (folder / "gone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run" / "checkpoint-2").mkdir(parents=True)
+    (folder / "run" / "checkpoint-2" / "config.json").write_text("{}")
     finetune(folder, "rows.parquet", "captioner", "adapters", *FAST, "--held-out", "12")
     return folder
 
@@ -291,6 +295,21 @@ def test_rows_without_text(work, capsys):
     assert "2 of 14 rows of gaps.parquet have no text, and are left out." in printed
     # One picture tells too little for CIDEr-D
     assert "Held-out pictures: 1, too few for CIDEr-D" in printed and "(loss" in printed.splitlines()[-1]
+    bad = [json.loads(line) for line in (work / "out" / "bad_rows-train.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["kind"]) for row in bad] == [(6, "text missing"), (7, "text missing")]
+
+
+def test_a_picture_that_is_not_there_is_left_out(work):
+    finetune(Path(), "gone.jsonl", "captioner", work / "out", *STEPS, "--skip-bad-rows", "--held-out", "0")
+    lists = [path.read_text().splitlines() for path in (work / "out").glob("bad_rows-*.jsonl")]
+    (row,) = [json.loads(line) for lines in lists for line in lines]
+    assert row["row"] == 20 and "gone.png" in row["reason"]
+
+
+def test_validation_without_generation(work, capsys):
+    options = ["--predict-with-generate", "false", "--held-out", "12"]
+    finetune(Path(), "rows.parquet", "captioner", work / "out", *STEPS, *options)
+    assert "(loss" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_options_of_trainer_and_what_is_not_validated(work, capsys):
@@ -324,6 +343,7 @@ MISTAKES = {
         "--load-in-4bit.*adapters.*lora_language_model",
     ),
     "merging into 4 bits": (["--load-in-4bit", "--merge"], "--merge: adapters are not merged into 4 or 8 bits"),
+    "4 bits of a narrow model": (["--load-in-4bit"], "--load-in-4bit: the language model is 32 wide, and 64"),
     "4 bits without bitsandbytes": (["--load-in-4bit"], r"blip2-hf\[quantization\]"),
     "merging nothing": (["--preset", "stage2", "--merge"], "--merge: adapters are not trained"),
     "the model as the output": (["--output", "captioner"], "--output captioner is what is read, too"),
@@ -332,7 +352,51 @@ MISTAKES = {
     "no package": (["--report-to", "wandb"], "--report-to wandb needs the package wandb: pip install wandb"),
     "early stopping": (["--early-stopping", "2", "--held-out", "0"], "--early-stopping needs validations"),
     "nothing to validate on": (["--eval-steps", "2", "--held-out", "0"], "--eval-steps: nothing is held out"),
-    "an output twice": (["--output_dir", "elsewhere"], "--output_dir: the folder of the model is given as --output"),
+    "an output twice": (["--output_dir", "elsewhere"], "--output_dir is called --output in this command"),
+    "transformers' name": (
+        ["--gradient-accumulation-steps=0"],
+        "--gradient_accumulation_steps is called --accumulate",
+    ),
+    "a word too many": (["--bf16", "true", "other"], "'other' was given, and nothing like it is expected"),
+    "an optimizer": (["--optim", "adamw_torsh"], "--optim: 'adamw_torsh' was given.* Did you mean adamw_torch"),
+    "a schedule": (["--lr_scheduler_type", "cosin"], "--lr-scheduler-type cosin: one of linear, cosine,"),
+    "no validation, no --held-out 0": (["--eval_strategy", "no"], "the best checkpoint is kept.*--eval-steps"),
+    "no checkpoints": (["--save-strategy", "no"], "the best checkpoint is kept.*--eval-steps"),
+    "steps of 0": (["--save-steps", "0"], "--save-steps 0: a number above 0"),
+    "a metric": (["--metric_for_best_model", "CIDEr"], "--metric-for-best-model CIDEr: one of.*Did you mean CIDEr-D"),
+    "a metric without texts": (
+        ["--predict-with-generate", "false", "--metric_for_best_model", "word_f1"],
+        "--metric-for-best-model word_f1: one of loss was expected",
+    ),
+    "generation for retrieval": (
+        ["--task", "retrieval", "--model", "stage1", "--predict_with_generate", "true"],
+        "--predict-with-generate: nothing is generated",
+    ),
+    "a checkpoint that is not there": (
+        ["--resume_from_checkpoint", "nowhere"],
+        "--resume-from-checkpoint nowhere: there is no such folder",
+    ),
+    "too many tokens": (["--max-new-tokens", "5000"], "--max-new-tokens 5000: the language model has 128 positions"),
+    "a question without a question": (["--prompt", "Question: {}"], "--prompt: {} stands for the question"),
+    "no place for the question": (["--task", "vqa", "--prompt", "Question:"], "--prompt: {} stands for the question"),
+    "an option of another task": (["--question-column", "q"], "--question-column goes with --task vqa, not with"),
+    "a prompt for retrieval": (["--task", "retrieval", "--prompt", "a"], "--prompt goes with --task caption and vqa"),
+    "ids": (["--id-column", "ids"], "rows.parquet has no column 'ids'.*--id-column"),
+    "a share": (["--held-out", "-1"], "--held-out: '-1' was given, a number of at least 0"),
+    "no number": (["--held-out", "nan"], "--held-out: 'nan' was given"),
+    "a share of two and a half": (["--held-out", "2.5"], "--held-out: '2.5' was given, a share below 1 or a whole"),
+    "a seed": (["--seed", "-4"], "--seed: '-4' was given, a whole number of at least 0"),
+    "a repository": (["--push-to-hub", "bad name!"], "--push-to-hub: 'bad name!' was given, a repository"),
+    "a device": (["--device", "cuda"], "--device: 'cuda' was given, and only cpu can be.*CUDA_VISIBLE_DEVICES"),
+    "a picture that is not there": (
+        ["--data", "gone.jsonl"],
+        r"pictures of 1 of 24 rows of gone.jsonl are not there, that of row 20 \(.*gone.png\).*--skip-bad-rows",
+    ),
+    "an output in the model": (["--output", "captioner/sub"], "captioner/sub is inside of captioner, which is read"),
+    "an output that the model is in": (
+        ["--model", "run/checkpoint-2", "--output", "run", "--overwrite"],
+        "--overwrite deletes the checkpoints in run, and the model",
+    ),
     "a preset of the other stage": (["--preset", "stage1"], "--preset stage1 is not for the task caption"),
     "too few rows": (
         ["--model", "stage1", "--task", "retrieval", "--batch-size", "30", "--image-size", "28"],
@@ -347,10 +411,14 @@ def test_mistakes_are_told_in_a_line(mistake, work, capsys, monkeypatch):
     options, expected = MISTAKES[mistake]
     if not Path("vit").exists():
         transformers.ViTModel(transformers.ViTConfig(**VISION, patch_size=14)).save_pretrained("vit")
-    for module in ("_training", "finetune"):
-        monkeypatch.setattr(f"blip2_hf.cli.{module}.find_spec", lambda name: None)
-    command = ["finetune", "rows.parquet", "--model", "captioner", "--output", str(work / "out"), *options]
-    assert re.search(expected, refusal(command, capsys))
+    for module in ("_trainer_options", "finetune"):
+        monkeypatch.setattr(
+            f"blip2_hf.cli.{module}.find_spec", lambda name: mistake == "4 bits of a narrow model" or None
+        )
+    data, options = (options[1], options[2:]) if options[0] == "--data" else ("rows.parquet", options)
+    command = ["finetune", data, "--model", "captioner", "--output", str(work / "out"), *options]
+    text = refusal(command, capsys)
+    assert re.search(expected, text) and len(text) < 420
     assert not (work / "out").exists()
 
 
@@ -372,7 +440,8 @@ def test_both_stages_of_pretraining(work, capsys):
 
     parts = ["--vision-model", str(work / "tower"), "--text-encoder", str(work / "bert"), "--num-query-tokens", "4"]
     pretrain("1", "stage1", *parts, "--image-size", "28")
-    assert "--stage 2 --stage1" in capsys.readouterr().out.splitlines()[-1]
+    printed = capsys.readouterr()
+    assert "--stage 2 --stage1" in printed.out.splitlines()[-1] and "PAD/BOS/EOS" not in printed.err
     pretrain("1", "further", "--model", str(work / "stage1"), "--eval-steps", "1", "--learning-rate", "0.01")
     first, second = (Blip2ForPreTraining.from_pretrained(work / name) for name in ("stage1", "further"))
     assert first.config.num_query_tokens == second.config.num_query_tokens == 4
@@ -396,6 +465,17 @@ def test_both_stages_of_pretraining(work, capsys):
         (["--stage", "1", "--vision-model", "captioner", "--prefix-lm"], "--prefix-lm goes with --stage 2"),
         (["--stage", "1", "--model", "stage1", "--num-query-tokens", "3"], "--num-query-tokens: --model has its own"),
         (["--stage", "1", "--model", "stage1", "--streaming", "--epochs", "2"], "--epochs: the length of a stream"),
+        (["--stage", "1", "--model", "stage1", "--preset", "lora"], "--preset: 'lora' was given, one of stage1,"),
+        (
+            ["--stage", "1", "--model", "stage1", "--preset", "stage2"],
+            "--preset stage2: with --stage 1, one of stage1",
+        ),
+        (
+            ["--stage", "2", "--stage1", "stage1", "--language-model", "captioner", "--prompt", "Question: {}"],
+            "--prompt: {} stands for a question, and captions have none",
+        ),
+        (["--stage", "1", "--model", "stage1", "--merge"], r"no option --merge\. See"),
+        (["--stage", "1", "--model", "stage1", "--lr", "1"], r"no option --lr\. See"),
         (["--stage", "1", "--model", "captioner"], "captioner is a model of stage 2 .*lacks weights for"),
     ],
 )

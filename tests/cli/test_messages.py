@@ -51,6 +51,7 @@ MORE_LINES = {
     "tower": ("cache-features pairs.parquet --vision-model {model} --output {output} --size 28", None, None),
     "retrieval": ("evaluate retrieval --data {data} --model {model} --output {output}", MATCHER, "rows"),
     "queries": ("look {data} --model {model} --output {output}.png", ANY, "picture"),
+    "vqa": ("evaluate vqa --data {data} --model {model} --output {output}", WRITER, "rows"),
     "retriever": (
         "finetune {data} --task retrieval --model {model} --output {output} --image-size 28",
         MATCHER,
@@ -313,6 +314,45 @@ def test_a_choice_that_is_not_there(told, name):
     assert re.search("was given, one of .* was expected", told(name, option))
 
 
+@pytest.mark.parametrize("name", ["captioner", "finetune", "pretrain", "tower"])
+def test_a_seed_that_is_none(told, name):
+    assert re.search("--seed: '-4' was given, a whole number of at least 0", told(name, "--seed -4"))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "message"),
+    [
+        ("caption", "--image-column img", "pairs.parquet has no column 'img'; its columns are .* --image-column"),
+        ("evaluate", "--caption-column txt", "pairs.parquet has no column 'txt'; .* --caption-column"),
+        ("vqa", "--question-column q", "pairs.parquet has no column 'q'; .* --question-column"),
+        ("vqa", "--answer-column a", "pairs.parquet has no column 'a'; .* --answer-column"),
+        ("finetune", "--id-column ids", "pairs.parquet has no column 'ids'; .* --id-column"),
+        ("pretrain", "--text-column txt", "pairs.parquet has no column 'txt'; .* --text-column"),
+    ],
+)
+def test_a_column_that_is_not_there(told, name, extra, message):
+    assert re.search(message, told(name, extra))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("finetune", "--lr 1"), ("pretrain", "--merge"), ("caption", "--zeal 3"), ("index", "--sead")]
+)
+def test_no_guess_is_better_than_a_bad_one(told, name, extra):
+    assert f"there is no option {extra.split()[0]}. See" in told(name, extra)
+
+
+@pytest.mark.parametrize("model", ["pairs", "brokn.csv-model", "clp2-model"])
+def test_no_file_is_guessed_for_a_model(told, model):
+    assert "Did you mean" not in told("caption", model=model)
+
+
+def test_a_text_and_a_picture_to_search_for(told, monkeypatch):
+    monkeypatch.setitem(ALL_LINES, "line", ("search cat --image photos/0.png --index photos", None, None))
+    assert "the text 'cat' and --image photos/0.png were given. Give one of the two." in told("line")
+    monkeypatch.setitem(ALL_LINES, "line", ("search --index photos", None, None))
+    assert "nothing to search for was given" in told("line")
+
+
 # --- outputs ---
 
 
@@ -333,6 +373,13 @@ def test_a_file_in_place_of_an_output_folder(told, name):
 @pytest.mark.parametrize("name", ["cache-features", "capfilt", "evaluate", "finetune", "pretrain", "retriever"])
 def test_the_data_in_place_of_an_output(told, name):
     assert "--output photos is what is read, too. Give another folder." in told(name, data="photos", output="photos")
+
+
+def test_an_output_inside_of_what_is_read(told):
+    for name in ("finetune", "evaluate", "cache-features"):
+        model = GOOD[LINES[name][1]]
+        message = f"--output {model}/sub is inside of {model}, which is read. Give another folder."
+        assert message in told(name, output=f"{model}/sub")
 
 
 @pytest.mark.parametrize(("data", "model"), [("captioner", "photos"), ("stage1", "photos/0.png")])

@@ -22,7 +22,10 @@ OTHER_IN_EACH = {
     *("--output", "--overwrite", "--model", "--index", "--prompt", "--preset", "--seed", "--text-column"),
     *("--vision-model", "--language-model", "--vision-feature-layer", "--id-column", "--dtype"),
 }
-OTHER_DEFAULTS = {"--batch-size", "--rows-per-shard", "--top-p", "--max-new-tokens", "--held-out", "--num-workers"}
+OTHER_DEFAULTS = {
+    *("--batch-size", "--rows-per-shard", "--top-p", "--max-new-tokens", "--held-out", "--num-workers"),
+    *("--question-column", "--answer-column"),
+}
 HEAVY = ("torch", "transformers", "datasets", "numpy", "PIL", "huggingface_hub", "accelerate", "peft", "pandas")
 
 
@@ -54,6 +57,12 @@ def test_options_that_commands_share_have_the_same_words_and_defaults():
             default = None if name in OTHER_DEFAULTS else action.default
             first = seen.setdefault(name, (stem(action.help), default, command))
             assert (stem(action.help), default) == first[:2], f"{name} of {command} and {first[2]}"
+
+
+def test_the_column_of_captions_has_two_names():
+    for name in ("--text-column=x", "--caption_column=x"):
+        assert PARSER.parse_args(["finetune", "data", "--model", "m", "--output", "o", name]).text_column == "x"
+        assert PARSER.parse_args(["evaluate", "caption", "--model", "m", "--output", "o", name]).caption_column == "x"
 
 
 @pytest.mark.parametrize("command", SUBPARSERS)

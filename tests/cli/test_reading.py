@@ -121,9 +121,10 @@ def test_captions_in_metadata_are_those_of_datasets(ending, models, photos):
 @pytest.mark.parametrize(
     ("command", "option", "message"),
     [
-        ("caption", ["--split", "test"], "photos is a folder of pictures"),
+        ("caption", ["--split", "test"], "photos has no splits, but 'test' was asked for"),
         ("caption", ["--image-column", "jpg"], "photos is a folder of pictures"),
         ("cache-features", ["--split", "test"], "photos has no splits, but 'test' was asked for"),
+        ("cache-features", ["--image-root", "photos"], "--image-root. was given, but photos is a folder of pictures"),
         ("cache-features", ["--config", "english"], "--config. was given, but photos has none"),
         ("cache-features", ["--image-column", "jpg"], "photos is a folder of pictures, without a column 'jpg'"),
         ("capfilt", ["--text-column", "text"], "no column 'text'"),
@@ -151,6 +152,19 @@ def test_evaluation_takes_the_test_split_if_there_is_one(models, photos):
     evaluate = ["evaluate", "caption", "--data", "splits", "--model", f"{models}/captioner", "--output", "scores"]
     main([*evaluate, "--generate", "max_new_tokens=5", "min_new_tokens=0"])
     assert json.loads(Path("scores/results.json").read_text())["num_scored"] == {"overall": 2}
+
+
+@pytest.mark.parametrize("arguments", [["splits:test"], ["splits", "--split", "test"]], ids=["in_the_name", "option"])
+def test_captions_of_a_split(arguments, models, photos):
+    (photos.parent / "splits" / "train").mkdir(parents=True)
+    (photos / "a.png").rename(photos.parent / "splits" / "train" / "a.png")
+    (photos / "trips" / "sea").rename(photos.parent / "splits" / "test")
+    options = ["--model", f"{models}/captioner", "--num-workers", "0", "--max-new-tokens", "5"]
+    main(["caption", *arguments, *options, "--output", "captions.jsonl"])
+    rows = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == [0]
+    with pytest.raises(SystemExit, match="A .txt for each picture needs a folder of pictures. Give --output"):
+        main(["caption", *arguments, *options])
 
 
 def test_tables_name_pictures_that_lie_elsewhere(models, photos):

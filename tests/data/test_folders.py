@@ -228,6 +228,10 @@ def test_folders_that_are_named_like_splits(tmp_path):
 def test_arguments_that_have_no_use(photos):
     with pytest.raises(ValueError, match="The configuration 'english' .--config. was given, but .*photos has none"):
         load_rows(photos, config="english")
+    with pytest.raises(
+        ValueError, match="--image-root. was given, but .*photos is a folder of pictures. Leave it out"
+    ):
+        load_rows(photos, image_root=photos)
     with pytest.raises(ValueError, match="without a column 'jpg'.*Its columns are"):
         load_rows(photos, image_column="jpg")
     assert len(load_rows(photos, image_column="image")) == 5
@@ -237,7 +241,6 @@ def test_folders_without_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.md").touch()
-    (tmp_path / "empty" / "notes.txt").write_text("Buy milk.")
     with pytest.raises(ValueError, match="empty is a folder without pictures and without files of rows") as error:
         load_rows(tmp_path / "empty")
     assert "\n" not in str(error.value)
@@ -255,6 +258,60 @@ def test_folders_without_pictures(tmp_path, monkeypatch):
         load_rows(tmp_path / "files", config="english")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["a.txt", "captions.settings.json"],
+            "folder is a folder of texts without pictures. Give a folder of pictures",
+        ),
+        (["config.json", "model.safetensors"], "folder is a folder of a model. Give a folder of pictures"),
+        (["adapter_config.json", "adapter_model.safetensors"], "folder is a folder of a model"),
+    ],
+)
+def test_folders_of_something_else(names, message, tmp_path):
+    for name in names:
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / name).write_text('{"model_type": "blip-2"}')
+    for load in (load_rows, find_splits):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "folder")
+
+
+CSV = "image,caption\n/a.png,NA\n"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train.CSV": CSV},
+        {"train.csv": CSV, "test.tsv": CSV.replace(",", "\t")},
+        {"train.ndjson": "{}", "test.csv": CSV},
+    ],
+)
+def test_folders_of_tables_of_other_endings_are_refused(files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for load in (load_rows, find_splits):
+        with pytest.raises(
+            ValueError, match=r"files of a folder are read if all have the same ending, of \.parquet.*lower"
+        ):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
+def test_folders_of_tables_are_read_as_a_table_is(streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").write_text(CSV)
+        assert list(load_rows(folder, split, streaming=streaming)) == [{"image": "/a.png", "caption": "NA"}]
+    (folder / "train.csv").write_text(CSV.replace("NA", "a, b"))
+    with pytest.raises(ValueError, match="tables can't be read: .*saw more in the first row"):
+        load_rows(folder, streaming=streaming)
+
+
 def test_a_dataset_of_the_hub_that_was_fetched_is_no_folder_of_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "fetched"
@@ -264,10 +321,21 @@ def test_a_dataset_of_the_hub_that_was_fetched_is_no_folder_of_pictures(tmp_path
     assert load_rows(folder)["caption"][:] == ["a bus"]
 
 
-def test_a_saved_dict(tmp_path):
-    rows = datasets.Dataset.from_dict({"caption": ["a bus"]})
-    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
-    assert load_rows(tmp_path / "saved", "test")["caption"][:] == ["a bus"]
-    assert find_splits(tmp_path / "saved") == ["train", "test"]
+def test_saved_rows(photos, tmp_path):
+    rows = datasets.Dataset.from_dict({"caption": ["a bus", "a cat"], "image": ["a.png", "b.JPG"]})
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "dict")
+    rows.save_to_disk(tmp_path / "rows")
+    assert load_rows(tmp_path / "dict", "test")["caption"][:] == ["a bus", "a cat"]
+    assert find_splits(tmp_path / "dict") == ["train", "test"] and find_splits(tmp_path / "rows") == []
+    for name in ("dict:test[1:]", "rows:train[1:]"):
+        assert load_rows(tmp_path / name)["caption"][:] == ["a cat"]
     with pytest.raises(ValueError, match="has the splits train, test, but 'val' was asked for"):
-        load_rows(tmp_path / "saved", "val")
+        load_rows(tmp_path / "dict", "val")
+    with pytest.raises(ValueError, match="rows has no splits, but 'val' was asked for"):
+        load_rows(tmp_path / "rows", "val")
+    # Paths start where the command runs, or from a given folder
+    for name in ("dict", "rows"):
+        assert load_rows(tmp_path / name)["image"][0] == "a.png"
+        assert load_rows(tmp_path / name, image_root=photos)["image"][:] == [f"{photos}/a.png", f"{photos}/b.JPG"]
+        with pytest.raises(ValueError, match="nosuch: no such folder"):
+            load_rows(tmp_path / name, image_root=tmp_path / "nosuch")

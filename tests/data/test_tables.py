@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -240,6 +241,14 @@ def test_what_is_not_there_is_no_dataset_of_the_hub(name, folder, monkeypatch):
             load(name)
 
 
+def test_the_hub_is_asked_once_without_retries(folder, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(
+        ConnectionError, match="There is no folder nothere/x here, and no such dataset in the Hub's cache"
+    ):
+        load_rows("nothere/x")
+
+
 def test_arguments_that_have_no_use(folder):
     WRITERS["rows.CSV"](folder / "rows.csv")
     for arguments in ({"split": "test"}, {"split": "test", "streaming": True}):
@@ -247,6 +256,12 @@ def test_arguments_that_have_no_use(folder):
             load_rows(folder / "rows.csv", **arguments)
     with pytest.raises(ValueError, match="The configuration 'english' .--config. was given, but .* has none"):
         load_rows(folder / "rows.csv", config="english")
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        tar.add(folder / "a.png", "0.png")
+    with pytest.raises(
+        ValueError, match="image_root .--image-root. was given, but .*0.tar is a tar file. Leave it out"
+    ):
+        load_rows(folder / "0.tar", image_root=folder)
     with pytest.raises(ValueError, match="The split 'test' was given, but the name 'me/ds:train' ends in 'train'"):
         load_rows("me/ds:train", "test")
     with pytest.raises(ValueError, match="The configuration 'a' was given, but the name is 'me/ds:b:train'"):
@@ -306,11 +321,25 @@ def test_other_annotations_of_coco(change, message, tmp_path):
         load_rows(tmp_path / "instances.json")
 
 
-def test_questions_without_answers_are_refused(tmp_path):
-    questions = {"data_subtype": "val2014", "questions": [{"question_id": 1, "question": "what?", "image_id": 2}]}
-    (tmp_path / "questions.json").write_text(json.dumps(questions))
-    with pytest.raises(ValueError, match="file of questions.*evaluate vqav2"):
-        load_rows(tmp_path / "questions.json")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"questions": [{"question_id": 1, "question": "what?", "image_id": 2}]},
+            "file of questions, whose answers are in another file.*evaluate vqav2",
+        ),
+        (
+            {"annotations": [{"question_id": 1, "answers": [{"answer": "a bus"}], "image_id": 2}]},
+            "file of answers, whose questions are in another file.*evaluate vqav2",
+        ),
+        ({"annotations": [{"image_id": 2, "caption": "a bus"}]}, "'annotations', but no list 'images'"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_of_two_files_is_refused(content, message, indent, tmp_path):
+    (tmp_path / "half.json").write_text(json.dumps({"data_subtype": "val2014"} | content, indent=indent))
+    with pytest.raises(ValueError, match=message):
+        load_rows(tmp_path / "half.json")
 
 
 def test_captions_of_karpathy(folder):
@@ -349,6 +378,9 @@ def test_captions_of_flickr(folder, tmp_path):
         assert rows["image"][:] == [f"{folder}/a.png", f"{folder}/in/b.png"]
         assert ImageTextPairs(rows, clean_text=False).references()[0] == ["a bus", "a red, old bus"]
         assert rows["caption"][1][0].replace(" ", "") == "acat,asleep."
+        assert load_rows(f"{folder}/{name}:train[1:]")["image"][:] == [f"{folder}/in/b.png"]
+        with pytest.raises(ValueError, match=f"{name} has no splits, but 'val' was asked for"):
+            load_rows(f"{folder}/{name}:val")
     # As Flickr8k is unpacked
     (tmp_path / "flickr").mkdir()
     folder.rename(tmp_path / "flickr" / "Images")

@@ -631,6 +631,9 @@ def test_the_commands_presets(folder, tmp_path):
         ("nocaps", [], "nocaps needs --annotations and --images"),
         ("caption", ["--data", "x", "--questions", "y"], "caption has no use for --questions"),
         ("retrieval", ["--data", "x", "--preset", "vqa"], "retrieval has no use for --preset"),
+        ("nocaps", ["--annotations", "x", "--images", ".", "--split", "val"], "nocaps has no use for --split"),
+        ("gqa", ["--questions", "x", "--images", ".", "--group-column", "y"], "gqa has no use for --group-column"),
+        ("caption", ["--data", "x", "--image-id-column", "y"], "caption has no use for --image-id-column"),
         ("gqa", ["--questions", "nothing.json", "--images", "."], "There is no file nothing.json"),
         (
             "retrieval",

@@ -118,6 +118,8 @@ def test_captions_in_a_data_set():
     assert [(s.image_id, s.captions) for s in together] == [("a", ["number 0", "number 1"]), ("b", ["number 2"])]
     lists = dataset.map(lambda row: {"text": [row["text"], "another"]}, remove_columns="text")
     assert read_caption_rows(lists, "picture", "text")[1].captions == ["number 1", "another"]
+    empty = [{"image": make_image(i), "caption": text} for i, text in enumerate(["", " \n", ["", "a bus"], ["", " "]])]
+    assert [sample.captions for sample in read_caption_rows(empty)] == [[], [], ["a bus"], []]
     with pytest.raises(ValueError, match="no column 'image'.*'picture'"):
         read_caption_rows(dataset)
     with pytest.raises(ValueError, match="row 0, column 'caption' is None; a text was expected"):
@@ -134,6 +136,8 @@ def test_questions_in_a_data_set():
     assert sample.answers == ["bus", "a bus"]
     plain = read_question_rows([{**rows[0], "answer": "bus"}])[0]
     assert (plain.question_id, plain.image_id, plain.answers, plain.group) == (0, 0, ["bus"], None)
+    for answer, found in ((" ", []), (["", ""], []), (["", "bus"], ["", "bus"])):
+        assert read_question_rows([{**rows[0], "answer": answer}])[0].answers == found
     with pytest.raises(ValueError, match="row 0: question is ''; a question was expected"):
         read_question_rows([{**rows[0], "question": "", "answer": "bus"}])
     with pytest.raises(ValueError, match="no rows"):

@@ -33,6 +33,10 @@ def test_settings_that_are_the_same(tmp_path):
         ({"size": 28}, "size: 28 there, {'height': 28, 'width': 28} now"),
         ({"old": 1}, "old: 1 there, None now"),
         ({"prompt": "b", "model": "there"}, "model: 'there' there, 'here' now; prompt: 'b' there, 'a' now"),
+        (
+            {"--b": 1, "c": 1, "d": 1, "e": 1, "f": 1},
+            "--b: 1 there, None now; c: 1 there, None now; d: 1 there, None now; e: 1 there, None now; and 1 more",
+        ),
         ({"prompt": f"{'x' * 200}y"}, f"prompt: '{'x' * 39}...{'x' * 38}y' there, 'a' now"),
     ],
 )
@@ -41,6 +45,12 @@ def test_settings_that_differ(tmp_path, change, told):
         check(tmp_path / "settings.json", {**GIVEN, **change}, free=("model",))
     assert str(error.value) == f"captions.jsonl was made otherwise ({told}). {ADVICE}"
     assert isinstance(error.value, CollectionError)
+
+
+def test_hashes_are_not_told(tmp_path):
+    write_json(tmp_path / "settings.json", {"weights": fingerprint([b"1"])})
+    with pytest.raises(MadeOtherwiseError, match=r"made otherwise \(weights: some there, others now\)\."):
+        check_settings_file(tmp_path / "settings.json", {"weights": fingerprint([b"2"])}, "captions.jsonl", ADVICE)
 
 
 def test_settings_that_are_not_known(tmp_path):

@@ -38,6 +38,15 @@ def test_bad_rows_are_left_out_of_each_part(tmp_path, capsys):
     assert "1 bad row" in capsys.readouterr().out
 
 
+def test_one_question_of_all_samples_is_told():
+    rows = make_rows([["a dog"], ["a cat"]]).remove_columns("question").add_column("question", ["what is it?"] * 2)
+    pairs = ImageTextPairs(rows, train=False, prompt="Question: {}", prompt_column="question")
+    metrics = GeneratedTextMetrics(make_processor(), pairs)
+    metrics.predictions = ["a dog", "a cow"]
+    *_, last = SampleTable(pairs, metrics).describe("Step 3").splitlines()
+    assert last == "| row 1 | Question: what is it? | a cat | a cow |"
+
+
 @pytest.mark.parametrize("prompt", ["a photo of", "Question: {} Answer:"])
 def test_a_table_of_eight_samples(prompt, tmp_path):
     column = "question" if "{}" in prompt else None

@@ -68,7 +68,11 @@ class CaptionOutput(ABC):
 
     @abstractmethod
     def captioned(self) -> Iterator[int]:
-        """Yield the pictures that have a caption in the result."""
+        """Yield the pictures that have a caption in the result, which is not empty."""
+
+    @abstractmethod
+    def named(self) -> Iterator[int]:
+        """Yield the pictures that the result names, also those of which the model wrote nothing."""
 
     def check(self, settings: Mapping[str, Any]):
         """Refuse captions that other settings made, unless they are overwritten or added to."""
@@ -207,7 +211,7 @@ class CaptionOutput(ABC):
 
     def check_complete(self):
         """Refuse to call a run finished that has left pictures without a caption and without a reason."""
-        found = {*self.captioned(), *(self.pictures.position(record) for record in self.read(self.broken))}
+        found = {*self.named(), *(self.pictures.position(record) for record in self.read(self.broken))}
         # By their names, because names that are not Unicode may become equal
         identities = (self.pictures.identity(index) for index in range(len(self.pictures)))
         if missing := sum(self.pictures.position(identity) not in found for identity in identities):

@@ -2,7 +2,7 @@
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..jobs.errors import CollectionError
 from ..jobs.picture_files import picture_endings
@@ -38,6 +38,11 @@ def open_output(
             f"{output}: the ending does not tell the format. Name a file that ends in {', '.join(TABLES)}, or give "
             f"--format txt, {', '.join(TABLES)}."
         )
+    if output_format != "txt" and extension != ".txt":
+        raise CollectionError(
+            f"--extension {extension} is the ending of text files, and {output} is one file. Leave it out, or give a "
+            "folder as --output."
+        )
     if output_format == "txt":
         return _open_sidecars(path, pictures, existing, num_captions, extension)
     if path is None or path.is_dir():
@@ -61,7 +66,15 @@ def _named_by_metadata(path: Path, pictures: Pictures) -> FolderPictures:
             f"{path.with_name(others[0])} is there already, and `datasets` reads one metadata file of a folder. Give "
             "it as --output, or remove it."
         )
-    return pictures.named_from(path.parent)
+    named = pictures.named_from(path.parent)
+    names = (named.identity(index)["file_name"] for index in range(len(named)))
+    inner = sorted({path.parent / folder for name in names for folder in PurePosixPath(name).parents[:-1]})
+    if found := [place for folder in inner for name in sorted(METADATA) if (place := folder / name).exists()]:
+        raise CollectionError(
+            f"{found[0]} describes some of the pictures already, which would stand in two files. Caption "
+            f"{found[0].parent} with it as --output, or move its rows into {path}."
+        )
+    return named
 
 
 def _open_sidecars(
@@ -76,4 +89,9 @@ def _open_sidecars(
         raise CollectionError(f"{path} is a file, and --format txt needs a folder. Give another --output.")
     if not re.fullmatch(r"\.\w[\w.-]*", extension) or extension.lower() in picture_endings():
         raise CollectionError(f"--extension {extension}: the ending of a text file was expected, such as .caption.")
+    if path is not None and not path.is_dir() and path.suffix.lower() in (".txt", extension.lower()):
+        raise CollectionError(
+            f"--output {path}: a folder was expected, of a text file for each picture. Give "
+            f"{path.with_suffix('')}, or for one file a name that ends in .jsonl, .csv or .parquet."
+        )
     return SidecarFiles(path, pictures, existing, num_captions, extension)

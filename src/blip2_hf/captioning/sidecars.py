@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..data.text import has_text
 from ..jobs.atomic_files import write_text
 from ..jobs.errors import CollectionError
 from ..jobs.picture_files import find_beside
@@ -40,6 +41,9 @@ class SidecarFiles(CaptionOutput):
         return self.has_parts() or (bool(self._found) and any(self.folder.rglob(f"*{self.extension}")))
 
     def captioned(self) -> Iterator[int]:
+        return (index for index in self.named() if has_text(self.before(index)))
+
+    def named(self) -> Iterator[int]:
         return (index for index, sidecar in enumerate(self.sidecars) if sidecar.exists())
 
     def folders(self) -> set[Path]:
@@ -50,7 +54,8 @@ class SidecarFiles(CaptionOutput):
 
     def joined(self, first: str, second: str) -> str:
         first, second = first.strip(), second.strip()
-        return (f"{first}\n{second}" if first and second and self.is_list else join_texts(first, second)) + "\n"
+        is_list = self.is_list or "\n" in first or "\n" in second
+        return (f"{first}\n{second}" if first and second and is_list else join_texts(first, second)) + "\n"
 
     def before(self, index: int) -> str | None:
         sidecar = self.sidecars[index]

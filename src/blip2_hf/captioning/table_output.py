@@ -1,11 +1,12 @@
 """Captions in one file, a table."""
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from ..data.text import has_text
 from ..jobs.errors import CollectionError
 from .caption_output import BEFORE, CAPTION, CaptionOutput, with_position, without_broken
 from .pictures import Pictures
@@ -33,11 +34,11 @@ class CaptionFile(CaptionOutput):
         self._before: dict[int, Any] | None = None
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of the result. A cell without a caption has `None`."""
+        """Yield the rows of the result. A row without a caption, or with an empty one, has `None`."""
         kind = list if self.is_list else str
         for row in self.table.read():
-            if self.is_metadata and row.get(CAPTION) == "":
-                row[CAPTION] = None  # an empty cell of CSV
+            if CAPTION in row and not has_text(row[CAPTION]):
+                row[CAPTION] = None
             found = row.get(CAPTION)
             if found is not None and not isinstance(found, kind):
                 expected = "a list of captions" if self.is_list else "one text"
@@ -57,8 +58,13 @@ class CaptionFile(CaptionOutput):
         return self.has_parts() or (bool(self._found) if self.is_metadata else self.place.exists())
 
     def captioned(self) -> Iterator[int]:
-        positions = (self.pictures.position(row) for row in self.results() if row.get(CAPTION) is not None)
-        return (position for position in positions if position is not None)
+        return self._positions(row for row in self.results() if row.get(CAPTION) is not None)
+
+    def named(self) -> Iterator[int]:
+        return self._positions(self.results())
+
+    def _positions(self, rows: Iterable[dict[str, Any]]) -> Iterator[int]:
+        return (position for row in rows if (position := self.pictures.position(row)) is not None)
 
     def before(self, index: int) -> Any:
         if self._before is None:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -165,8 +165,14 @@ def _run_command(run: Callable, check: Callable | None, options: argparse.Namesp
 def quieten_libraries():
     """Keep back what packages say of others that are not needed, and what PEFT asks transformers for."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_needed)
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def _is_needed(record: logging.LogRecord) -> bool:
+    """Tell whether a message of a training is of use: not that Trainer copies ids of tokens, or sorts by numbers."""
+    return not record.getMessage().startswith(("The tokenizer has new PAD/BOS/EOS", "mtime may not be reliable"))
 
 
 def stop(message: str) -> NoReturn:
@@ -208,12 +214,35 @@ def check_names(options: argparse.Namespace):
 
 
 def check_output_apart(options: argparse.Namespace):
-    """Refuse to write into a folder that is read."""
-    output = Path(options.output)
+    """Refuse to write into a folder that is read, or into a folder inside of it."""
+    output = Path(options.output).resolve()
     for name in (*_FOLDERS, *_DATA, *_MODELS):
         value = getattr(options, name, None)
-        if isinstance(value, str) and output.exists() and Path(value).exists() and output.samefile(value):
-            raise ValueError(f"--output {output} is what is read, too. Give another folder.")
+        if not isinstance(value, str) or not Path(value).exists():
+            continue
+        source = Path(value).resolve()
+        if output == source:
+            raise ValueError(f"--output {options.output} is what is read, too. Give another folder.")
+        # Everything may be in the current folder
+        if source in output.parents and source != Path.cwd():
+            raise ValueError(f"--output {options.output} is inside of {value}, which is read. Give another folder.")
+
+
+def check_columns(data: str, rows: Any, columns: Mapping[str, str | None]):
+    """Refuse columns that the data do not have. `columns` has them by the option that names each."""
+    from ..data.feature_cache import EMBEDS
+    from ..data.rows import column_names
+
+    names = column_names(rows)
+    for option, column in columns.items():
+        is_picture_of_features = option == "--image-column" and EMBEDS in (names or [])
+        if names is None or column is None or is_picture_of_features:
+            continue
+        if column not in names and column.partition(".")[0] not in names:
+            there = ", ".join(sorted(names)) or "none"
+            raise ValueError(
+                f"{data} has no column {column!r}; its columns are {there}. Name the right one: {option}."
+            )
 
 
 def end_workers():
@@ -289,6 +318,7 @@ def load_dataset(options: argparse.Namespace, default_split: str = "train") -> A
         split = default_split
     rows = load_rows(options.data, split, **pick(options, "config", "image_column", "image_root"))
     options.image_column = options.image_column or find_image_column(rows)
+    check_columns(options.data, rows, {"--image-column": options.image_column})
     return rows
 
 

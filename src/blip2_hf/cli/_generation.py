@@ -81,17 +81,19 @@ def generation_with_preset(preset: "GenerationPreset", given: dict[str, Any]) ->
     """
     kwargs = dict(preset.generate_kwargs)
     if given.get("do_sample") and "num_beams" not in given:
-        kwargs = {name: value for name, value in kwargs.items() if name != "length_penalty"} | {"num_beams": 1}
+        kwargs["num_beams"] = 1
+    if given.get("num_beams", kwargs.get("num_beams")) == 1:
+        kwargs.pop("length_penalty", None)  # has a meaning for beams alone
     kwargs |= given
     if "min_new_tokens" in kwargs.keys() - given.keys():
         kwargs["min_new_tokens"] = min(kwargs["min_new_tokens"], kwargs["max_new_tokens"])
     return kwargs
 
 
-def check_generation(kwargs: dict[str, Any], model: str, num_texts: int = 1):
+def check_generation(kwargs: dict[str, Any], model: str, num_texts: int = 1, seed: int | None = None):
     """
-    Refuse arguments of `generate` that do not go together, and more texts of a picture than they give. `model` names
-    the checkpoint, whose own settings hold for the others.
+    Refuse arguments of `generate` that do not go together, more texts of a picture than they give, and a seed of what
+    is not sampled. `model` names the checkpoint, whose own settings hold for the others.
     """
     from transformers import GenerationConfig
 
@@ -104,6 +106,8 @@ def check_generation(kwargs: dict[str, Any], model: str, num_texts: int = 1):
         own = GenerationConfig()
     beams = kwargs.get("num_beams") or own.num_beams or 1
     samples = kwargs.get("do_sample", own.do_sample)
+    if seed is not None and not samples:
+        raise ValueError(f"--seed {seed}: nothing is sampled, so it would have no effect. Give --top-p 0.9 too.")
     if num_texts > beams and (beams > 1 or not samples):
         raise ValueError(
             f"{num_texts} captions of a picture were asked for, and a search with --num-beams {beams} writes at most "

@@ -9,6 +9,10 @@ from typing import Any, NoReturn
 from ..jobs.errors import did_you_mean
 
 
+# Columns of captions are columns of texts in some commands
+_OTHER_NAMES = {"--caption-column": "--text-column", "--text-column": "--caption-column"}
+
+
 def number(kind: type, least: float | None = None, most: float | None = None, above: float | None = None) -> Callable:
     """Return a function that parses an `int` or a `float` within bounds."""
     bounds = [f"at least {least}"] if least is not None else []
@@ -35,6 +39,39 @@ positive = number(int, least=1)
 at_least_zero = number(int, least=0)
 probability = number(float, above=0, most=1)
 above_zero = number(float, above=0)
+seed = number(int, least=0, most=2**32 - 1)  # NumPy takes no other
+
+
+def share_or_number(text: str) -> float:
+    """Parse a share below 1, or a whole number."""
+    value = number(float, least=0)(text)
+    if value >= 1 and not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} was given, a share below 1 or a whole number was expected")
+    return value
+
+
+def repository(text: str) -> str:
+    """Return the id of a repository on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given, a repository on the Hub such as me/captioner was expected"
+        ) from error
+    return text
+
+
+def training_device(text: str) -> str:
+    """Refuse devices that `Trainer` does not choose: it takes the GPUs that it sees."""
+    if text != "cpu":
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given, and only cpu can be: a training takes the GPU that it sees. Leave --device out, or "
+            "choose a GPU by CUDA_VISIBLE_DEVICES"
+        )
+    return text
 
 
 def to_write(text: str) -> str:
@@ -106,6 +143,8 @@ class Parser(argparse.ArgumentParser):
             if not name.startswith("--") or " " in name or name in self._option_string_actions:
                 continue
             hyphenated = name.replace("_", "-")
+            if hyphenated not in self._option_string_actions:
+                hyphenated = _OTHER_NAMES.get(hyphenated, hyphenated)
             if hyphenated in self._option_string_actions:
                 args[position] = hyphenated + sign + value
             elif not self.get_default("takes_rest"):

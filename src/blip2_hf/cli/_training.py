@@ -1,17 +1,20 @@
 """What `blip2-hf finetune` and `blip2-hf pretrain` have in common: options, data, settings, the end."""
 
 import argparse
-from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ._common import check_output_apart, pick
-from ._parser import above_zero, did_you_mean, positive
+from ._common import check_columns, check_output_apart, pick, stop
+from ._parser import above_zero, positive, repository, seed, share_or_number, training_device
 
 
 _LOGGERS = ("none", "tensorboard", "trackio", "wandb")
 _FEW = 10  # held-out pictures, fewer than which tell less than the loss does
+_MODELS = ("model", "stage1", "vision_model", "language_model")  # options that name what is begun with
 _NO_CHECKPOINT = "Give another --output, or --overwrite to replace what is there."
 
 
@@ -20,7 +23,7 @@ def add_data_options(add: Callable, held_out: float):
     add("data")
     add("--validation", "data to validate on, such as ID:validation, in place of --held-out", metavar="DATA")
     share = "share of the pictures, or their number, that is not learned from but validated on"
-    add("--held-out", share, type=float, default=held_out, metavar="SHARE")
+    add("--held-out", share, type=share_or_number, default=held_out, metavar="SHARE")
     add("--id-column", "column of ids that are equal for rows of the same picture; without it, found if there is one")
     add("--image-column")
     add("--image-root")
@@ -44,12 +47,12 @@ def add_training_options(add: Callable):
     add("--eval-steps", "validate, and save a checkpoint, after each N steps", type=positive, metavar="N")
     add("--early-stopping", "stop after N validations without improvement", type=positive, metavar="N")
     add("--report-to", "where losses and scores are logged, besides the terminal", choices=_LOGGERS, default="none")
-    add("--seed", "seed of all random choices", type=int, default=0)
+    add("--seed", "seed of all random choices", type=seed, default=0)
     add("--num-workers", default=0)
-    add("--device", "cpu; without it a GPU if there is one", choices=["cpu"])
+    add("--device", "cpu; without it a GPU if there is one; CUDA_VISIBLE_DEVICES chooses it", type=training_device)
     add("--output", "folder of the model; run again to go on after a stop", required=True, metavar="FOLDER")
     add("--overwrite", "delete the checkpoints in the folder, and begin anew", action="store_true")
-    add("--push-to-hub", "repository that the model is pushed to at the end", metavar="REPOSITORY")
+    add("--push-to-hub", "repository that the model is pushed to at the end", type=repository, metavar="REPOSITORY")
     add.args[0].set_defaults(takes_rest=True, parser=add.args[0])  # type: ignore[attr-defined]
 
 
@@ -57,64 +60,16 @@ def check_output(options: argparse.Namespace):
     """Refuse an output folder that holds what another command made, or is read."""
     folder = Path(options.output)
     check_output_apart(options)
+    models = [Path(name).resolve() for kind in _MODELS if (name := getattr(options, kind, None)) is not None]
+    is_deleted = any(path.match("checkpoint-*") and path.parent == folder.resolve() for path in models)
+    if options.overwrite and is_deleted:
+        raise ValueError(
+            f"--overwrite deletes the checkpoints in {folder}, and the model to start from is one. Give another "
+            "--output."
+        )
     is_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     if is_model and not (folder / "_settings.json").exists() and not options.overwrite:
         raise ValueError(f"{folder} holds a model that this command has not made. {_NO_CHECKPOINT}")
-
-
-def training_arguments(options: argparse.Namespace, kind: type, **defaults) -> Any:
-    """Return the settings of a training: the options, the rest of the command line, and otherwise `defaults`."""
-    import torch
-    from transformers import HfArgumentParser
-
-    if options.report_to != "none" and find_spec(options.report_to) is None:
-        name = options.report_to
-        package = '"blip2-hf[training]"' if name == "tensorboard" else name
-        raise ImportError(f"--report-to {name} needs the package {name}: pip install {package}")
-    on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
-    given = {
-        "output_dir": options.output,
-        "num_train_epochs": options.epochs,
-        "max_steps": options.max_steps,
-        "learning_rate": options.learning_rate,
-        "per_device_train_batch_size": options.batch_size,
-        "per_device_eval_batch_size": options.batch_size,
-        "gradient_accumulation_steps": options.accumulate,
-        "dataloader_num_workers": options.num_workers,
-        "report_to": options.report_to,
-        "seed": options.seed,
-        "overwrite": options.overwrite,
-        "use_cpu": on_cpu,
-        "push_to_hub": options.push_to_hub is not None,
-        "hub_model_id": options.push_to_hub,
-    }
-    defaults = {"logging_steps": 10, "dataloader_pin_memory": not on_cpu} | defaults
-    if options.eval_steps is not None:
-        is_stream = getattr(options, "streaming", False)
-        if options.validation is None and (is_stream or options.held_out == 0):
-            raise ValueError("--eval-steps: nothing is held out to validate on. Give --validation.")
-        steps = {"eval_steps": options.eval_steps, "save_steps": options.eval_steps}
-        defaults |= {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, **steps}
-    parser = HfArgumentParser(kind, exit_on_error=False, allow_abbrev=False)
-    parser.set_defaults(**(defaults | {name: value for name, value in given.items() if value is not None}))
-    try:
-        arguments, rest = parser.parse_args_into_dataclasses(
-            options.rest, return_remaining_strings=True, look_for_args_file=False
-        )
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if rest:
-        own = options.parser._option_string_actions
-        known = [*own, *(name for name in parser._option_string_actions if "_" not in name)]
-        raise ValueError(f"there is no option {rest[0]}.{did_you_mean(rest[0].replace('_', '-'), known)}")
-    if arguments.n_gpu > 1:
-        # Trainer would split each batch by DataParallel, which knows neither contrast nor generation
-        arguments._n_gpu = 1
-    if arguments.output_dir != options.output:
-        raise ValueError("--output_dir: the folder of the model is given as --output.")
-    if options.early_stopping is not None and not arguments.load_best_model_at_end:
-        raise ValueError("--early-stopping needs validations: hold pictures out, and give --eval-steps.")
-    return arguments
 
 
 def open_rows(options: argparse.Namespace) -> dict[str, Any]:
@@ -155,9 +110,11 @@ def prepare_rows(
     prepared = dict(rows)
     for name, place in (("train", options.data), ("validation", options.validation)):
         if prepared[name] is not None:
-            _check_columns(place, prepared[name], needed)
+            check_columns(place, prepared[name], {**needed, "--id-column": options.id_column})
             prepared[name] = _with_ids(options, prepared[name])
-            prepared[name] = _with_texts(place, prepared[name], text_column, options.skip_bad_rows)
+            prepared[name] = _with_texts(options, name, place, prepared[name], text_column)
+            if not options.skip_bad_rows:
+                _check_pictures(place, prepared[name], options.image_column)
     if prepared["validation"] is None and not getattr(options, "streaming", False):
         prepared["train"], prepared["validation"] = _hold_out(prepared["train"], options, 2 if is_contrasted else 1)
     if is_contrasted and prepared["validation"] is not None and _count(prepared["validation"], options) == 1:
@@ -183,35 +140,26 @@ def find_ids(options: argparse.Namespace, *parts: Any) -> list[dict[str, str | N
     ]
 
 
-def _check_columns(data: str, rows: Any, columns: Mapping[str, str]):
-    from ..data.feature_cache import EMBEDS
-    from ..data.rows import column_names
-
-    names = column_names(rows)
-    for option, column in columns.items():
-        is_picture_of_features = option == "--image-column" and EMBEDS in (names or [])
-        if names is None or is_picture_of_features or column in names or column.partition(".")[0] in names:
-            continue
-        there = ", ".join(sorted(names)) or "none"
-        raise ValueError(f"{data} has no column {column!r}; its columns are {there}. Name the right one: {option}.")
-
-
-def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
-    """Return the rows that have a text. If others are not to be skipped, they are an error."""
+def _with_texts(options: argparse.Namespace, name: str, data: str, rows: Any, column: str) -> Any:
+    """
+    Return the rows that have a text. Others are an error or, with --skip-bad-rows, added to `options.textless` by the
+    name of the rows.
+    """
     import datasets
 
     from ..data import hold_out
+    from ..data.text import has_text
 
     if not isinstance(rows, datasets.Dataset) or column not in rows.column_names:
         return rows
     if len(rows) == 0:
         raise ValueError(f"{data} has no rows.")
     texts = rows.with_format(None).select_columns([column])
-    kept = [number for number, row in enumerate(texts) if _has_text(row[column])]
+    kept = [number for number, row in enumerate(texts) if has_text(row[column])]
     missing = sorted({*range(len(rows))} - {*kept})
     if not missing:
         return rows
-    if not skips:
+    if not options.skip_bad_rows:
         first = f"row {missing[0]}"
         if "file_name" in rows.column_names:
             first = rows.select_columns(["file_name"])[missing[0]]["file_name"]
@@ -223,8 +171,72 @@ def _with_texts(data: str, rows: Any, column: str, skips: bool) -> Any:
     if not kept:
         raise ValueError(f"No row of {data} has a text in the column {column!r}.")
     _tell(f"{len(missing):,} of {len(rows):,} rows of {data} have no text, and are left out.")
+    options.textless = {**getattr(options, "textless", {}), name: missing}
     # With the numbers of the rows
     return hold_out(rows, 0)[0].select(kept)
+
+
+def _check_pictures(data: str, rows: Any, column: str):
+    """Refuse rows whose pictures are files here that are not there, without opening any."""
+    import datasets
+
+    from ..data.rows import column_names, select_columns
+
+    if not isinstance(rows, datasets.Dataset) or column not in (column_names(rows) or []):
+        return
+    if isinstance(rows.features[column], datasets.Image) and not all(
+        chunk.field("bytes").null_count == len(chunk) for chunk in rows.data.column(column).chunks
+    ):
+        return  # pictures that are in the data would be read, too
+    missing, first = 0, ""
+    seen: dict[str, bool] = {}
+    for number, row in enumerate(select_columns(rows.with_format(None), [column])):
+        path = _local_file(row[column])
+        if path is not None and not seen.setdefault(path, os.path.isfile(path)):
+            first = first or f"row {number} ({path})"
+            missing += 1
+    if missing:
+        raise ValueError(
+            f"The pictures of {missing:,} of {len(rows):,} rows of {data} are not there, that of {first} for one. "
+            "Restore them, name the folder that their paths start from (--image-root), or leave such rows out: "
+            "--skip-bad-rows."
+        )
+
+
+def _local_file(picture: Any) -> str | None:
+    """Return the path of a picture that is a file here: no URL, no part of an archive, no picture in base64."""
+    from ..jobs.picture_files import is_picture_name
+
+    path = picture.get("path") if isinstance(picture, Mapping) and picture.get("bytes") is None else picture
+    return path if isinstance(path, str) and is_picture_name(path) and "://" not in path else None
+
+
+def leave_out_bad_rows(options: argparse.Namespace, data: Mapping[str, Any], collator: Callable) -> dict[str, Any]:
+    """Leave out the rows of which no batch can be made, and list them together with those without text."""
+    from accelerate import PartialState
+
+    from ..data.bad_rows import TEXT_MISSING, BadRow
+    from ..jobs.state_files import json_line
+    from ..training import without_bad_rows
+
+    rest = without_bad_rows(data, collator, options.output)
+    for name, numbers in getattr(options, "textless", {}).items():
+        if PartialState().is_main_process:
+            rows = (BadRow(number, None, f"Row {number} has no text.", TEXT_MISSING) for number in numbers)
+            with open(Path(options.output, f"bad_rows-{name}.jsonl"), "ab") as file:
+                file.writelines(json_line(asdict(row)) for row in rows)
+    return rest
+
+
+@contextmanager
+def told_how_to_go_on(options: argparse.Namespace) -> Iterator[None]:
+    """Say after Ctrl-C what the same command does."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        is_saved = any(Path(options.output).glob("checkpoint-*"))
+        goes_on = "goes on from the last checkpoint" if is_saved else "begins again: no checkpoint was saved yet"
+        stop(f"stopped. The same command {goes_on}.")
 
 
 def _tell(message: str):
@@ -232,10 +244,6 @@ def _tell(message: str):
 
     if PartialState().is_main_process:
         print(message)
-
-
-def _has_text(value: Any) -> bool:
-    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def _hold_out(rows: Any, options: argparse.Namespace, least: int) -> tuple[Any, Any]:

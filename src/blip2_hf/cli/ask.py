@@ -13,7 +13,7 @@ from ._generation import check_generation, check_room, generation_with_preset, g
 from ._pictures import named_pictures
 
 
-_LIKE_A_FILE = re.compile(r"\S*\w\.[A-Za-z]\w{1,4}|\S*[/\\]\S*")  # cat.jgp, photos/cat: no question is such a word
+_LIKE_A_FILE = re.compile(r"\S*\w\.[A-Za-z]\w{1,4}|[/~.]\S*")  # cat.jgp, ../cat
 
 
 def add_parser(commands: Any):
@@ -93,7 +93,7 @@ def _sort(arguments: list[str]) -> tuple[list[str], list[str]]:
             pictures.append(argument)  # the error says what it is
         elif Path(argument).is_dir():
             raise ValueError(f"{argument} is a folder. Give its pictures, such as '{argument}/*.jpg'.")
-        elif _LIKE_A_FILE.fullmatch(argument):
+        elif _is_like_a_path(argument):
             raise ValueError(f"{argument} is neither a picture that is there nor a question. Check the path.")
         else:
             questions.append(argument)
@@ -101,3 +101,11 @@ def _sort(arguments: list[str]) -> tuple[list[str], list[str]]:
         missing = "a question" if pictures else "a picture"
         raise ValueError(f"{missing} is missing: pictures and questions were expected, such as cat.jpg 'what is it?'.")
     return list(dict.fromkeys(pictures)), questions
+
+
+def _is_like_a_path(argument: str) -> bool:
+    """Tell whether an argument, which is no file, looks like the name of one, or of one in a folder that is there."""
+    if argument.endswith("?"):
+        return False
+    is_inside = "/" in argument and " " not in argument and Path(argument).parent.is_dir()
+    return is_inside or _LIKE_A_FILE.fullmatch(argument) is not None

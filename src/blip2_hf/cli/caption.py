@@ -9,7 +9,7 @@ from typing import Any
 
 from ._common import add_command, find_device, load_captioner, load_dataset, pick, processes, tell_image_size
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
-from ._parser import positive, to_write
+from ._parser import positive, seed, to_write
 from ._pictures import named_pictures, pixel_limit
 
 
@@ -51,7 +51,7 @@ def add_parser(commands: Any):
     add("--max-new-tokens", "the most tokens that are written; without it 30, or the preset's")
     add("--top-p")
     add("--temperature")
-    add("--seed", "seed of what is sampled", type=int)
+    add("--seed", "seed of what is sampled", type=seed)
     add("--generate")
     add("--image-size")
     add("--max-pixels", "larger pictures are listed as broken (default: about 89 million, as in PIL)", type=positive)
@@ -130,7 +130,9 @@ def _write_captions(options: argparse.Namespace, files: list[str] | None):
         # What does not fit is told before the model is loaded
         open_output(options.output, options.format, pictures, **output)
         model, processor, prompt, kwargs = _load(options, lambda device: device or state.device)
-        caption_dataset(model, processor, pictures, options.output, options.format, prompt, **output | kwargs)
+        counts = caption_dataset(model, processor, pictures, options.output, options.format, prompt, **output | kwargs)
+    if counts.broken == counts.pictures:
+        raise SystemExit(1)
 
 
 def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | None, dict[str, Any]]:
@@ -149,7 +151,7 @@ def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | Non
         kwargs = generation_with_preset(preset, kwargs)
         prompt = preset.prompt if prompt is None else prompt
     kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **kwargs}
-    check_generation(kwargs, options.model, options.captions_per_image)
+    check_generation(kwargs, options.model, options.captions_per_image, options.seed)
     check_room(config, kwargs)
     model, processor = load_captioner(options.model, options.dtype, device(options.device))
     prompt = learned_prompt(processor) if prompt is None else prompt
@@ -184,7 +186,7 @@ def _open_pictures(options: argparse.Namespace) -> Any:
         if not (paths := sorted({path for name in options.data for path in glob.glob(name, recursive=True)})):
             raise ValueError(f"no file is called {data}.")
         return _open_tars(options, paths)
-    if is_picture_folder(path):
+    if options.split is None and is_picture_folder(path):
         _refuse(options, _OF_ROWS, f"{data} is a folder of pictures")
         return FolderPictures(path)
     if path.is_dir() and (paths := find_shards(path)):

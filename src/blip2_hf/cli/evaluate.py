@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
-from ._common import add_command, check_output_apart, load_captioner, load_dataset, pick, processes, tell_image_size
+from ._common import (
+    add_command,
+    check_columns,
+    check_output_apart,
+    load_captioner,
+    load_dataset,
+    pick,
+    processes,
+    tell_image_size,
+)
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
 from ._parser import at_least_zero, positive
 
@@ -108,12 +117,14 @@ def _check(options: argparse.Namespace):
     if options.task in ("vqav2", "okvqa"):
         names -= {"annotations"}
     if task.needs != ("data",):
-        names |= {"config", "image_column", "image_root"}
+        names |= {"config", "image_column", "image_root", "id_column", "image_id_column", "group_column"}
+    if task.needs == ("questions", "images") or options.task == "nocaps":
+        names |= {"split"}
     if task.kind == "retrieval":
         names |= {"preset", "prompt", "generate"}
     if task.kind != "vqa":
-        names |= {"protocol", "lemmatize"}
-    if unused := [f"--{name}" for name in sorted(names) if getattr(options, name) is not None]:
+        names |= {"protocol", "lemmatize", "image_id_column", "group_column"}
+    if unused := [f"--{name.replace('_', '-')}" for name in sorted(names) if getattr(options, name) is not None]:
         raise ValueError(f"{options.task} has no use for {' and '.join(unused)}.")
     if options.protocol not in (None, *task.protocols):
         expected = ", ".join(task.protocols)
@@ -142,6 +153,9 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
 
     rows = load_dataset(options, default_split="test")
     is_vqa = task.kind == "vqa"
+    columns = ["image", *(("question", "answer", "image_id", "group") if is_vqa else ("caption",)), "id"]
+    needed = {f"--{name.replace('_', '-')}-column": getattr(options, f"{name}_column") for name in columns}
+    check_columns(options.data, rows, {option: column for option, column in needed.items() if column is not None})
     if "file_name" in rows.column_names:  # of a folder of pictures, several rows of which may be about one
         id_column = "image_id_column" if is_vqa else "id_column"
         setattr(options, id_column, getattr(options, id_column) or "file_name")
@@ -158,8 +172,10 @@ def _with_texts(rows: Any, column: str) -> Any:
     from accelerate import PartialState
 
     from ..data.rows import get_column, select_columns
+    from ..data.text import has_text
 
-    kept = [number for number, row in enumerate(select_columns(rows, [column])) if get_column(row, column) is not None]
+    texts = (get_column(row, column) for row in select_columns(rows, [column]))
+    kept = [number for number, text in enumerate(texts) if has_text(text)]
     missing = len(rows) - len(kept)
     if missing and PartialState().is_main_process:
         print(f"blip2-hf: {missing:,} of {len(rows):,} rows have no {column}, and are left out.", file=sys.stderr)

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from ._common import add_command, pick
+from ._generation import check_room
+from ._trainer_options import training_arguments
 from ._training import (
     add_data_options,
     add_training_options,
@@ -16,10 +18,11 @@ from ._training import (
     find_image_size,
     find_text_column,
     finish,
+    leave_out_bad_rows,
     open_rows,
     prefer_loss_of_few,
     prepare_rows,
-    training_arguments,
+    told_how_to_go_on,
 )
 
 
@@ -27,6 +30,15 @@ _ADAPTERS = ("lora_language_model", "lora_qformer", "lora_vision_model")
 _PRESETS = (*_ADAPTERS, "finetune", "stage1", "stage2", "qformer", "projection", "everything")
 _RATE_OF_ADAPTERS = 1e-4
 _RETRIEVAL_IMAGE_SIZE = 364
+_NARROWEST_IN_4_BITS = 64
+# Options of some tasks alone, with what they are if they are not given
+_OF_TASKS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "text_column": (("caption", "retrieval"), None),
+    "question_column": (("vqa",), "question"),
+    "answer_column": (("vqa",), "answer"),
+    "prompt": (("caption", "vqa"), None),
+    "max_new_tokens": (("caption", "vqa"), None),
+}
 _BOUND = (  # options that decide what is learned
     *("task", "model", "data", "validation", "held_out", "image_size", "prompt", "image_column", "text_column"),
     *("question_column", "answer_column", "id_column", "dtype", "load_in_4bit", "load_in_8bit"),
@@ -70,8 +82,8 @@ def add_parser(commands: Any):
     )
     add_data_options(add, held_out=0.1)
     add("--text-column", "column of the captions: texts, or lists of texts (default: caption, otherwise text)")
-    add("--question-column", "column of the questions", default="question")
-    add("--answer-column", "column of an answer, or of a list", default="answer")
+    add("--question-column", "column of the questions (default: question)")
+    add("--answer-column", "column of an answer, or of a list (default: answer)")
     add("--model", "BLIP-2 to start from, for retrieval one of stage 1: folder or id on the Hub", required=True)
     add("--task", "what is learned", choices=[*_TASKS], default="caption")
     preset = "which parts are trained (default: adapters in the language model; for retrieval, finetune)"
@@ -94,16 +106,18 @@ def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
     arguments = _arguments(options, task)
     config, processor = _check_model(options)
+    if options.task != "retrieval":
+        _check_language_model(options, task, config, processor)
     data, image_size = _read(options, task, processor)
     load = _load_retriever if options.task == "retrieval" else _load_writer
     model, processor, collator = load(options, task, config, image_size)
 
-    from ..training import make_trainer, save_result, train_from_last_checkpoint, without_bad_rows
+    from ..training import make_trainer, save_result, train_from_last_checkpoint
 
     if options.skip_bad_rows:
-        data = without_bad_rows(data, collator, options.output)
+        data = leave_out_bad_rows(options, data, collator)
     prefer_loss_of_few(arguments, data["validation"], task.metric)
-    metrics = _metrics(options, processor, data["validation"])
+    metrics = _metrics(options, arguments, processor, data["validation"])
     patience = options.early_stopping
     trainer = make_trainer(
         model,
@@ -114,7 +128,8 @@ def _run(options: argparse.Namespace):
         compute_metrics=metrics,
         early_stopping_patience=patience,
     )
-    train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=["model"])
+    with told_how_to_go_on(options):
+        train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=["model"])
     save_result(trainer, merge=options.merge)
     finish(trainer, options.output, task.next_command.format(shlex.quote(options.output)))
 
@@ -128,8 +143,31 @@ def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
     return check_model(options.model, WRITING, f", or make one: {stage2}")
 
 
+def _check_language_model(options: argparse.Namespace, task: _Task, config: Any, processor: Any):
+    """Refuse more new tokens than the language model has room for, and 4 bits of one that is too narrow for them."""
+    new = {"max_new_tokens": options.max_new_tokens or task.max_new_tokens}
+    check_room(config, new, len(processor.tokenizer(options.prompt).input_ids))
+    width = config.text_config.hidden_size
+    if options.load_in_4bit and width < _NARROWEST_IN_4_BITS:
+        raise ValueError(
+            f"--load-in-4bit: the language model is {width} wide, and {_NARROWEST_IN_4_BITS} are needed. Leave the "
+            "option out: so small a model fits as it is."
+        )
+
+
 def _check(options: argparse.Namespace):
     task = _TASKS[options.task]
+    for name, (tasks, default) in _OF_TASKS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.task not in tasks:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} goes with --task {' and '.join(tasks)}, not with --task {options.task}.")
+    if options.prompt is not None and ("{}" in options.prompt) != (options.task == "vqa"):
+        raise ValueError(
+            "--prompt: {} stands for the question, so --task vqa needs it, and --task caption has no question. "
+            f"{options.prompt!r} was given."
+        )
     options.preset = options.preset or task.preset
     options.prompt = options.prompt if options.prompt is not None else task.prompt
     is_retrieval, has_adapters = options.task == "retrieval", options.preset in _ADAPTERS
@@ -226,11 +264,15 @@ def _load_retriever(options: argparse.Namespace, task: _Task, config: Any, image
     return model, processor, ImageTextCollator(processor)
 
 
-def _metrics(options: argparse.Namespace, processor: Any, validation: Any) -> Any:
+def _metrics(options: argparse.Namespace, arguments: Any, processor: Any, validation: Any) -> Any:
     from ..evaluation import GeneratedTextMetrics, contrastive_retrieval_metrics, score_answers
     from ..evaluation.metrics import caption_metrics
 
     if options.task == "retrieval":
         return contrastive_retrieval_metrics
     score = score_answers if options.task == "vqa" else caption_metrics
-    return None if validation is None else GeneratedTextMetrics(processor, validation, score)
+    return (
+        None
+        if validation is None or not arguments.predict_with_generate
+        else GeneratedTextMetrics(processor, validation, score)
+    )

@@ -5,6 +5,7 @@ from typing import Any
 
 from ._common import add_command, pick
 from ._parser import positive
+from ._trainer_options import training_arguments
 from ._training import (
     add_data_options,
     add_training_options,
@@ -14,10 +15,11 @@ from ._training import (
     find_image_size,
     find_text_column,
     finish,
+    leave_out_bad_rows,
     open_rows,
     prefer_loss_of_few,
     prepare_rows,
-    training_arguments,
+    told_how_to_go_on,
 )
 
 
@@ -29,6 +31,11 @@ _PARTS = {1: ("vision_model", "text_encoder", "model"), 2: ("stage1", "language_
 _OF_STAGE = {
     1: {"model": None, "text_encoder": None, "vision_feature_layer": None, "num_query_tokens": None},
     2: {"stage1": None, "language_model": None, "prompt": None, "prefix_lm": False},
+}
+# Not adapters: what is made here has no base model on the disk to load them with
+_PRESETS = {
+    1: ("stage1", "finetune", "everything"),
+    2: ("stage2", "finetune", "qformer", "projection", "everything"),
 }
 _BOUND = (  # options that decide what is learned
     *("stage", "data", "validation", "held_out", "image_size", "image_column", "text_column", "id_column"),
@@ -60,7 +67,8 @@ def add_parser(commands: Any):
     add("--num-query-tokens", "stage 1: number of queries (default: 32)", type=positive, metavar="N")
     add("--stage1", "stage 2: model of stage 1 to go on from")
     add("--language-model", "stage 2: any causal or sequence-to-sequence language model")
-    add("--preset", "which parts are trained (default: those of the paper's stage)", group="training")
+    presets = [*dict.fromkeys(_PRESETS[1] + _PRESETS[2])]
+    add("--preset", "which parts are trained (default: those of the paper's stage)", group="training", choices=presets)
     add("--prompt", "stage 2: text in front of the captions (default: none)")
     add("--prefix-lm", "stage 2: give the beginning of each text, and learn the rest", action="store_true")
     add("--max-length", "the most tokens of a text that are learned", type=positive, default=32)
@@ -86,14 +94,14 @@ def _run(options: argparse.Namespace):
     set_seed(options.seed)
     model, processor, collator = (_make_stage1 if options.stage == 1 else _make_stage2)(options, data)
 
-    from ..training import make_trainer, save_result, train_from_last_checkpoint, without_bad_rows
+    from ..training import make_trainer, save_result, train_from_last_checkpoint
 
     if options.skip_bad_rows:
         if options.streaming and options.stage == 2:
             data["train"].check = collator.check
-        data = without_bad_rows(data, collator, options.output)
+        data = leave_out_bad_rows(options, data, collator)
     prefer_loss_of_few(arguments, data["validation"], _METRICS[options.stage])
-    metrics = _metrics(options, processor, data["validation"])
+    metrics = _metrics(options, arguments, processor, data["validation"])
     patience = options.early_stopping
     trainer = make_trainer(
         model,
@@ -104,7 +112,8 @@ def _run(options: argparse.Namespace):
         compute_metrics=metrics,
         early_stopping_patience=patience,
     )
-    train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=_PARTS[options.stage])
+    with told_how_to_go_on(options):
+        train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=_PARTS[options.stage])
     if data["validation"] is not None and arguments.eval_strategy == "no":
         trainer.evaluate()
     save_result(trainer)
@@ -125,6 +134,11 @@ def _check(options: argparse.Namespace):
         raise ValueError("--stage 2 needs --stage1, a model of stage 1, and --language-model.")
     if options.stage == 1 and (options.vision_model is None) == (options.model is None):
         raise ValueError("--stage 1 needs --vision-model, to begin, or --model, to go on from a trained model.")
+    if options.preset not in (None, *(presets := _PRESETS[options.stage])):
+        expected = ", ".join(presets)
+        raise ValueError(f"--preset {options.preset}: with --stage {options.stage}, one of {expected} was expected.")
+    if "{}" in (options.prompt or ""):
+        raise ValueError("--prompt: {} stands for a question, and captions have none. Leave it out.")
     if options.streaming and options.epochs is not None:
         raise ValueError("--epochs: the length of a stream is not known. Give --max-steps.")
     if options.model is not None:
@@ -192,10 +206,14 @@ def _make_stage2(options: argparse.Namespace, data: dict[str, Any]) -> tuple[Any
     return model, processor, LanguageModelCollator(processor, max_length=options.max_length)
 
 
-def _metrics(options: argparse.Namespace, processor: Any, validation: Any) -> Any:
+def _metrics(options: argparse.Namespace, arguments: Any, processor: Any, validation: Any) -> Any:
     from ..evaluation import GeneratedTextMetrics, contrastive_retrieval_metrics
     from ..evaluation.metrics import caption_metrics
 
     if options.stage == 1:
         return contrastive_retrieval_metrics
-    return None if validation is None else GeneratedTextMetrics(processor, validation, caption_metrics)
+    return (
+        None
+        if validation is None or not arguments.predict_with_generate
+        else GeneratedTextMetrics(processor, validation, caption_metrics)
+    )

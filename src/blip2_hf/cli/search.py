@@ -48,8 +48,10 @@ def add_parser(commands: Any):
 
 
 def _check(options: argparse.Namespace):
-    if (options.text is None) == (options.image is None):
-        raise ValueError("give a text to search for, or --image.")
+    if options.text is None and options.image is None:
+        raise ValueError("nothing to search for was given: a text, or a picture with --image, was expected.")
+    if options.text is not None and options.image is not None:
+        raise ValueError(f"the text {options.text!r} and --image {options.image} were given. Give one of the two.")
     check_png(options.sheet or "search.png")
     from ..jobs.names import check_file, check_folder
 

@@ -21,16 +21,28 @@ def read_json_annotations(path: Path) -> list[dict[str, Any]] | None:
     of them. Rows of Karpathy's file have a `split`.
     """
     content = _read_object(path)
-    if content is None or not isinstance(content.get("images"), list):
-        if content is not None and isinstance(content.get("questions"), list):
-            raise ValueError(
-                f"{path} is a file of questions, whose answers are in another file. `blip2-hf evaluate vqav2` reads "
-                "both. To train on them, give a file with a question, its answers and its picture in each row."
-            )
+    if content is None:
+        return None
+    if not isinstance(content.get("images"), list):
+        _refuse_half(content, path)
         return None
     if "annotations" in content:
         return _read_coco(content, path)
     return [_karpathy_row(entry, where) for where, entry in _entries(content, "images", path)]
+
+
+def _refuse_half(content: Mapping, path: Path):
+    """Refuse a file of VQAv2, or annotations without their pictures."""
+    entries = content.get("annotations")
+    has_answers = isinstance(entries, list) and all(isinstance(e, Mapping) and "question_id" in e for e in entries)
+    if isinstance(content.get("questions"), list) or (entries and has_answers):
+        own, other = ("answers", "questions") if "annotations" in content else ("questions", "answers")
+        raise ValueError(
+            f"{path} is a file of {own}, whose {other} are in another file. `blip2-hf evaluate vqav2` reads both. To "
+            "train on them, give a file with a question, its answers and its picture in each row."
+        )
+    if isinstance(entries, list):
+        raise ValueError(f"{path} has 'annotations', but no list 'images' as COCO's files of captions have.")
 
 
 def _read_coco(content: Mapping, path: Path) -> list[dict[str, Any]]:

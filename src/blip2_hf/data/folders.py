@@ -148,8 +148,7 @@ def _add_texts(folder: Path, rows: datasets.Dataset) -> datasets.Dataset:
 
 def _tell_of_tables(folder: Path):
     """Say that tables in a folder of pictures are not read."""
-    tables = [name for name in sorted(os.listdir(folder)) if is_table(name) or name == "captions.txt"]
-    if tables := [name for name in tables if not name.endswith((".settings.json", ".broken.jsonl"))]:
+    if tables := [name for name in sorted(os.listdir(folder)) if is_table(name) or name == "captions.txt"]:
         logger.warning(
             f"{folder} is read as a folder of pictures, without texts. To read {tables[0]}, name that file."
         )

@@ -2,22 +2,37 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 
-from ..jobs.names import is_dataset_id
+from ..jobs.names import check_data_name, is_dataset_id
 from .feature_cache import load_cached_features
 from .folders import find_picture_names, is_picture_folder, load_picture_folder
-from .picture_paths import find_pictures
+from .picture_paths import find_pictures, refuse_root
 from .shards import find_shards, load_shards
-from .splits import split_by_folder
-from .tables import ENDINGS, errors_that_name, find_annotated_splits, is_table, load_tables, table_ending
+from .splits import select_split, split_by_folder
+from .tables import (
+    CSV,
+    ENDINGS,
+    errors_that_name,
+    find_annotated_splits,
+    is_table,
+    load_tables,
+    read_rows,
+    table_ending,
+)
 
 
 # What opens the folders that `cache_features` and `Dataset.save_to_disk` write, by a file in them
-_FOLDERS = {"cache.json": load_cached_features, "dataset_info.json": datasets.load_from_disk}
 _DICT = "dataset_dict.json"  # of a `DatasetDict`
+_FOLDERS: dict[str, Callable[[Path], Any]] = {
+    "cache.json": load_cached_features,
+    "dataset_info.json": datasets.load_from_disk,
+    _DICT: datasets.load_from_disk,
+}
 
 
 def load_rows(
@@ -44,9 +59,9 @@ def load_rows(
 
     Args:
         data (`str` or `os.PathLike`):
-            Name of the folder, the file or the dataset. The name of a dataset of the Hub, or of a folder with splits,
-            may end in a split, or in a configuration and a split: `"me/ds:validation"`, `"me/ds:train[:1000]"`,
-            `"me/ds:english:validation"`. A path that exists is always taken as a path.
+            Name of the folder, the file or the dataset. It may end in a split, or in a configuration and a split:
+            `"me/ds:validation"`, `"rows.jsonl:train[:1000]"`, `"me/ds:english:validation"`. A path that exists is
+            always taken as a path.
         split (`str`, *optional*):
             Split of data whose name ends in none, or a part of it, such as `"train[:1000]"`; by default `"train"`.
             Data without splits are called `"train"`.
@@ -66,7 +81,8 @@ def load_rows(
     Raises:
         ValueError: if a file has an unknown ending or is broken, if a folder has neither pictures nor files with rows,
             if pictures are not where paths lead, or if an argument has no use for the data.
-        FileNotFoundError: if there is no such file or folder.
+        FileNotFoundError: if there is no such file or folder, or dataset of the Hub.
+        ConnectionError: if the Hub does not answer.
     """
     name, own_config, own_split = _read_name(str(data))
     if split is not None and own_split is not None:
@@ -80,6 +96,7 @@ def load_rows(
     if not _is_on_hub(name):
         _refuse_config(path, config)
         return load_tables(name, split, streaming, image_column, image_root)
+    check_data_name(name)
     rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     return rows if image_root is None else find_pictures(rows, image_column, None, image_root, name)
 
@@ -92,29 +109,41 @@ def _load_folder(
     image_column: str | None,
     image_root: str | os.PathLike | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    for mark, load in _FOLDERS.items():
-        if (path / mark).exists():
-            _refuse_config(path, config)
-            if split != "train":
-                raise ValueError(f"{path} has no splits, but {split!r} was asked for. Give the name alone.")
-            rows = load(path)
-            return rows.to_iterable_dataset() if streaming else rows
-    if (path / _DICT).exists():
-        _refuse_config(path, config)
-        parts = datasets.load_from_disk(path)
-        if split not in parts:
-            raise ValueError(f"{path} has the splits {', '.join(parts)}, but {split!r} was asked for. Give one.")
-        return parts[split].to_iterable_dataset() if streaming else parts[split]
-    if not is_picture_folder(path):
+    if (rows := _load_saved(path, config, split)) is not None:
+        if image_root is not None:
+            rows = find_pictures(rows, image_column or "image", None, image_root, str(path))
+    elif is_picture_folder(path):
+        rows = _load_pictures(path, config, split, image_column, image_root)
+    else:
         return _load_files(path, config, split, streaming, image_column, image_root)
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def _load_saved(path: Path, config: str | None, split: str) -> datasets.Dataset | None:
+    """Load rows that `cache_features` or `save_to_disk` wrote, if the folder has such rows."""
+    saved = next((load(path) for mark, load in _FOLDERS.items() if (path / mark).exists()), None)
+    if saved is not None:
+        _refuse_config(path, config)
+    if not isinstance(saved, datasets.DatasetDict):
+        return None if saved is None else select_split(saved, {}, split, str(path))
+    name, bracket, part = split.partition("[")
+    if name not in saved:
+        raise ValueError(f"{path} has the splits {', '.join(saved)}, but {name!r} was asked for. Give one.")
+    return select_split(saved[name], {}, f"train{bracket}{part}", str(path))
+
+
+def _load_pictures(
+    path: Path, config: str | None, split: str, image_column: str | None, image_root: str | os.PathLike | None
+) -> datasets.Dataset:
     _refuse_config(path, config)
+    refuse_root(image_root, f"{path} is a folder of pictures")
     rows = load_picture_folder(path, split)
     if image_column is not None and image_column not in rows.column_names:
         raise ValueError(
             f"{path} is a folder of pictures, without a column {image_column!r} (--image-column). Its columns are "
             f"{rows.column_names}."
         )
-    return rows.to_iterable_dataset() if streaming else rows
+    return rows
 
 
 def _refuse_config(path: Path, config: str | None):
@@ -131,21 +160,34 @@ def _load_files(
     image_root: str | os.PathLike | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load a folder of files with rows, whose splits `datasets` finds by their names."""
-    _check_has_rows(path)
-    with errors_that_name(str(path)):
-        if shards := find_shards(path):
-            files = datasets.load_dataset_builder(str(path), config).config.data_files
-            return load_shards(files, shards, split, streaming)
-        rows = datasets.load_dataset(str(path), config, split=split, streaming=streaming)
+    builder = _find_builder(path, config)
+    if shards := find_shards(path):
+        refuse_root(image_root, f"{path} has tar files")
+        with errors_that_name(str(path)):
+            return load_shards(builder.config.data_files, shards, split, streaming)
+    kwargs = CSV if builder.name == "csv" else {}
+    rows = read_rows(str(path), split, streaming, str(path), name=config, **kwargs)
     return find_pictures(rows, image_column, path, image_root, str(path))
 
 
+def _find_builder(path: Path, config: str | None) -> datasets.DatasetBuilder:
+    """Return what `datasets` reads the files of a folder with. Refuse a folder without files of rows."""
+    _check_has_rows(path)
+    with errors_that_name(str(path)):
+        return datasets.load_dataset_builder(str(path), config)
+
+
 def _check_has_rows(path: Path):
-    if not any(is_table(name) for _, _, names in os.walk(path) for name in names):
-        raise ValueError(
-            f"{path} is a folder without pictures and without files of rows ({ENDINGS}). Give a folder of pictures, "
-            "or such a file."
-        )
+    files = [name for _, _, names in os.walk(path) for name in names]
+    if any(path.glob("*.safetensors")) and any(path.glob("*config.json")):
+        found = "of a model"
+    elif any(map(is_table, files)):
+        return
+    elif any(name.lower().endswith(".txt") for name in files):
+        found = "of texts without pictures"
+    else:
+        found = "without pictures and without files of rows"
+    raise ValueError(f"{path} is a folder {found}. Give a folder of pictures, or a file of rows ({ENDINGS}).")
 
 
 def find_splits(data: str | os.PathLike, config: str | None = None) -> list[str] | None:
@@ -172,14 +214,13 @@ def find_splits(data: str | os.PathLike, config: str | None = None) -> list[str]
         return []
     if not path.is_dir():
         return None if _is_on_hub(name) else find_annotated_splits(name)
+    if (path / _DICT).exists():
+        return list(datasets.load_from_disk(path))
     if any((path / mark).exists() for mark in _FOLDERS):
         return []
     if is_picture_folder(path):
         return list(split_by_folder(find_picture_names(path)))
-    if (path / _DICT).exists():
-        return list(datasets.load_from_disk(path))
-    _check_has_rows(path)
-    found = list(datasets.load_dataset_builder(str(path), config or own_config).config.data_files)
+    found = list(_find_builder(path, config or own_config).config.data_files)
     return [] if found == ["train"] else found
 
 
@@ -221,15 +262,6 @@ def _read_name(data: str) -> tuple[str, str | None, str | None]:
     name, *ends = re.split(r":(?!//)", data, maxsplit=1)
     if not ends or os.path.exists(data) or table_ending(data):
         return data, None, None
-    path = Path(name)
-    may_have_splits = table_ending(name) == ".json"  # Karpathy's file
-    if ((path.is_file() or table_ending(name)) and not may_have_splits) or any(
-        (path / mark).exists() for mark in _FOLDERS
-    ):
-        raise ValueError(
-            f"{data!r} has {ends[0]!r} after {name!r}, which has no splits: a dataset of the Hub, or a folder with "
-            "files of several splits, was expected. Give the name alone."
-        )
     config, _, rest = ends[0].partition(":")
     # A colon in brackets is that of a slice
     return (name, config, rest) if rest and "[" not in config else (name, None, ends[0])

@@ -63,6 +63,12 @@ def find_pictures(
     return rows.select_columns(columns)
 
 
+def refuse_root(image_root: str | os.PathLike | None, reason: str):
+    """Refuse a folder from which paths of pictures start, where there are no such paths."""
+    if image_root is not None:
+        raise ValueError(f"image_root (--image-root) was given, but {reason}. Leave it out.")
+
+
 def _add_images(rows: Rows) -> Rows:
     """Add the column `image` to rows that have no pictures, but names of files."""
     features = rows.features or {}

@@ -14,28 +14,31 @@ import datasets
 
 from ..jobs.errors import CollectionError
 from .annotations import read_json_annotations, read_text_annotations
-from .picture_paths import Rows, find_pictures, without_decoding
+from .picture_paths import Rows, find_pictures, refuse_root, without_decoding
 from .shards import load_shards
 from .splits import select_split, split_by_column
 
 
 # A caption or an answer may be "None" or "NA"
-_CSV = {"keep_default_na": False, "na_values": [""]}
+CSV = {"keep_default_na": False, "na_values": [""]}
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # of `datasets`, and their arguments
     ".parquet": ("parquet", {}),
     ".pq": ("parquet", {}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".ndjson": ("json", {}),
-    ".csv": ("csv", _CSV),
-    ".tsv": ("csv", _CSV | {"sep": "\t"}),
+    ".csv": ("csv", CSV),
+    ".tsv": ("csv", CSV | {"sep": "\t"}),
     ".arrow": ("arrow", {}),
     ".tar": ("webdataset", {}),
 }
+_IN_FOLDERS = [ending for ending in _BUILDERS if ending != ".pq"]  # which `datasets` looks for
 _COMPRESSED = {".csv", ".json", ".jsonl", ".ndjson", ".tsv"}  # read with .gz, too
 _TEXTS = {".txt", ".token"}
 ENDINGS = ", ".join([*_BUILDERS, "Flickr8k's .txt and .token"])
 _WRONG_SPLIT = re.compile("Unknown split|Bad split|Unrecognized instruction|BuilderConfig")  # of `datasets`
+_UNLIKE = re.compile("Couldn't infer|No .*data files found")
+_NOTES = (".settings.json", ".broken.jsonl")  # of `caption`
 _COCO = re.compile(r"captions_(\w+)\.json")
 
 
@@ -49,8 +52,8 @@ def table_ending(name: str | os.PathLike) -> str | None:
 
 
 def is_table(name: str) -> bool:
-    """Tell by the name of a file in a folder whether `datasets` reads it as rows."""
-    return name[0] != "." and table_ending(name) in _BUILDERS
+    """Tell by the name of a file in a folder whether it has rows, which what `caption` notes beside has not."""
+    return name[0] != "." and table_ending(name) in _BUILDERS and not name.endswith(_NOTES)
 
 
 def load_tables(
@@ -132,6 +135,7 @@ def _load_groups(
 ) -> Iterator[tuple[str, Rows]]:
     """Yield the rows of tables, together those of files in one folder, from which their pictures' paths start."""
     if ending == ".tar":
+        refuse_root(image_root, f"{name} is a tar file")
         with errors_that_name(name):
             yield name, load_shards([glob.escape(path) for path in paths], paths, "train", streaming)
         return
@@ -143,14 +147,19 @@ def _load_groups(
 
 def _load(ending: str, files: str | list[str], split: str, streaming: bool, name: str) -> Rows:
     builder, kwargs = _BUILDERS[ending]
-    with errors_that_name(name):
-        rows = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming, **kwargs)
+    return read_rows(builder, split, streaming, name, data_files=files, **kwargs)
+
+
+def read_rows(path: str, split: str, streaming: bool, called: str, **kwargs: Any) -> Rows:
+    """Call `datasets.load_dataset`, and look for faults that it does not tell. Errors call the data `called`."""
+    with errors_that_name(called):
+        rows = datasets.load_dataset(path, split=split, streaming=streaming, **kwargs)
         if streaming:
             columns = list(next(iter(without_decoding(rows))))
         else:
             rows.data.validate(full=True)  # Arrow reads JSON without a look at its encoding
             columns = rows.column_names
-        if builder == "csv" and any(column.startswith("__index_level_") for column in columns):
+        if kwargs.keys() >= CSV.keys() and any(column.startswith("__index_level_") for column in columns):
             # pandas takes them for the names of the rows
             raise ValueError("Expected as many fields as the header has, saw more in the first row")
         return rows
@@ -197,6 +206,11 @@ def errors_that_name(name: str) -> Iterator[None]:
             raise
         if _WRONG_SPLIT.match(str(reason)):
             raise ValueError(f"{name}: {_first_line(reason)}") from error
+        if _UNLIKE.match(str(reason)):
+            raise ValueError(
+                f"{name}: the files of a folder are read if all have the same ending, of {', '.join(_IN_FOLDERS)}, in "
+                "lower case. Or give the name of one file."
+            ) from error
         is_empty = isinstance(reason, StopIteration) or "corresponds to no data" in str(reason)
         raise _unreadable(name, "there are no rows in it" if is_empty else str(reason)) from error
     finally:

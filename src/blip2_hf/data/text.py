@@ -67,6 +67,20 @@ def texts_of(value: Any) -> list[Any]:
     return [text.get("answer", text) if isinstance(text, Mapping) else text for text in value]
 
 
+def has_text(value: Any) -> bool:
+    """
+    Tell whether a row has a text, which is more than white space.
+
+    Args:
+        value:
+            What the row has in a column of texts.
+
+    Returns:
+        `bool`: whether the text, or one of several, is not empty.
+    """
+    return any(text.strip() if isinstance(text, str) else text is not None for text in texts_of(value))
+
+
 def split_prefix(text: str, generator: torch.Generator) -> tuple[str, str]:
     """
     Split a text in front of a random word into a prefix for an encoder and a suffix for a decoder. Each word has the

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.rows import column_names, get_column, select_columns
-from ..data.text import texts_of
+from ..data.text import has_text, texts_of
 from ..jobs.errors import shorten
 from .samples import (
     CaptionSample,
@@ -214,7 +214,7 @@ def read_caption_rows(
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the pictures.
         caption_column (`str`, *optional*, defaults to `"caption"`):
-            Column of a caption, or of a list of captions, which may be empty.
+            Column of a caption, or of a list of captions, which may be empty. An empty caption does not count.
         id_column (`str`, *optional*):
             Column of the pictures' ids: rows with the same id are about one picture, that of the first of them.
             Without it, each row has a picture of its own, whose id is the number of the row.
@@ -231,7 +231,8 @@ def read_caption_rows(
     found: dict[Any, tuple[RowImage, list[str]]] = {}
     for image, values in _read_rows(rows, image_column, [caption_column, id_column], allow_urls):
         image_id = image.row if id_column is None else _value(values, id_column, image.row, check_id)
-        found.setdefault(image_id, (image, []))[1].extend(_texts(values, caption_column, image.row))
+        captions = found.setdefault(image_id, (image, []))[1]
+        captions += filter(has_text, _texts(values, caption_column, image.row))
     return [
         CaptionSample(image, image_id, captions, source=f"row {image.row}")
         for image_id, (image, captions) in found.items()
@@ -330,12 +331,12 @@ def _value(values: Mapping, column: str, row: int, check: Callable[[Any, str], N
 
 
 def _texts(values: Mapping, column: str, row: int) -> list[str]:
-    """Return one text, several, or several records with `answer`, as a list."""
+    """Return one text, several, or several records with `answer`, as a list; none if all of them are empty."""
     value, name = _value(values, column, row), f"row {row}, column {column!r}"
     texts = texts_of(value)
     for number, text in enumerate(texts):
         check_text(text, name if texts == [value] else f"{name}, entry {number}")
-    return texts
+    return texts if has_text(texts) else []
 
 
 def _read_json(path: str | os.PathLike) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LONGEST_VALUE = 80  # characters of a value that a message shows
+SIMILAR = 0.7  # share of two names that is equal, from which one may be meant by the other
 _LONGEST_SENTENCE = 160  # characters of another's message in ours
 
 
@@ -48,8 +51,9 @@ def shorten(value: Any) -> str:
 
 def did_you_mean(given: str, known: Iterable[str], form: str = "{}") -> str:
     """Return the end of a message about a name that is not known: the most similar one in a form, if there is one."""
-    found = difflib.get_close_matches(given, list(known), n=1)
-    return f" Did you mean {form.format(found[0])}?" if found else ""
+    names = {name.lstrip("-"): name for name in known}  # the hyphens of options are no likeness
+    found = difflib.get_close_matches(given.lstrip("-"), names, n=1, cutoff=SIMILAR)
+    return f" Did you mean {form.format(names[found[0]])}?" if found else ""
 
 
 @contextlib.contextmanager
@@ -93,11 +97,12 @@ def _explain(error: RuntimeError) -> str | None:
 
 def describe(error: Exception) -> str:
     """Return what an error says: of one of the system the file first, and then what is the matter with it."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
-    if isinstance(error, OSError) and error.strerror:
-        return f"a file can't be read or written ({error.strerror})."
-    return str(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    advice = " Make room on the disk, or give an output on another one." if error.errno in _FULL else ""
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}.{advice}"
+    return f"a file can't be read or written ({error.strerror}).{advice}"
 
 
 def first_sentence(error: Exception) -> str:

@@ -14,6 +14,8 @@ from .errors import MadeOtherwiseError, shorten
 from .state_files import as_json, read_json
 
 
+_HASH = re.compile("[0-9a-f]{32}")
+_MOST_DIFFERENCES = 4  # that a message tells; options come first
 _SAMPLED_ROWS = 32
 _SAMPLED_VALUES = 32  # of each weight, at least
 
@@ -99,10 +101,10 @@ def check_settings(
     given = as_json(given)
     names = sorted(name for name in {*found, *given} if found.get(name) != given.get(name))
     if set(names) - set(free):
-        details = "; ".join(
-            difference for name in names for difference in _differences(name, found.get(name), given.get(name))
-        )
-        raise MadeOtherwiseError(f"{place} was made otherwise ({details}). {advice}")
+        told = [text for name in names for text in _differences(name, found.get(name), given.get(name))]
+        details = "; ".join(sorted(told, key=lambda text: not text.startswith("--"))[:_MOST_DIFFERENCES])
+        more = f"; and {len(told) - _MOST_DIFFERENCES} more" if len(told) > _MOST_DIFFERENCES else ""
+        raise MadeOtherwiseError(f"{place} was made otherwise ({details}{more}). {advice}")
 
 
 def _differences(name: str, found: Any, given: Any) -> list[str]:
@@ -110,4 +112,6 @@ def _differences(name: str, found: Any, given: Any) -> list[str]:
     if isinstance(found, Mapping) and isinstance(given, Mapping):
         pairs = {key: (found.get(key), given.get(key)) for key in sorted({*found, *given})}
         return [f"{name}: {text}" for key, (a, b) in pairs.items() if a != b for text in _differences(key, a, b)]
+    if all(isinstance(value, str) and _HASH.fullmatch(value) for value in (found, given)):
+        return [f"{name}: some there, others now"]
     return [f"{name}: {shorten(found)} there, {shorten(given)} now"]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import first_sentence
+from .errors import SIMILAR, first_sentence
 
 
 # In the folder of a model, or of adapters of PEFT
@@ -43,7 +43,7 @@ def check_model_name(name: str | os.PathLike):
         raise ValueError(f"{name} is a file: the folder of a model, or an id on the Hub, was expected.{_beside(path)}")
     elif not _may_be_hub_id(str(name)):
         kind = "file" if _FILE_ENDINGS.search(str(name)) else "folder"
-        raise FileNotFoundError(f"There is no {kind} {name}.{_similar(path)}")
+        raise FileNotFoundError(f"There is no {kind} {name}.{_similar(path, of_folders=kind == 'folder')}")
     else:
         _check_repository(str(name), "model", "config.json")
 
@@ -96,7 +96,7 @@ def check_folder(name: str | os.PathLike):
     """Refuse a name that is not that of a folder here, by a `FileNotFoundError` or a `NotADirectoryError`."""
     path = Path(name)
     if not path.exists():
-        raise FileNotFoundError(f"There is no folder {name}.{_similar(path)}")
+        raise FileNotFoundError(f"There is no folder {name}.{_similar(path, of_folders=True)}")
     if not path.is_dir():
         raise NotADirectoryError(f"{name} is a file: a folder was expected.")
 
@@ -177,13 +177,17 @@ def _may_be_hub_id(name: str) -> bool:
     return not _FILE_ENDINGS.search(name)
 
 
-def _similar(path: Path) -> str:
-    """Return the end of a message: the path with what is most similar in place of its first part that is missing."""
+def _similar(path: Path, of_folders: bool = False) -> str:
+    """
+    Return the end of a message: the path with what is most similar in place of its first part that is missing.
+    `of_folders` leaves out files.
+    """
     parts = path.parts or (".",)
     missing = next(number for number in range(len(parts)) if not Path(*parts[: number + 1]).exists())
     folder, rest = Path(*parts[:missing]), parts[missing + 1 :]
     try:
-        similar = difflib.get_close_matches(parts[missing], os.listdir(folder))
+        names = [entry.name for entry in os.scandir(folder) if not of_folders or entry.is_dir()]
+        similar = difflib.get_close_matches(parts[missing], names, cutoff=SIMILAR)
     except OSError:
         similar = []
     found = [str(folder / name) for name in similar]
@@ -199,7 +203,7 @@ def _check_repository(name: str, kind: str, file: str):
     if _is_cached(name, kind):
         return
     nothing = f"There is no folder {name} here"
-    guess = _similar(Path(name))
+    guess = _similar(Path(name), of_folders=kind == "model")
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError(
             f"{nothing}, and no such {kind} in the Hub's cache, which alone is read with HF_HUB_OFFLINE.{guess}"

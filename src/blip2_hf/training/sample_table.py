@@ -30,6 +30,7 @@ class SampleTable(TrainerCallback):
 
     def __init__(self, pairs: ImageTextPairs, metrics: GeneratedTextMetrics):
         self.metrics = metrics
+        self.asks = pairs.prompt_column is not None
         self.rows = pairs.different_pictures(_SHOWN)
         self.items = [{name: pairs[row].get(name) for name in ("row", "prompt")} for row in self.rows]
 
@@ -57,10 +58,9 @@ class SampleTable(TrainerCallback):
                 The line above it.
 
         Returns:
-            `str`: a table in Markdown, with the questions if the pictures have different prompts.
+            `str`: a table in Markdown, with the questions if the pairs have a `prompt_column`.
         """
-        prompts = [item["prompt"] for item in self.items]
-        names = ["picture", *(["question"] if len(set(prompts)) > 1 else []), "reference", "model"]
+        names = ["picture", *(["question"] if self.asks else []), "reference", "model"]
         lines = [f"## {heading}", "", _line(names), _line(["---"] * len(names))]
         for row, item in zip(self.rows, self.items, strict=True):
             cells = {"picture": _shown(item["row"].file) or item["row"], "question": item["prompt"]}
