@@ -446,6 +446,15 @@ def test_both_stages_of_pretraining(work, capsys):
     first, second = (Blip2ForPreTraining.from_pretrained(work / name) for name in ("stage1", "further"))
     assert first.config.num_query_tokens == second.config.num_query_tokens == 4
     assert not torch.equal(first.query_tokens.weight, second.query_tokens.weight)
+    # Stored features need no tower, but what comes next has pictures
+    cache = ["cache-features", "rows.parquet", "--vision-model", str(work / "tower"), "--size", "28"]
+    main([*cache, "--output", str(work / "features"), "--dtype", "float32", "--num-workers", "0"])
+    main(["pretrain", str(work / "features"), "--stage", "1", "--output", str(work / "cached"), *STEPS, *parts])
+    main(["index", "photos", "--model", str(work / "cached"), "--index", str(work / "index"), "--num-workers", "0"])
+    capsys.readouterr()
+    main(["search", "a dog", "--index", str(work / "index"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 3
     joined = ["--stage1", str(work / "further"), "--language-model", str(work / "llama"), "--image-size", "28"]
     pretrain("2", "stage2", *joined)
     assert "blip2-hf finetune DATA --model" in capsys.readouterr().out.splitlines()[-1]

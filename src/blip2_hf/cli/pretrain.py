@@ -116,6 +116,8 @@ def _run(options: argparse.Namespace):
         train_from_last_checkpoint(trainer, pick(options, *_BOUND), models=_PARTS[options.stage])
     if data["validation"] is not None and arguments.eval_strategy == "no":
         trainer.evaluate()
+    if options.stage == 1 and options.vision_model is not None and not model.config.has_vision_tower:
+        model.attach_vision_tower(options.vision_model)  # stored features have taken its place; what is next has none
     save_result(trainer)
     next_commands = {
         1: f"blip2-hf pretrain DATA --stage 2 --stage1 {options.output} --language-model MODEL --output FOLDER",
