@@ -112,6 +112,9 @@ def test_larger_pictures_are_broken(photos, run, recwarn):
         run("photos", "--output", f"{workers}.jsonl", "--max-pixels", "9999", "--num-workers", workers)
         (broken,) = read_lines(f"{workers}.jsonl.broken.jsonl")
         assert broken["file"] == "large.png" and "100x100 pixels, the limit is 9999" in broken["reason"]
+    run("photos", "--output", "few.jsonl", "--max-pixels", "2000")
+    (broken,) = read_lines("few.jsonl.broken.jsonl")
+    assert "(more than 2000 pixels)" in broken["reason"]
     run("photos", "--output", "all.jsonl", "--max-pixels", "10000")
     assert len(read_lines("all.jsonl")) == 4
     assert limit == Image.MAX_IMAGE_PIXELS

@@ -294,7 +294,7 @@ def test_rows_without_text(work, capsys):
     printed = capsys.readouterr().out
     assert "2 of 14 rows of gaps.parquet have no text, and are left out." in printed
     # One picture tells too little for CIDEr-D
-    assert "1 held out: too few for CIDEr-D" in printed and "(loss" in printed.splitlines()[-1]
+    assert "Held-out pictures: 1, too few for CIDEr-D" in printed and "(loss" in printed.splitlines()[-1]
     bad = [json.loads(line) for line in (work / "out" / "bad_rows-train.jsonl").read_text().splitlines()]
     assert [(row["row"], row["kind"]) for row in bad] == [(6, "text missing"), (7, "text missing")]
 

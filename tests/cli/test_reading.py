@@ -98,6 +98,15 @@ def test_a_folder_that_was_captioned(models, photos, capsys):
     assert "1 of 5 rows have no caption, and are left out" in capsys.readouterr().err
 
 
+def test_a_text_whose_ending_is_in_upper_case(models, photos):
+    (photos / "a.TXT").write_text("a red bus")
+    caption(models)
+    assert not (photos / "a.txt").exists() and (photos / "b.txt").exists()
+    assert load_rows("photos")["caption"][0] == "a red bus"
+    caption(models, "--overwrite")
+    assert not (photos / "a.txt").exists() and (photos / "a.TXT").read_text() != "a red bus"
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_captions_in_metadata_are_those_of_datasets(ending, models, photos):
     caption(models, "--output", f"photos/metadata.{ending}")

@@ -49,6 +49,7 @@ def test_pictures_alone(photos):
 def test_texts_beside_the_pictures(photos):
     (photos / "a.txt").write_text("\ufeff a bus\n", encoding="utf-8")
     (photos / "cats" / "c.caption").write_text("eine Katze überquert die Straße", encoding="utf-8")
+    (photos / "dogs" / "d.TXT").write_text("a dog")
     (photos / "README.txt").write_text("not beside a picture")
     # What `caption` leaves
     (photos / ".a.lock").touch()
@@ -57,7 +58,7 @@ def test_texts_beside_the_pictures(photos):
     add_pictures(photos / ".blip2-index", "z.png")
     rows = load_rows(photos)
     assert rows["file_name"][:] == NAMES
-    assert rows["caption"][:] == ["a bus", None, "eine Katze überquert die Straße", None, None]
+    assert rows["caption"][:] == ["a bus", None, "eine Katze überquert die Straße", "a dog", None]
     assert ImageTextPairs(rows)[0]["text"] == "a bus"
 
 
@@ -127,6 +128,29 @@ def test_metadata_in_folders_inside(photos):
     assert "caption" not in found.column_names
 
 
+def test_metadata_of_several_endings(photos):
+    (photos / "cats" / "metadata.csv").write_text("file_name,caption,width,title\nc.png,a cat,8,\n")
+    write_lines(photos / "metadata.jsonl", [{"file_name": "a.png", "caption": "a bus", "width": 3, "title": "Bus"}])
+    rows = load_rows(photos)
+    assert rows["caption"][:] == ["a bus", "a cat", None, None, None]
+    assert rows["width"][:2] == [3, 8] and rows["title"][:2] == ["Bus", None]
+    write_lines(photos / "metadata.jsonl", [{"file_name": "a.png", "caption": "a bus", "width": "wide"}])
+    with pytest.raises(
+        ValueError, match=r"column 'width' is .*string.* in .*/metadata.jsonl, and .*int64.*metadata.csv"
+    ):
+        load_rows(photos)
+
+
+def test_rows_whose_pictures_were_deleted_are_left_out(photos, caplog):
+    rows = [{"file_name": name, "caption": name} for name in ("a.png", "gone.png", "b.JPG", "old/gone.png")]
+    write_lines(photos / "metadata.jsonl", rows)
+    with transformers_warnings(caplog):
+        found = load_rows(photos)
+    assert found["file_name"][:] == ["a.png", "b.JPG", *NAMES[2:]]
+    assert found["caption"][:] == ["a.png", "b.JPG", None, None, None]
+    assert "2 of 4 rows are left out, because their pictures are not there, the first 'gone.png'" in caplog.text
+
+
 def test_metadata_come_before_texts_beside_the_pictures(photos, caplog):
     (photos / "a.txt").write_text("a bus")
     write_lines(photos / "metadata.jsonl", [{"file_name": "a.png", "width": 8}])
@@ -148,7 +172,7 @@ def transformers_warnings(caplog):
             {"metadata.jsonl": '{"file_name": "gone.png"}\n'},
             r"metadata.jsonl names the picture 'gone.png', which is not",
         ),
-        ({"metadata.jsonl": '{"file_name": null}\n{"file_name": "a.png"}'}, "names the picture None, which is not"),
+        ({"metadata.jsonl": '{"file_name": null}\n{"file_name": "a.png"}'}, "names the picture None. Give the path"),
         ({"metadata.jsonl": '{"file_name": "../photos/a.png"}\n'}, "which is not in the folder"),
         ({"metadata.csv": "name,text\na.png,a bus\n"}, r"has no column 'file_name', but \['name', 'text'\]"),
         (

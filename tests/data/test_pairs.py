@@ -218,6 +218,27 @@ def test_ids_tell_nothing_if_nothing_is_held_out():
     assert len(train) == 3 and len(held_out) == 0
 
 
+def test_items_of_different_pictures(dataset, tmp_path):
+    assert ImageTextPairs(dataset).different_pictures(4) == [0, 2, 4, 6]
+    assert ImageTextPairs(dataset).different_pictures(9) == list(range(8))
+    images = [make_image(number % 3) for number in range(12)]
+    paths = [str(tmp_path / f"{number % 3}.png") for number in range(12)]
+    for image, path in zip(images[:3], paths[:3], strict=True):
+        image.save(path)
+    for pictures in (images, paths, [encode(image) for image in images]):
+        pairs = ImageTextPairs([{"image": picture, "caption": "a dog"} for picture in pictures])
+        # 0, 3, 6 and 9 would be the first picture
+        assert pairs.different_pictures(4) == [0, 1, 2] and pairs.different_pictures(2) == [0, 1]
+        assert pairs.without([0]).different_pictures(2) == [0, 5]
+    ids = [{"image": image, "caption": "a dog", "id": number // 6} for number, image in enumerate(images)]
+    assert ImageTextPairs(ids, id_column="id").different_pictures(5) == [0, 7]
+    columns = {"image_embeds": [bytes([n % 2]) for n in range(4)], "image_embeds_shape": [[1, 1, 1]] * 4}
+    columns |= {"image_embeds_dtype": ["float32"] * 4, "caption": ["a dog"] * 4}
+    assert ImageTextPairs(datasets.Dataset.from_dict(columns)).different_pictures(3) == [0, 1]
+    shared = [{"image": number // 6, "caption": "a dog"} for number in range(12)]
+    assert ImageTextPairs(shared, images=[{"image": i} for i in images]).different_pictures(5) == [0, 7]
+
+
 def test_a_fingerprint_is_that_of_the_rows(dataset, rows, tmp_path):
     first = ImageTextPairs(dataset).fingerprint()
     dataset.to_parquet(tmp_path / "elsewhere.parquet")

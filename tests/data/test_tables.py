@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from blip2_hf.data import ImageTextPairs, find_id_column, find_splits, load_rows
+from blip2_hf.data import ImageTextPairs, ImageTextStream, find_id_column, find_splits, load_rows
 
 
 ROWS = {"image": ["a.png", "in/b.png"], "caption": ["a bus", "NA"]}
@@ -74,6 +74,19 @@ def test_endings(name, streaming, folder):
     ]
 
 
+@pytest.mark.parametrize("column", ["caption", "answers"])
+def test_texts_of_which_some_are_lists(column, folder):
+    lines = [{"image": "a.png", column: "a bus"}, {"image": "in/b.png", column: ["a cat", "a red cat"]}]
+    if column == "answers":
+        lines.append({"image": "a.png", column: [{"answer": "a bus"}, {"answer": "bus"}]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = [["a bus"], ["a cat", "a red cat"], ["a bus", "bus"]][: len(lines)]
+    rows = load_rows(folder / "rows.jsonl")
+    assert ImageTextPairs(rows, text_column=column).references() == expected
+    stream = ImageTextStream(load_rows(folder / "rows.jsonl", streaming=True), text_column=column, train=False)
+    assert [item["text"] for item in stream] == [texts[0] for texts in expected]
+
+
 def test_several_files(folder):
     for name in ("file.arrow", "stream.arrow"):
         WRITERS[name](folder / name)
@@ -88,6 +101,14 @@ def test_several_files(folder):
         list(load_rows(f"{folder}/?/rows.csv")) == list(load_rows(f"{folder}/?/rows.csv", streaming=True)) == expected
     )
     assert list(load_rows(f"{folder}/**/rows.csv", "train[1:]")) == expected[1:]
+
+
+def test_files_whose_columns_differ(folder):
+    for inner, number in (("x", "3"), ("y", "three")):
+        (folder / inner).mkdir()
+        (folder / inner / "rows.csv").write_text(f"caption,number\n{inner},{number}\n")
+    with pytest.raises(ValueError, match="column 'number' is .*int64.* in .*x/rows.csv, and .*string.*y/rows.csv"):
+        load_rows(f"{folder}/?/rows.csv")
 
 
 def test_paths_start_from_image_root_if_they_are_not_beside(folder, tmp_path):
@@ -110,6 +131,30 @@ def test_paths_start_from_image_root_if_they_are_not_beside(folder, tmp_path):
         load_rows(table, image_root=tmp_path / "cache")
     with pytest.raises(ValueError, match="nosuch: no such folder"):
         load_rows(table, image_root=tmp_path / "nosuch")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize("column", ["file_name", "file"])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "captions.csv", "rows.parquet"])
+def test_a_table_that_names_files(name, column, streaming, folder, tmp_path):
+    rows = datasets.Dataset.from_dict({column: ROWS["image"], "caption": ROWS["caption"]})
+    ending = name.partition(".")[2]
+    {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[ending](folder / name)
+    expected = [
+        {column: file, "caption": caption, "image": f"{folder}/{file}"}
+        for file, caption in zip(*ROWS.values(), strict=True)
+    ]
+    assert list(load_rows(folder / name, streaming=streaming)) == expected
+    # In a folder of tables, which are not beside their pictures
+    (tmp_path / "tables").mkdir()
+    (folder / name).rename(tmp_path / "tables" / f"rows.{ending}")
+    assert list(load_rows(tmp_path / "tables", streaming=streaming, image_root=folder)) == expected
+    with pytest.raises(
+        ValueError, match=f"names the picture 'a.png', which is not in {tmp_path}/tables.*--image-root"
+    ):
+        load_rows(tmp_path / "tables" / f"rows.{ending}", streaming=streaming)
+    given = load_rows(tmp_path / "tables", streaming=streaming, image_root=folder, image_column=column)
+    assert next(iter(given)) == {column: f"{folder}/a.png", "caption": "a bus"}
 
 
 def test_only_relative_paths_change(folder, monkeypatch):
@@ -157,7 +202,9 @@ def test_paths_that_datasets_holds(folder):
         ("latin.csv", "caption\nStraße\n".encode("latin-1"), "can't be read.*UTF-8"),
         ("latin.jsonl", '{"a": "Straße"}\n'.encode("latin-1"), "can't be read.*UTF-8"),
         ("latin.json", '{"a": "Straße"}\n'.encode("latin-1"), "can't be read.*UTF-8"),
-        ("ragged.csv", b"a,b\n1,2\n1,2,3,4\n", "can't be read"),
+        ("ragged.csv", b"a,b\n1,2\n1,2,3,4\n", "Expected 2 fields in line 3, saw 4. Put texts .* in quotes"),
+        ("shifted.csv", b"image,caption\na.png,a, b\n", "saw more in the first row. Put texts .* in quotes"),
+        ("shifted.tsv", b"image\tcaption\na.png\ta\tb\tc\n", "saw more in the first row. Put texts .* in quotes"),
         ("no.csv.gz", b"image\n", "can't be read"),
         ("empty.tar", b"", "is not a tar file|can't be read"),
         ("notes.txt", b"Buy milk\n", "a text file is read if it is Flickr8k's captions.txt"),

@@ -1,5 +1,12 @@
 """Pictures are read ahead in batches; what can't be read stops nothing; batches shrink if memory runs out."""
 
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import processes
 import pytest
 import torch
 from tiny import make_image, make_image_processor
@@ -57,3 +64,41 @@ def test_batches_are_halved_and_stay_so():
         with pytest.raises(RuntimeError) as caught:
             list(BatchSize(4).run(fail, [1, 2, 3, 4]))
         assert caught.value is error
+
+
+def read_and_write_names(folder: Path):
+    """Begin to read pictures, of which a batch is more than a pipe holds, and write down what reads them."""
+    images = PictureInputs([make_image(0)] * 64, make_image_processor(512))
+    batches = load_ahead(images, 2, batch_size=4)
+    next(batches)
+    workers = [str(process.pid) for process in multiprocessing.active_children()]
+    (folder / "new").write_text(" ".join(workers))
+    (folder / "new").rename(folder / "workers")
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(tmp_path, number):
+    process = processes.start(read_and_write_names, tmp_path, folder=tmp_path)
+    wait_until(lambda: (tmp_path / "workers").exists())
+    workers = [int(name) for name in (tmp_path / "workers").read_text().split()]
+    assert len(workers) == 2 and all(map(is_there, workers))
+    time.sleep(0.5)  # until they wait for their batches to be taken
+    os.kill(process.pid, number)
+    process.join()
+    wait_until(lambda: not any(map(is_there, workers)))
+
+
+def is_there(pid: int) -> bool:
+    """Tell whether a process runs. One that has ended may still have its number, until its new parent looks."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(holds, seconds: float = 30):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -53,6 +53,14 @@ def test_a_table_of_eight_samples(prompt, tmp_path):
     assert lines[-1].startswith("| row 17 |") and "| text 17 | said 17 again |" in lines[-1]
 
 
+def test_samples_are_of_different_pictures():
+    rows = make_rows([f"text {i}" for i in range(10)])
+    pairs = ImageTextPairs(rows.select([row for row in range(10) for _ in range(5)]), train=False, prompt="a photo of")
+    assert SampleTable(pairs, GeneratedTextMetrics(make_processor(), pairs)).rows == [0, 6, 12, 18, 25, 31, 37, 43]
+    few = ImageTextPairs(rows.select([0, 1, 2] * 8), train=False, prompt="a photo of")
+    assert SampleTable(few, GeneratedTextMetrics(make_processor(), few)).rows == [0, 1, 2]
+
+
 def test_what_is_saved_takes_the_place_of_another_kind(tmp_path):
     """A whole model, then adapters, then a whole model: never two in one folder."""
     pairs = ImageTextPairs(make_rows(["a dog", "grass", "a red bus", "the sky"]), prompt="a photo of")

@@ -1,6 +1,5 @@
 """Captions in a text file for each picture."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from ..jobs.atomic_files import write_text
 from ..jobs.errors import CollectionError
+from ..jobs.picture_files import find_beside
 from .caption_output import BEFORE, CAPTION, CaptionOutput, join_texts, without_broken
 from .captions import PictureCaption
 from .pictures import FolderPictures
@@ -25,7 +25,7 @@ class SidecarFiles(CaptionOutput):
         self.extension = extension
         base = self.folder / f"captions{'' if extension == '.txt' else extension}"
         super().__init__(self.folder, base, pictures, existing, num_captions)
-        self.sidecars = [self.folder / f"{os.path.splitext(name)[0]}{extension}" for name in pictures.names]
+        self.sidecars = [find_beside(self.folder / name, extension) for name in pictures.names]
         first: dict[Path, str] = {}
         for name, sidecar in zip(pictures.names, self.sidecars, strict=True):
             if sidecar in first:

@@ -111,14 +111,33 @@ def prepare_rows(
     for name, place in (("train", options.data), ("validation", options.validation)):
         if prepared[name] is not None:
             check_columns(place, prepared[name], {**needed, "--id-column": options.id_column})
-            prepared[name] = _with_texts(options, name, place, prepared[name], text_column)
             if not options.skip_bad_rows:
                 _check_pictures(place, prepared[name], options.image_column)
+            prepared[name] = _with_ids(options, prepared[name])
+            prepared[name] = _with_texts(options, name, place, prepared[name], text_column)
     if prepared["validation"] is None and not getattr(options, "streaming", False):
         prepared["train"], prepared["validation"] = _hold_out(prepared["train"], options, 2 if is_contrasted else 1)
     if is_contrasted and prepared["validation"] is not None and len(prepared["validation"]) == 1:
         raise ValueError("One row is to be validated on, which has no other to be told from. Hold out 2 or more.")
     return prepared
+
+
+def _with_ids(options: argparse.Namespace, rows: Any) -> Any:
+    """Return rows in which a column tells the pictures apart, if they have pictures."""
+    from ..data import with_picture_ids
+
+    (ids,) = find_ids(options, rows)
+    return rows if ids["id_column"] is not None else with_picture_ids(rows, options.image_column)
+
+
+def find_ids(options: argparse.Namespace, *parts: Any) -> list[dict[str, str | None]]:
+    """Return the column of each part of the data whose ids are equal for rows of the same picture."""
+    from ..data import find_id_column
+
+    return [
+        {} if rows is None else {"id_column": options.id_column or find_id_column(rows, options.image_column)}
+        for rows in parts
+    ]
 
 
 def _with_texts(options: argparse.Namespace, name: str, data: str, rows: Any, column: str) -> Any:
@@ -232,9 +251,9 @@ def _has_text(value: Any) -> bool:
 
 def _hold_out(rows: Any, options: argparse.Namespace, least: int) -> tuple[Any, Any]:
     """Split rows by picture. A share of the pictures that is less than `least` of them is as many."""
-    from ..data import find_id_column, hold_out
+    from ..data import hold_out
 
-    id_column = options.id_column or find_id_column(rows, options.image_column)
+    id_column = find_ids(options, rows)[0]["id_column"]
     train, held_out = hold_out(rows, options.held_out, id_column, options.seed)
     if 0 < options.held_out < 1 and len(held_out) < least:
         train, held_out = hold_out(rows, least, id_column, options.seed)
@@ -244,8 +263,11 @@ def _hold_out(rows: Any, options: argparse.Namespace, least: int) -> tuple[Any, 
 def prefer_loss_of_few(arguments: Any, validation: Any, metric: str):
     """Choose the best checkpoint by the loss if too few pictures are held out for the metric."""
     is_chosen = arguments.load_best_model_at_end and arguments.metric_for_best_model == metric
-    if is_chosen and validation is not None and len(validation) < _FEW:
-        _tell(f"{len(validation)} held out: too few for {metric}. The best checkpoint is the one with the least loss.")
+    if not is_chosen or validation is None:
+        return
+    count = len(validation.different_pictures(_FEW))
+    if count < _FEW:
+        _tell(f"Held-out pictures: {count}, too few for {metric}. The best checkpoint is the one with the least loss.")
         arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
 
 

@@ -46,7 +46,7 @@ def _check(options: argparse.Namespace):
 def _run(options: argparse.Namespace):
     import torch
 
-    from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size
+    from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size, with_picture_ids
     from ..jobs.checkpoints import check_checkpoint, load_image_processor
     from ..jobs.inference import check_finite, load_model
     from ..models.backbones import load_tower_config
@@ -58,7 +58,8 @@ def _run(options: argparse.Namespace):
     else:
         load_tower_config(name)
     image_processor = with_image_size(load_image_processor(name), options.size)
-    dataset = load_dataset(options)
+    # The pictures, by which rows are told apart in training, are not in the result
+    dataset = with_picture_ids(load_dataset(options), options.image_column)
     if options.model is not None:
         model = load_model(Blip2Model, name, "A BLIP-2")
     else:

@@ -14,6 +14,7 @@ from ._training import (
     add_training_options,
     check_model,
     check_output,
+    find_ids,
     find_image_size,
     find_text_column,
     finish,
@@ -207,7 +208,7 @@ def _arguments(options: argparse.Namespace, task: _Task) -> Any:
 
 def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dict[str, Any], int]:
     """Return the pairs to learn from and to validate on, and the size of their pictures."""
-    from ..data import ImageTextPairs, check_feature_size, find_id_column
+    from ..data import ImageTextPairs, check_feature_size
     from ..training import training_pairs
 
     rows = open_rows(options)
@@ -220,16 +221,16 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
         columns["text_column"] = needed["--text-column"] = find_text_column(options, rows["train"])
     rows = prepare_rows(options, rows, needed, columns["text_column"], options.task == "retrieval")
     if options.task == "retrieval":
-        columns["id_column"] = options.id_column or find_id_column(rows["train"], options.image_column)
         options.image_size = options.image_size or _RETRIEVAL_IMAGE_SIZE
     else:
         columns["prompt"] = options.prompt
     image_size = find_image_size(options, processor)
     check_feature_size(image_size, options.data, options.validation)
-    validation = rows["validation"]
+    train, validation = rows["train"], rows["validation"]
+    ids = find_ids(options, train, validation) if options.task == "retrieval" else [{}, {}]
     data = {
-        "train": training_pairs(rows["train"], image_size, options.seed, task.flip, **columns),
-        "validation": None if validation is None else ImageTextPairs(validation, train=False, **columns),
+        "train": training_pairs(train, image_size, options.seed, task.flip, **columns, **ids[0]),
+        "validation": None if validation is None else ImageTextPairs(validation, train=False, **columns, **ids[1]),
     }
     if data["train"].has_features and options.preset in ("finetune", "everything", "lora_vision_model"):
         preset = "stage1" if options.task == "retrieval" else "lora_language_model"

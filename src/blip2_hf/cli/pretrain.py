@@ -11,11 +11,13 @@ from ._training import (
     add_training_options,
     check_model,
     check_output,
+    find_ids,
     find_image_size,
     find_text_column,
     finish,
     leave_out_bad_rows,
     open_rows,
+    prefer_loss_of_few,
     prepare_rows,
     told_how_to_go_on,
 )
@@ -98,6 +100,7 @@ def _run(options: argparse.Namespace):
         if options.streaming and options.stage == 2:
             data["train"].check = collator.check
         data = leave_out_bad_rows(options, data, collator)
+    prefer_loss_of_few(arguments, data["validation"], _METRICS[options.stage])
     metrics = _metrics(options, arguments, processor, data["validation"])
     patience = options.early_stopping
     trainer = make_trainer(
@@ -155,7 +158,7 @@ def _arguments(options: argparse.Namespace) -> Any:
 
 
 def _make_pairs(options: argparse.Namespace, rows: dict[str, Any], text_column: str) -> dict[str, Any]:
-    from ..data import ImageTextPairs, check_feature_size, find_id_column
+    from ..data import ImageTextPairs, check_feature_size
     from ..jobs.checkpoints import LEARNING_TO_MATCH
     from ..training import training_pairs
 
@@ -166,17 +169,16 @@ def _make_pairs(options: argparse.Namespace, rows: dict[str, Any], text_column: 
     check_feature_size(options.image_size, options.data, options.validation)
     columns = pick(options, "image_column", "allow_urls") | {"text_column": text_column}
     learning: dict[str, Any] = {}
-    if options.stage == 1:
-        columns["id_column"] = options.id_column or find_id_column(rows["train"], options.image_column)
-    else:
+    train, validation = rows["train"], rows["validation"]
+    ids = find_ids(options, train, validation) if options.stage == 1 else [{}, {}]
+    if options.stage == 2:
         columns["prompt"] = options.prompt or ""
         learning["prefix_lm"] = options.prefix_lm
     if options.streaming:
         learning["skip_broken"] = options.skip_bad_rows
-    validation = rows["validation"]
     return {
-        "train": training_pairs(rows["train"], options.image_size, options.seed, **columns, **learning),
-        "validation": None if validation is None else ImageTextPairs(validation, train=False, **columns),
+        "train": training_pairs(train, options.image_size, options.seed, **columns, **ids[0], **learning),
+        "validation": None if validation is None else ImageTextPairs(validation, train=False, **columns, **ids[1]),
     }
 
 

@@ -10,7 +10,7 @@ from .feature_cache import (
     load_cached_features,
     read_cached_features,
 )
-from .held_out import find_id_column, hold_out
+from .held_out import find_id_column, hold_out, with_picture_ids
 from .image_size import with_image_size
 from .loading import check_held_out, find_splits, load_rows
 from .pairs import ImageTextPairs, ImageTextStream
@@ -44,4 +44,5 @@ __all__ = [
     "report_bad_rows",
     "split_prefix",
     "with_image_size",
+    "with_picture_ids",
 ]

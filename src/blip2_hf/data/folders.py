@@ -9,9 +9,9 @@ import datasets
 from transformers.utils import logging
 
 from ..jobs.errors import printable
-from ..jobs.picture_files import find_picture_files, has_picture_files
+from ..jobs.picture_files import find_beside, find_picture_files, has_picture_files
 from .splits import select_split, split_by_folder
-from .tables import is_table, load_tables
+from .tables import concatenate, is_table, load_tables
 
 
 logger = logging.get_logger(__name__)
@@ -34,13 +34,12 @@ def load_picture_folder(folder: Path, split: str = "train") -> datasets.Dataset:
     metadata files. If those have no texts, `caption` has the texts beside the pictures.
     """
     names = find_picture_names(folder)
-    tables = [_read_metadata(folder, path, set(names)) for path in _find_metadata(folder, names)]
-    described = {name for table in tables for name in table[_FILE]}
+    tables = {str(path): _read_metadata(folder, path, set(names)) for path in _find_metadata(folder, names)}
+    described = {name for table in tables.values() for name in table[_FILE]}
     others = [name for name in names if name not in described]
     if others or not tables:
-        tables.append(_make_rows(folder, others))
-    rows = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
-    rows = _add_texts(folder, rows)
+        tables[str(folder)] = _make_rows(folder, others)
+    rows = _add_texts(folder, concatenate(tables))
     parts = split_by_folder(rows[_FILE][:])
     return select_split(rows, parts, split, str(folder))
 
@@ -86,25 +85,39 @@ def _read_metadata(folder: Path, path: Path, names: set[str]) -> datasets.Datase
         )
     inner = path.parent.relative_to(folder).as_posix()
     columns = {
-        name: [_check_name(inner, value, names, path) for value in table[name]]
+        name: [_picture_name(inner, value, path) for value in table[name]]
         for name in table.column_names
         if name == main or name.endswith(f"_{_FILE}")
     }
+    gone = [row for row, named in enumerate(zip(*columns.values(), strict=True)) if not names.issuperset(named)]
+    if gone:
+        _tell_of_gone(path, table[main][gone[0]], len(gone), len(table))
+        left = sorted(set(range(len(table))).difference(gone))
+        table = table.select(left)
+        columns = {name: [own[row] for row in left] for name, own in columns.items()}
     pictures = {"image" if name == main else name.removesuffix(f"_{_FILE}"): own for name, own in columns.items()}
     others = table.remove_columns([name for name in table.column_names if name in columns or name in pictures])
     made = _make_rows(folder, pictures.pop("image"), **pictures)
     return datasets.concatenate_datasets([made, others], axis=1) if others.column_names else made
 
 
-def _check_name(inner: str, value: object, names: set[str], path: Path) -> str:
-    """Return the path of a picture from the folder, which a metadata file in the folder `inner` names."""
-    name = posixpath.normpath(posixpath.join(inner, value.replace("\\", "/"))) if isinstance(value, str) else None
-    if name not in names:
+def _picture_name(inner: str, value: object, path: Path) -> str:
+    """Return the path from the folder of a picture that a metadata file in the folder `inner` names."""
+    if not isinstance(value, str):
+        raise ValueError(f"{path} names the picture {value!r}. Give the path of each picture, or take the row out.")
+    return posixpath.normpath(posixpath.join(inner, value.replace("\\", "/")))
+
+
+def _tell_of_gone(path: Path, first: str, gone: int, rows: int):
+    """Say that rows are left out because their pictures are not there, and refuse a file of such rows alone."""
+    if gone == rows:
         raise ValueError(
-            f"{path} names the picture {value!r}, which is not in the folder {path.parent}. Give the path of each "
-            "picture from that folder, or take the row out."
+            f"{path} names the picture {first!r}, which is not in the folder {path.parent}, nor are the others. "
+            "Give the path of each picture from that folder, or remove the file."
         )
-    return name
+    logger.warning(
+        f"{path}: {gone:,} of {rows:,} rows are left out, because their pictures are not there, the first {first!r}."
+    )
 
 
 def _make_rows(folder: Path, names: Sequence[str], **others: Sequence[str]) -> datasets.Dataset:
@@ -118,18 +131,19 @@ def _make_rows(folder: Path, names: Sequence[str], **others: Sequence[str]) -> d
 def _add_texts(folder: Path, rows: datasets.Dataset) -> datasets.Dataset:
     """Add the texts beside the pictures as the column `caption`, if there are any and the metadata have none."""
     names = rows[_FILE][:]
+    found = {name: path for name in names if (path := _find_text(folder, name)) is not None}
     if texts := [name for name in rows.column_names if _has_texts(rows, name)]:
-        if any(_find_texts(folder, name) for name in names):
+        if found:
             logger.warning(
                 f"{folder}: the texts beside the pictures are not read, because the metadata have the column "
                 f"{texts[0]!r}. Remove the metadata, or the texts."
             )
         return rows
-    found = {name: _read_text(paths[0]) for name in names if (paths := _find_texts(folder, name))}
     if not found:
         _tell_of_tables(folder)
         return rows
-    return rows.add_column("caption", [found.get(name) for name in names])
+    read = {name: _read_text(path) for name, path in found.items()}
+    return rows.add_column("caption", [read.get(name) for name in names])
 
 
 def _tell_of_tables(folder: Path):
@@ -148,9 +162,9 @@ def _has_texts(rows: datasets.Dataset, name: str) -> bool:
     return name == "caption" or (is_text and name != _FILE)
 
 
-def _find_texts(folder: Path, name: str) -> list[Path]:
-    stem = os.path.splitext(name)[0]
-    return [path for ending in _TEXT_ENDINGS if (path := folder / f"{stem}{ending}").is_file()]
+def _find_text(folder: Path, name: str) -> Path | None:
+    paths = (find_beside(folder / name, ending) for ending in _TEXT_ENDINGS)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _read_text(path: Path) -> str:

@@ -2,13 +2,24 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 
-from .rows import ROW_NUMBER, check_id, get_column, read_row_numbers, select_columns
+from ..jobs.fingerprints import fingerprint
+from .feature_cache import EMBEDS
+from .rows import (
+    PICTURE_ID,
+    ROW_NUMBER,
+    check_id,
+    column_names,
+    get_column,
+    picture_bytes,
+    read_row_numbers,
+    select_columns,
+)
 
 
 _ID_TYPES = {"string", "large_string", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
@@ -54,8 +65,8 @@ def hold_out(
 def find_id_column(rows: datasets.Dataset | datasets.IterableDataset, image_column: str = "image") -> str | None:
     r"""
     Find the column that tells which picture a row is about, for the `id_column` of [`hold_out`] and
-    [`ImageTextPairs`]: `image_id`, the `file_name` of a folder of pictures, or the pictures' own column if it has
-    paths or numbers of rows.
+    [`ImageTextPairs`]: `image_id`, the `file_name` of a folder of pictures, `__picture__` of [`with_picture_ids`], or
+    the pictures' own column if it has paths or numbers of rows.
 
     Args:
         rows (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -67,10 +78,39 @@ def find_id_column(rows: datasets.Dataset | datasets.IterableDataset, image_colu
         `str` or `None`: the column, of integers or strings; `None` if there is none.
     """
     features = rows.features or {}
-    for name in ("image_id", "file_name", image_column):
+    for name in ("image_id", "file_name", PICTURE_ID, image_column):
         if isinstance(feature := features.get(name), datasets.Value) and feature.dtype in _ID_TYPES:
             return name
     return None
+
+
+def with_picture_ids(rows: datasets.Dataset, image_column: str = "image") -> datasets.Dataset:
+    r"""
+    Add a column `__picture__` of hashes that are equal for rows of the same picture: of the bytes of an embedded
+    picture, of the name and the beginning of a file. All embedded pictures are read.
+
+    Args:
+        rows (`datasets.Dataset`):
+            The rows. `datasets` writes them anew if they were selected or shuffled before.
+        image_column (`str`, *optional*, defaults to `"image"`):
+            Column of the pictures.
+
+    Returns:
+        `datasets.Dataset`: the rows, as they are if they have the column already, or no column of pictures.
+    """
+    names = column_names(rows) or []
+    is_there = image_column in names or image_column.partition(".")[0] in names
+    if not isinstance(rows, datasets.Dataset) or not is_there or PICTURE_ID in names or EMBEDS in names:
+        return rows
+    pictures = select_columns(rows.with_format(None), [image_column])
+    ids = [_picture_id(get_column(row, image_column), number) for number, row in enumerate(pictures)]
+    return _with_column(rows, PICTURE_ID, ids)
+
+
+def _picture_id(value: Any, number: int) -> str:
+    has_none = value is None or (isinstance(value, Mapping) and value.get("bytes") is value.get("path") is None)
+    # Rows without a picture are not about the same one
+    return f"row {number}" if has_none else fingerprint([picture_bytes(value)])
 
 
 def _read_ids(rows: datasets.Dataset, column: str) -> list[int | str]:
@@ -104,11 +144,15 @@ def _with_row_numbers(rows: datasets.Dataset) -> datasets.Dataset:
         return rows
     if ROW_NUMBER in rows.column_names:
         rows = rows.remove_columns(ROW_NUMBER)
+    return _with_column(rows, ROW_NUMBER, np.arange(len(rows)))
+
+
+def _with_column(rows: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
     # Adding a column removes the format
     form = rows.format
-    columns = [*form["columns"], ROW_NUMBER]
-    rows = rows.add_column(ROW_NUMBER, np.arange(len(rows)))
+    columns = [*form["columns"], name]
+    rows = rows.add_column(name, values)
     return rows.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
 
 
-__all__ = ["find_id_column", "hold_out"]
+__all__ = ["find_id_column", "hold_out", "with_picture_ids"]

@@ -55,7 +55,8 @@ def load_rows(
         config (`str`, *optional*):
             Configuration of a dataset of the Hub, or of a folder of files.
         image_column (`str`, *optional*):
-            Column of the pictures, in which relative paths are looked for; by default `"image"`.
+            Column of the pictures, in which relative paths are looked for; by default `"image"`. Rows of a file
+            without pictures get it from their column `"file_name"` or `"file"`.
         image_root (`str` or `os.PathLike`, *optional*):
             Folder from which relative paths of pictures start.
 
@@ -78,9 +79,9 @@ def load_rows(
         return _load_folder(path, config, split, streaming, image_column, image_root)
     if not _is_on_hub(name):
         _refuse_config(path, config)
-        return load_tables(name, split, streaming, image_column or "image", image_root)
+        return load_tables(name, split, streaming, image_column, image_root)
     rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    return rows if image_root is None else find_pictures(rows, image_column or "image", None, image_root, name)
+    return rows if image_root is None else find_pictures(rows, image_column, None, image_root, name)
 
 
 def _load_folder(
@@ -105,7 +106,7 @@ def _load_folder(
             raise ValueError(f"{path} has the splits {', '.join(parts)}, but {split!r} was asked for. Give one.")
         return parts[split].to_iterable_dataset() if streaming else parts[split]
     if not is_picture_folder(path):
-        return _load_files(path, config, split, streaming, image_column or "image", image_root)
+        return _load_files(path, config, split, streaming, image_column, image_root)
     _refuse_config(path, config)
     rows = load_picture_folder(path, split)
     if image_column is not None and image_column not in rows.column_names:
@@ -126,7 +127,7 @@ def _load_files(
     config: str | None,
     split: str,
     streaming: bool,
-    image_column: str,
+    image_column: str | None,
     image_root: str | os.PathLike | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load a folder of files with rows, whose splits `datasets` finds by their names."""

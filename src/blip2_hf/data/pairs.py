@@ -322,6 +322,33 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         place = self.place(index)
         return place if self._numbers is None else int(self._numbers[place])
 
+    def different_pictures(self, count: int) -> list[int]:
+        """
+        Return items that show different pictures, spread over the dataset if possible.
+
+        Args:
+            count (`int`):
+                Number of items.
+
+        Returns:
+            `list[int]`: their indices in ascending order; fewer if there are fewer pictures.
+        """
+        spread = [len(self) * number // count for number in range(count)] if count < len(self) else []
+        found: dict[str, int] = {}
+        for index in dict.fromkeys([*spread, *range(len(self))]):
+            if len(found) == count:
+                break
+            found.setdefault(self._picture_key(index), index)
+        return sorted(found.values())
+
+    def _picture_key(self, index: int) -> str:
+        """Return a hash that is equal for items of the same picture."""
+        row = _read_row(self.dataset, self.place(index))
+        column = self.id_column or self.picture_column if self.images is None else self.image_column
+        if self.id_column is None and self.images is None and self.has_features:
+            return fingerprint([row[EMBEDS]])
+        return fingerprint([picture_bytes(get_column(row, column))])
+
     def references(self, cleaned: bool = True) -> list[list[str]]:
         """
         Read all texts of each item, in the order of the items, without the pictures.

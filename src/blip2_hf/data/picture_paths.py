@@ -14,6 +14,7 @@ from .rows import select_columns
 
 
 _FIRST = 10  # paths of which at least one has to be found
+_FILES = ("file_name", "file")  # columns of metadata files, and of what `caption` writes
 _LONGEST_PATH = 1024  # characters; a longer string is a picture in base64
 
 Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
@@ -21,7 +22,7 @@ Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 
 def find_pictures(
     rows: Rows,
-    column: str,
+    column: str | None,
     folder: Path | None,
     image_root: str | os.PathLike | None,
     name: str,
@@ -30,10 +31,13 @@ def find_pictures(
     """
     Replace relative paths in a column of pictures by absolute ones, of files in `folder` or, if they are not there,
     under `image_root`, in the first of `subfolders` there that has them. Other strings, and pictures of other types,
-    stay. Errors call the data `name`.
+    stay. Errors call the data `name`. The column is `image` if none is given. Rows without it, and without other
+    pictures, get it from `file_name` or `file`.
     """
     if image_root is not None and not Path(image_root).is_dir():
         raise ValueError(f"image_root (--image-root) {image_root}: no such folder. Give the folder of the pictures.")
+    if column is None:
+        column, rows = "image", _add_images(rows)
     if not _has_paths(rows, column):
         return rows
     bases = [base for base in (folder, image_root) if base is not None]
@@ -57,6 +61,24 @@ def find_pictures(
     changed = datasets.Dataset.from_dict({column: list(map(find, values))}, features=features)
     rows = datasets.concatenate_datasets([rows.remove_columns(column), changed], axis=1)
     return rows.select_columns(columns)
+
+
+def _add_images(rows: Rows) -> Rows:
+    """Add the column `image` to rows that have no pictures, but names of files."""
+    features = rows.features or {}
+    columns = rows.column_names or list(next(iter(rows), {}))  # a stream of text knows its columns by its rows
+    named = next((name for name in _FILES if name in columns and _has_paths(rows, name)), None)
+    has_pictures = "image" in columns or any(isinstance(feature, datasets.Image) for feature in features.values())
+    if named is None or has_pictures:
+        return rows
+    if isinstance(rows, datasets.Dataset):
+        return rows.add_column("image", rows[named][:])
+    with_image = datasets.Features(features | {"image": features[named]}) if features else None
+    return rows.map(partial(_copy, name=named), features=with_image)
+
+
+def _copy(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"image": row[name]}
 
 
 def without_decoding(rows: datasets.IterableDataset) -> datasets.IterableDataset:

@@ -25,6 +25,7 @@ from ..models.image_loading import as_load_error, is_url, load_image
 _OWN_FILE_SYSTEMS = {"file", "local", "zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd", "hf"}
 _TELLING_BYTES = 2**16  # at the beginning of a file, by which it is told from others
 ROW_NUMBER = "__row__"  # column of a part of a dataset: which row of the whole each row is
+PICTURE_ID = "__picture__"  # column of ids that are equal for rows of the same picture
 
 
 def stable_hash(text: str) -> int:
@@ -116,7 +117,9 @@ def _without_decoding(feature: Any) -> Any:
         return {name: _without_decoding(inner) for name, inner in feature.items()}
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         return dataclasses.replace(feature, feature=_without_decoding(feature.feature))
-    return dataclasses.replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
+    if isinstance(feature, datasets.Json) or getattr(feature, "decode", False) is not True:
+        return feature  # texts of which some are lists are JSON, which refers to no file
+    return dataclasses.replace(feature, decode=False)
 
 
 def find_image_column(dataset: datasets.Dataset) -> str:
@@ -174,6 +177,8 @@ def open_image(value: Any, name: str, allow_urls: bool | Sequence[str] | None = 
 
 def picture_bytes(value: Any) -> bytes:
     """Return what tells the picture of a row from others: of a file its name and its beginning, not its folder."""
+    if isinstance(value, Image.Image):
+        return repr((value.mode, value.size)).encode() + value.tobytes()
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
     if isinstance(path, str) and os.path.isfile(path):
         with open(path, "rb") as file:

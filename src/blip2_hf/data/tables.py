@@ -5,7 +5,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,11 @@ def is_table(name: str) -> bool:
 
 
 def load_tables(
-    name: str, split: str, streaming: bool, image_column: str = "image", image_root: str | os.PathLike | None = None
+    name: str,
+    split: str,
+    streaming: bool,
+    image_column: str | None = None,
+    image_root: str | os.PathLike | None = None,
 ) -> Rows:
     """Load the rows of a file, or of several (`*`), as [`load_rows`] does."""
     if "://" in name:
@@ -66,19 +70,48 @@ def load_tables(
         raise ValueError(f"{name} are files with the endings {', '.join(sorted(endings))}. Give files of one ending.")
     (ending,) = endings
     if (annotations := _read_annotations(paths, ending)) is not None:
-        rows = _concatenate(_make_rows(Path(path), found, image_root) for path, found in annotations.items())
+        rows = concatenate({path: _make_rows(Path(path), found, image_root) for path, found in annotations.items()})
         splits = split_by_column(rows["split"]) if "split" in rows.column_names else {}
         rows = select_split(rows, splits, split, name)
         return rows.to_iterable_dataset() if streaming else rows
     if streaming and split != "train":
         raise ValueError(f"{name} has no splits, but {split!r} was asked for with streaming. Leave the split out.")
-    rows = _concatenate(_load_groups(paths, ending, streaming, image_column, image_root, name))
+    rows = concatenate(dict(_load_groups(paths, ending, streaming, image_column, image_root, name)))
     return rows if streaming else select_split(rows, {}, split, name)
 
 
-def _concatenate(parts: Iterable[Rows]) -> Any:
-    found = list(parts)
-    return found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
+def concatenate(parts: Mapping[str, Any]) -> Any:
+    """Put the rows of files together, by what errors call each of them."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    types: dict[str, tuple[Any, str]] = {}
+    found = {name: _with_plain_strings(part) for name, part in parts.items()}
+    for name, part in found.items():
+        for column, feature in (part.features or {}).items():
+            other, where = types.setdefault(column, (feature, name))
+            if _is_empty(found[where], column):
+                types[column] = feature, name
+            elif feature != other and not _is_empty(part, column):
+                raise ValueError(
+                    f"The column {column!r} is {other} in {where}, and {feature} in {name}. Give it one type."
+                )
+    for name, part in found.items():
+        # CSV takes what is empty for numbers
+        guessed = [column for column, feature in (part.features or {}).items() if feature != types[column][0]]
+        found[name] = part.remove_columns(guessed)
+    return datasets.concatenate_datasets(list(found.values()))
+
+
+def _with_plain_strings(rows: Rows) -> Rows:
+    """Return rows whose texts have the type that JSON gives them."""
+    for name, feature in (rows.features or {}).items():
+        if feature == datasets.Value("large_string"):
+            rows = rows.cast_column(name, datasets.Value("string"))
+    return rows
+
+
+def _is_empty(rows: Rows, column: str) -> bool:
+    return isinstance(rows, datasets.Dataset) and rows.data.column(column).null_count == len(rows.data)
 
 
 def _make_rows(path: Path, rows: list[dict[str, Any]], image_root: str | os.PathLike | None) -> Rows:
@@ -90,16 +123,22 @@ def _make_rows(path: Path, rows: list[dict[str, Any]], image_root: str | os.Path
 
 
 def _load_groups(
-    paths: list[str], ending: str, streaming: bool, image_column: str, image_root: str | os.PathLike | None, name: str
-) -> Iterator[Rows]:
+    paths: list[str],
+    ending: str,
+    streaming: bool,
+    image_column: str | None,
+    image_root: str | os.PathLike | None,
+    name: str,
+) -> Iterator[tuple[str, Rows]]:
     """Yield the rows of tables, together those of files in one folder, from which their pictures' paths start."""
     if ending == ".tar":
         with errors_that_name(name):
-            yield load_shards([glob.escape(path) for path in paths], paths, "train", streaming)
+            yield name, load_shards([glob.escape(path) for path in paths], paths, "train", streaming)
         return
     for folder, group in itertools.groupby(paths, os.path.dirname):
-        rows = _load(ending, [glob.escape(path) for path in group], "train", streaming, name)
-        yield find_pictures(rows, image_column, Path(folder), image_root, name)
+        files = list(group)
+        rows = _load(ending, [glob.escape(path) for path in files], "train", streaming, name)
+        yield files[0], find_pictures(rows, image_column, Path(folder), image_root, name)
 
 
 def _load(ending: str, files: str | list[str], split: str, streaming: bool, name: str) -> Rows:
@@ -107,9 +146,13 @@ def _load(ending: str, files: str | list[str], split: str, streaming: bool, name
     with errors_that_name(name):
         rows = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming, **kwargs)
         if streaming:
-            next(iter(without_decoding(rows)))
+            columns = list(next(iter(without_decoding(rows))))
         else:
             rows.data.validate(full=True)  # Arrow reads JSON without a look at its encoding
+            columns = rows.column_names
+        if builder == "csv" and any(column.startswith("__index_level_") for column in columns):
+            # pandas takes them for the names of the rows
+            raise ValueError("Expected as many fields as the header has, saw more in the first row")
         return rows
 
 
@@ -162,7 +205,11 @@ def errors_that_name(name: str) -> Iterator[None]:
 
 def _unreadable(name: str, reason: str) -> ValueError:
     line = _first_line(reason or "it is empty").rstrip(".")
-    return ValueError(f"{name} can't be read: {line}. Is the file complete, and in UTF-8?")
+    is_ragged = "fields" in line and "saw" in line  # of pandas
+    hint = (
+        "Put texts that have the separator in them in quotes." if is_ragged else "Is the file complete, and in UTF-8?"
+    )
+    return ValueError(f"{name} can't be read: {line}. {hint}")
 
 
 def _first_line(text: object) -> str:

@@ -37,6 +37,13 @@ def is_picture_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in picture_endings()
 
 
+def find_beside(picture: Path, ending: str) -> Path:
+    """Return the path of the file beside a picture with this ending, which is in upper case if that file is there."""
+    stem = os.path.splitext(picture)[0]
+    paths = [Path(f"{stem}{own}") for own in (ending, ending.upper())]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def find_picture_files(
     folder: str | os.PathLike, left_out: str | os.PathLike | None = None
 ) -> dict[str, os.stat_result]:

@@ -1,12 +1,15 @@
 """Pictures for a model, in batches: what can't be read stops nothing."""
 
 import itertools
+import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -160,3 +163,11 @@ def begin_worker(max_pixels: int | None, worker: int):
     # Ctrl-C goes to all processes; a worker that it stops prints a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Image.MAX_IMAGE_PIXELS = max_pixels
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """End this process when its parent is gone: it would wait forever for someone to take its pictures."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

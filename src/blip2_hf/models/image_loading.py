@@ -444,7 +444,7 @@ def _decode(file: BinaryIO, quotes: bool = True, is_retry: bool = False) -> Imag
     except _Problem:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(str(error)) from error
+        raise _too_large(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except Image.UnidentifiedImageError:
         if not is_retry and (kind := _find_kind(file)) is not None and _load_plugin(*_PLUGINS[kind][:2]):
             return _decode(file, quotes, is_retry=True)
@@ -452,7 +452,7 @@ def _decode(file: BinaryIO, quotes: bool = True, is_retry: bool = False) -> Imag
     except Exception as error:  # decoders raise whatever they like
         raise _broken(error, quotes) from (error if quotes else None)
     limit = Image.MAX_IMAGE_PIXELS
-    # PIL itself only warns up to twice its limit
+    # PIL itself only warns up to twice its limit, which its error tells
     if limit is not None and image.width * image.height > limit:
         raise _too_large(f"{image.width}x{image.height} pixels, the limit is {limit}")
     return _decode_pil(image, quotes)
@@ -462,7 +462,7 @@ def _decode_pil(image: Image.Image, quotes: bool = True) -> Image.Image:
     try:
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(str(error)) from error
+        raise _too_large(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except Exception as error:  # decoders raise whatever they like
         raise _broken(error, quotes) from (error if quotes else None)
     if image.width == 0 or image.height == 0:

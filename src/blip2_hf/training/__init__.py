@@ -8,6 +8,7 @@ from .arguments import (
     Stage2Arguments,
 )
 from .checkpoints import checkpoint_to_resume, last_complete_checkpoint
+from .early_stopping import EarlyStopping
 from .layer_decay import vision_layer_scales
 from .models import load_stage1, load_writer, make_stage1, make_stage2
 from .presets import describe_trained_parts, train_only
@@ -19,6 +20,7 @@ from .trainer import Blip2Trainer
 __all__ = [
     "Blip2Arguments",
     "Blip2Trainer",
+    "EarlyStopping",
     "FineTuningArguments",
     "RetrievalArguments",
     "SampleTable",

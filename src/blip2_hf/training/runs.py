@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers.trainer_callback import EarlyStoppingCallback
 
 from ..data.bad_rows import leave_out_bad_rows
 from ..data.feature_cache import EMBEDS
@@ -15,6 +14,7 @@ from ..data.transforms import RandomResizedCropAndFlip
 from ..evaluation.generated_text import GeneratedTextMetrics
 from .arguments import Blip2Arguments
 from .checkpoints import checkpoint_to_resume
+from .early_stopping import EarlyStopping
 from .presets import without_adapters
 from .sample_table import SampleTable
 from .trainer import Blip2Trainer
@@ -105,7 +105,7 @@ def make_trainer(
         compute_metrics (`Callable`, *optional*):
             The metrics of `validation`.
         early_stopping_patience (`int`, *optional*):
-            Number of evaluations without improvement until a stop.
+            Number of evaluations without improvement until a stop ([`EarlyStopping`]).
 
     Returns:
         [`Blip2Trainer`].
@@ -130,7 +130,7 @@ def make_trainer(
         processing_class=processor,
     )
     if early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
+        trainer.add_callback(EarlyStopping(early_stopping_patience))
     if validation is not None and isinstance(compute_metrics, GeneratedTextMetrics):
         trainer.add_callback(SampleTable(validation, compute_metrics))
     return trainer

@@ -30,8 +30,7 @@ class SampleTable(TrainerCallback):
 
     def __init__(self, pairs: ImageTextPairs, metrics: GeneratedTextMetrics):
         self.metrics = metrics
-        count = min(_SHOWN, len(pairs))
-        self.rows = [len(pairs) * sample // count for sample in range(count)]
+        self.rows = pairs.different_pictures(_SHOWN)
         self.items = [{name: pairs[row].get(name) for name in ("row", "prompt")} for row in self.rows]
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -31,6 +31,7 @@ from ..models.modeling_pretraining import Blip2ForPreTraining
 from ..models.processing_blip2 import Blip2Processor
 from .arguments import Blip2Arguments
 from .checkpoints import refuse_weights_alone
+from .early_stopping import EarlyStopping, is_as_good_as_the_best
 from .layer_decay import split_by_scale, vision_layer_scales
 from .presets import describe_trained_parts, train_only, without_adapters
 
@@ -58,6 +59,8 @@ class Blip2Trainer(Seq2SeqTrainer):
     - evaluation counts every held-out row, even with `dataloader_drop_last=True`;
     - each loss of a model's output (`loss_itc`, ...) is logged besides their sum, for training and for evaluation;
     - a table of the trained and the frozen parts is printed when training begins;
+    - of evaluations with equal metrics the best is the one with the lowest loss, and of equal losses the last one;
+    - a run that has ended, also by [`EarlyStopping`], is not trained on when it is resumed;
     - with `predict_with_generate`, metrics are given the new tokens, without the prompt;
     - [`~data.ImageTextPairs`] are told the epoch, and an [`~data.ImageTextStream`] that repeats is divided among
       processes, each of which reads only its own rows;
@@ -113,15 +116,27 @@ class Blip2Trainer(Seq2SeqTrainer):
             print(describe_trained_parts(self._bare_model()))
         self._step_of_weights = None
         if last and self._is_finished(last):
+            if self.is_world_process_zero():
+                print(f"The training is finished: {last} is its end.")
             return self._load_finished(last)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _is_finished(self, checkpoint: str) -> bool:
-        """Return whether a run of `max_steps` ended there. Within an epoch, Trainer would make one step more."""
+        """
+        Return whether a run ended there. Trainer would make one step more after `max_steps` within an epoch, and train
+        on after an early stop.
+        """
         path = os.path.join(checkpoint, TRAINER_STATE_NAME)
-        if self.args.max_steps <= 0 or self.is_fsdp_enabled or self.is_deepspeed_enabled or not os.path.exists(path):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not os.path.exists(path):
             return False
-        return TrainerState.load_from_json(path).global_step >= self.args.max_steps
+        state = TrainerState.load_from_json(path)
+        done, wanted = state.global_step, self.args.max_steps
+        if wanted <= 0:
+            done, wanted = state.epoch or 0, self.args.num_train_epochs
+        if done >= wanted:
+            return True
+        stops = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStopping)]
+        return any(stop.is_over(self.args, state) for stop in stops)
 
     def _load_finished(self, checkpoint: str) -> TrainOutput:
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
@@ -129,6 +144,14 @@ class Blip2Trainer(Seq2SeqTrainer):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
+        if super()._determine_best_metric(metrics=metrics, trial=trial):
+            return True
+        if not is_as_good_as_the_best(self.args, self.state, metrics):
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
 
     def _load_best_model(self):
         super()._load_best_model()
