@@ -32,6 +32,8 @@ from blip2_hf import (
     training,
 )
 from blip2_hf.cli import main
+from blip2_hf.cli._trainer_options import _METRICS
+from blip2_hf.cli.finetune import _TASKS
 from blip2_hf.jobs.inference import load_model
 
 
@@ -324,6 +326,34 @@ def test_options_of_trainer_and_what_is_not_validated(work, capsys):
     assert Blip2ForConditionalGeneration.from_pretrained(output).generation_config.max_new_tokens == 30
 
 
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [(True, "goes on from the last checkpoint"), (False, "begins again: no checkpoint was saved yet")],
+)
+def test_ctrl_c_says_what_the_same_command_does(saved, told, work, capsys, monkeypatch):
+    def interrupt(trainer, *args, **kwargs):
+        if saved:
+            Path(trainer.args.output_dir, "checkpoint-1").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train_from_last_checkpoint", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        finetune(Path(), "rows.parquet", "captioner", work / "out", *STEPS)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 130 and message == f"blip2-hf: stopped. The same command {told}."
+
+
+@pytest.mark.parametrize("task", _TASKS)
+def test_the_metrics_of_checkpoints_are_those_of_the_validation(task, work):
+    model = "stage1" if task == "retrieval" else "captioner"
+    options = ["--task", task, "--held-out", "12", "--image-size", "28"]
+    finetune(Path(), "rows.parquet", model, work / "out", *STEPS, *options)
+    state = json.loads((work / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    logged = {name.removeprefix("eval_") for logs in state["log_history"] for name in logs if name.startswith("eval_")}
+    known = {name for name in logged if not re.search("loss|runtime|per_second", name)}
+    assert known == {*_METRICS[_TASKS[task].metric]}
+
+
 MISTAKES = {
     "stage 1 for captions": (
         ["--model", "stage1"],
@@ -449,7 +479,20 @@ def test_both_stages_of_pretraining(work, capsys):
     # Stored features need no tower, but what comes next has pictures
     cache = ["cache-features", "rows.parquet", "--vision-model", str(work / "tower"), "--size", "28"]
     main([*cache, "--output", str(work / "features"), "--dtype", "float32", "--num-workers", "0"])
-    main(["pretrain", str(work / "features"), "--stage", "1", "--output", str(work / "cached"), *STEPS, *parts])
+    main(
+        [
+            "pretrain",
+            str(work / "features"),
+            "--stage",
+            "1",
+            "--output",
+            str(work / "cached"),
+            *STEPS,
+            *parts,
+            "--image-size",
+            "28",
+        ]
+    )
     main(["index", "photos", "--model", str(work / "cached"), "--index", str(work / "index"), "--num-workers", "0"])
     capsys.readouterr()
     main(["search", "a dog", "--index", str(work / "index"), "--json"])

@@ -111,10 +111,10 @@ def prepare_rows(
     for name, place in (("train", options.data), ("validation", options.validation)):
         if prepared[name] is not None:
             check_columns(place, prepared[name], {**needed, "--id-column": options.id_column})
-            prepared[name] = _with_ids(options, prepared[name])
-            prepared[name] = _with_texts(options, name, place, prepared[name], text_column)
             if not options.skip_bad_rows:
                 _check_pictures(place, prepared[name], options.image_column)
+            prepared[name] = _with_ids(options, prepared[name])
+            prepared[name] = _with_texts(options, name, place, prepared[name], text_column)
     if prepared["validation"] is None and not getattr(options, "streaming", False):
         prepared["train"], prepared["validation"] = _hold_out(prepared["train"], options, 2 if is_contrasted else 1)
     if is_contrasted and prepared["validation"] is not None and _count(prepared["validation"], options) == 1:
