@@ -285,6 +285,15 @@ def test_stored_features_need_a_frozen_tower(work, capsys):
     Blip2ForImageTextRetrieval.from_pretrained(work / "retrieval")
 
 
+def test_a_fine_tuned_model_goes_on_with_its_prompt(work):
+    once, twice = work / "once", work / "twice"
+    finetune(Path(), "rows.parquet", "captioner", once, *STEPS, "--merge", "--prompt", "a dog on")
+    finetune(Path(), "rows.parquet", once, twice, *STEPS)
+    assert [Blip2Processor.from_pretrained(place).prompt for place in (once, twice)] == ["a dog on"] * 2
+    finetune(Path(), "rows.parquet", once, work / "answers", *STEPS, "--task", "vqa")
+    assert Blip2Processor.from_pretrained(work / "answers").prompt == "Question: {} Answer:"
+
+
 def test_rows_without_text(work, capsys):
     command = ["finetune", "gaps.parquet", "--model", "captioner", "--output", str(work / "out"), *STEPS]
     text = refusal(command, capsys)

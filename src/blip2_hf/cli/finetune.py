@@ -92,7 +92,8 @@ def add_parser(commands: Any):
     add("--load-in-8bit", "as --load-in-4bit, more exactly", action="store_true")
     add(
         "--prompt",
-        "text in front of a caption, or with {} for the question (default: 'a photo of'; 'Question: {} Answer:')",
+        "text in front of a caption, or with {} for the question (default: that which the model has learned with, or "
+        "'a photo of'; 'Question: {} Answer:')",
     )
     add("--max-new-tokens", "the most tokens that are written, in validation (default: 30; 10 for answers)")
     square = "side in pixels of the square that pictures are scaled to"
@@ -107,6 +108,7 @@ def _run(options: argparse.Namespace):
     arguments = _arguments(options, task)
     config, processor = _check_model(options)
     if options.task != "retrieval":
+        options.prompt = _own_prompt(options, task, processor) if options.prompt is None else options.prompt
         _check_language_model(options, task, config, processor)
     data, image_size = _read(options, task, processor)
     load = _load_retriever if options.task == "retrieval" else _load_writer
@@ -143,6 +145,15 @@ def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
     return check_model(options.model, WRITING, f", or make one: {stage2}")
 
 
+def _own_prompt(options: argparse.Namespace, task: _Task, processor: Any) -> str | None:
+    """Return the prompt that a model has learned with, or else the paper's."""
+    from ..models.processing_blip2 import IMAGE_TOKEN, learned_prompt
+
+    learned = learned_prompt(processor, asks=options.task == "vqa")
+    # Pairs have the picture in front
+    return task.prompt if learned is None or IMAGE_TOKEN in learned else learned
+
+
 def _check_language_model(options: argparse.Namespace, task: _Task, config: Any, processor: Any):
     """Refuse more new tokens than the language model has room for, and 4 bits of one that is too narrow for them."""
     new = {"max_new_tokens": options.max_new_tokens or task.max_new_tokens}
@@ -169,7 +180,6 @@ def _check(options: argparse.Namespace):
             f"{options.prompt!r} was given."
         )
     options.preset = options.preset or task.preset
-    options.prompt = options.prompt if options.prompt is not None else task.prompt
     is_retrieval, has_adapters = options.task == "retrieval", options.preset in _ADAPTERS
     is_quantized = options.load_in_4bit or options.load_in_8bit
     if options.load_in_4bit and options.load_in_8bit:
