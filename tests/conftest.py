@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import tempfile
 
 
@@ -9,6 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # In the processes that tests start, too: with matrices this small, threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell lets what it starts in the background ignore Ctrl-C, which tests send
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 from paths import HELPERS
@@ -35,8 +34,6 @@ def test_the_first_interrupt_ends_a_command_that_fetches(num_workers, reaches):
             [sys.executable, "-c", CODE, f"{server.url}/silent", num_workers],
             env=environment,
             start_new_session=True,
-            # A shell that runs the tests in the background lets them ignore it
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
