@@ -11,14 +11,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # In the processes that tests start, too: with matrices this small, threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A shell lets what it starts in the background ignore Ctrl-C, which tests send
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 import torch
 import transformers
 
 
+# A shell lets what it starts in the background ignore Ctrl-C, which tests send
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
