@@ -599,8 +599,8 @@ def test_a_long_text_loses_its_end_and_a_long_name_its_beginning():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["search"], "give a text"),
-        (["search", "x", "--image", "y.png"], "give a text"),
+        (["search"], "nothing to search for was given"),
+        (["search", "x", "--image", "y.png"], "Give one of the two"),
         (["search", "x", "--sheet", "out.jpg"], "ends in .png"),
         (["search", "x", "--index", "nowhere"], "There is no folder nowhere"),
         (["index", "nowhere", "--model", "x"], "There is no folder nowhere"),

@@ -15,7 +15,7 @@ from .state_files import as_json, read_json
 
 
 _HASH = re.compile("[0-9a-f]{32}")
-_MOST_DIFFERENCES = 4  # that a message tells; options come first
+_MOST_DIFFERENCES = 8  # that a message tells; options come first
 _SAMPLED_ROWS = 32
 _SAMPLED_VALUES = 32  # of each weight, at least
 
