@@ -259,6 +259,7 @@ def _beside(base: Path, ending: str) -> Path:
 
 
 def without_broken(records: Iterable[dict[str, Any]], broken: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the records that have a caption, and add the others to `broken`."""
     for record in records:
         if CAPTION in record:
             yield record

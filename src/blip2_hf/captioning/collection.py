@@ -97,9 +97,8 @@ def caption_dataset(
             `"txt"` (one file a picture), `"jsonl"`, `"csv"` or `"parquet"` (columns `file`, or `shard` and `key`, or
             `row`, and `caption`). Told by the ending of `output` if it is not given.
         existing (`str`, *optional*, defaults to `"skip"`):
-            What becomes of captions that are there: `"skip"` keeps them, `"overwrite"` replaces them, one after the
-            other, `"append"` and `"prepend"` add the new caption to them, once. Without `"skip"`, other settings may
-            have made them.
+            How existing captions are treated: `"skip"` keeps them. `"overwrite"` replaces them one by one. `"append"`
+            and `"prepend"` add the new caption once. All but `"skip"` also take captions that other settings made.
         extension (`str`, *optional*, defaults to `".txt"`):
             Ending of the text files.
         num_captions (`int`, *optional*, defaults to 1):

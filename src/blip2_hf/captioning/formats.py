@@ -1,4 +1,4 @@
-"""Where captions go: which output a name and a format mean, and which of them fit the pictures."""
+"""Choosing the output of captions by its name and format, and refusing one that does not fit the pictures."""
 
 import os
 import re
@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 from ..jobs.errors import CollectionError
 from ..jobs.picture_files import picture_endings
 from .caption_output import CaptionOutput
+from .caption_tables import TABLES
 from .pictures import FolderPictures, Pictures
 from .sidecars import SidecarFiles
 from .table_output import METADATA, CaptionFile
-from .tables import TABLES
 
 
 EXISTING = ("skip", "overwrite", "append", "prepend")

@@ -9,8 +9,8 @@ from typing import Any
 from ..data.text import has_text
 from ..jobs.errors import CollectionError
 from .caption_output import BEFORE, CAPTION, CaptionOutput, with_position, without_broken
+from .caption_tables import TABLES
 from .pictures import Pictures
-from .tables import TABLES
 
 
 METADATA = {f"metadata.{ending}" for ending in TABLES}  # names that `datasets` looks for in a folder of pictures

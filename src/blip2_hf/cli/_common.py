@@ -136,8 +136,8 @@ def add_command(
 ) -> Callable:
     """
     Add a command, and return the function that adds an option to it, as [`add_option`] does. `example` is a line that
-    can be run, for the end of the help. `check` is called with the options before anything is looked for: it raises a
-    `ValueError` if they do not go together.
+    can be run, and ends the help. `check` is called with the options before files and models are looked up. It raises
+    a `ValueError` if the options do not go together.
     """
     parser = commands.add_parser(
         name, help=text, description=description or text, example=example, group_titles=tuple(_GROUPS)
@@ -346,8 +346,8 @@ def find_device(given: str | None) -> Any:
 
 def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
     """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
-    from ..jobs.checkpoints import WRITING, WRITING_ALONE, check_checkpoint, load_processor
     from ..jobs.inference import load_model
+    from ..jobs.model_checks import WRITING, WRITING_ALONE, check_checkpoint, load_processor
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
 

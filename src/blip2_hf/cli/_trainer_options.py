@@ -1,4 +1,4 @@
-"""What of a command line is for transformers' `TrainingArguments`, checked before anything is loaded."""
+"""Options of transformers' `TrainingArguments` on a command line, checked before anything is loaded."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""What `blip2-hf finetune` and `blip2-hf pretrain` have in common: options, data, settings, the end."""
+"""Options, data, checks and the last line that `blip2-hf finetune` and `blip2-hf pretrain` share."""
 
 import argparse
 import os
@@ -41,9 +41,7 @@ def add_training_options(add: Callable):
     add("--max-steps", "steps, in place of epochs", type=positive)
     add("--learning-rate", "peak of the learning rate", type=above_zero)
     add("--batch-size", "pictures of a step in each process", type=positive, default=8)
-    add(
-        "--accumulate", "steps whose gradients are added up, for a larger batch", type=positive, default=1, metavar="N"
-    )
+    add("--accumulate", "batches whose gradients are added up before each step", type=positive, default=1, metavar="N")
     add("--eval-steps", "validate, and save a checkpoint, after each N steps", type=positive, metavar="N")
     add("--early-stopping", "stop after N validations without improvement", type=positive, metavar="N")
     add("--report-to", "where losses and scores are logged, besides the terminal", choices=_LOGGERS, default="none")
@@ -286,8 +284,8 @@ def find_image_size(options: argparse.Namespace, processor: Any) -> int:
 
 def check_model(name: str, need: str, advice: str = "") -> tuple[Any, Any]:
     """Return the configuration and the processor of a model, once it is whole and of the class that is needed."""
-    from ..jobs.checkpoints import check_checkpoint, load_processor
     from ..jobs.inference import adapter_base
+    from ..jobs.model_checks import check_checkpoint, load_processor
     from ..models.configuration_blip2 import Blip2Config
 
     if adapter_base(name) is not None:

@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace):
     pictures, questions = _sort(options.arguments)
 
     from ..captioning import answer_questions
-    from ..jobs.checkpoints import WRITING, check_checkpoint
+    from ..jobs.model_checks import WRITING, check_checkpoint
 
     check_checkpoint(options.model, WRITING)
     model, processor, kwargs = _load(options, questions)

@@ -47,8 +47,8 @@ def _run(options: argparse.Namespace):
     import torch
 
     from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size, with_picture_ids
-    from ..jobs.checkpoints import check_checkpoint, load_image_processor
     from ..jobs.inference import check_finite, load_model
+    from ..jobs.model_checks import check_checkpoint, load_image_processor
     from ..models.backbones import load_tower_config
     from ..models.modeling_base import Blip2Model
 

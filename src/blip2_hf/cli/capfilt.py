@@ -62,7 +62,7 @@ def _check(options: argparse.Namespace):
 
 def _run(options: argparse.Namespace):
     from ..capfilt import RetrievalFilter, capfilt_dataset
-    from ..jobs.checkpoints import MATCHING, check_checkpoint
+    from ..jobs.model_checks import MATCHING, check_checkpoint
     from ..search import load_retrieval_model
 
     check_checkpoint(options.filter, MATCHING)

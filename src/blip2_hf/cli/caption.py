@@ -36,7 +36,7 @@ def add_parser(commands: Any):
     add("--output", output, type=to_write, metavar="FILE|FOLDER")
     add("--format", "without it, the ending of --output tells it", choices=["txt", "jsonl", "csv", "parquet"])
     add("--extension", "ending of the text files, such as .caption (default: .txt)")
-    existing = "what becomes of captions that are there: they stay, are replaced, or get the new one behind or before"
+    existing = "keep existing captions, replace them, or add the new caption behind or before them"
     add("--existing", f"{existing} (default: skip)", choices=["skip", "overwrite", "append", "prepend"])
     add("--overwrite", "short for --existing overwrite", action="store_true")
     add("--preset", "the paper's settings; other options come first", choices=["caption", "nocaps"])
@@ -72,7 +72,7 @@ def _check(options: argparse.Namespace):
 
 
 def _run(options: argparse.Namespace):
-    from ..jobs.checkpoints import WRITING, check_checkpoint
+    from ..jobs.model_checks import WRITING, check_checkpoint
 
     check_checkpoint(options.model, WRITING)
     files = _named_files(options.data)

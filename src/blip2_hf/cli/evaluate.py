@@ -97,7 +97,7 @@ def add_parser(commands: Any):
 
 def _run(options: argparse.Namespace):
     task = _TASKS[options.task]
-    from ..jobs.checkpoints import MATCHING, WRITING, check_checkpoint
+    from ..jobs.model_checks import MATCHING, WRITING, check_checkpoint
 
     check_checkpoint(options.model, MATCHING if task.kind == "retrieval" else WRITING)
     with processes(options.device) as state:

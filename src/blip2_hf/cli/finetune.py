@@ -137,7 +137,7 @@ def _run(options: argparse.Namespace):
 
 
 def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    from ..jobs.checkpoints import LEARNING_TO_MATCH, WRITING
+    from ..jobs.model_checks import LEARNING_TO_MATCH, WRITING
 
     if options.task == "retrieval":
         return check_model(options.model, LEARNING_TO_MATCH)

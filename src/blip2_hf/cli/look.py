@@ -46,7 +46,7 @@ def _check(options: argparse.Namespace):
 
 
 def _run(options: argparse.Namespace):
-    from ..jobs.checkpoints import MATCHING, check_checkpoint
+    from ..jobs.model_checks import MATCHING, check_checkpoint
     from ..models.image_loading import check_reads_8_bit, load_image
 
     picture = load_image(options.picture)
@@ -77,7 +77,7 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
 def _load_image_processor(options: argparse.Namespace) -> Any:
     """Load one that scales the whole picture to the size that the model reads, and cuts nothing off."""
     from ..data.image_size import own_image_size, with_image_size
-    from ..jobs.checkpoints import load_image_processor
+    from ..jobs.model_checks import load_image_processor
 
     image_processor = load_image_processor(options.model)
     own_sides = set(own_image_size(image_processor).values())

@@ -81,7 +81,7 @@ def add_parser(commands: Any):
 def _run(options: argparse.Namespace):
     from transformers import set_seed
 
-    from ..jobs.checkpoints import check_checkpoint
+    from ..jobs.model_checks import check_checkpoint
 
     if options.stage == 2:
         check_checkpoint(options.stage1)
@@ -161,7 +161,7 @@ def _arguments(options: argparse.Namespace) -> Any:
 
 def _make_pairs(options: argparse.Namespace, rows: dict[str, Any], text_column: str) -> dict[str, Any]:
     from ..data import ImageTextPairs, check_feature_size
-    from ..jobs.checkpoints import LEARNING_TO_MATCH
+    from ..jobs.model_checks import LEARNING_TO_MATCH
     from ..training import training_pairs
 
     if options.model is not None:

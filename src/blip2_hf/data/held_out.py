@@ -64,9 +64,9 @@ def hold_out(
 
 def find_id_column(rows: datasets.Dataset | datasets.IterableDataset, image_column: str = "image") -> str | None:
     r"""
-    Find the column that tells which picture a row is about, for the `id_column` of [`hold_out`] and
-    [`ImageTextPairs`]: `image_id`, the `file_name` of a folder of pictures, `__picture__` of [`with_picture_ids`], or
-    the pictures' own column if it has paths or numbers of rows.
+    Find the column that tells which picture a row is about: `image_id`, the `file_name` of a folder of pictures,
+    `__picture__` of [`with_picture_ids`], or the pictures' own column if it has paths or numbers of rows. [`hold_out`]
+    and [`ImageTextPairs`] take it as their `id_column`.
 
     Args:
         rows (`datasets.Dataset` or `datasets.IterableDataset`):

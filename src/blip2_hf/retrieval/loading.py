@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..jobs.checkpoints import MATCHING, check_checkpoint, load_processor
 from ..jobs.fingerprints import check_settings, fingerprint, sampled_weights
 from ..jobs.inference import load_model
+from ..jobs.model_checks import MATCHING, check_checkpoint, load_processor
 from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
 from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
 

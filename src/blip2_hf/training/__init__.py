@@ -10,7 +10,7 @@ from .arguments import (
 from .checkpoints import checkpoint_to_resume, last_complete_checkpoint
 from .early_stopping import EarlyStopping
 from .layer_decay import vision_layer_scales
-from .models import load_stage1, load_writer, make_stage1, make_stage2
+from .model_loading import load_stage1, load_writer, make_stage1, make_stage2
 from .presets import describe_trained_parts, train_only
 from .runs import make_trainer, save_result, train_from_last_checkpoint, training_pairs, without_bad_rows
 from .sample_table import SampleTable

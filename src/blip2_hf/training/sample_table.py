@@ -1,4 +1,4 @@
-"""What a model says of some held-out pictures, at each evaluation."""
+"""A table of what a model says about some held-out pictures, made at each evaluation."""
 
 import os
 from pathlib import Path

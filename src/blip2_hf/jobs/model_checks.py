@@ -1,4 +1,4 @@
-"""What a checkpoint is, as its configuration tells before its weights are loaded."""
+"""Checks of a model by its configuration, before its weights are loaded."""
 
 import os
 from typing import Any
@@ -49,7 +49,7 @@ def check_checkpoint(name: str | os.PathLike, need: str | None = None, advice: s
             `"writing"` with a language model, `"writing alone"` with that or the Q-Former alone, `"matching"` of
             images with texts, `"learning to match"`.
         advice (`str`, *optional*, defaults to `""`):
-            What else a user can do, for the end of the message.
+            Another thing that a user can do. It ends the message.
 
     Raises:
         OSError: if there is no configuration, or it can't be read.

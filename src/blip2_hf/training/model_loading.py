@@ -8,7 +8,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from ..data.image_size import with_image_size
-from ..jobs.checkpoints import MATCHING, WRITING, check_checkpoint, load_processor
+from ..jobs.model_checks import MATCHING, WRITING, check_checkpoint, load_processor
 from ..models.backbones import load_whole
 from ..models.frozen import cast_parameters
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ _ROWS_PER_GROUP = 10_000  # of Parquet
 _TYPES = {str: pa.string(), int: pa.int64(), list: pa.list_(pa.string())}
 
 
-class CaptionTable:
+class CaptionTable(ABC):
     """
     A file of rows that have `columns`. `advice` is what the errors of a file that can't be read say to do, a sentence.
     """
@@ -39,11 +40,13 @@ class CaptionTable:
         with atomic_file(self.path) as file:
             self._write(file, rows, {**self.columns, **columns})
 
+    @abstractmethod
     def _read(self) -> Iterator[dict[str, Any]]:
-        raise NotImplementedError
+        """Yield the rows of the file."""
 
+    @abstractmethod
     def _write(self, file: IO[bytes], rows: Iterable[dict[str, Any]], columns: Mapping[str, type]):
-        raise NotImplementedError
+        """Write rows to a new file, with the columns of the one that is there and `columns`."""
 
     def _check_columns(self, found: Iterable[str]):
         if missing := [name for name in self.columns if name not in found]:
