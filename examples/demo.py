@@ -51,6 +51,7 @@ from blip2_hf.models.losses import image_text_similarity
 
 
 DATA = Path(__file__).parent / "data" / "emoji"
+TRAIN_STYLES = ("noto", "twemoji")
 # Two examples show the frozen language model what to do with a picture that reads like a word
 PROMPT = "dog: dog\nred apple: red apple\n<image>:"
 GROUPS = ("animal", "food-fruit", "food-vegetable", "food-prepared", "drink", "transport", "musical-instrument")
@@ -92,6 +93,8 @@ def load_pictures(arguments: argparse.Namespace, tokenizer) -> tuple[datasets.Da
         if row["subcategory"].startswith(GROUPS) and len(tokenizer(" " + row["name"])["input_ids"]) <= 3
     ]
     chosen = set(random.Random(0).sample(sorted(set(names)), arguments.concepts))
+    styles = pictures["train"]["style"]
+    pictures["train"] = pictures["train"].select([i for i, style in enumerate(styles) if style in TRAIN_STYLES])
     train, test = (
         pictures[split].select([i for i, name in enumerate(pictures[split]["name"]) if name in chosen])
         for split in ("train", "test")

@@ -36,18 +36,13 @@ from datasets import concatenate_datasets
 
 EXAMPLES = Path(__file__).parents[1]
 sys.path += [str(EXAMPLES), str(EXAMPLES / "data")]
-from make_emoji import encode, npm_pack  # noqa: E402
+from make_emoji import STYLES, as_bitmap, code_of, encode, npm_pack, pictures_by_code  # noqa: E402
 from real_assets import cache_folder  # noqa: E402
 
 
 TEST_STYLE, VALIDATION_STYLE = "fluent", "twemoji"
 SPLITS = ("train", "clip_art", "test_seen", "test_unseen")
-# style: (npm package, folder of the pictures in it)
-MORE_STYLES = {
-    "noto-2016": ("emoji-datasource-google@3.0.0", "img/google/64"),
-    "openmoji": ("openmoji@17.0.0", "color/svg"),
-    "emojione": ("emojione@2.2.7", "assets/png_128x128"),
-}
+MORE_STYLES = ("noto-2016", "openmoji", "emojione")
 CLIP_ART = ("openclipart-png", "openclipart-svg")
 CLIP_ART_FOLDERS = ("animals", "food", "transportation", "tools", "plants", "buildings", "office", "recreation")
 CLIP_ART_FOLDERS += ("electronics", "education", "containers", "science", "people/clothing", "people/bodypart")
@@ -59,27 +54,14 @@ LONGEST_TITLE = 4  # words
 
 def drawings_of_style(style: str, concepts: datasets.Dataset) -> Iterator[dict]:
     """Yield the concepts that exist in a style, with their pictures."""
-    package, where = MORE_STYLES[style]
+    package, where = STYLES[style]
     with tempfile.TemporaryDirectory() as folder:
         files = npm_pack(package, folder, where)
-    by_code = {code_of(Path(path).stem): data for path, data in files.items() if path.endswith((".png", ".svg"))}
+    by_code = pictures_by_code(files)
     for row in concepts:
         data = by_code.get(code_of("-".join(f"{ord(letter):x}" for letter in row["emoji"])))
         if data is not None:
-            yield {**row, "style": style, "image": {"bytes": encode(as_png(data)), "path": None}}
-
-
-def code_of(name: str) -> str:
-    """Return a name that all packages agree on: they differ in capitals, variation selectors (FE0F) and joiners."""
-    return "-".join(part for part in name.lower().split("-") if part not in ("fe0f", "200d"))
-
-
-def as_png(data: bytes) -> bytes:
-    if b"<svg" not in data[:1000]:
-        return data
-    import resvg_py
-
-    return bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=160))
+            yield {**row, "style": style, "image": {"bytes": encode(as_bitmap(data)), "path": None}}
 
 
 def clip_art_if_any(forbidden: set[str]) -> list[dict]:
@@ -153,7 +135,8 @@ def make_pictures(folder: Path):
             datasets.Dataset.from_list(list(drawings_of_style(style, concepts)), features=fluent.features)
             for style in MORE_STYLES
         ]
-        drawings = concatenate_datasets([emoji["train"], *styles])
+        others = [i for i, style in enumerate(emoji["train"]["style"]) if style not in MORE_STYLES]
+        drawings = concatenate_datasets([emoji["train"].select(others), *styles])
         is_seen = [name not in unseen for name in drawings["name"]]
         splits = {
             "train": drawings.select([i for i, seen in enumerate(is_seen) if seen]),

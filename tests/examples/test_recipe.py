@@ -28,13 +28,6 @@ def recipe_on_path():
     sys.path[:] = before
 
 
-def test_names_of_one_emoji_in_several_packages_are_one():
-    from pictures import code_of
-
-    assert code_of("1F436") == code_of("1f436-FE0F") == "1f436"
-    assert code_of("1f469-200d-1f373") == code_of("1F469-1F373") != code_of("1f469")
-
-
 @pytest.mark.parametrize(
     ("title", "expected"),
     [("Red_Apple 02", "red apple"), ("ab", None), ("one two three four five", None), ("Äpfel", None), ("", None)],
