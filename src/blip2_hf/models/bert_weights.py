@@ -106,7 +106,8 @@ def start_queries_from_words(bert: PreTrainedModel, queries: torch.Tensor):
         queries (`torch.Tensor` of shape `(1, num_query_tokens, hidden_size)`):
             The queries, which are written in place, in their own dtype.
     """
-    words, positions = bert.embeddings.word_embeddings.weight, bert.embeddings.position_embeddings.weight
+    embeddings: Any = bert.embeddings
+    words, positions = embeddings.word_embeddings.weight, embeddings.position_embeddings.weight
     first, last = len(words) // 4, len(words) - len(words) // 4
     with torch.random.fork_rng(devices=[]):
         drawn = first + torch.randperm(last - first, device="cpu")

@@ -532,8 +532,12 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
             raise ValueError("from_pretrained_parts needs a language_model.")
         if (stage1 is None) == (text_encoder is None) or (stage1 is None and vision_model is None):
             raise ValueError("Give either stage1, or vision_model and text_encoder.")
-        own = {"vision_feature_layer": vision_feature_layer, "num_query_tokens": num_query_tokens}
-        own |= {"query_initialization": query_initialization, **qformer_kwargs}
+        own: dict[str, Any] = {
+            "vision_feature_layer": vision_feature_layer,
+            "num_query_tokens": num_query_tokens,
+            "query_initialization": query_initialization,
+            **qformer_kwargs,
+        }
         if stage1 is not None and any(value is not None for value in own.values()):
             given = sorted(name for name, value in own.items() if value is not None)
             raise ValueError(f"{', '.join(given)}: stage1 has its own. Leave them out, or leave out stage1.")
