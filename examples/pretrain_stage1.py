@@ -54,6 +54,7 @@ class PretrainingArguments:
     text_encoder: str = field(default="google-bert/bert-base-uncased", metadata={"help": "BERT to start from."})
     vision_feature_layer: int | None = field(default=None, metadata={"help": "Index into the tower's hidden states."})
     num_query_tokens: int = field(default=32, metadata={"help": "Number of queries."})
+    query_initialization: str = field(default="words", metadata={"help": "How the queries start: words or normal."})
     image_size: int = field(default=224, metadata={"help": "Side of the pictures, in pixels."})
     image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
     text_column: str = field(default="caption", metadata={"help": "Column of the texts, or of lists of texts."})
@@ -90,6 +91,7 @@ def main():
         options.image_size,
         vision_feature_layer=options.vision_feature_layer,
         num_query_tokens=options.num_query_tokens,
+        query_initialization=options.query_initialization,
         load_vision_tower=not data["train"].has_features,
     )
     collator = ImageTextCollator(processor)

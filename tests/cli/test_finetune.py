@@ -485,6 +485,10 @@ def test_both_stages_of_pretraining(work, capsys):
     first, second = (Blip2ForPreTraining.from_pretrained(work / name) for name in ("stage1", "further"))
     assert first.config.num_query_tokens == second.config.num_query_tokens == 4
     assert not torch.equal(first.query_tokens.weight, second.query_tokens.weight)
+    pretrain("1", "normal", *parts, "--image-size", "28", "--query-initialization", "normal")
+    normal = Blip2ForPreTraining.from_pretrained(work / "normal").query_tokens.weight
+    # BERT's words and positions are two such vectors, and little is learned in two steps
+    assert normal.std() < 0.024 < first.query_tokens.weight.std()
     # Stored features need no tower, but what comes next has pictures
     cache = ["cache-features", "rows.parquet", "--vision-model", str(work / "tower"), "--size", "28"]
     main([*cache, "--output", str(work / "features"), "--dtype", "float32", "--num-workers", "0"])
@@ -525,6 +529,18 @@ def test_both_stages_of_pretraining(work, capsys):
         (["--stage", "2", "--stage1", "stage1"], "--stage 2 needs --stage1.*--language-model"),
         (["--stage", "1", "--vision-model", "captioner", "--prefix-lm"], "--prefix-lm goes with --stage 2"),
         (["--stage", "1", "--model", "stage1", "--num-query-tokens", "3"], "--num-query-tokens: --model has its own"),
+        (
+            ["--stage", "1", "--model", "stage1", "--query-initialization", "words"],
+            "--query-initialization: --model has its own",
+        ),
+        (
+            ["--stage", "2", "--stage1", "stage1", "--language-model", "x", "--query-initialization", "words"],
+            "--query-initialization goes with --stage 1, not with --stage 2",
+        ),
+        (
+            ["--stage", "1", "--vision-model", "captioner", "--query-initialization", "word"],
+            "--query-initialization: 'word' was given, one of words, normal was expected. Did you mean words",
+        ),
         (["--stage", "1", "--model", "stage1", "--streaming", "--epochs", "2"], "--epochs: the length of a stream"),
         (["--stage", "1", "--model", "stage1", "--preset", "lora"], "--preset: 'lora' was given, one of stage1,"),
         (

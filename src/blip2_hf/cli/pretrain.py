@@ -29,7 +29,13 @@ _METRICS = {1: "mean_recall", 2: "CIDEr-D"}
 _PARTS = {1: ("vision_model", "text_encoder", "model"), 2: ("stage1", "language_model", "vision_model")}
 # Options of one stage alone, with what they are if they are not given
 _OF_STAGE = {
-    1: {"model": None, "text_encoder": None, "vision_feature_layer": None, "num_query_tokens": None},
+    1: {
+        "model": None,
+        "text_encoder": None,
+        "vision_feature_layer": None,
+        "num_query_tokens": None,
+        "query_initialization": None,
+    },
     2: {"stage1": None, "language_model": None, "prompt": None, "prefix_lm": False},
 }
 # Not adapters: what is made here has no base model on the disk to load them with
@@ -40,7 +46,7 @@ _PRESETS = {
 _BOUND = (  # options that decide what is learned
     *("stage", "data", "validation", "held_out", "image_size", "image_column", "text_column", "id_column"),
     *("model", "vision_model", "text_encoder", "stage1", "language_model", "vision_feature_layer", "num_query_tokens"),
-    *("prompt", "prefix_lm", "max_length", "dtype", "streaming"),
+    *("query_initialization", "prompt", "prefix_lm", "max_length", "dtype", "streaming"),
 )
 
 
@@ -65,6 +71,8 @@ def add_parser(commands: Any):
     add("--model", "stage 1: trained model of stage 1 to go on from, in place of --vision-model")
     add("--vision-feature-layer", "stage 1: index into the tower's hidden states", type=int, metavar="N")
     add("--num-query-tokens", "stage 1: number of queries (default: 32)", type=positive, metavar="N")
+    start = "stage 1: how the queries start: as BERT's words, or from N(0, 0.02) as in the paper (default: words)"
+    add("--query-initialization", start, choices=["words", "normal"])
     add("--stage1", "stage 2: model of stage 1 to go on from")
     add("--language-model", "stage 2: any causal or sequence-to-sequence language model")
     presets = [*dict.fromkeys(_PRESETS[1] + _PRESETS[2])]
@@ -144,7 +152,7 @@ def _check(options: argparse.Namespace):
     if options.streaming and options.epochs is not None:
         raise ValueError("--epochs: the length of a stream is not known. Give --max-steps.")
     if options.model is not None:
-        parts = ("text_encoder", "vision_feature_layer", "num_query_tokens")
+        parts = ("text_encoder", "vision_feature_layer", "num_query_tokens", "query_initialization")
         if given := [name for name in parts if getattr(options, name) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')}: --model has its own. Leave one of the two out.")
     check_output(options)
@@ -191,7 +199,7 @@ def _make_stage1(options: argparse.Namespace, data: dict[str, Any]) -> tuple[Any
     if options.model is not None:
         model, processor = load_stage1(options.model, options.image_size)
     else:
-        given = pick(options, "vision_feature_layer", "num_query_tokens")
+        given = pick(options, "vision_feature_layer", "num_query_tokens", "query_initialization")
         kwargs = {name: value for name, value in given.items() if value is not None}
         kwargs["load_vision_tower"] = not data["train"].has_features
         text_encoder = options.text_encoder or _BERT

@@ -13,6 +13,9 @@ from .backbones import load_whole
 from .configuration_blip2 import Blip2QFormerConfig
 
 
+QUERY_INITIALIZATIONS = ("words", "normal")
+
+
 def load_bert(text_encoder: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
     """Load the [`~transformers.BertModel`] inside any BERT; its pooler, which is not read, may be missing."""
     if isinstance(text_encoder, PreTrainedModel):
@@ -86,4 +89,50 @@ def copy_bert_weights(bert: PreTrainedModel, qformer: PreTrainedModel, embedding
             getattr(embeddings, name).weight[: len(weight)] = weight
 
 
-__all__ = ["copy_bert_weights", "load_bert", "load_bert_with_head", "qformer_config_from_bert"]
+@torch.no_grad()
+def start_queries_from_words(bert: PreTrainedModel, queries: torch.Tensor):
+    """
+    Set queries to a BERT's embeddings of random words, one at each position: word + position embedding, which the
+    Q-Former's first LayerNorm is given for texts too. BERT's layers keep such vectors apart, and pull vectors from
+    N(0, 0.02) together.
+
+    The words are different tokens of the middle half of the vocabulary, because special and unused tokens and single
+    characters stand at its beginning, and added tokens at its end. They depend on torch's seed, and drawing them does
+    not change what is drawn later. Words or positions repeat if there are fewer than queries.
+
+    Args:
+        bert ([`~transformers.BertModel`]):
+            The source.
+        queries (`torch.Tensor` of shape `(1, num_query_tokens, hidden_size)`):
+            The queries, which are written in place, in their own dtype.
+    """
+    embeddings: Any = bert.embeddings
+    words, positions = embeddings.word_embeddings.weight, embeddings.position_embeddings.weight
+    first, last = len(words) // 4, len(words) - len(words) // 4
+    with torch.random.fork_rng(devices=[]):
+        drawn = first + torch.randperm(last - first, device="cpu")
+    index = torch.arange(queries.shape[1], device="cpu")
+    queries.copy_((words[drawn[index % len(drawn)]] + positions[index % len(positions)])[None])
+
+
+def check_query_initialization(query_initialization: str):
+    """
+    Check the name of a start of the queries.
+
+    Raises:
+        ValueError: if it is neither `"words"` nor `"normal"`.
+    """
+    if query_initialization not in QUERY_INITIALIZATIONS:
+        expected = " or ".join(f'"{name}"' for name in QUERY_INITIALIZATIONS)
+        raise ValueError(f"query_initialization is {query_initialization!r}: {expected} was expected.")
+
+
+__all__ = [
+    "QUERY_INITIALIZATIONS",
+    "check_query_initialization",
+    "copy_bert_weights",
+    "load_bert",
+    "load_bert_with_head",
+    "qformer_config_from_bert",
+    "start_queries_from_words",
+]

@@ -13,7 +13,13 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ._compat import CACHE_NAMES
 from ._hub_mixin import HubMixin
 from .backbones import blank_image, load_tower, load_tower_config, measure_width
-from .bert_weights import copy_bert_weights, load_bert, qformer_config_from_bert
+from .bert_weights import (
+    check_query_initialization,
+    copy_bert_weights,
+    load_bert,
+    qformer_config_from_bert,
+    start_queries_from_words,
+)
 from .configuration_blip2 import Blip2Config, TransformersBlip2Config, public_class_name, tower_hidden_size
 from .frozen import is_frozen, keep_weights
 from .modeling_qformer import Blip2QFormerModel, Blip2TextEmbeddings, ImageKeyValues
@@ -428,9 +434,11 @@ def image_side_from_parts(
     model_class: type[Blip2PreTrainedModel] = Blip2Model,
     load_vision_tower: bool = True,
     image_text_hidden_size: int = 256,
+    query_initialization: str = "words",
     **qformer_kwargs,
 ) -> Blip2PreTrainedModel:
     """Build the image side from a tower, or from its configuration, and a Q-Former that starts from BERT."""
+    check_query_initialization(query_initialization)
     tower, bert = load_tower(vision_model) if load_vision_tower else None, load_bert(text_encoder)
     vision_config = load_tower_config(vision_model) if tower is None else tower.config
     width = tower_hidden_size(vision_config, vision_feature_layer)
@@ -446,4 +454,6 @@ def image_side_from_parts(
     )
     model = model_class(config, vision_model=tower)
     copy_bert_weights(bert, model.qformer, getattr(model, "embeddings", None))
+    if query_initialization == "words":
+        start_queries_from_words(bert, model.query_tokens.weight)
     return model

@@ -475,6 +475,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         vision_feature_layer: int | None = None,
         num_query_tokens: int | None = None,
         instruction_aware: bool | None = None,
+        query_initialization: str | None = None,
         language_model_kwargs: dict[str, Any] | None = None,
         **qformer_kwargs,
     ) -> "Blip2ForConditionalGeneration":
@@ -504,6 +505,9 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
                 Whether the Q-Former reads the question or instruction, next to the queries (appendix; InstructBLIP),
                 with the feed-forward networks for text of stage 1 (or of BERT). Defaults to `True` if `stage1` is a
                 [`Blip2ForConditionalGeneration`] whose Q-Former does.
+            query_initialization (`str`, *optional*):
+                Without `stage1`: how the queries start, `"words"` (the default) or `"normal"`, as in
+                [`Blip2ForPreTraining.from_encoders_pretrained`].
             language_model_kwargs (`dict`, *optional*):
                 Arguments for loading the language model: `dtype`, `quantization_config` (8 or 4 bits), `device_map`.
             qformer_kwargs (`dict`):
@@ -528,7 +532,12 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
             raise ValueError("from_pretrained_parts needs a language_model.")
         if (stage1 is None) == (text_encoder is None) or (stage1 is None and vision_model is None):
             raise ValueError("Give either stage1, or vision_model and text_encoder.")
-        own = {"vision_feature_layer": vision_feature_layer, "num_query_tokens": num_query_tokens, **qformer_kwargs}
+        own: dict[str, Any] = {
+            "vision_feature_layer": vision_feature_layer,
+            "num_query_tokens": num_query_tokens,
+            "query_initialization": query_initialization,
+            **qformer_kwargs,
+        }
         if stage1 is not None and any(value is not None for value in own.values()):
             given = sorted(name for name, value in own.items() if value is not None)
             raise ValueError(f"{', '.join(given)}: stage1 has its own. Leave them out, or leave out stage1.")
@@ -539,7 +548,12 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
             if instruction_aware is not None:
                 qformer_kwargs["use_qformer_text_input"] = instruction_aware
             image_side = image_side_from_parts(
-                vision_model, text_encoder, vision_feature_layer, num_query_tokens or 32, **qformer_kwargs
+                vision_model,
+                text_encoder,
+                vision_feature_layer,
+                num_query_tokens or 32,
+                query_initialization=query_initialization or "words",
+                **qformer_kwargs,
             )
         else:
             image_side = stage1 if isinstance(stage1, PreTrainedModel) else load_whole(Blip2Model, stage1, _STAGE1)

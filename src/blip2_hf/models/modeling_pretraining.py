@@ -409,6 +409,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         num_query_tokens: int = 32,
         image_text_hidden_size: int = 256,
         load_vision_tower: bool = True,
+        query_initialization: str = "words",
         **qformer_kwargs,
     ) -> "Blip2ForPreTraining":
         r"""
@@ -429,6 +430,10 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             load_vision_tower (`bool`, *optional*, defaults to `True`):
                 `False` leaves the tower out, to train from its stored output alone (see
                 [`~Blip2PreTrainedModel.attach_vision_tower`]).
+            query_initialization (`str`, *optional*, defaults to `"words"`):
+                How the queries start: `"words"` as BERT's embeddings of random words, which keeps them different in
+                training, or `"normal"` from N(0, `initializer_range`), as in the authors' code. The words of a BERT
+                with random weights are random vectors too.
             qformer_kwargs (`dict`):
                 Fields of [`Blip2QFormerConfig`], such as `cross_attention_frequency`.
 
@@ -436,7 +441,8 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             [`Blip2ForPreTraining`].
 
         Raises:
-            ValueError: if `text_encoder` is not a BERT, no tower is in `vision_model`, or one of them lacks weights.
+            ValueError: if `text_encoder` is not a BERT, no tower is in `vision_model`, one of them lacks weights, or
+                `query_initialization` is unknown.
         """
         bert, head = load_bert_with_head(text_encoder)
         model: Any
@@ -458,6 +464,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             model_class=cls,
             load_vision_tower=load_vision_tower,
             image_text_hidden_size=image_text_hidden_size,
+            query_initialization=query_initialization,
             **own,
         )
         if head is not None:

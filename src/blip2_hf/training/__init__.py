@@ -8,6 +8,7 @@ from .arguments import (
     Stage2Arguments,
 )
 from .checkpoints import checkpoint_to_resume, last_complete_checkpoint
+from .diversity import query_diversity
 from .early_stopping import EarlyStopping
 from .layer_decay import vision_layer_scales
 from .model_loading import load_stage1, load_writer, make_stage1, make_stage2
@@ -34,6 +35,7 @@ __all__ = [
     "make_stage1",
     "make_stage2",
     "make_trainer",
+    "query_diversity",
     "save_result",
     "train_from_last_checkpoint",
     "train_only",

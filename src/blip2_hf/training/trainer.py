@@ -32,6 +32,7 @@ from ..models.modeling_pretraining import Blip2ForPreTraining
 from ..models.processing_blip2 import Blip2Processor
 from .arguments import Blip2Arguments
 from .checkpoints import refuse_weights_alone
+from .diversity import QueryDiversityLog
 from .early_stopping import EarlyStopping, is_as_good_as_the_best
 from .layer_decay import split_by_scale, vision_layer_scales
 from .presets import describe_trained_parts, train_only, without_adapters
@@ -59,6 +60,8 @@ class Blip2Trainer(Seq2SeqTrainer):
     - queries and temperature have no weight decay, as biases and norms;
     - evaluation counts every held-out row, even with `dataloader_drop_last=True`;
     - each loss of a model's output (`loss_itc`, ...) is logged besides their sum, for training and for evaluation;
+    - how different the queries of an image are is logged in training (`query_cosine`, `query_rank`, see
+      [`~training.query_diversity`]), with a warning if they have become one vector;
     - a table of the trained and the frozen parts is printed when training begins;
     - of evaluations with equal metrics the best is the one with the lowest loss, and of equal losses the last one;
     - a loss that is NaN or infinite ends the training with an error;
@@ -101,6 +104,7 @@ class Blip2Trainer(Seq2SeqTrainer):
         self.add_callback(SetEpochCallback())
         self._step_of_weights: int | None = None  # if they are not those of the last step
         self._losses: dict[str, _MeanLosses] = {"train": _MeanLosses(), "eval": _MeanLosses()}
+        self._queries = QueryDiversityLog()
         if args.gradient_caching_chunk_size is not None and isinstance(self._bare_model(), Blip2ForPreTraining):
             self._bare_model().gradient_caching_enable(args.gradient_caching_chunk_size)
         if args.push_to_hub:
@@ -246,11 +250,16 @@ class Blip2Trainer(Seq2SeqTrainer):
             raise diverged(self, f"The loss of step {self.state.global_step + 1:,} is {loss.mean().item()}")
         losses = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
         self._losses["train" if model.training else "eval"].add(losses, rows=len(next(iter(inputs.values()))))
+        if model.training:
+            self._queries.keep(inputs)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self._losses["train"].take(self.accelerator)
+            # Only the whole model's own forward gathers what FSDP and DeepSpeed have divided among processes
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                logs |= self._queries.take(self._bare_model(), self.accelerator)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
