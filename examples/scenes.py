@@ -2,12 +2,15 @@
 Make scenes of one to three drawings on white, with all true captions, wrong captions, and questions with answers.
 
     python examples/scenes.py --output scenes --count 4000
-    blip2-hf pretrain scenes --text-column captions --output stage1
-    blip2-hf finetune scenes:questions:train --task vqa --model stage2 --output answers
+    blip2-hf cache-features scenes --vision-model facebook/dinov2-small --size 168 --output features
+    blip2-hf pretrain features --stage 1 --vision-model facebook/dinov2-small --image-size 168 \\
+        --text-column captions --output stage1
+
+Features come first, because `pretrain` mirrors and crops pictures, after which relations and counts are wrong. The
+configuration `questions` has a row for each question: `load_dataset("scenes", "questions")`, `scenes:questions:train`.
 
 The drawings are those of `data/emoji`. A scene is one thing, two or three of it, or a thing to the left of another or
-above it. One in ten pairs of things is in no scene for training. The folder has Parquet files with the splits below, a
-row for each question in `questions`, and a dataset card.
+above it. One in ten pairs of things is in no scene for training.
 
 | split | scenes |
 |---|---|
