@@ -7,7 +7,7 @@ Make scenes of one to three drawings on white, with all true captions, wrong cap
         --text-column captions --output stage1
 
 Features come first, because `pretrain` mirrors and crops pictures, after which relations and counts are wrong. The
-configuration `questions` has a row for each question: `load_dataset("scenes", "questions")`, `scenes:questions:train`.
+folder `scenes/questions` has a row for each question. `load_dataset` reads both folders, and finds their splits.
 
 The drawings are those of `data/emoji`. A scene is one thing, two or three of it, or a thing to the left of another or
 above it. One in ten pairs of things is in no scene for training.
@@ -263,8 +263,7 @@ def _names() -> dict[str, str]:
 
 @functools.cache
 def _any_name() -> re.Pattern:
-    longest_first = sorted(_names(), key=len, reverse=True)
-    return re.compile(rf"\b(?:{'|'.join(longest_first)})\b")
+    return re.compile(rf"\b(?:{'|'.join(_names())})\b")
 
 
 def question_rows(scenes: datasets.Dataset) -> datasets.Dataset:
@@ -280,10 +279,7 @@ def _as_dataset(rows: list[dict], features: dict) -> datasets.Dataset:
 
 
 def write_scenes(folder: Path, count: int, seed: int = 0, hold_out: str | None = None):
-    """
-    Write all splits, of which train has `count` scenes, their questions, and a dataset card, by which `load_dataset`
-    finds them.
-    """
+    """Write all splits, of which train has `count` scenes, and their questions."""
     seen = tuple(style for style in STYLES if style != hold_out)
     few = -(-count // SMALL_SHARE)
     splits = {
@@ -293,25 +289,17 @@ def write_scenes(folder: Path, count: int, seed: int = 0, hold_out: str | None =
         "test_compositions": (seen, few, "held out"),
         "test_style": ((TEST_STYLE,), few, "seen"),
     }
-    questions = folder / "questions"
-    questions.mkdir(parents=True, exist_ok=True)
+    folders = [folder / "data", folder / "questions" / "data"]
+    for place in folders:
+        place.mkdir(parents=True, exist_ok=True)
     for split, (styles, size, compositions) in splits.items():
         scenes = make_scenes(styles, size, f"{seed} {split}", compositions)
-        scenes.to_parquet(folder / f"{split}.parquet")
-        # Not by datasets, which stores a picture for each of its questions
-        table = question_rows(scenes).data.table
-        pyarrow.parquet.write_table(table, questions / f"{split}.parquet", row_group_size=500)
+        for place, rows in zip(folders, (scenes, question_rows(scenes)), strict=True):
+            # Not by datasets, which stores a picture once for each of its questions. It knows splits by such names
+            file = place / f"{split}-00000-of-00001.parquet"
+            pyarrow.parquet.write_table(rows.data.table, file, row_group_size=500)
         print(f"{split:18} {size:6} scenes")
     shutil.copy(DATA / "LICENSES.md", folder / "DRAWINGS.md")
-    (folder / "README.md").write_text(_card([*splits]), encoding="utf-8")
-
-
-def _card(splits: list[str]) -> str:
-    lines = ["---", "license: cc-by-sa-4.0", "configs:"]
-    for name, place in (("captions", ""), ("questions", "questions/")):
-        lines += [f"- config_name: {name}", *["  default: true"] * (not place), "  data_files:"]
-        lines += [line for split in splits for line in (f"  - split: {split}", f"    path: {place}{split}.parquet")]
-    return "\n".join([*lines, "---", "# Scenes of drawings", __doc__, "DRAWINGS.md says who made the drawings.", ""])
 
 
 def main(arguments: list[str] | None = None):

@@ -261,7 +261,7 @@ def test_neither_yes_nor_no_is_right_more_often(seen):
         ("a palm tree above two snowmen", {"palm tree", "snowman"}),
         ("a light bulb, a soccer ball and strawberries.", {"light bulb", "soccer ball", "strawberry"}),
         ("two fish below the buses", {"fish", "bus"}),
-        ("a pigeon, a scar, a dog, a tree", set()),
+        ("a giant eggplant, a pigeon, a dog, a tree", set()),
         ("", set()),
     ],
 )
@@ -308,26 +308,45 @@ def test_the_folder_is_a_dataset(scenes, written):
 
 
 def test_questions_have_the_picture_and_a_row_each(written):
-    rows, scenes = load_rows(f"{written}:questions:test_seen"), load_rows(f"{written}:test_seen")
+    rows, scenes = load_rows(f"{written}/questions:test_seen"), load_rows(f"{written}:test_seen")
     assert [(row["image_id"], row["question"], row["answer"], row["kind"]) for row in rows] == [
         (row["image_id"], *question.values()) for row in scenes for question in row["questions"]
     ]
     pictures = {row["image_id"]: row["image"] for row in stored(scenes)}
     assert all(row["image"] == pictures[row["image_id"]] for row in stored(rows))
     # The file has a picture once, however many questions are asked about it
-    size = (written / "questions" / "test_seen.parquet").stat().st_size
-    assert size < 1.5 * (written / "test_seen.parquet").stat().st_size
+    name = "data/test_seen-00000-of-00001.parquet"
+    assert (written / "questions" / name).stat().st_size < 1.5 * (written / name).stat().st_size
+
+
+def test_a_folder_that_is_written_anew_is_read_anew(scenes, tmp_path):
+    for count in (8, 16):
+        scenes.write_scenes(tmp_path, count)
+        assert len(load_rows(tmp_path)) == count and len(load_rows(f"{tmp_path}:test_style")) == count / 8
+        questions = load_rows(tmp_path / "questions")
+        assert len({*questions["image_id"]}) == count
 
 
 def test_commands_read_the_folder(written, tmp_path):
     stage1, captioner = str(save_stage1(tmp_path / "stage1")), str(save_captioner(tmp_path / "captioner"))
     learn = ["--max-steps", "1", "--batch-size", "4", "--held-out", "0", "--device", "cpu"]
-    score = ["--data", str(written), "--split", "test_seen", "--limit", "4", "--device", "cpu", "--dtype", "float32"]
+    score = [
+        "--data",
+        f"{written}/questions",
+        "--split",
+        "test_seen",
+        "--limit",
+        "4",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     score += ["--model", captioner, "--generate", "max_new_tokens=2", "num_beams=1", "min_new_tokens=1"]
     commands = {
         "pretrain": [str(written), "--stage", "1", "--model", stage1, "--text-column", "captions", *learn],
-        "finetune": [f"{written}:questions:train", "--task", "vqa", "--model", captioner, *learn],
-        "evaluate": ["vqa", "--config", "questions", "--group-column", "kind", *score],
+        "finetune": [f"{written}/questions", "--task", "vqa", "--model", captioner, *learn],
+        "evaluate": ["vqa", "--group-column", "kind", *score],
     }
     for command, options in commands.items():
         main([command, *options, "--output", str(tmp_path / command)])
