@@ -25,7 +25,7 @@ from ..jobs.output import check_still_there, format_size, only_writer
 from ..jobs.picture_inputs import PictureBatch, PictureInput, load_shards, split_rows
 from ..jobs.state_files import read_json, read_whole
 from ..models.backbones import load_tower, measure_width
-from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, tower_hidden_size
+from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, is_convolutional, tower_hidden_size
 from ..models.image_loading import ImageLoadError, check_reads_8_bit
 from ..models.modeling_vision import build_vision_model
 from .rows import check_dataset, open_image, seeded_generator, select_columns
@@ -62,6 +62,7 @@ class VisionTower(nn.Module):
             vision_config=tower.config,
             qformer_config=Blip2QFormerConfig(encoder_hidden_size=width),
             vision_feature_layer=vision_feature_layer,
+            vision_position_embedding=is_convolutional(tower.config),
         )
         self.vision_model = build_vision_model(self.config, tower)
 
@@ -357,6 +358,8 @@ class _Shards:
             "tower": model.config.vision_config.model_type,
             "tower_weights": _tower_fingerprint(model),
             "vision_feature_layer": model.config.vision_feature_layer,
+            # Left out for all other towers, so that their files of older versions go on
+            **({"vision_position_embedding": True} if model.config.vision_position_embedding else {}),
             "image_processor": json.loads(pictures.image_processor.to_json_string()),
             "pixel_values": list(pixel_values.shape[1:]),
             "features": self.shape,

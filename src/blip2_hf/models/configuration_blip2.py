@@ -194,6 +194,9 @@ class Blip2HfConfig(PreTrainedConfig):
         vision_feature_layer (`int`, *optional*):
             Index into the tower's `hidden_states` (0: the embeddings, -1: the last layer). `None`: the tower's
             `last_hidden_state`.
+        vision_position_embedding (`bool`, *optional*, defaults to `False`):
+            Whether the cells of a tower's feature map get position embeddings (see [`Blip2AutoVisionModel`]), without
+            which the Q-Former of a CNN cannot tell where a thing is. Models made of a pretrained CNN have them.
         has_vision_tower (`bool`, *optional*, defaults to `True`):
             Whether the model has its tower, or learns from the tower's stored output alone.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -243,6 +246,7 @@ class Blip2HfConfig(PreTrainedConfig):
     image_text_hidden_size: int = 256
     image_token_index: int | None = None
     vision_feature_layer: int | None = None
+    vision_position_embedding: bool = False
     has_vision_tower: bool = True
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -396,6 +400,11 @@ def vision_config_from_blip(config: PreTrainedConfig) -> Blip2VisionConfig:
     """
     fields = _shared_fields(config, Blip2VisionConfig) | {"post_layernorm_eps": config.layer_norm_eps}
     return Blip2VisionConfig(**fields, dtype=config.dtype)
+
+
+def is_convolutional(vision_config: PreTrainedConfig) -> bool:
+    """Return whether a vision tower has no attention, as far as its configuration tells it, such as ConvNeXt."""
+    return not any(getattr(vision_config, name, None) for name in ("num_attention_heads", "num_heads"))
 
 
 def tower_hidden_size(vision_config: PreTrainedConfig, vision_feature_layer: int | None = None) -> int | None:

@@ -20,7 +20,13 @@ from .bert_weights import (
     qformer_config_from_bert,
     start_queries_from_words,
 )
-from .configuration_blip2 import Blip2Config, TransformersBlip2Config, public_class_name, tower_hidden_size
+from .configuration_blip2 import (
+    Blip2Config,
+    TransformersBlip2Config,
+    is_convolutional,
+    public_class_name,
+    tower_hidden_size,
+)
 from .frozen import is_frozen, keep_weights
 from .modeling_qformer import Blip2QFormerModel, Blip2TextEmbeddings, ImageKeyValues
 from .modeling_vision import build_vision_model
@@ -450,6 +456,7 @@ def image_side_from_parts(
         num_query_tokens=num_query_tokens,
         image_text_hidden_size=image_text_hidden_size,
         vision_feature_layer=vision_feature_layer,
+        vision_position_embedding=is_convolutional(vision_config),
         has_vision_tower=load_vision_tower,
     )
     model = model_class(config, vision_model=tower)

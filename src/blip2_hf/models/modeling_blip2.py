@@ -568,6 +568,7 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
             image_text_hidden_size=source.image_text_hidden_size,
             image_token_index=image_token_index,
             vision_feature_layer=source.vision_feature_layer,
+            vision_position_embedding=source.vision_position_embedding,
         )
         if stage1 is not None:
             config.qformer_config.use_qformer_text_input = _reads_instructions(source, instruction_aware)

@@ -174,7 +174,10 @@ class Blip2AutoVisionModel(PreTrainedModel):
     r"""
     Any model of `AutoModel` as the vision tower, followed by the LayerNorm of BLIP-2.
 
-    Towers that return a feature map (ConvNeXt, the CNNs of timm) give one feature a cell, row by row.
+    Towers that return a feature map (ConvNeXt, EfficientNet, the CNNs of timm) give one feature a cell, row by row.
+    Such features do not tell where in the image they are, and the Q-Former reads them as a set. With
+    `position_embedding`, sines and cosines of the row and the column are added, as DETR does (arXiv 2005.12872), times
+    the standard deviation of the image's features. A tower that returns a sequence is left as it is.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -183,6 +186,8 @@ class Blip2AutoVisionModel(PreTrainedModel):
             Width of its features.
         vision_feature_layer (`int`, *optional*):
             Index into the tower's `hidden_states`; `None` takes `last_hidden_state`.
+        position_embedding (`bool`, *optional*, defaults to `False`):
+            Whether to add position embeddings to a feature map.
         tower ([`~transformers.PreTrainedModel`], *optional*):
             The tower itself; made from `config`, with random weights, if it is not given.
     """
@@ -200,6 +205,7 @@ class Blip2AutoVisionModel(PreTrainedModel):
         config: PreTrainedConfig,
         hidden_size: int,
         vision_feature_layer: int | None = None,
+        position_embedding: bool = False,
         tower: PreTrainedModel | None = None,
     ):
         tower_class = MODEL_MAPPING.get(type(config), None) if tower is None else type(tower)
@@ -211,6 +217,7 @@ class Blip2AutoVisionModel(PreTrainedModel):
         self.post_layernorm = nn.LayerNorm(hidden_size, eps=1e-5)
         self.hidden_size = hidden_size
         self.vision_feature_layer = vision_feature_layer
+        self.position_embedding = position_embedding
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters
         self.post_init()
 
@@ -246,6 +253,8 @@ class Blip2AutoVisionModel(PreTrainedModel):
         if layer is not None:
             _check_feature_layer(layer, len(outputs.hidden_states))
             features = outputs.hidden_states[layer]
+        if self.position_embedding and features.dim() == 4:
+            features = add_positions(features, self.hidden_size)
         return BaseModelOutputWithPooling(
             last_hidden_state=flatten_feature_map(features, self.hidden_size),
             hidden_states=outputs.get("hidden_states"),
@@ -258,6 +267,36 @@ def _check_feature_layer(layer: int, num_hidden_states: int):
         raise ValueError(
             f"vision_feature_layer={layer}, but the tower has {num_hidden_states} hidden states: give an index of one."
         )
+
+
+def add_positions(features: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """
+    Add sines and cosines of the row and the column of each cell to a feature map. The angles go from half a turn to
+    eight half turns from one edge of the image to the other.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_images, hidden_size, height, width)` or \
+`(num_images, height, width, hidden_size)`):
+            The feature map.
+        hidden_size (`int`):
+            Width of the features, by which their axis is found.
+
+    Returns:
+        `torch.Tensor`: the sum, of the same shape and dtype. The embeddings, between -1 and 1, count in standard
+        deviations of the image's features.
+    """
+    is_first = features.shape[1] == hidden_size
+    height, width = features.shape[2:] if is_first else features.shape[1:3]
+    frequencies = torch.pi * torch.logspace(0, 3, -(-hidden_size // 4), base=2, device=features.device)
+
+    def waves(length: int) -> torch.Tensor:
+        angles = (torch.arange(length, device=features.device)[:, None] + 0.5) / length * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows, columns = waves(height)[:, None].expand(-1, width, -1), waves(width)[None].expand(height, -1, -1)
+    positions = torch.cat([rows, columns], dim=2)[..., :hidden_size]
+    positions = positions.permute(2, 0, 1) if is_first else positions
+    return features + (positions * features.float().std(dim=(1, 2, 3), keepdim=True)).to(features.dtype)
 
 
 def flatten_feature_map(features: torch.Tensor, hidden_size: int) -> torch.Tensor:
@@ -346,4 +385,6 @@ def build_vision_model(
     if isinstance(vision_model, Blip2VisionModel):
         vision_model.encoder.stop_at(layer)
         return vision_model
-    return Blip2AutoVisionModel(vision_config, hidden_size, layer, tower=vision_model)
+    return Blip2AutoVisionModel(
+        vision_config, hidden_size, layer, config.vision_position_embedding, tower=vision_model
+    )
