@@ -5,60 +5,75 @@ from pathlib import Path
 import datasets
 import torch
 from contact_sheet import Card, Section, draw_contact_sheet
+from precision import fast_autocast
+from scene_training import stack_features
+from scenes import exact, object_scores
 from torch.nn.functional import normalize
 
-from blip2_hf.data import ImageTextPairs
+from blip2_hf.evaluation import TwoStageRetrieval
 
 
-COLUMNS = {
-    "exact": "exact",
-    "shares a word": "shares a word",
-    "image_to_text_r1": "image->name R@1",
-    "text_to_image_r1": "name->image R@1",
-}
+COLUMNS = ("exactly right", "precision", "recall", "image->text R@1", "text->image R@1")
+SHOWN = 24  # pictures on the sheet
 
 
-def score(captions: list[str], truths: list[str]) -> dict[str, float]:
-    """Compute the share of captions that are the name, and of those that share a word with it."""
-    pairs = list(zip(captions, truths, strict=True))
-    return {
-        "exact": sum(caption == truth for caption, truth in pairs) / len(pairs),
-        "shares a word": sum(bool(set(c.split()) & set(t.split())) for c, t in pairs) / len(pairs),
-    }
+def score_captions(captions: list[str], scenes: datasets.Dataset) -> dict[str, float]:
+    """Compute the share of captions that are exactly right, and precision and recall of the things that they name."""
+    return {"exactly right": exact(captions, scenes)} | object_scores(captions, scenes)
+
+
+@torch.no_grad()
+def score_retrieval(model, tokenizer, scenes: datasets.Dataset) -> dict[str, dict[str, float]]:
+    """Score stage 1: retrieval among all scenes by ITC, re-ranked by ITM, and the Q-Former's own captions (ITG)."""
+    embeds, texts = stack_features(scenes), [captions[0] for captions in scenes["captions"]]
+    rows = {}
+    with fast_autocast():
+        for name, candidates in (("ITC", 0), ("ITC, re-ranked by ITM", 10)):
+            ranked = TwoStageRetrieval(model, tokenizer, k=candidates, show_progress=False)(embeds, texts)
+            first = {way: getattr(ranked, way).index[:, 0].tolist() for way in ("image_to_text", "text_to_image")}
+            rows[f"stage 1: {name}"] = {
+                column: sum(texts[found] == own for found, own in zip(first[way], texts, strict=True)) / len(texts)
+                for way, column in zip(first, COLUMNS[3:], strict=True)
+            }
+        tokens = model.generate(image_embeds=embeds, max_new_tokens=16, do_sample=False)
+    captions = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return rows | {"stage 1: captions by the Q-Former (ITG)": score_captions(captions, scenes)}
 
 
 def nearest_neighbours(train_features: datasets.Dataset, test_features: datasets.Dataset) -> list[str]:
-    """Return the name of the nearest training picture in the frozen tower's features, both sets centred."""
+    """Return the caption of the nearest training scene in the frozen tower's features, both sets centred."""
 
     def directions(features: datasets.Dataset) -> torch.Tensor:
-        pairs = ImageTextPairs(features, text_column="name", train=False)
-        means = torch.stack([pair["image_embeds"].float().mean(dim=0) for pair in pairs])
-        return normalize(means - means.mean(dim=0), dim=-1)
+        places = stack_features(features).flatten(1)
+        return normalize(places - places.mean(dim=0), dim=-1)
 
     nearest = (directions(test_features) @ directions(train_features).T).argmax(dim=1)
-    names = train_features["name"]
-    return [names[i] for i in nearest.tolist()]
+    captions = train_features["captions"]
+    return [captions[i][0] for i in nearest.tolist()]
 
 
-def print_table(rows: dict[str, dict[str, float]], count: int):
-    print("\n" + "   ".join([f"{f'{count} drawings in a style not seen in training':44}", *COLUMNS.values()]))
+def print_table(rows: dict[str, dict[str, float]]):
+    print("\n" + "   ".join([f"{'new scenes':42}", *COLUMNS]))
     for name, values in rows.items():
         cells = [f"{values[key]:.1%}" if key in values else "-" for key in COLUMNS]
-        print("   ".join([f"{name:44}", *(f"{c:>{len(t)}}" for c, t in zip(cells, COLUMNS.values(), strict=True))]))
+        print("   ".join([f"{name:42}", *(f"{c:>{len(t)}}" for c, t in zip(cells, COLUMNS, strict=True))]))
 
 
-def write_table(rows: dict[str, dict[str, float]], count: int, file: Path):
+def write_table(rows: dict[str, dict[str, float]], file: Path):
     """Write the same table in Markdown."""
-    lines = [[f"{count} drawings in a style not seen in training", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
+    lines = [["new scenes", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     lines += [[name, *(f"{v[key]:.1%}" if key in v else "" for key in COLUMNS)] for name, v in rows.items()]
     file.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
-def draw_sheet(test: datasets.Dataset, captions: list[str], file: Path):
-    cards = [Card(row["image"], text, row["name"]) for row, text in zip(test, captions, strict=True)]
+def draw_sheet(scenes: datasets.Dataset, captions: list[str], file: Path):
+    """Draw the first scenes with their captions. A wrong caption stands beside a true one."""
+    cards = [
+        Card(row["image"], caption, caption if caption in row["captions"] else row["captions"][0])
+        for row, caption in zip(scenes, captions, strict=True)
+    ]
     right = sum(card.right for card in cards)
-    note = f"{right} of {len(cards)} named exactly; the first {min(40, len(cards))} are here"
-    section = Section("Drawings in a style not seen in training", note, cards[:40])
-    draw_contact_sheet("What is it?", "DINOv2-small, a Q-Former trained in minutes, SmolLM2-135M", [section]).save(
-        file
-    )
+    note = f"{right} of {len(cards)} captions are exactly right; the first {SHOWN} are here"
+    section = Section("Scenes that it has not seen", note, cards[:SHOWN])
+    title = "What is in the picture?"
+    draw_contact_sheet(title, "EfficientNet-lite2, a Q-Former trained in minutes, SmolLM2-135M", [section]).save(file)

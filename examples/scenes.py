@@ -41,7 +41,7 @@ from PIL import Image, ImageChops
 DATA = Path(__file__).parent / "data" / "emoji"
 STYLES = ("noto", "noto-2016", "twemoji", "openmoji", "emojione")
 VALIDATION_STYLE, TEST_STYLE = "openmoji", "fluent"
-SIDE = 168  # of a scene, in pixels
+SIDE = 192  # of a scene, in pixels
 LISTED = (
     "airplane,ant,backpack,banana,bear,bicycle,bomb,bus,butterfly,cactus,camera,candle,carrot,castle,cookie,crab,"
     "crocodile,crown,doughnut,drum,duck,egg,elephant,fish,fox,guitar,hammer,helicopter,honeybee,horse,hot dog,laptop,"
@@ -53,13 +53,20 @@ THINGS = tuple(LISTED.split(","))  # which can be told apart in every style
 KINDS = {"one": 4, "two": 3, "three": 3, "left": 6, "above": 6}  # of scenes, with how often each is drawn
 RELATIONS = {"left": ("to the left of", "to the right of"), "above": ("above", "below")}
 COUNTS = {"two": "three", "three": "two"}  # and what a wrong caption has in their place
-COPY, PAIRED, ALONE = (46, 54), (62, 80), (70, 110)  # sides of drawings, in pixels
+COPY, PAIRED, ALONE = (52, 62), (70, 92), (80, 126)  # sides of drawings, in pixels
 GAP = 4  # between drawings, and at the edge
 SMALL_SHARE = 8  # train has so many times the scenes of any other split
 TEXT = datasets.Value("string")
 PICTURE = {"image": datasets.Image(), "image_id": datasets.Value("int64"), "style": TEXT}
 QUESTION = {"question": TEXT, "answer": TEXT, "kind": TEXT}
-TRUTH = {"captions": [TEXT], "swapped": [TEXT], "objects": [TEXT], "kind": TEXT, "questions": [QUESTION]}
+TRUTH = {
+    "caption": TEXT,
+    "captions": [TEXT],
+    "swapped": [TEXT],
+    "objects": [TEXT],
+    "kind": TEXT,
+    "questions": [QUESTION],
+}
 
 
 def plural(name: str) -> str:
@@ -82,11 +89,12 @@ def make_scenes(
     styles: tuple[str, ...], count: int, seed: int | str = 0, compositions: str = "seen"
 ) -> datasets.Dataset:
     """
-    Make scenes.
+    Make scenes, in twins: a pair of things and the same in the other order, two and three of a thing, or one thing and
+    another. A batch with both twins can only be told apart by relations and counts.
 
     Args:
         styles (`tuple[str, ...]`):
-            Styles of the drawings, which take turns.
+            Styles of the drawings, which take turns from twins to twins.
         count (`int`):
             Number of scenes.
         seed (`int` or `str`, *optional*, defaults to 0):
@@ -95,10 +103,10 @@ def make_scenes(
             `"seen"`, or `"held out"` for pairs of things that no scene with `"seen"` has.
 
     Returns:
-        `datasets.Dataset`: rows with `image` of 168 x 168 pixels, `image_id`, the number of the scene, `style`,
-        `captions`, all true ones, the plain one first, `swapped`, the same captions with a wrong relation or count
-        (none for one thing), `objects`, the thing of each drawing (in a pair, the left or upper one first), `kind`
-        (`"one"`, `"two"`, `"three"`, `"left"`, `"above"`) and `questions`, those of [`questions_of`].
+        `datasets.Dataset`: rows with `image` of 192 x 192 pixels, `image_id`, the number of the scene, `style`,
+        `caption`, `captions`, all true ones, that one first, `swapped`, the same with a wrong relation or count (none
+        for one thing), `objects`, the thing of each drawing (of a pair the left or upper one first), `kind` (`"one"`,
+        `"two"`, `"three"`, `"left"`, `"above"`) and `questions`, those of [`questions_of`].
 
     Raises:
         ValueError: if a style or `compositions` is unknown.
@@ -109,8 +117,8 @@ def make_scenes(
         raise ValueError(f"compositions={compositions!r}: 'seen' or 'held out' was expected.")
     rows = []
     for number in range(count):
-        style = styles[number % len(styles)]
-        rows.append(_scene(number, style, random.Random(f"{seed} {number}"), compositions == "held out"))
+        style = styles[number // 2 % len(styles)]
+        rows.append(_scene(number, style, seed, compositions == "held out"))
     return _as_dataset(rows, PICTURE | TRUTH)
 
 
@@ -178,12 +186,18 @@ def is_held_out(one: str, other: str) -> bool:
     return zlib.crc32("|".join(sorted((one, other))).encode()) % 10 == 0
 
 
-def _scene(number: int, style: str, chance: random.Random, is_new: bool) -> dict:
+def _scene(number: int, style: str, seed: int | str, is_new: bool) -> dict:
+    chance = random.Random(f"{seed} {number // 2}")
     kind = chance.choice([*RELATIONS]) if is_new else chance.choices([*KINDS], [*KINDS.values()])[0]
     things = [name for name in THINGS if (style, name) in _drawings()]
     one, other = chance.sample(things, 2)
     while is_held_out(one, other) != is_new:
         one, other = chance.sample(things, 2)
+    if number % 2:
+        # The twin of the scene before
+        kind = COUNTS.get(kind, kind)
+        one, other = (one, other) if kind in COUNTS else (other, one)
+    chance = random.Random(f"{seed} {number} places")
     if kind in RELATIONS:
         objects, ways = [one, other], _both_ways(kind, one, other)
         captions = [f"{article(a)} {relation} {article(b)}" for a, b, relation in ways]
@@ -195,7 +209,7 @@ def _scene(number: int, style: str, chance: random.Random, is_new: bool) -> dict
         objects, captions, swapped = [one], [article(one)], []
     image = {"bytes": _draw(style, objects, _places(kind, chance), chance), "path": None}
     scene = {"image": image, "image_id": number, "kind": kind, "style": style, "objects": objects}
-    scene |= {"captions": captions, "swapped": swapped}
+    scene |= {"caption": captions[0], "captions": captions, "swapped": swapped}
     return scene | {"questions": questions_of(scene)}
 
 

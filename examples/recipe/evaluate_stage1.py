@@ -1,91 +1,97 @@
-"""Evaluation of stage 1: recall of names and pictures by contrast, by matching and by both; captions."""
+"""Evaluation of stage 1: retrieval by contrast and re-ranked by matching, swapped captions, and captions by ITG."""
 
 import sys
 from pathlib import Path
 
 import datasets
 import torch
-from datasets import concatenate_datasets
-from torch.nn.functional import logsigmoid
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from precision import fast_autocast  # noqa: E402
+from scene_training import stack_features  # noqa: E402
+from scenes import exact, object_scores  # noqa: E402
 
-from blip2_hf.data import read_cached_features  # noqa: E402
-from blip2_hf.evaluation import Ranking, TwoStageRankings, TwoStageRetrieval  # noqa: E402
-from blip2_hf.evaluation.metrics import caption_metrics  # noqa: E402
+from blip2_hf.evaluation import TwoStageRetrieval  # noqa: E402
+from blip2_hf.models.losses import image_text_similarity  # noqa: E402
+from blip2_hf.training import query_diversity  # noqa: E402
 
 
 CANDIDATES = 10  # that matching re-ranks
-
-
-def evaluate(model, processor, sets: dict[str, datasets.Dataset], contrast_only: bool = False) -> dict:
-    """Compute each set's recall among the names and pictures of all sets, by ITC, ITM and both, and score captions."""
-    rows = concatenate_datasets(list(sets.values()))
-    names = rows["name"]
-    embeds = torch.stack([read_cached_features(row).float() for row in rows])
-    retrieval = TwoStageRetrieval(model.eval(), processor.tokenizer, k=CANDIDATES, show_progress=False)
-    texts, features = retrieval.encode_texts(names), retrieval.encode_images(embeds)
-    ranked = {"ITC": retrieval.compare(features, texts.features)}
-    if not contrast_only:
-        with fast_autocast():
-            ranked["ITM"] = retrieval(embeds, texts, features)
-        ranked["ITC and ITM"] = both(ranked["ITC"], ranked["ITM"], model.temperature.weight.item())
-        captions = write(model, processor, embeds)
-        wanted = processor.tokenizer.batch_decode(texts.input_ids, skip_special_tokens=True)
-    results, first = {}, 0
-    for split, part in sets.items():
-        own = torch.arange(first, first + len(part))
-        first += len(part)
-        results[split] = {
-            f"{name} {direction} R@{k}": recall(getattr(ranking, direction).index[own], own, k)
-            for name, ranking in ranked.items()
-            for direction in ("image_to_text", "text_to_image")
-            for k in (1, 5, 10)
-        }
-        if not contrast_only:
-            scores = score([captions[i] for i in own], [wanted[i] for i in own])
-            results[split] |= {f"ITG {name}": value for name, value in scores.items()}
-    return results
-
-
-def score(captions: list[str], names: list[str]) -> dict[str, float]:
-    """Compute the share of captions that are the name, and their CIDEr-D with the name as the reference."""
-    exact = sum(caption == name for caption, name in zip(captions, names, strict=True)) / len(names)
-    return {"exact": exact, "CIDEr-D": caption_metrics(captions, [[name] for name in names])["CIDEr-D"]}
-
-
-def both(by_contrast: TwoStageRankings, reranked: TwoStageRankings, temperature: float) -> TwoStageRankings:
-    """
-    Rank the candidates by `cosine / temperature + log sigmoid(logit of "match")`.
-
-    The cosine weighs as much as in the contrastive loss, and all confident matches weigh about the same. `reranked`
-    has the sums of logit and cosine.
-    """
-    rankings = []
-    for direction in ("image_to_text", "text_to_image"):
-        (index, cosines), (_, sums) = (_in_order(getattr(ranked, direction)) for ranked in (by_contrast, reranked))
-        scores, order = (cosines / temperature + logsigmoid(sums - cosines)).sort(dim=1, descending=True)
-        rankings.append(Ranking(index.gather(1, order), scores))
-    return TwoStageRankings(*rankings)
-
-
-def _in_order(ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return index and scores of the candidates, in the order of the index."""
-    index, order = ranking.index.sort(dim=1)
-    return index, ranking.scores.gather(1, order)
-
-
-def recall(found: torch.Tensor, wanted: torch.Tensor, k: int) -> float:
-    return (found[:, :k] == wanted[:, None]).any(dim=1).double().mean().item()
+SWAPS = {"relation": ("left", "above"), "count": ("two", "three")}
 
 
 @torch.no_grad()
+def evaluate(model, processor, scenes: datasets.Dataset, losses: tuple[str, ...]) -> dict[str, float]:
+    """Compute the scores of the losses that were trained."""
+    model.eval()
+    embeds = stack_features(scenes)
+    with fast_autocast():
+        results = retrieve(model, processor, scenes, embeds, "itm" in losses)
+        for kind, wanted in SWAPS.items():
+            results |= tell_swapped(model, processor, scenes, embeds, kind, wanted, "itm" in losses)
+        queries = model.get_image_features(image_embeds=embeds[:64], return_dict=True).last_hidden_state
+        if queries.shape[1] > 1:
+            results |= dict(zip(("query cosine", "query rank"), map(float, query_diversity(queries)), strict=True))
+        if "itg" in losses:
+            captions = write(model, processor, embeds)
+            results |= {f"ITG {name}": score for name, score in score_captions(captions, scenes).items()}
+    return results
+
+
+def score_captions(captions: list[str], scenes: datasets.Dataset) -> dict[str, float]:
+    """Return the share of captions that are exactly right, of all and of each kind, and how well things are named."""
+    kinds = scenes["kind"]
+    rows = {kind: [row for row, own in enumerate(kinds) if own == kind] for kind in sorted(set(kinds))}
+    by_kind = {f"exact, {kind}": exact([captions[i] for i in own], scenes.select(own)) for kind, own in rows.items()}
+    return {"exact": exact(captions, scenes)} | object_scores(captions, scenes) | by_kind
+
+
+def retrieve(model, processor, scenes, embeds: torch.Tensor, has_matching: bool) -> dict[str, float]:
+    """Compute R@1 among all scenes, both ways. A scene with the same captions counts as the right one."""
+    captions = scenes["caption"]
+    retrieval = TwoStageRetrieval(model, processor.tokenizer, k=CANDIDATES, show_progress=False)
+    texts, features = retrieval.encode_texts(captions), retrieval.encode_images(embeds)
+    ranked = {"ITC": retrieval.compare(features, texts.features)}
+    if has_matching:
+        ranked["ITM"] = retrieval(embeds, texts, features)
+    return {
+        f"{name} {way} R@1": sum(
+            captions[first] == own for first, own in zip(getattr(ranking, way).index[:, 0], captions, strict=True)
+        )
+        / len(captions)
+        for name, ranking in ranked.items()
+        for way in ("image_to_text", "text_to_image")
+    }
+
+
+def tell_swapped(model, processor, scenes, embeds, kind: str, wanted, has_matching: bool) -> dict[str, float]:
+    """Compute how often the true caption scores more than the same with another relation or count. Chance is 50%."""
+    rows = [row for row, own in enumerate(scenes["kind"]) if own in wanted]
+    if not rows:
+        return {}
+    true, swapped = ([captions[0] for captions in scenes.select(rows)[name]] for name in ("captions", "swapped"))
+    scores = [score_pairs(model, processor, embeds[rows], texts, has_matching) for texts in (true, swapped)]
+    return {f"{name} {kind} told": (scores[0][name] > scores[1][name]).double().mean().item() for name in scores[0]}
+
+
+def score_pairs(model, processor, embeds: torch.Tensor, texts: list[str], has_matching: bool) -> dict:
+    """Return the cosine and the logit of "match" of each image with its text."""
+    tokens = processor.tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+    tokens = tokens["input_ids"], tokens["attention_mask"]
+    images = model.get_image_features(image_embeds=embeds, return_dict=True).pooler_output
+    features = model.get_text_features(*tokens, return_dict=True).pooler_output
+    scores = {"ITC": image_text_similarity(images.float(), features.float()).diagonal()}
+    if has_matching:
+        logits = model.get_matching_logits(*tokens, image_embeds=embeds)
+        scores["ITM"] = logits.float()[:, 1] - logits.float()[:, 0]
+    return scores
+
+
 def write(model, processor, embeds: torch.Tensor) -> list[str]:
     """Generate the Q-Former's own captions (ITG)."""
     tokens = [
-        model.generate(image_embeds=chunk.to(model.device), max_new_tokens=10, do_sample=False)
-        for chunk in embeds.split(128)
+        model.generate(image_embeds=chunk.to(model.device), max_new_tokens=16, do_sample=False)
+        for chunk in embeds.split(100)
     ]
     return [text for part in tokens for text in processor.tokenizer.batch_decode(part, skip_special_tokens=True)]

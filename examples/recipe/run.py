@@ -1,12 +1,13 @@
 """
-Run the whole recipe: pictures, features, both stages with three seeds, ablations, baselines, CapFilt, tables, plots.
+Run the whole recipe: scenes, features, both stages, questions, ablations, with three seeds, and the tables.
 
     python examples/recipe/run.py                 # README.md says how long each step takes on two cores
     python examples/recipe/run.py --seeds 0       # a first look
     python examples/recipe/run.py --dry-run       # the commands
 
-Each step is a command that can be run alone. A step whose result exists is skipped. On a CPU as many trainings run at
-a time as there are cores, one core each; on a GPU one after the other. Tables and plots go into outputs/recipe.
+Each step is a command that can be run alone. A step whose result exists is skipped. A training that was stopped goes
+on from its last checkpoint. On a CPU as many trainings run at a time as there are cores, one core each; on a GPU one
+after the other. Tables and plots go into outputs/recipe.
 """
 
 import argparse
@@ -20,18 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import pyarrow.parquet
 import torch
-from settings import FOLDER, SEEDS, STAGE1, STAGE2
+from settings import FOLDER, QUESTIONS, SEEDS, STAGE1, STAGE2
 
 
 HERE = Path(__file__).parent
-
-
-def has_clip_art() -> bool:
-    """Tell whether there are pictures of Open Clip Art, or may be once the pictures are made."""
-    file = FOLDER / "pictures" / "clip_art.parquet"
-    return not file.exists() or pyarrow.parquet.read_metadata(file).num_rows > 0
 
 
 def stages(seeds: list[int]) -> Iterator[list[tuple[Path, list[str]]]]:
@@ -41,31 +35,23 @@ def stages(seeds: list[int]) -> Iterator[list[tuple[Path, list[str]]]]:
         return FOLDER / result, [sys.executable, str(HERE / script), *arguments]
 
     def runs(stage: str, variants: Iterable[str]) -> list[tuple[Path, list[str]]]:
+        # All variants of a seed before those of the next one, so that a run that is stopped has whole tables
         return [
             job(
                 f"learn_{stage}.py",
                 f"{stage}/{variant}-seed{seed}/results.json",
                 *("--variant", variant, "--seed", str(seed)),
             )
-            for variant in variants
             for seed in seeds
+            for variant in variants
         ]
 
-    yield [job("pictures.py", "pictures/clip_art.parquet")]
     yield [job("features.py", "features.json")]
-    yield [
-        *runs("stage1", ["full"]),
-        job("baselines.py", "baselines.json"),
-        *(job("capfilt.py", f"capfilt/seed{seed}.json", "--seed", str(seed)) for seed in seeds),
-    ]
-    # These continue from "full"
-    left_out = ("full",) if has_clip_art() else ("full", "with Open Clip Art")
-    yield runs("stage1", [variant for variant in STAGE1 if variant not in left_out])
+    yield runs("stage1", STAGE1)
     yield runs("stage2", STAGE2)
-    # No step writes these results, so that these steps run each time: there may be new results to show
-    of_one = ("--seed", str(seeds[0]))
-    yield [job("report.py", "report"), job("figures.py", "figures", *of_one)]
-    yield [job("learned.py", "learned", *of_one), job("prompts.py", "prompts")]
+    yield runs("questions", QUESTIONS)
+    # No step writes this result, so that it runs each time: there may be new results to show
+    yield [job("report.py", "report")]
 
 
 def run(job: tuple[Path, list[str]], threads: int) -> bool:
@@ -104,9 +90,7 @@ def main():
             if not all(pool.map(partial(run, threads=max(1, cores // workers)), jobs)):
                 sys.exit("A step failed. Run this again to continue from there.")
     if not options.dry_run:
-        print(
-            f"Tables and plots are in outputs/recipe. The output of learned.py and prompts.py is in {FOLDER / 'logs'}."
-        )
+        print("Tables and plots are in outputs/recipe.")
 
 
 if __name__ == "__main__":

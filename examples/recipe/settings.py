@@ -10,80 +10,78 @@ from real_assets import cache_folder  # noqa: E402
 
 
 SEEDS = (0, 1, 2)
-VIEWS = 4
 FOLDER = cache_folder() / "recipe"
+TRAIN, TEST = 6000, 400  # scenes
+CAPTION_PROMPT, QUESTION_PROMPT = "a picture of", "Question: {} Answer:"
 
 
 @dataclass(frozen=True)
 class Training:
-    """Length and learning rates of a stage."""
+    """
+    Length and learning rates of a training.
+
+    `new_parts_learning_rate` is that of parts without pretrained weights.
+    """
 
     steps: int
     batch_size: int
     learning_rate: float
-    # That of parts without pretrained weights; in stage 1 with all losses, that of the two heads
     new_parts_learning_rate: float
 
 
 @dataclass(frozen=True)
 class Stage1(Training):
-    """
-    The settings of a stage 1. It learns from contrast alone first, then from all losses.
+    """The settings of a stage 1. Without `hard_negatives`, all negatives of matching are equally likely."""
 
-    Contrast keeps its large batches, because a pair costs it a third of what it costs the other losses.
-    """
-
-    # The losses beside contrast
-    losses: tuple[str, ...] = ("itm", "itg")
-    # Another variant whose model it continues from, instead of the model after contrast
-    after: str | None = None
-    # How many pairs of a batch these losses learn from
-    part: int = 64
-    num_query_tokens: int = 4
-    random_initialisation: bool = False
-    # The hardness of matching's negatives at the start and at the end: 0 is a random pair, 1 is that of the paper
-    hardness: tuple[float, float] = (0.0, 1.0)
-    contrast: Training = Training(steps=200, batch_size=256, learning_rate=5e-4, new_parts_learning_rate=5e-4)
-    clip_art: bool = False
-    steps: int = 110
-    batch_size: int = 256
-    learning_rate: float = 3.5e-4
-    new_parts_learning_rate: float = 1.5e-3
-
-
-FULL = Stage1()
-LONGER = "ITC and ITG for longer"
-STAGE1 = {
-    "full": FULL,
-    "no ITG": replace(FULL, losses=("itm",)),
-    "no ITM": replace(FULL, losses=("itg",)),
-    "ITC alone": replace(FULL, losses=()),
-    "random initialisation": replace(FULL, random_initialisation=True),
-    "random negatives": replace(FULL, hardness=(0.0, 0.0)),
-    "1 query": replace(FULL, num_query_tokens=1),
-    "hard negatives from the start": replace(FULL, hardness=(1.0, 1.0)),
-    "with Open Clip Art": replace(FULL, clip_art=True),
-    "16 queries": replace(FULL, num_query_tokens=16),
-    LONGER: replace(FULL, after="full", losses=("itg",), part=256, steps=250),
-    "ITC for longer": replace(FULL, after="full", losses=(), steps=250),
-    "all losses for longer": replace(FULL, after="full", part=128, hardness=(1.0, 1.0), steps=250),
-}
+    losses: tuple[str, ...] = ("itc", "itm", "itg")
+    num_query_tokens: int = 16
+    query_initialization: str = "words"
+    hard_negatives: bool = True
+    steps: int = 400
+    batch_size: int = 48
+    learning_rate: float = 3e-4
+    new_parts_learning_rate: float = 5e-4
 
 
 @dataclass(frozen=True)
 class Stage2(Training):
-    """The settings of a stage 2, and the stage 1 that it follows, if any."""
+    """The settings of a stage 2, and the stage 1 that it follows. Without one, the Q-Former starts from BERT."""
 
-    stage1: str | None = LONGER
-    num_query_tokens: int = 1
+    stage1: str | None = "full"
     steps: int = 300
-    batch_size: int = 64
-    learning_rate: float = 2e-4
+    batch_size: int = 32
+    learning_rate: float = 4e-4
     new_parts_learning_rate: float = 2e-3
 
 
+@dataclass(frozen=True)
+class Questions(Training):
+    """The settings of a fine-tuning on questions, after stage 2, and whether the Q-Former reads the question."""
+
+    instruct_qformer: bool = True
+    steps: int = 300
+    batch_size: int = 32
+    learning_rate: float = 3e-4
+    new_parts_learning_rate: float = 1e-3
+
+
+FULL = Stage1()
+STAGE1 = {
+    "full": FULL,
+    "normal queries": replace(FULL, query_initialization="normal"),
+    "no ITG": replace(FULL, losses=("itc", "itm")),
+    "no ITM": replace(FULL, losses=("itc", "itg")),
+    "random negatives": replace(FULL, hard_negatives=False),
+    "1 query": replace(FULL, num_query_tokens=1),
+    "4 queries": replace(FULL, num_query_tokens=4),
+    "32 queries": replace(FULL, num_query_tokens=32),
+}
 STAGE2 = {
     "full": Stage2(),
-    # The Q-Former starts with the learning rate of contrast
-    "no stage 1": Stage2(stage1=None, learning_rate=FULL.contrast.learning_rate),
+    "no stage 1": Stage2(stage1=None),
+    **{name: Stage2(stage1=name) for name in ("normal queries", "1 query", "4 queries", "32 queries")},
+}
+QUESTIONS = {
+    "question into the Q-Former": Questions(),
+    "question to the language model alone": Questions(instruct_qformer=False),
 }

@@ -85,6 +85,17 @@ def test_a_seed_gives_the_same_bytes(scenes, seen):
     assert Counter(seen["style"]) == dict.fromkeys(styles, COUNT // 6)
 
 
+def test_scenes_come_in_twins(seen, held_out):
+    for rows in (seen, held_out):
+        rows = rows.remove_columns("image")
+        for first, second in zip(rows.select(range(0, COUNT, 2)), rows.select(range(1, COUNT, 2)), strict=True):
+            assert first["style"] == second["style"]
+            if first["kind"] == "one":
+                assert second["kind"] == "one" and first["objects"] != second["objects"]
+            else:
+                assert sorted(first["swapped"]) == sorted(second["captions"])
+
+
 def test_styles_and_compositions_that_do_not_exist_are_refused(scenes):
     with pytest.raises(ValueError, match="There is no style 'noto-2017'. Give some of noto, noto-2016, twemoji"):
         scenes.make_scenes(("noto", "noto-2017"), 1)

@@ -1,0 +1,115 @@
+"""What the trainings on scenes share, in the demo and in the recipe: batches of twins, and two learning rates."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import torch
+from precision import device_type, fast_dtype
+
+from blip2_hf import Blip2ForConditionalGeneration
+from blip2_hf.data import read_cached_features
+from blip2_hf.training import Blip2Arguments, Blip2Trainer
+
+
+# Parts of stage 1 without pretrained weights, which learn faster than the rest
+NEW_PARTS = ("crossattention", "query_tokens", "_projection", "itm_head", "lm_head.transform", "post_layernorm")
+
+
+class Twins(torch.utils.data.Sampler):
+    """Yields the rows of scenes in random order, and from the third epoch on each with its twin."""
+
+    first_epoch = 2
+
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        if self.epoch < self.first_epoch:
+            yield from torch.randperm(self.rows, generator=generator).tolist()
+        else:
+            for first in (2 * torch.randperm(self.rows // 2, generator=generator)).tolist():
+                yield from (first, first + 1)
+
+
+class LearnsFromTwins(Blip2Trainer):
+    """
+    Draws batches of twins once the things have been learned. In other batches hardly ever two scenes differ in
+    relation or count alone, so that contrast and matching need no relations (Yuksekgonul et al. 2023: a bag of words).
+    """
+
+    def _get_train_sampler(self, train_dataset=None):
+        return Twins(len(self.train_dataset), self.args.seed)
+
+
+def train(
+    model,
+    pairs: torch.utils.data.Dataset,
+    collator,
+    folder: Path,
+    arguments_class: type[Blip2Arguments],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    new_parts: tuple[str, ...],
+    new_parts_learning_rate: float,
+    trainer_class: type[Blip2Trainer] = Blip2Trainer,
+    **arguments,
+) -> list[dict]:
+    """Train a model, and return the log. Parameters whose name has one of `new_parts` in it have their own rate."""
+    new, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (new if any(part in name for part in new_parts) else rest).append(parameter)
+    groups = [{"params": new, "lr": new_parts_learning_rate}, {"params": rest, "lr": learning_rate}]
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        # The schedule's end is given as a rate, for the group with the higher one
+        "learning_rate": new_parts_learning_rate,
+        "min_learning_rate": new_parts_learning_rate / 100,
+        "warmup_steps": 20,
+        "max_grad_norm": 1.0,
+        "logging_steps": 20,
+        "save_strategy": "no",
+        "report_to": [],
+        "bf16": fast_dtype() == torch.bfloat16,
+        "use_cpu": device_type() == "cpu",
+        "dataloader_pin_memory": device_type() != "cpu",
+    }
+    trainer = trainer_class(
+        model,
+        arguments_class(str(folder), **settings | arguments),
+        train_dataset=pairs,
+        data_collator=collator,
+        optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05), None),
+    )
+    checkpoints = any(folder.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=checkpoints)
+    return trainer.state.log_history
+
+
+def stack_features(scenes: datasets.Dataset) -> torch.Tensor:
+    """Return the stored features of all scenes, of shape `(scenes, places, width)`, in float32."""
+    stored = scenes.select_columns([name for name in scenes.column_names if name.startswith("image_embeds")])
+    return torch.stack([read_cached_features(row).float() for row in stored])
+
+
+@torch.no_grad()
+def start_projection(model: Blip2ForConditionalGeneration, image_embeds: torch.Tensor):
+    """
+    Start the projection, which stage 1 does not have, with the mean and the spread of word embeddings.
+
+    A fresh layer makes vectors of the queries whose size no word embedding has.
+    """
+    queries = model.eval().encode_image(None, image_embeds)[2].last_hidden_state
+    words, projection = model.get_input_embeddings().weight.float(), model.language_projection
+    projection.weight.mul_(words.std() / (projection(queries) - projection.bias).std())
+    projection.bias.copy_(words.mean(dim=0) - projection.weight @ queries.mean(dim=(0, 1)))
