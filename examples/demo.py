@@ -76,7 +76,7 @@ def load_features(scenes: datasets.Dataset, name: str) -> datasets.Dataset:
     )
 
 
-def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespace) -> Blip2ForPreTraining:
+def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespace):
     """Train by contrast, matching and captioning. Scenes with equal captions are no negatives of each other."""
     model = Blip2ForPreTraining.from_encoders_pretrained(
         efficientnet_lite.pretrained_folder(),
@@ -101,14 +101,13 @@ def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespa
     train(model, pairs, ImageTextCollator(processor), folder, Stage1Arguments, steps, 48, 3e-4, NEW_PARTS, 5e-4)
     model.save_pretrained(arguments.output / "retriever")
     processor.save_pretrained(arguments.output / "retriever")
-    return model
 
 
-def train_stage2(
-    stage1: Blip2ForPreTraining, features: datasets.Dataset, assets, arguments: argparse.Namespace
-) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
+def train_stage2(features: datasets.Dataset, assets, arguments: argparse.Namespace):
     """Train through the frozen language model, on captions and on questions with their answers."""
-    model = Blip2ForConditionalGeneration.from_pretrained_parts(stage1=stage1, language_model=assets.language_model)
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(
+        stage1=arguments.output / "retriever", language_model=assets.language_model
+    )
     model.float()
     cast_parameters(model.language_model, fast_dtype())
     model.set_attn_implementation(training_attention())
@@ -119,18 +118,18 @@ def train_stage2(
         num_query_tokens=QUERIES,
         prompt=PROMPT,
     )
-    questions = datasets.Dataset.from_list(
-        [{"image": i, **one} for i, several in enumerate(features["questions"]) for one in several[:2]]
-    )
-    captions = {"text_column": "caption", "prompt": PROMPT, "clean_text": False}
+    # One of each other scene, of all kinds, because captions are harder and need most of the steps
+    asked = [(row, several[row // 2 % len(several)]) for row, several in enumerate(features["questions"])][::2]
+    questions = datasets.Dataset.from_list([{"image": row, **question} for row, question in asked])
+    captions = {"text_column": "caption", "prompt": PROMPT, "clean_text": False, "source": "captions"}
     answers = {"text_column": "answer", "prompt": QUESTION_PROMPT, "prompt_column": "question", "images": features}
+    answers["source"] = "questions"
     pairs = ConcatDataset([ImageTextPairs(features, **captions), ImageTextPairs(questions, **answers)])
     folder, steps, new_parts = arguments.output / "stage2", arguments.stage2_steps, ("language_projection",)
     collator = LanguageModelCollator(processor)
     train(model, pairs, collator, folder, Stage2Arguments, steps, 32, 4e-4, new_parts, 2e-3)
     model.save_pretrained(arguments.output / "model")
     processor.save_pretrained(arguments.output / "model")
-    return model, processor
 
 
 def save_scenes(scenes: datasets.Dataset, folder: Path) -> Path:
@@ -141,17 +140,20 @@ def save_scenes(scenes: datasets.Dataset, folder: Path) -> Path:
     return folder / "scenes"
 
 
-def trained_models(features: datasets.Dataset, assets, arguments: argparse.Namespace):
-    """Train and save both models, unless the last run did so with the same settings."""
+def train_models(features: datasets.Dataset, assets, arguments: argparse.Namespace):
+    """Train and save both models, unless a run with the same settings has done so."""
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "retrain")}
     record = arguments.output / "demo.json"
-    if arguments.retrain or not record.exists() or json.loads(record.read_text()) != settings:
-        record.unlink(missing_ok=True)
+    done = json.loads(record.read_text()) if record.exists() and not arguments.retrain else {}
+    done = done if done.get("settings") == settings else {"settings": settings, "stages": 0}
+    if done["stages"] < 1:
         print(f"\nStage 1: contrast, matching and captioning by the Q-Former: {arguments.stage1_steps} steps")
-        stage1 = train_stage1(features, assets, arguments)
+        train_stage1(features, assets, arguments)
+        record.write_text(json.dumps(done | {"stages": 1}))
+    if done["stages"] < 2:
         print(f"\nStage 2: the frozen language model reads the queries and writes: {arguments.stage2_steps} steps")
-        train_stage2(stage1, features, assets, arguments)
-        record.write_text(json.dumps(settings))
+        train_stage2(features, assets, arguments)
+        record.write_text(json.dumps(done | {"stages": 2}))
     else:
         print(f"\nThe models of the last run are used ({arguments.output}). --retrain trains others.")
 
@@ -166,7 +168,7 @@ def main():
     scenes, test = make_scenes(STYLES, arguments.scenes, "train"), make_scenes(STYLES, TEST, "test")
     print(f"{len(scenes)} scenes to learn from, and {len(test)} new ones")
     features, test_features = load_features(scenes, "train"), load_features(test, "test")
-    trained_models(features, assets, arguments)
+    train_models(features, assets, arguments)
 
     captioner = pipeline("image-to-text", model=str(arguments.output / "model"))
     captions = [found[0]["generated_text"] for found in captioner(list(test["image"]), batch_size=20)]

@@ -30,9 +30,11 @@ def evaluate(model, processor, scenes: datasets.Dataset, losses: tuple[str, ...]
         results = retrieve(model, processor, scenes, embeds, "itm" in losses)
         for kind, wanted in SWAPS.items():
             results |= tell_swapped(model, processor, scenes, embeds, kind, wanted, "itm" in losses)
-        queries = model.get_image_features(image_embeds=embeds[:64], return_dict=True).last_hidden_state
-        if queries.shape[1] > 1:
-            results |= dict(zip(("query cosine", "query rank"), map(float, query_diversity(queries)), strict=True))
+        if model.config.num_query_tokens > 1:
+            states = model.encode_image(None, embeds[:64], output_hidden_states=True)[2].hidden_states
+            layers = [tuple(map(float, query_diversity(layer))) for layer in states]
+            results |= {"query cosine": layers[-1][0], "query rank": layers[-1][1]}
+            results |= {f"query cosine, layer {number}": layer[0] for number, layer in enumerate(layers)}
         if "itg" in losses:
             captions = write(model, processor, embeds)
             results |= {f"ITG {name}": score for name, score in score_captions(captions, scenes).items()}

@@ -63,10 +63,12 @@ def table(
 
 
 def diversity_table() -> str:
-    lines = [["stage 1", "query cosine", "effective rank"], ["---"] * 3]
+    """Make the table of how alike the queries of a scene are, after each layer, and of their effective rank."""
+    layers = {f"layer {number}": f"query cosine, layer {number}" for number in range(7)}
+    lines = [["cosine of two queries, after", *layers, "effective rank"], ["---"] * (2 + len(layers))]
     for variant in STAGE1:
         if records := runs("stage1", variant):
-            keys = ("query cosine", "query rank")
+            keys = (*layers.values(), "query rank")
             lines.append([variant, *(spread(records, "seen styles", key, percent=False) for key in keys)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
