@@ -10,10 +10,12 @@ from stage1 import Processor, make_pairs, make_retrieval
 from tiny import QFORMER, make_config, make_image_processor, make_pixel_values, randomize
 from torch.nn.functional import cosine_similarity
 from towers import SMALL, TOWERS
+from transformers.modeling_outputs import BaseModelOutput
 
 from blip2_hf import Blip2Config, Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Model
 from blip2_hf.cli import main as run_command
 from blip2_hf.data import VisionTower, cache_features, load_cached_features, read_cached_features
+from blip2_hf.models.backbones import measure_width
 from blip2_hf.models.configuration_blip2 import is_convolutional
 from blip2_hf.models.modeling_vision import add_positions, flatten_feature_map
 from blip2_hf.retrieval.loading import check_same_model, describe_model
@@ -55,6 +57,14 @@ def test_positions_are_those_of_a_plain_loop_in_both_layouts(height, width, hidd
     for layout in (features, features.permute(0, 3, 1, 2).contiguous()):
         actual = flatten_feature_map(layout, hidden_size, position_embedding=True)
         torch.testing.assert_close(actual, expected.flatten(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 3, 3), (1, 3, 3, 32), (1, 9, 32)])
+def test_the_width_of_features_is_measured_in_every_layout(shape):
+    tower = torch.nn.Linear(1, 1)
+    tower.config = transformers.TimmWrapperConfig()
+    tower.forward = lambda **kwargs: BaseModelOutput(last_hidden_state=torch.zeros(shape))
+    assert measure_width(tower, None) == 32
 
 
 def test_all_cells_of_a_large_map_differ():
