@@ -8,6 +8,7 @@ import torch
 import transformers
 from stage1 import make_retrieval, make_stage1
 from tiny import make_config, make_model, make_pixel_values
+from towers import TOWERS
 
 import blip2_hf.export
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Model, Blip2VisionConfig
@@ -82,6 +83,14 @@ def test_a_tower_of_automodel_and_another_size(tmp_path):
     export_image_encoder(model, tmp_path / "encoder", format="torch", image_size=42)
     (tmp_path / "encoder").rename(tmp_path / "encoder.pt2")
     assert_exported(model, tmp_path / "encoder.pt2", size=42)
+
+
+@pytest.mark.parametrize("ending", ["pt2", pytest.param("onnx", marks=needs_onnx)])
+def test_positions_of_a_feature_map(ending, tmp_path):
+    torch.manual_seed(0)
+    model = make_model("opt", vision_config=TOWERS["convnext"][0](), vision_position_embedding=True)
+    export_image_encoder(model, tmp_path / f"encoder.{ending}", image_size=96)
+    assert_exported(model, tmp_path / f"encoder.{ending}", size=96)
 
 
 def test_a_model_in_training_stays_in_training(tmp_path):

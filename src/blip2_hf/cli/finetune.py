@@ -114,8 +114,10 @@ def _run(options: argparse.Namespace):
     load = _load_retriever if options.task == "retrieval" else _load_writer
     model, processor, collator = load(options, task, config, image_size)
 
+    from ..data import check_feature_settings
     from ..training import make_trainer, save_result, train_from_last_checkpoint
 
+    check_feature_settings(model.config, options.data, options.validation)
     if options.skip_bad_rows:
         data = leave_out_bad_rows(options, data, collator)
     prefer_loss_of_few(arguments, data["validation"], task.metric)

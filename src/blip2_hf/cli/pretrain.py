@@ -102,8 +102,10 @@ def _run(options: argparse.Namespace):
     set_seed(options.seed)
     model, processor, collator = (_make_stage1 if options.stage == 1 else _make_stage2)(options, data)
 
+    from ..data import check_feature_settings
     from ..training import make_trainer, save_result, train_from_last_checkpoint
 
+    check_feature_settings(model.config, options.data, options.validation)
     if options.skip_bad_rows:
         if options.streaming and options.stage == 2:
             data["train"].check = collator.check

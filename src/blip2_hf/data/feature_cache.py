@@ -210,15 +210,46 @@ def check_feature_size(image_size: int, *data: str | os.PathLike | None):
     Raises:
         ValueError: if features were made of pictures of another size.
     """
-    for name in filter(None, data):
-        path = Path(name) / _DESCRIPTION
-        sides = read_json(path, _UNREADABLE)["pixel_values"][1:] if path.exists() else []
+    for name, description in _descriptions(data):
+        sides = description["pixel_values"][1:]
         if set(sides) - {image_size}:
             made_of = "x".join(map(str, sides))
             raise ValueError(
                 f"The features in {name} were made of pictures of {made_of} pixels, but image_size is {image_size}. "
                 "Give the size of the features, or store features of that size with cache_features."
             )
+
+
+def check_feature_settings(config: Blip2Config, *data: str | os.PathLike | None):
+    r"""
+    Refuse features of another layer of the tower than the model's, or with position embeddings that the model does not
+    add, or without those that it adds. The model would later be given other features than in training.
+
+    Args:
+        config ([`Blip2Config`]):
+            Configuration of the model.
+        data (`str` or `os.PathLike`, *optional*):
+            Data to learn from or to validate on. Only folders that [`cache_features`] wrote are checked.
+
+    Raises:
+        ValueError: if features were made otherwise.
+    """
+    for name, description in _descriptions(data):
+        for setting, default in (("vision_feature_layer", None), ("vision_position_embedding", False)):
+            found, expected = description.get(setting, default), getattr(config, setting)
+            if found != expected:
+                raise ValueError(
+                    f"The features in {name} were made with {setting}={found}, but the model has {expected}. "
+                    "Store them anew with cache_features, of this model or of the tower that it is made of."
+                )
+
+
+def _descriptions(data: Sequence[str | os.PathLike | None]) -> Iterator[tuple[str | os.PathLike, dict[str, Any]]]:
+    """Yield those of the names that are folders of features, and what describes the features."""
+    for name in filter(None, data):
+        path = Path(name) / _DESCRIPTION
+        if path.exists():
+            yield name, read_json(path, _UNREADABLE)
 
 
 def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:

@@ -288,4 +288,6 @@ def measure_width(tower: PreTrainedModel, vision_feature_layer: int | None) -> i
     features = (
         outputs.last_hidden_state if vision_feature_layer is None else outputs.hidden_states[vision_feature_layer]
     )
-    return features.shape[1 if features.dim() == 4 else -1]
+    # timm's Swin has channels last. The map of a square picture has as many rows as columns, by which it is told
+    is_last = features.dim() == 3 or features.shape[1] == features.shape[2]
+    return features.shape[-1 if is_last else 1]

@@ -196,7 +196,8 @@ class Blip2HfConfig(PreTrainedConfig):
             `last_hidden_state`.
         vision_position_embedding (`bool`, *optional*, defaults to `False`):
             Whether the cells of a tower's feature map get position embeddings (see [`Blip2AutoVisionModel`]), without
-            which the Q-Former of a CNN cannot tell where a thing is. Models made of a pretrained CNN have them.
+            which the Q-Former of a CNN cannot tell where a thing is. Models made of a pretrained CNN have them, and
+            configurations of older versions, which lack the field, don't.
         has_vision_tower (`bool`, *optional*, defaults to `True`):
             Whether the model has its tower, or learns from the tower's stored output alone.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -403,7 +404,7 @@ def vision_config_from_blip(config: PreTrainedConfig) -> Blip2VisionConfig:
 
 
 def is_convolutional(vision_config: PreTrainedConfig) -> bool:
-    """Return whether a vision tower has no attention, as far as its configuration tells it, such as ConvNeXt."""
+    """Return whether a vision tower has no attention (ConvNeXt), or its configuration does not tell (timm)."""
     return not any(getattr(vision_config, name, None) for name in ("num_attention_heads", "num_heads"))
 
 

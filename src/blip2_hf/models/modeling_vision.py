@@ -253,10 +253,8 @@ class Blip2AutoVisionModel(PreTrainedModel):
         if layer is not None:
             _check_feature_layer(layer, len(outputs.hidden_states))
             features = outputs.hidden_states[layer]
-        if self.position_embedding and features.dim() == 4:
-            features = add_positions(features, self.hidden_size)
         return BaseModelOutputWithPooling(
-            last_hidden_state=flatten_feature_map(features, self.hidden_size),
+            last_hidden_state=flatten_feature_map(features, self.hidden_size, self.position_embedding),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
@@ -269,37 +267,7 @@ def _check_feature_layer(layer: int, num_hidden_states: int):
         )
 
 
-def add_positions(features: torch.Tensor, hidden_size: int) -> torch.Tensor:
-    """
-    Add sines and cosines of the row and the column of each cell to a feature map. The angles go from half a turn to
-    eight half turns from one edge of the image to the other.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_images, hidden_size, height, width)` or \
-`(num_images, height, width, hidden_size)`):
-            The feature map.
-        hidden_size (`int`):
-            Width of the features, by which their axis is found.
-
-    Returns:
-        `torch.Tensor`: the sum, of the same shape and dtype. The embeddings, between -1 and 1, count in standard
-        deviations of the image's features.
-    """
-    is_first = features.shape[1] == hidden_size
-    height, width = features.shape[2:] if is_first else features.shape[1:3]
-    frequencies = torch.pi * torch.logspace(0, 3, -(-hidden_size // 4), base=2, device=features.device)
-
-    def waves(length: int) -> torch.Tensor:
-        angles = (torch.arange(length, device=features.device)[:, None] + 0.5) / length * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    rows, columns = waves(height)[:, None].expand(-1, width, -1), waves(width)[None].expand(height, -1, -1)
-    positions = torch.cat([rows, columns], dim=2)[..., :hidden_size]
-    positions = positions.permute(2, 0, 1) if is_first else positions
-    return features + (positions * features.float().std(dim=(1, 2, 3), keepdim=True)).to(features.dtype)
-
-
-def flatten_feature_map(features: torch.Tensor, hidden_size: int) -> torch.Tensor:
+def flatten_feature_map(features: torch.Tensor, hidden_size: int, position_embedding: bool = False) -> torch.Tensor:
     """
     Return the output of a vision tower as a sequence.
 
@@ -309,6 +277,8 @@ def flatten_feature_map(features: torch.Tensor, hidden_size: int) -> torch.Tenso
             The output of the tower.
         hidden_size (`int`):
             Width of the features, by which their axis is found.
+        position_embedding (`bool`, *optional*, defaults to `False`):
+            Whether to add position embeddings to a feature map.
 
     Returns:
         `torch.Tensor` of shape `(num_images, length or height * width, hidden_size)`.
@@ -316,16 +286,44 @@ def flatten_feature_map(features: torch.Tensor, hidden_size: int) -> torch.Tenso
     Raises:
         ValueError: if the axis of features does not have that width.
     """
+    shape = tuple(features.shape)
     if features.dim() == 4 and features.shape[1] == hidden_size:
-        features = features.flatten(2).transpose(1, 2)
-    elif features.dim() == 4:
-        features = features.flatten(1, 2)
-    if features.dim() != 3 or features.shape[-1] != hidden_size:
+        features = features.permute(0, 2, 3, 1)
+    if features.dim() not in (3, 4) or features.shape[-1] != hidden_size:
         raise ValueError(
-            f"The vision tower returned features of shape {tuple(features.shape)}; patch features of width "
-            f"{hidden_size} were expected. Set qformer_config.encoder_hidden_size to the tower's width."
+            f"The vision tower returned features of shape {shape}; patch features of width {hidden_size} were "
+            "expected. Set qformer_config.encoder_hidden_size to the tower's width."
         )
-    return features
+    if features.dim() == 3:
+        return features
+    return (add_positions(features) if position_embedding else features).flatten(1, 2)
+
+
+def add_positions(features: torch.Tensor) -> torch.Tensor:
+    """
+    Add sines and cosines of the row and the column of each cell to a feature map. The angles go from half a turn to
+    eight half turns from one edge of the image to the other.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_images, height, width, hidden_size)`):
+            The feature map.
+
+    Returns:
+        `torch.Tensor`: the sum, of the same shape and dtype. The embeddings, between -1 and 1, count in standard
+        deviations of the image's features.
+    """
+    _, height, width, hidden_size = features.shape
+    # Not torch.logspace, which Apple's GPUs (MPS) lack
+    frequencies = torch.pi * 2 ** torch.linspace(0, 3, -(-hidden_size // 4), device=features.device)
+
+    def waves(length: int) -> torch.Tensor:
+        angles = (torch.arange(length, device=features.device)[:, None] + 0.5) / length * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows, columns = waves(height)[:, None].expand(-1, width, -1), waves(width)[None].expand(height, -1, -1)
+    positions = torch.cat([rows, columns], dim=2)[..., :hidden_size]
+    # In float32, because a mean over a whole map is too coarse in half precision
+    return features + (positions * features.float().std(dim=(1, 2, 3), keepdim=True)).to(features.dtype)
 
 
 class Blip2AbsentVisionModel(PreTrainedModel):

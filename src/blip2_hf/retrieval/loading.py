@@ -82,6 +82,8 @@ def describe_model(model: Blip2ImageTextPreTrainedModel, image_processor: Any) -
         "num_query_tokens": model.config.num_query_tokens,
         "image_text_hidden_size": model.config.image_text_hidden_size,
         "vision_feature_layer": model.config.vision_feature_layer,
+        # None, as in indexes of older versions, which lack the entry
+        "vision_position_embedding": model.config.vision_position_embedding or None,
         "tower": model.config.vision_config.model_type,
         "image_processor": {
             name: value
