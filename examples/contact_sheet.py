@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 SCALE = 2  # of all lengths below, so that the sheet is sharp on today's screens
-MARGIN, GAP, PICTURE, PADDING, TEXT = 36, 14, 112, 14, 56
+MARGIN, GAP, PICTURE, PADDING, TEXT = 36, 14, 112, 14, 66
 GROUND, CARD, EDGE = "#f4f1ea", "#ffffff", "#e4dfd3"
 INK, PALE, RIGHT, WRONG = "#2b2a27", "#8a857a", "#2e9e6b", "#cf5b4a"
 
@@ -75,7 +75,7 @@ def draw_card(pen, x, y, width, height, card):
     for i, line in enumerate(lines):
         pen.text(middle, top + i * 16, line, size=13, color=color, center=True)
     if not card.right:
-        truth = pen.wrap(card.truth, 11, width - 2 * PADDING, most=3 - len(lines))
+        truth = pen.wrap(card.truth, 11, width - 2 * PADDING, most=2)
         for i, line in enumerate(truth):
             pen.text(middle, top + len(lines) * 16 + 2 + i * 13, line, size=11, color=PALE, center=True)
     pen.mark(x + width - 13, y + 13, card.right, color)

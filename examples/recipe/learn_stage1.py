@@ -28,26 +28,26 @@ from scene_training import NEW_PARTS, LearnsFromTwins  # noqa: E402
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextCollator, ImageTextPairs  # noqa: E402
-from blip2_hf.training import Stage1Arguments  # noqa: E402
+from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
 
 
 class Ablation(Blip2ForPreTraining):
     """Leaves out losses of stage 1, or the hardness of matching's negatives."""
 
-    settings: Stage1
+    losses: tuple[str, ...] = ("itc", "itm", "itg")
+    hardness = 1.0
 
     def forward(self, *args, **kwargs):
         outputs = super().forward(*args, **kwargs)
         if outputs.loss is not None:
-            outputs.loss = sum(outputs[f"loss_{name}"] for name in self.settings.losses)
+            outputs.loss = sum(outputs[f"loss_{name}"] for name in self.losses)
         return outputs
 
     def _draw_negatives(self, compared, is_match):
-        hardness = 1.0 if self.settings.hard_negatives else 0.0
-        return super()._draw_negatives({name: logits * hardness for name, logits in compared.items()}, is_match)
+        return super()._draw_negatives({name: logits * self.hardness for name, logits in compared.items()}, is_match)
 
     def _second_pass(self, images, negative_images, text_embeds, *args):
-        if "itm" in self.settings.losses:
+        if "itm" in self.losses:
             return super()._second_pass(images, negative_images, text_embeds, *args)
         # Half of a step, which only matching needs
         return self.itm_head.weight.new_zeros(3 * len(text_embeds), 2)
@@ -66,7 +66,7 @@ def make_model(settings: Stage1) -> Ablation:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model.settings = settings
+    model.hardness = 1.0 if settings.hard_negatives else 0.0
     model.set_attn_implementation(training_attention())
     # They are half of the weights, and some sixty names teach them little
     model.embeddings.word_embeddings.requires_grad_(False)
@@ -85,10 +85,16 @@ def main():
     model = make_model(settings)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().text_encoder)
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=settings.num_query_tokens)
-    pairs = ImageTextPairs(scenes, text_column="captions", id_column="caption", seed=options.seed)
-    start = time.time()
-    collator = ImageTextCollator(processor)
-    log = learn(model, pairs, collator, settings, NEW_PARTS, options.seed, folder, Stage1Arguments, LearnsFromTwins)
+    pairs = ImageTextPairs(scenes, text_column="caption", id_column="caption", seed=options.seed)
+    start, collator, log = time.time(), ImageTextCollator(processor), []
+    without_matching = tuple(name for name in settings.losses if name != "itm")
+    for phase, losses, trainer in (
+        (settings.first, without_matching, Blip2Trainer),
+        (settings, settings.losses, LearnsFromTwins),
+    ):
+        model.losses = losses
+        work = folder / trainer.__name__
+        log += learn(model, pairs, collator, phase, NEW_PARTS, options.seed, work, Stage1Arguments, trainer)
     seconds = time.time() - start
     results = {name: evaluate(model, processor, test, settings.losses) for name, test in tests.items()}
     model.save_pretrained(folder / "model")

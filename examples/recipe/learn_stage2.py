@@ -84,7 +84,7 @@ def main():
     processor = Blip2Processor(
         image_processor(), tokenizer, num_query_tokens=model.config.num_query_tokens, prompt=CAPTION_PROMPT
     )
-    pairs = ImageTextPairs(scenes, text_column="captions", prompt=CAPTION_PROMPT, clean_text=False, seed=options.seed)
+    pairs = ImageTextPairs(scenes, text_column="caption", prompt=CAPTION_PROMPT, clean_text=False, seed=options.seed)
     start = time.time()
     collator = LanguageModelCollator(processor)
     log = learn(model, pairs, collator, settings, ("language_projection",), options.seed, folder, Stage2Arguments)

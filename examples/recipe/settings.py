@@ -31,16 +31,21 @@ class Training:
 
 @dataclass(frozen=True)
 class Stage1(Training):
-    """The settings of a stage 1. Without `hard_negatives`, all negatives of matching are equally likely."""
+    """
+    The settings of a stage 1: `first` without matching, which takes half of a step, then with all losses, on twins.
 
+    Without `hard_negatives`, all negatives of matching are equally likely.
+    """
+
+    first: Training = Training(steps=300, batch_size=64, learning_rate=3e-4, new_parts_learning_rate=5e-4)
     losses: tuple[str, ...] = ("itc", "itm", "itg")
     num_query_tokens: int = 16
     query_initialization: str = "words"
     hard_negatives: bool = True
-    steps: int = 400
+    steps: int = 250
     batch_size: int = 48
-    learning_rate: float = 3e-4
-    new_parts_learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
+    new_parts_learning_rate: float = 4e-4
 
 
 @dataclass(frozen=True)
