@@ -42,11 +42,13 @@ from blip2_hf.data import (
     load_cached_features,
 )
 from blip2_hf.jobs.errors import tell_errors
+from blip2_hf.jobs.fingerprints import fingerprint
 from blip2_hf.models.frozen import cast_parameters
 from blip2_hf.training import Stage1Arguments, Stage2Arguments
 
 
 QUERIES, TEST = 16, 120
+BATCH, MATCHING_BATCH = 64, 48  # scenes of a step of stage 1, without matching and with it
 NEXT = """
     blip2-hf caption {folder}/scenes --model {folder}/model
     blip2-hf ask {folder}/scenes/000.png "{question}" --model {folder}/model
@@ -60,18 +62,22 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the models and the sheet")
     parser.add_argument("--scenes", type=int, default=4000, help="scenes to learn from")
-    parser.add_argument(
-        "--stage1-steps", type=int, default=300, help="steps of stage 1 by ITC and ITG, 64 scenes each"
-    )
-    parser.add_argument("--matching-steps", type=int, default=60, help="steps by all three losses, 48 scenes each")
+    parser.add_argument("--stage1-steps", type=int, default=300, help=f"steps by ITC and ITG, {BATCH} scenes each")
+    parser.add_argument("--matching-steps", type=int, default=60, help="steps by ITC, ITM and ITG that follow")
     parser.add_argument("--stage2-steps", type=int, default=200, help="steps of stage 2, 32 texts each")
     parser.add_argument("--retrain", action="store_true", help="train again, even if there is a trained model")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.scenes < BATCH:
+        # Trainer leaves out a batch that is not full, and would learn nothing without a word
+        parser.error(f"--scenes {arguments.scenes}: a step of stage 1 takes {BATCH} scenes, so give {BATCH} at least.")
+    return arguments
 
 
 def load_features(scenes: datasets.Dataset, name: str) -> datasets.Dataset:
     """Load the frozen tower's output for each scene, and compute it first if it is not stored."""
-    folder = cache_folder() / "features" / f"demo {name} {scenes._fingerprint}"
+    # Not _fingerprint of datasets, which may differ for equal rows
+    contents = fingerprint(repr(row).encode() for row in scenes.with_format("arrow")[:].to_pylist())
+    folder = cache_folder() / "features" / f"demo {name} {contents}"
     tower = VisionTower(efficientnet_lite.pretrained_folder())
     processor = AutoImageProcessor.from_pretrained(efficientnet_lite.pretrained_folder())
     return load_cached_features(
@@ -103,8 +109,8 @@ def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespa
     )
     folder, collator = arguments.output / "stage1", ImageTextCollator(processor)
     for batch_size, steps, rates in (
-        (64, arguments.stage1_steps, (3e-4, 5e-4)),
-        (48, arguments.matching_steps, (1e-4, 3e-4)),
+        (BATCH, arguments.stage1_steps, (3e-4, 5e-4)),
+        (MATCHING_BATCH, arguments.matching_steps, (1e-4, 3e-4)),
     ):
         model.set_attn_implementation(training_attention())
         # They are half of the weights, and some sixty names teach them little
@@ -124,7 +130,7 @@ def train_stage2(features: datasets.Dataset, assets, arguments: argparse.Namespa
     model.float()
     cast_parameters(model.language_model, fast_dtype())
     model.set_attn_implementation(training_attention())
-    start_projection(model, stack_features(features.select(range(256))))
+    start_projection(model, stack_features(features.select(range(min(256, len(features))))))
     processor = Blip2Processor(
         AutoImageProcessor.from_pretrained(efficientnet_lite.pretrained_folder()),
         AutoTokenizer.from_pretrained(assets.language_model),

@@ -9,7 +9,7 @@ from precision import device_type, fast_dtype
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining
 from blip2_hf.data import read_cached_features
-from blip2_hf.training import Blip2Arguments, Blip2Trainer
+from blip2_hf.training import Blip2Arguments, Blip2Trainer, last_complete_checkpoint
 
 
 # Parts of stage 1 without pretrained weights, which learn faster than the rest
@@ -72,7 +72,10 @@ def train(
     trainer_class: type[Blip2Trainer] = Blip2Trainer,
     **arguments,
 ) -> list[dict]:
-    """Train a model, and return the log. Parameters whose name has one of `new_parts` in it have their own rate."""
+    """
+    Train a model, and return the log. Parameters whose name has one of `new_parts` in it have their own rate. A
+    training that was stopped goes on from its last complete checkpoint in `folder`.
+    """
     new, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -100,8 +103,7 @@ def train(
         data_collator=collator,
         optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05), None),
     )
-    checkpoints = any(folder.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=checkpoints)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     return trainer.state.log_history
 
 

@@ -25,7 +25,7 @@ SWAPS = {"relation": ("left", "above"), "count": ("two", "three")}
 def evaluate(model, processor, scenes: datasets.Dataset, losses: tuple[str, ...]) -> dict[str, float]:
     """Compute the scores of the losses that were trained."""
     model.eval()
-    embeds = stack_features(scenes)
+    embeds = stack_features(scenes).to(model.device)
     with fast_autocast():
         results = retrieve(model, processor, scenes, embeds, "itm" in losses)
         for kind, wanted in SWAPS.items():
@@ -51,7 +51,7 @@ def score_captions(captions: list[str], scenes: datasets.Dataset) -> dict[str, f
 
 def retrieve(model, processor, scenes, embeds: torch.Tensor, has_matching: bool) -> dict[str, float]:
     """Compute R@1 among all scenes, both ways. A scene with the same captions counts as the right one."""
-    captions = scenes["caption"]
+    captions = list(scenes["caption"])
     retrieval = TwoStageRetrieval(model, processor.tokenizer, k=CANDIDATES, show_progress=False)
     texts, features = retrieval.encode_texts(captions), retrieval.encode_images(embeds)
     ranked = {"ITC": retrieval.compare(features, texts.features)}
@@ -59,7 +59,8 @@ def retrieve(model, processor, scenes, embeds: torch.Tensor, has_matching: bool)
         ranked["ITM"] = retrieval(embeds, texts, features)
     return {
         f"{name} {way} R@1": sum(
-            captions[first] == own for first, own in zip(getattr(ranking, way).index[:, 0], captions, strict=True)
+            captions[first] == own
+            for first, own in zip(getattr(ranking, way).index[:, 0].tolist(), captions, strict=True)
         )
         / len(captions)
         for name, ranking in ranked.items()
@@ -92,8 +93,5 @@ def score_pairs(model, processor, embeds: torch.Tensor, texts: list[str], has_ma
 
 def write(model, processor, embeds: torch.Tensor) -> list[str]:
     """Generate the Q-Former's own captions (ITG)."""
-    tokens = [
-        model.generate(image_embeds=chunk.to(model.device), max_new_tokens=16, do_sample=False)
-        for chunk in embeds.split(100)
-    ]
+    tokens = [model.generate(image_embeds=chunk, max_new_tokens=16, do_sample=False) for chunk in embeds.split(100)]
     return [text for part in tokens for text in processor.tokenizer.batch_decode(part, skip_special_tokens=True)]

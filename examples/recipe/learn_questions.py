@@ -40,13 +40,13 @@ def question_rows(scenes: datasets.Dataset) -> datasets.Dataset:
 def score_answers(model, processor, scenes: datasets.Dataset) -> dict[str, float]:
     """Return the share of answers that are exactly right, of all and of each kind of question."""
     model.eval()
-    rows, embeds = question_rows(scenes), stack_features(scenes)
+    rows, embeds = question_rows(scenes), stack_features(scenes).to(model.device)
     right: dict[str, list[bool]] = {}
     for start in range(0, len(rows), 200):
         chunk = rows[start : start + 200]
         inputs = processor(
             text=[QUESTION_PROMPT.format(question) for question in chunk["question"]], return_tensors="pt"
-        )
+        ).to(model.device)
         with fast_autocast():
             tokens = model.generate(image_embeds=embeds[chunk["image"]], **inputs, max_new_tokens=12)
         answers = processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])

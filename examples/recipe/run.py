@@ -7,7 +7,7 @@ Run the whole recipe: scenes, features, both stages, questions, ablations, with 
 
 Each step is a command that can be run alone. A step whose result exists is skipped. A training that was stopped goes
 on from its last checkpoint. On a CPU as many trainings run at a time as there are cores, one core each; on a GPU one
-after the other. Tables and plots go into outputs/recipe.
+after the other. Tables go into outputs/recipe.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def main():
             if not all(pool.map(partial(run, threads=max(1, cores // workers)), jobs)):
                 sys.exit("A step failed. Run this again to continue from there.")
     if not options.dry_run:
-        print("Tables and plots are in outputs/recipe.")
+        print("The tables are in outputs/recipe.")
 
 
 if __name__ == "__main__":

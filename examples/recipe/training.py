@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,6 +72,8 @@ def save_results(folder: Path, results: dict, log: list[dict], seconds: float, *
     print(json.dumps(results, indent=1))
     record = {"results": results, "log": log, "seconds": seconds, "computed in": computed_in()}
     save_json(folder / "results.json", record | more)
+    # With the state of the optimizer they are larger than the model, and nothing goes on from them
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def save_json(file: Path, value):

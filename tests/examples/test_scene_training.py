@@ -1,0 +1,137 @@
+"""examples/scene_training.py: batches of twins, learning rates, resumption, and the start of the projection."""
+
+import pytest
+import torch
+from stage1 import Processor, make_pairs, make_stage1
+from tiny import make_model, make_pixel_values
+from tiny_examples import tiny_examples
+
+from blip2_hf.data import ImageTextCollator, ImageTextPairs
+from blip2_hf.training import Stage1Arguments
+
+
+ROWS, BATCH, SEED = 16, 4, 5
+EPOCH = ROWS // BATCH  # steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples(tmp_path_factory):
+    with tiny_examples(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+class Recorded:
+    """A collator that remembers the rows of each batch."""
+
+    def __init__(self):
+        self.collate, self.batches = ImageTextCollator(Processor()), []
+
+    def __call__(self, items):
+        self.batches.append([item["image_id"] for item in items])
+        return self.collate(items)
+
+
+class Stopped(Exception):
+    pass
+
+
+def train_on_twins(folder, model, collator, steps, stop_before=None, **arguments) -> list:
+    """Train, unless it is stopped before a step, and return the trainer in a list."""
+    import scene_training
+
+    trainers = []
+
+    class Trainer(scene_training.LearnsFromTwins):
+        def training_step(self, *args, **kwargs):
+            trainers[:] = [self]
+            if self.state.global_step == stop_before:
+                raise Stopped
+            return super().training_step(*args, **kwargs)
+
+    pairs = ImageTextPairs(make_pairs(ROWS), seed=SEED)
+    options = (folder, Stage1Arguments, steps, BATCH, 3e-4, scene_training.NEW_PARTS, 5e-4, Trainer)
+    scene_training.train(model, pairs, collator, *options, seed=SEED, disable_tqdm=True, **arguments)
+    return trainers
+
+
+def test_twins_are_together_from_the_third_epoch_on():
+    from scene_training import Twins
+
+    orders = {}
+    for seed in (0, 1):
+        for epoch in range(4):
+            sampler, again = Twins(ROWS, seed), Twins(ROWS, seed)
+            for one in (sampler, again):
+                one.set_epoch(epoch)
+            orders[seed, epoch] = tuple(sampler)
+            assert orders[seed, epoch] == tuple(again) and len(sampler) == ROWS
+            assert sorted(orders[seed, epoch]) == list(range(ROWS))
+            firsts, seconds = orders[seed, epoch][::2], orders[seed, epoch][1::2]
+            are_twins = all(a % 2 == 0 and b == a + 1 for a, b in zip(firsts, seconds, strict=True))
+            assert are_twins == (epoch >= 2)
+    assert len(set(orders.values())) == len(orders)
+
+
+def test_training_tells_the_sampler_its_epoch(tmp_path):
+    from scene_training import Twins
+
+    collator = Recorded()
+    train_on_twins(tmp_path, make_stage1(), collator, 3 * EPOCH)
+    sampler = Twins(ROWS, SEED)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        found = collator.batches[epoch * EPOCH : (epoch + 1) * EPOCH]
+        assert [row for batch in found for row in batch] == list(sampler)
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
+    steps, saves = 4 * EPOCH, {"save_strategy": "steps", "save_steps": 5}
+    torch.manual_seed(0)
+    undisturbed, stopped = make_stage1(qformer_dropout=0.1), make_stage1(qformer_dropout=0.1)
+    stopped.load_state_dict(undisturbed.state_dict())
+    collators = [Recorded(), Recorded()]
+    train_on_twins(tmp_path / "undisturbed", undisturbed, collators[0], steps, **saves)
+    with pytest.raises(Stopped):
+        train_on_twins(tmp_path / "stopped", stopped, Recorded(), steps, stop_before=13, **saves)
+    # A checkpoint that was not written to its end is passed over
+    (tmp_path / "stopped" / "checkpoint-13").mkdir()
+    resumed = make_stage1(qformer_dropout=0.1)
+    train_on_twins(tmp_path / "stopped", resumed, collators[1], steps, **saves)
+    assert collators[1].batches[-6:] == collators[0].batches[10:]
+    for name, weight in resumed.state_dict().items():
+        assert torch.equal(weight, undisturbed.state_dict()[name]), name
+
+
+def test_new_parts_learn_at_their_own_rate(tmp_path):
+    from scene_training import NEW_PARTS
+
+    model = make_stage1()
+    model.embeddings.word_embeddings.requires_grad_(False)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    (trainer,) = train_on_twins(tmp_path, model, Recorded(), 2)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    new, rest = ([names[id(weight)] for weight in group["params"]] for group in trainer.optimizer.param_groups)
+    assert trainer.lr_scheduler.base_lrs == [5e-4, 3e-4]
+    rates = trainer.lr_scheduler.get_last_lr()
+    assert rates[0] < 5e-4 and rates[0] / rates[1] == pytest.approx(5 / 3)
+    for part in NEW_PARTS:
+        assert any(part in name for name in new) and not any(part in name for name in rest), part
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert sorted(new + rest) == sorted(trained) and "embeddings.word_embeddings.weight" not in trained
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) == (name not in trained), name
+
+
+def test_the_projection_starts_with_mean_and_spread_of_words():
+    from scene_training import start_projection
+
+    model = make_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.3).add_(0.1 * torch.randn(32))
+    embeds = model.get_image_embeds(make_pixel_values(8))
+    start_projection(model, embeds)
+    with torch.no_grad():
+        queries = model.encode_image(None, embeds)[2].last_hidden_state
+        outputs, words = model.language_projection(queries), model.get_input_embeddings().weight
+    torch.testing.assert_close(outputs.mean(dim=(0, 1)), words.mean(dim=0))
+    torch.testing.assert_close((outputs - model.language_projection.bias).std(), words.std())
