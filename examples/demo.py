@@ -22,9 +22,16 @@ import efficientnet_lite
 import torch
 import transformers
 from demo_report import draw_sheet, nearest_neighbours, print_table, score_captions, score_retrieval, write_table
-from precision import fast_dtype, training_attention
+from precision import fast_dtype
 from real_assets import cache_folder, real_assets
-from scene_training import NEW_PARTS, WithoutMatching, stack_features, start_projection, train
+from scene_training import (
+    NEW_PARTS,
+    WithoutMatching,
+    set_training_attention,
+    stack_features,
+    start_projection,
+    train,
+)
 from scenes import STYLES, make_scenes
 from torch.utils.data import ConcatDataset
 from transformers import AutoTokenizer, pipeline
@@ -112,7 +119,7 @@ def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespa
         (BATCH, arguments.stage1_steps, (3e-4, 5e-4)),
         (MATCHING_BATCH, arguments.matching_steps, (1e-4, 3e-4)),
     ):
-        model.set_attn_implementation(training_attention())
+        set_training_attention(model)
         # They are half of the weights, and some sixty names teach them little
         model.embeddings.word_embeddings.requires_grad_(False)
         rate, new_rate = rates
@@ -129,7 +136,7 @@ def train_stage2(features: datasets.Dataset, assets, arguments: argparse.Namespa
     )
     model.float()
     cast_parameters(model.language_model, fast_dtype())
-    model.set_attn_implementation(training_attention())
+    set_training_attention(model)
     start_projection(model, stack_features(features.select(range(min(256, len(features))))))
     processor = Blip2Processor(
         AutoImageProcessor.from_pretrained(efficientnet_lite.pretrained_folder()),

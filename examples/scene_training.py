@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from precision import device_type, fast_dtype
+from precision import device_type, fast_dtype, training_attention
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining
 from blip2_hf.data import read_cached_features
@@ -105,6 +105,13 @@ def train(
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     return trainer.state.log_history
+
+
+def set_training_attention(model):
+    """Let Q-Former and language model attend in the way that trains faster here. The tower, a CNN, cannot."""
+    for part in (model.qformer, getattr(model, "language_model", None)):
+        if part is not None:
+            part.set_attn_implementation(training_attention())
 
 
 def stack_features(scenes: datasets.Dataset) -> torch.Tensor:

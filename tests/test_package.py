@@ -78,7 +78,7 @@ def test_auto_classes_know_ours_whatever_is_imported_first():
 
 
 # Packages of the extras, by which none of the modules must be stopped
-EXTRAS = "bitsandbytes evaluate faiss gguf matplotlib onnx onnxruntime onnxscript pillow_heif scipy spacy tensorboard"
+EXTRAS = "bitsandbytes evaluate faiss gguf onnx onnxruntime onnxscript pillow_heif scipy spacy tensorboard"
 
 
 def test_a_base_installation_imports_every_module():

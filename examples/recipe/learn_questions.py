@@ -21,13 +21,13 @@ from transformers import AutoTokenizer
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from precision import fast_autocast, fast_dtype, training_attention  # noqa: E402
-from scene_training import NEW_PARTS, stack_features  # noqa: E402
+from precision import fast_autocast, fast_dtype  # noqa: E402
+from scene_training import NEW_PARTS, set_training_attention, stack_features  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator  # noqa: E402
 from blip2_hf.models.frozen import cast_parameters  # noqa: E402
-from blip2_hf.training import FineTuningArguments  # noqa: E402
+from blip2_hf.training import Stage2Arguments  # noqa: E402
 
 
 def question_rows(scenes: datasets.Dataset) -> datasets.Dataset:
@@ -71,7 +71,7 @@ def main():
     transformers.set_seed(options.seed)
     model = Blip2ForConditionalGeneration.from_pretrained(before[1]).float()
     cast_parameters(model.language_model, fast_dtype())
-    model.set_attn_implementation(training_attention())
+    set_training_attention(model)
     processor = Blip2Processor.from_pretrained(before[1])
     if settings.instruct_qformer:
         model.attach_text_networks(str(before[0]))
@@ -84,9 +84,9 @@ def main():
         images=scenes,
         seed=options.seed,
     )
-    start = time.time()
+    start, work = time.time(), folder / "checkpoints"
     collator = LanguageModelCollator(processor)
-    log = learn(model, pairs, collator, settings, NEW_PARTS, options.seed, folder, FineTuningArguments)
+    log = learn(model, pairs, collator, settings, NEW_PARTS, options.seed, work, Stage2Arguments)
     seconds = time.time() - start
     save_results(folder, {name: score_answers(model, processor, test) for name, test in tests.items()}, log, seconds)
 

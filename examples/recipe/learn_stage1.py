@@ -22,9 +22,8 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import efficientnet_lite  # noqa: E402
-from precision import training_attention  # noqa: E402
 from real_assets import real_assets  # noqa: E402
-from scene_training import NEW_PARTS, LearnsFromTwins  # noqa: E402
+from scene_training import NEW_PARTS, LearnsFromTwins, set_training_attention  # noqa: E402
 
 from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextCollator, ImageTextPairs  # noqa: E402
@@ -67,7 +66,7 @@ def make_model(settings: Stage1) -> Ablation:
         attention_probs_dropout_prob=0.0,
     )
     model.hardness = 1.0 if settings.hard_negatives else 0.0
-    model.set_attn_implementation(training_attention())
+    set_training_attention(model)
     # They are half of the weights, and some sixty names teach them little
     model.embeddings.word_embeddings.requires_grad_(False)
     return model
@@ -93,7 +92,7 @@ def main():
         (settings, settings.losses, LearnsFromTwins),
     ):
         model.losses = losses
-        work = folder / trainer.__name__
+        work = folder / "checkpoints" / trainer.__name__
         log += learn(model, pairs, collator, phase, NEW_PARTS, options.seed, work, Stage1Arguments, trainer)
     seconds = time.time() - start
     results = {name: evaluate(model, processor, test, settings.losses) for name, test in tests.items()}

@@ -24,9 +24,9 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import efficientnet_lite  # noqa: E402
-from precision import fast_autocast, fast_dtype, training_attention  # noqa: E402
+from precision import fast_autocast, fast_dtype  # noqa: E402
 from real_assets import real_assets  # noqa: E402
-from scene_training import stack_features, start_projection  # noqa: E402
+from scene_training import set_training_attention, stack_features, start_projection  # noqa: E402
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator  # noqa: E402
@@ -50,7 +50,7 @@ def make_model(settings: Stage2, stage1: Path) -> Blip2ForConditionalGeneration:
         **parts, vision_model=efficientnet_lite.pretrained_folder(), language_model=real_assets().language_model
     ).float()
     cast_parameters(model.language_model, fast_dtype())
-    model.set_attn_implementation(training_attention())
+    set_training_attention(model)
     return model
 
 
@@ -85,9 +85,9 @@ def main():
         image_processor(), tokenizer, num_query_tokens=model.config.num_query_tokens, prompt=CAPTION_PROMPT
     )
     pairs = ImageTextPairs(scenes, text_column="caption", prompt=CAPTION_PROMPT, clean_text=False, seed=options.seed)
-    start = time.time()
+    start, work = time.time(), folder / "checkpoints"
     collator = LanguageModelCollator(processor)
-    log = learn(model, pairs, collator, settings, ("language_projection",), options.seed, folder, Stage2Arguments)
+    log = learn(model, pairs, collator, settings, ("language_projection",), options.seed, work, Stage2Arguments)
     seconds = time.time() - start
     captions = {name: write(model, processor, test) for name, test in tests.items()}
     results = {name: score_captions(captions[name], test) for name, test in tests.items()}

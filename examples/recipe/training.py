@@ -30,12 +30,12 @@ def learn(
     arguments_class: type[Blip2Arguments],
     trainer_class: type[Blip2Trainer] = Blip2Trainer,
 ) -> list[dict]:
-    """Train a model. A stopped training goes on from its last checkpoint. Return the log."""
+    """Train a model. A stopped training goes on from its last checkpoint in `folder`. Return the log."""
     return train(
         model,
         pairs,
         collator,
-        folder / "checkpoints",
+        folder,
         arguments_class,
         settings.steps,
         settings.batch_size,

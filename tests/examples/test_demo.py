@@ -14,7 +14,8 @@ from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining
 from blip2_hf.cli import main
 
 
-SCENES, TEST = 48, 8
+TEST = 8
+FEW = shlex.split("--scenes 64 --stage1-steps 2 --matching-steps 1 --stage2-steps 2")
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,13 @@ def output(tmp_path_factory):
 def printed(demo, output):
     """What the demo prints when it is run for the first time."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        run(demo, output, "--stage1-steps", "2", "--stage2-steps", "2")
+        run(demo, output)
     return text.getvalue()
 
 
 def run(demo, output, *options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["demo.py", "--output", str(output), "--scenes", str(SCENES), *options])
+        patch.setattr(sys, "argv", ["demo.py", "--output", str(output), *FEW, *options])
         demo.main()
 
 
@@ -84,15 +85,14 @@ def test_the_lines_that_come_next_run(printed, output, monkeypatch, tmp_path, ca
 def test_what_was_trained_with_the_same_settings_is_used_again(demo, printed, output, monkeypatch, capsys):
     trained = []
     monkeypatch.setattr(demo, "train", lambda *arguments, **options: trained.append(arguments[5]))
-    steps = ["--stage1-steps", "2", "--stage2-steps"]
-    run(demo, output, *steps, "2")
+    run(demo, output)
     written = capsys.readouterr()
     assert not trained and "The models of the last run are used" in written.out
     assert written.err.count(" 0 bytes to be written now") == 2  # of the features
-    run(demo, output, *steps, "2", "--retrain")
-    assert trained == [2, 2]
-    run(demo, output, *steps, "1")
-    assert trained == [2, 2, 2, 1]
+    run(demo, output, "--retrain")
+    assert trained == [2, 1, 2]
+    run(demo, output, "--stage2-steps", "3")
+    assert trained == [2, 1, 2, 2, 1, 3]
 
 
 def test_a_stage_that_is_done_is_not_done_again(demo, tmp_path, monkeypatch):
@@ -104,16 +104,15 @@ def test_a_stage_that_is_done_is_not_done_again(demo, tmp_path, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(demo, "train_stage2", stop)
-    steps = ("--stage1-steps", "1", "--stage2-steps", "2")
     with pytest.raises(InterruptedError):
-        run(demo, tmp_path, *steps)
+        run(demo, tmp_path)
     monkeypatch.setattr(demo, "train_stage2", stage2)
-    run(demo, tmp_path, *steps)
-    assert trained == [1, 2]
+    run(demo, tmp_path)
+    assert trained == [2, 1, 2]
 
 
 def test_too_few_scenes_for_a_step_are_refused(demo, output, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--scenes", "47"])
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--scenes", "63"])
     with pytest.raises(SystemExit):
         demo.main()
-    assert "--scenes 47: a step of stage 1 takes 48 scenes, so give 48 at least." in capsys.readouterr().err
+    assert "--scenes 63: a step of stage 1 takes 64 scenes, so give 64 at least." in capsys.readouterr().err

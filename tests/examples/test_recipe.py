@@ -5,13 +5,14 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+from tiny import randomize
 from tiny_examples import tiny_examples
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
@@ -21,6 +22,7 @@ from blip2_hf.training import Stage1Arguments
 
 TRAIN, TEST = 256, 12
 SETTINGS = ("--set", "steps=2", "batch_size=8")
+ROWS = [*range(TEST), 0, 1, 1, 2]
 SETS = ["seen styles", "new compositions", "new style"]
 
 
@@ -44,11 +46,13 @@ def run_script(name: str, *options: str):
 @pytest.fixture(scope="module")
 def folder() -> Path:
     """The results of all steps of a seed, trained for two steps each."""
-    from settings import FOLDER
+    from settings import FOLDER, FULL, STAGE1, Training
 
     run_script("features")
-    for stage in ("stage1", "stage2"):
-        run_script(f"learn_{stage}", *SETTINGS, "--output", str(FOLDER / stage / "full-seed0"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STAGE1, "full", replace(FULL, first=Training(3, 8, 3e-4, 5e-4)))
+        run_script("learn_stage1", *SETTINGS, "--output", str(FOLDER / "stage1" / "full-seed0"))
+    run_script("learn_stage2", *SETTINGS, "--output", str(FOLDER / "stage2" / "full-seed0"))
     variant = "question into the Q-Former"
     results = FOLDER / "questions" / f"{variant}-seed0"
     run_script("learn_questions", "--variant", variant, *SETTINGS, "--output", str(results))
@@ -57,8 +61,10 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def stage1(folder) -> tuple[Blip2ForPreTraining, Blip2Processor]:
+    """The model of a stage 1, with weights so large that no two scores are nearly equal."""
     place = folder / "stage1" / "full-seed0" / "model"
-    return Blip2ForPreTraining.from_pretrained(place).eval(), Blip2Processor.from_pretrained(place)
+    torch.manual_seed(0)
+    return randomize(Blip2ForPreTraining.from_pretrained(place)).eval(), Blip2Processor.from_pretrained(place)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def scenes(folder) -> datasets.Dataset:
     """Scenes with their features, of which some are there twice."""
     from features import load_scenes
 
-    return load_scenes("seen styles").select([*range(TEST), 0, 1, 1, 2])
+    return load_scenes("seen styles").select(ROWS)
 
 
 def record(folder: Path, stage: str, variant: str) -> dict:
@@ -136,6 +142,8 @@ def test_each_step_writes_its_results_and_its_model(folder):
     assert all(len(own) == TEST for own in stage2["captions"].values())
     model = Blip2ForConditionalGeneration.from_pretrained(folder / "stage2" / "full-seed0" / "model")
     assert model.language_model is not None and model.config.num_query_tokens == 16
+    # Without matching, and then with it
+    assert [line["step"] for line in stage1["log"] if "train_loss" in line] == [3, 2]
     assert not list(folder.rglob("checkpoint*"))
 
 
@@ -161,6 +169,7 @@ def test_the_loss_is_the_sum_of_the_chosen_ones(variant, batch):
 
     settings = STAGE1[variant]
     model = make_model(settings)
+    model.losses = settings.losses
     passes = []
     model.qformer.register_forward_hook(lambda *_: passes.append(1))
     outputs = model(**batch)
@@ -225,27 +234,30 @@ def one_pair(model, tokenizer, embeds: torch.Tensor, text: str) -> tuple[float, 
 
 
 @pytest.fixture(scope="module")
-def pair_scores(stage1, scenes) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cosine and the logit of "match" of each scene with each caption, one by one."""
-    from scene_training import stack_features
+def embeds() -> torch.Tensor:
+    """Features of the pictures that differ more than those of a random tower."""
+    torch.manual_seed(0)
+    return (3 * torch.randn(TEST, 16, 1280))[ROWS]
 
+
+@pytest.fixture(scope="module")
+def pair_scores(stage1, scenes, embeds) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosine and the logit of "match" of each picture with each caption, one by one."""
     model, processor = stage1
     with torch.no_grad():
         rows = [
-            [one_pair(model, processor.tokenizer, embeds, text) for text in scenes["caption"]]
-            for embeds in stack_features(scenes)
+            [one_pair(model, processor.tokenizer, picture, text) for text in scenes["caption"]] for picture in embeds
         ]
     cosines = torch.tensor([[cosine for cosine, _ in row] for row in rows])
     return cosines, torch.tensor([[float(logits[1]) for _, logits in row] for row in rows])
 
 
 @torch.no_grad()
-def test_retrieval_counts_equal_captions_as_right(stage1, scenes, pair_scores):
+def test_retrieval_counts_equal_captions_as_right(stage1, scenes, embeds, pair_scores):
     from evaluate_stage1 import CANDIDATES, retrieve
-    from scene_training import stack_features
 
     cosines, logits = pair_scores
-    results = retrieve(*stage1, scenes, stack_features(scenes), has_matching=True)
+    results = retrieve(*stage1, scenes, embeds, has_matching=True)
     captions = list(scenes["caption"])
     for way, similarity, added in (("image_to_text", cosines, logits), ("text_to_image", cosines.T, logits.T)):
         first = {"ITC": similarity.argmax(dim=1)}
@@ -254,7 +266,10 @@ def test_retrieval_counts_equal_captions_as_right(stage1, scenes, pair_scores):
         for loss, index in first.items():
             right = sum(captions[i] == own for i, own in zip(index.tolist(), captions, strict=True))
             assert results[f"{loss} {way} R@1"] == right / len(captions)
-    assert list(retrieve(*stage1, scenes, stack_features(scenes), has_matching=False)) == [
+    # Whichever of three scenes with the same caption is found
+    same = retrieve(*stage1, scenes.select([3, 3, 3]), embeds[:3], has_matching=True)
+    assert set(same.values()) == {1.0}
+    assert list(retrieve(*stage1, scenes, embeds, has_matching=False)) == [
         "ITC image_to_text R@1",
         "ITC text_to_image R@1",
     ]
@@ -272,7 +287,7 @@ def test_swapped_captions_are_told_by_the_higher_score(kind, stage1, folder):
     rows = [row for row, own in enumerate(scenes["kind"]) if own in SWAPS[kind]]
     assert rows and {"relation": {"left", "above"}, "count": {"two", "three"}}[kind] == set(SWAPS[kind])
     told = {"ITC": [], "ITM": []}
-    embeds = stack_features(scenes)
+    embeds = 3 * torch.randn(len(scenes), 16, 1280)
     for row in rows:
         true, swapped = (
             one_pair(model, processor.tokenizer, embeds[row], scenes[name][row][0]) for name in ("captions", "swapped")
@@ -281,6 +296,7 @@ def test_swapped_captions_are_told_by_the_higher_score(kind, stage1, folder):
         told["ITM"].append(bool(true[1].log_softmax(0)[1] > swapped[1].log_softmax(0)[1]))
     results = tell_swapped(model, processor, scenes, embeds, kind, SWAPS[kind], has_matching=True)
     assert results == {f"{loss} {kind} told": sum(own) / len(own) for loss, own in told.items()}
+    assert all(0 < share < 1 for share in results.values())
     singles = scenes.select([row for row, own in enumerate(scenes["kind"]) if own == "one"])
     assert tell_swapped(model, processor, singles, stack_features(singles), kind, SWAPS[kind], True) == {}
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from stage1 import Processor, make_pairs, make_stage1
+from stage1 import Processor, make_inputs, make_pairs, make_stage1
 from tiny import make_model, make_pixel_values
 from tiny_examples import tiny_examples
 
+from blip2_hf import Blip2ForConditionalGeneration
 from blip2_hf.data import ImageTextCollator, ImageTextPairs
 from blip2_hf.training import Stage1Arguments
 
@@ -54,7 +55,7 @@ def train_on_twins(folder, model, collator, steps, stop_before=None, **arguments
     return trainers
 
 
-def test_twins_are_together_from_the_third_epoch_on():
+def test_twins_are_together():
     from scene_training import Twins
 
     orders = {}
@@ -67,9 +68,20 @@ def test_twins_are_together_from_the_third_epoch_on():
             assert orders[seed, epoch] == tuple(again) and len(sampler) == ROWS
             assert sorted(orders[seed, epoch]) == list(range(ROWS))
             firsts, seconds = orders[seed, epoch][::2], orders[seed, epoch][1::2]
-            are_twins = all(a % 2 == 0 and b == a + 1 for a, b in zip(firsts, seconds, strict=True))
-            assert are_twins == (epoch >= 2)
+            assert all(a % 2 == 0 and b == a + 1 for a, b in zip(firsts, seconds, strict=True))
     assert len(set(orders.values())) == len(orders)
+
+
+def test_without_matching_there_are_two_losses_and_one_pass():
+    from scene_training import WithoutMatching
+
+    model = make_stage1()
+    without, batch, passes = WithoutMatching(model.config), make_inputs(), []
+    without.load_state_dict(model.state_dict())
+    without.qformer.register_forward_hook(lambda *_: passes.append(1))
+    outputs, expected = without.eval()(**batch), model.eval()(**batch)
+    torch.testing.assert_close(outputs.loss, expected.loss_itc + expected.loss_itg)
+    assert len(passes) == 1
 
 
 def test_training_tells_the_sampler_its_epoch(tmp_path):
@@ -120,6 +132,24 @@ def test_new_parts_learn_at_their_own_rate(tmp_path):
     assert sorted(new + rest) == sorted(trained) and "embeddings.word_embeddings.weight" not in trained
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name]) == (name not in trained), name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_set_beside_a_tower_that_has_none(attention, monkeypatch):
+    import scene_training
+    from efficientnet_lite import pretrained_folder
+    from real_assets import real_assets
+
+    monkeypatch.setattr(scene_training, "training_attention", lambda: attention)
+    assets = real_assets()._asdict() | {"vision_model": pretrained_folder()}
+    model = Blip2ForConditionalGeneration.from_pretrained_parts(**assets)
+    assert model.vision_model is not None
+    scene_training.set_training_attention(model)
+    assert model.qformer.config._attn_implementation == attention
+    assert model.language_model.config._attn_implementation == attention
+    model = make_stage1()
+    scene_training.set_training_attention(model)
+    assert model.qformer.config._attn_implementation == attention
 
 
 def test_the_projection_starts_with_mean_and_spread_of_words():
