@@ -27,6 +27,7 @@ from real_assets import cache_folder, real_assets
 from scene_training import (
     NEW_PARTS,
     WithoutMatching,
+    caption_embeddings,
     set_training_attention,
     stack_features,
     start_projection,
@@ -137,10 +138,12 @@ def train_stage2(features: datasets.Dataset, assets, arguments: argparse.Namespa
     model.float()
     cast_parameters(model.language_model, fast_dtype())
     set_training_attention(model)
-    start_projection(model, stack_features(features.select(range(min(256, len(features))))))
+    tokenizer = AutoTokenizer.from_pretrained(assets.language_model)
+    few = features.select(range(min(1500, len(features))))
+    start_projection(model, stack_features(few), caption_embeddings(model, tokenizer, few["caption"]))
     processor = Blip2Processor(
         AutoImageProcessor.from_pretrained(efficientnet_lite.pretrained_folder()),
-        AutoTokenizer.from_pretrained(assets.language_model),
+        tokenizer,
         num_query_tokens=QUERIES,
         prompt=PROMPT,
     )

@@ -121,13 +121,31 @@ def stack_features(scenes: datasets.Dataset) -> torch.Tensor:
 
 
 @torch.no_grad()
-def start_projection(model: Blip2ForConditionalGeneration, image_embeds: torch.Tensor):
+def start_projection(model: Blip2ForConditionalGeneration, image_embeds: torch.Tensor, targets: torch.Tensor):
     """
-    Start the projection, which stage 1 does not have, with the mean and the spread of word embeddings.
+    Start the projection, which stage 1 does not have, by least squares from queries to word embeddings.
 
-    A fresh layer makes vectors of the queries whose size no word embedding has.
+    Args:
+        model ([`Blip2ForConditionalGeneration`]):
+            The model.
+        image_embeds (`torch.Tensor` of shape `(scenes, places, width)`):
+            Features of scenes.
+        targets (`torch.Tensor` of shape `(scenes, language model hidden_size)`):
+            Mean word embedding of each scene's caption. The outputs get its mean and, in each scene and over all, its
+            spread.
     """
     queries = model.eval().encode_image(None, image_embeds)[2].last_hidden_state
-    words, projection = model.get_input_embeddings().weight.float(), model.language_projection
-    projection.weight.mul_(words.std() / (projection(queries) - projection.bias).std())
-    projection.bias.copy_(words.mean(dim=0) - projection.weight @ queries.mean(dim=(0, 1)))
+    middle, target_middle = queries.mean(dim=(0, 1)), targets.mean(dim=0)
+    centred = (queries - middle).flatten(0, 1)
+    wanted = (targets - target_middle).repeat_interleave(queries.shape[1], dim=0)
+    ridge = 0.1 * len(centred) * centred.var() * torch.eye(centred.shape[1], device=centred.device)
+    weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ wanted)
+    weight *= wanted.std() / (centred @ weight).std()
+    model.language_projection.weight.copy_(weight.T)
+    model.language_projection.bias.copy_(target_middle - middle @ weight)
+
+
+def caption_embeddings(model: Blip2ForConditionalGeneration, tokenizer, captions: list[str]) -> torch.Tensor:
+    """Return the mean word embedding of each caption, of shape `(captions, hidden_size)`, in float32."""
+    words = model.get_input_embeddings().weight.detach().float()
+    return torch.stack([words[tokenizer(f" {caption}")["input_ids"]].mean(dim=0) for caption in captions])

@@ -26,7 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import efficientnet_lite  # noqa: E402
 from precision import fast_autocast, fast_dtype  # noqa: E402
 from real_assets import real_assets  # noqa: E402
-from scene_training import set_training_attention, stack_features, start_projection  # noqa: E402
+from scene_training import (  # noqa: E402
+    caption_embeddings,
+    set_training_attention,
+    stack_features,
+    start_projection,
+)
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextPairs, LanguageModelCollator  # noqa: E402
@@ -79,8 +84,9 @@ def main():
     scenes, tests = choose_scenes(options.validate)
     transformers.set_seed(options.seed)
     model = make_model(settings, stage1)
-    start_projection(model, stack_features(scenes.select(range(256))))
     tokenizer = AutoTokenizer.from_pretrained(real_assets().language_model)
+    few = scenes.select(range(1500))
+    start_projection(model, stack_features(few), caption_embeddings(model, tokenizer, few["caption"]))
     processor = Blip2Processor(
         image_processor(), tokenizer, num_query_tokens=model.config.num_query_tokens, prompt=CAPTION_PROMPT
     )

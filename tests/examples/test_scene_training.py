@@ -3,7 +3,7 @@
 import pytest
 import torch
 from stage1 import Processor, make_inputs, make_pairs, make_stage1
-from tiny import make_model, make_pixel_values
+from tiny import make_model, make_pixel_values, make_tokenizer
 from tiny_examples import tiny_examples
 
 from blip2_hf import Blip2ForConditionalGeneration
@@ -152,16 +152,32 @@ def test_attention_is_set_beside_a_tower_that_has_none(attention, monkeypatch):
     assert model.qformer.config._attn_implementation == attention
 
 
-def test_the_projection_starts_with_mean_and_spread_of_words():
+def test_the_projection_starts_from_what_captions_say():
     from scene_training import start_projection
 
+    torch.manual_seed(0)
     model = make_model("llama")
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(0.3).add_(0.1 * torch.randn(32))
     embeds = model.get_image_embeds(make_pixel_values(8))
-    start_projection(model, embeds)
     with torch.no_grad():
         queries = model.encode_image(None, embeds)[2].last_hidden_state
-        outputs, words = model.language_projection(queries), model.get_input_embeddings().weight
-    torch.testing.assert_close(outputs.mean(dim=(0, 1)), words.mean(dim=0))
-    torch.testing.assert_close((outputs - model.language_projection.bias).std(), words.std())
+        # Captions whose embeddings follow from the picture by a linear map
+        targets = 0.1 + queries.mean(dim=1) @ torch.randn(queries.shape[-1], model.language_projection.out_features)
+        start_projection(model, embeds, targets)
+        outputs = model.language_projection(queries)
+    torch.testing.assert_close(outputs.mean(dim=(0, 1)), targets.mean(dim=0), atol=1e-4, rtol=1e-4)
+    wanted = (targets - targets.mean(dim=0)).repeat_interleave(queries.shape[1], dim=0)
+    torch.testing.assert_close((outputs - targets.mean(dim=0)).std(), wanted.std())
+    own = torch.nn.functional.cosine_similarity(
+        outputs.mean(dim=1) - targets.mean(dim=0), targets - targets.mean(dim=0)
+    )
+    assert own.min() > 0.5
+
+
+def test_a_caption_counts_as_the_mean_of_its_word_embeddings():
+    from scene_training import caption_embeddings
+
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    words = model.get_input_embeddings().weight
+    ids = tokenizer(" a dog")["input_ids"]
+    expected = sum(words[token] for token in ids) / len(ids)
+    torch.testing.assert_close(caption_embeddings(model, tokenizer, ["a dog", "x"])[0], expected.detach())
