@@ -19,7 +19,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from precision import fast_dtype
+from precision import fast_dtype, training_attention
 from real_assets import cache_folder, download, real_assets, unpack
 from transformers import AutoTokenizer
 
@@ -136,8 +136,7 @@ def main():
         "group_by": "type",
         "preset": "stage2",
         "image_size": SIZE,
-        # For small batches and short texts on a CPU, faster than the fused kernels
-        "attn_implementation": "eager",
+        "attn_implementation": training_attention(),
         "bf16": dtype == torch.bfloat16,
         "language_model_dtype": str(dtype).removeprefix("torch."),
         "use_cpu": not torch.cuda.is_available(),
