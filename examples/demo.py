@@ -71,8 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the models and the sheet")
     parser.add_argument("--scenes", type=int, default=5000, help="scenes to learn from")
     parser.add_argument("--stage1-steps", type=int, default=260, help=f"steps by ITC and ITG, {BATCH} scenes each")
-    parser.add_argument("--matching-steps", type=int, default=40, help="steps by ITC, ITM and ITG that follow")
-    parser.add_argument("--stage2-steps", type=int, default=240, help="steps of stage 2, 32 texts each")
+    parser.add_argument("--matching-steps", type=int, default=30, help="steps by ITC, ITM and ITG that follow")
+    parser.add_argument("--stage2-steps", type=int, default=225, help="steps of stage 2, 32 texts each")
     parser.add_argument("--retrain", action="store_true", help="train again, even if there is a trained model")
     arguments = parser.parse_args()
     if arguments.scenes < BATCH:
