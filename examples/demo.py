@@ -59,7 +59,7 @@ QUERIES, TEST = 16, 120
 BATCH, MATCHING_BATCH = 64, 48  # scenes of a step of stage 1, without matching and with it
 NEXT = """
     blip2-hf caption {folder}/scenes --model {folder}/model
-    blip2-hf ask {folder}/scenes/000.png "{question}" --model {folder}/model
+    blip2-hf ask {folder}/scenes/000.png "{what}" "{how_many}" --model {folder}/model
     blip2-hf index {folder}/scenes --model {folder}/retriever
     blip2-hf search "{caption}" --index {folder}/scenes
     blip2-hf look {folder}/scenes/000.png "{caption}" --model {folder}/retriever --output look.png"""
@@ -214,7 +214,9 @@ def main():
     print(f"\nThe table and the sheet: {arguments.output}/table.md, {arguments.output}/captions.png")
     print(f"{time.time() - start:.0f} seconds in all. Next, with the scenes in {save_scenes(test, arguments.output)}:")
     first = test[0]
-    print(NEXT.format(folder=arguments.output, caption=first["caption"], question=first["questions"][-1]["question"]))
+    # Of several questions of a kind the first, which is about a thing that is there
+    asked = {question["kind"].replace(" ", "_"): question["question"] for question in reversed(first["questions"])}
+    print(NEXT.format(folder=arguments.output, caption=first["caption"], **asked))
 
 
 if __name__ == "__main__":

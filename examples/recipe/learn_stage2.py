@@ -85,7 +85,7 @@ def main():
     transformers.set_seed(options.seed)
     model = make_model(settings, stage1)
     tokenizer = AutoTokenizer.from_pretrained(real_assets().language_model)
-    few = scenes.select(range(1500))
+    few = scenes.select(range(min(1500, len(scenes))))
     start_projection(model, stack_features(few), caption_embeddings(model, tokenizer, few["caption"]))
     processor = Blip2Processor(
         image_processor(), tokenizer, num_query_tokens=model.config.num_query_tokens, prompt=CAPTION_PROMPT

@@ -102,7 +102,8 @@ _GROUPS = {
     """,
     "model": """
         --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --stage1
-        --vision-feature-layer --num-query-tokens --image-size --size --max-pixels --load-in-4bit --load-in-8bit
+        --vision-feature-layer --num-query-tokens --query-initialization --image-size --size --max-pixels
+        --load-in-4bit --load-in-8bit
         --method --layer
     """,
     "generation": """
