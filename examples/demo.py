@@ -26,7 +26,7 @@ from precision import fast_dtype
 from real_assets import cache_folder, real_assets
 from scene_training import (
     NEW_PARTS,
-    WithoutMatching,
+    ChosenLosses,
     caption_embeddings,
     set_training_attention,
     stack_features,
@@ -105,7 +105,7 @@ def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespa
         num_query_tokens=QUERIES,
     )
     pairs = ImageTextPairs(features, text_column="caption", id_column="caption")
-    model = WithoutMatching.from_encoders_pretrained(
+    model = ChosenLosses.from_encoders_pretrained(
         efficientnet_lite.pretrained_folder(),
         assets.text_encoder,
         num_query_tokens=QUERIES,
@@ -115,6 +115,7 @@ def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespa
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+    model.losses = ("itc", "itg")
     folder, collator = arguments.output / "stage1", ImageTextCollator(processor)
     for batch_size, steps, rates in (
         (BATCH, arguments.stage1_steps, (3e-4, 5e-4)),

@@ -1,4 +1,4 @@
-"""What is fastest on this machine: the dtype of products, and the implementation of attention for training."""
+"""Measures what is fastest on this machine: the dtype of products, and the attention of a training."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the trainings on scenes share, in the demo and in the recipe: batches of twins, and two learning rates."""
+"""Shared by the demo and the recipe: chosen losses, batches of twins, two learning rates, the projection's start."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,16 +16,20 @@ from blip2_hf.training import Blip2Arguments, Blip2Trainer, last_complete_checkp
 NEW_PARTS = ("crossattention", "query_tokens", "_projection", "itm_head", "lm_head.transform", "post_layernorm")
 
 
-class WithoutMatching(Blip2ForPreTraining):
-    """Stage 1 by contrast and captioning alone. Matching (ITM) takes half of the time of a step."""
+class ChosenLosses(Blip2ForPreTraining):
+    """Stage 1 by some of its losses. Matching (ITM) takes half of the time of a step, which is saved without it."""
+
+    losses: tuple[str, ...] = ("itc", "itm", "itg")
 
     def forward(self, *args, **kwargs):
         outputs = super().forward(*args, **kwargs)
         if outputs.loss is not None:
-            outputs.loss = outputs.loss_itc + outputs.loss_itg
+            outputs.loss = sum(outputs[f"loss_{name}"] for name in self.losses)
         return outputs
 
     def _second_pass(self, images, negative_images, text_embeds, *args):
+        if "itm" in self.losses:
+            return super()._second_pass(images, negative_images, text_embeds, *args)
         return self.itm_head.weight.new_zeros(3 * len(text_embeds), 2)
 
 
@@ -84,7 +88,7 @@ def train(
     settings = {
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,
-        # The schedule's end is given as a rate, for the group with the higher one
+        # The last rate of the schedule is that of new parts; the other group ends at the same share of its own
         "learning_rate": new_parts_learning_rate,
         "min_learning_rate": new_parts_learning_rate / 100,
         "warmup_steps": 20,

@@ -23,33 +23,20 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import efficientnet_lite  # noqa: E402
 from real_assets import real_assets  # noqa: E402
-from scene_training import NEW_PARTS, LearnsFromTwins, set_training_attention  # noqa: E402
+from scene_training import NEW_PARTS, ChosenLosses, LearnsFromTwins, set_training_attention  # noqa: E402
 
-from blip2_hf import Blip2ForPreTraining, Blip2Processor  # noqa: E402
+from blip2_hf import Blip2Processor  # noqa: E402
 from blip2_hf.data import ImageTextCollator, ImageTextPairs  # noqa: E402
 from blip2_hf.training import Blip2Trainer, Stage1Arguments  # noqa: E402
 
 
-class Ablation(Blip2ForPreTraining):
-    """Leaves out losses of stage 1, or the hardness of matching's negatives."""
+class Ablation(ChosenLosses):
+    """Leaves out losses of stage 1, or the hardness of matching's negatives (0: all are equally likely)."""
 
-    losses: tuple[str, ...] = ("itc", "itm", "itg")
     hardness = 1.0
-
-    def forward(self, *args, **kwargs):
-        outputs = super().forward(*args, **kwargs)
-        if outputs.loss is not None:
-            outputs.loss = sum(outputs[f"loss_{name}"] for name in self.losses)
-        return outputs
 
     def _draw_negatives(self, compared, is_match):
         return super()._draw_negatives({name: logits * self.hardness for name, logits in compared.items()}, is_match)
-
-    def _second_pass(self, images, negative_images, text_embeds, *args):
-        if "itm" in self.losses:
-            return super()._second_pass(images, negative_images, text_embeds, *args)
-        # Half of a step, which only matching needs
-        return self.itm_head.weight.new_zeros(3 * len(text_embeds), 2)
 
 
 def make_model(settings: Stage1) -> Ablation:

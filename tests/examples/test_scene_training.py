@@ -73,10 +73,11 @@ def test_twins_are_together():
 
 
 def test_without_matching_there_are_two_losses_and_one_pass():
-    from scene_training import WithoutMatching
+    from scene_training import ChosenLosses
 
     model = make_stage1()
-    without, batch, passes = WithoutMatching(model.config), make_inputs(), []
+    without, batch, passes = ChosenLosses(model.config), make_inputs(), []
+    without.losses = ("itc", "itg")
     without.load_state_dict(model.state_dict())
     without.qformer.register_forward_hook(lambda *_: passes.append(1))
     outputs, expected = without.eval()(**batch), model.eval()(**batch)

@@ -1,4 +1,4 @@
-"""How different the output queries of an image are: what the logs of both stages tell, and a warning of collapse."""
+"""Measures how different the output queries of an image are, logs it, and warns if they have become one vector."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -48,8 +48,9 @@ def query_diversity(query_states: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 class QueryDiversityLog:
     """
-    How different the queries are for some pictures of the last batch, for the log of a training. They are computed
-    again without dropout, which would make equal queries differ. It warns once if they have become one vector.
+    Computes how different the queries of some pictures of the last batch are, whenever a training logs. It runs the
+    Q-Former again without dropout, because dropout makes equal queries differ. It warns once if the queries have
+    become one vector.
     """
 
     def __init__(self):
