@@ -27,7 +27,9 @@ from real_assets import cache_folder, real_assets
 from scene_training import (
     NEW_PARTS,
     ChosenLosses,
+    LearnsFromTwins,
     caption_embeddings,
+    save_as_library_class,
     set_training_attention,
     stack_features,
     start_projection,
@@ -56,7 +58,7 @@ from blip2_hf.training import Stage1Arguments, Stage2Arguments
 
 
 QUERIES, TEST = 16, 120
-BATCH, MATCHING_BATCH = 64, 48  # scenes of a step of stage 1, without matching and with it
+BATCH = 64  # scenes of a step by ITC and ITG
 NEXT = """
     blip2-hf caption {folder}/scenes --model {folder}/model
     blip2-hf ask {folder}/scenes/000.png "{what}" "{how_many}" --model {folder}/model
@@ -70,9 +72,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the models and the sheet")
     parser.add_argument("--scenes", type=int, default=5000, help="scenes to learn from")
-    parser.add_argument("--stage1-steps", type=int, default=260, help=f"steps by ITC and ITG, {BATCH} scenes each")
+    parser.add_argument("--stage1-steps", type=int, default=320, help=f"steps by ITC and ITG, {BATCH} scenes each")
     parser.add_argument("--matching-steps", type=int, default=30, help="steps by ITC, ITM and ITG that follow")
-    parser.add_argument("--stage2-steps", type=int, default=225, help="steps of stage 2, 32 texts each")
+    parser.add_argument("--stage2-steps", type=int, default=160, help="steps of stage 2, 32 texts each")
     parser.add_argument("--retrain", action="store_true", help="train again, even if there is a trained model")
     arguments = parser.parse_args()
     if arguments.scenes < BATCH:
@@ -115,19 +117,18 @@ def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespa
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model.losses = ("itc", "itg")
+    set_training_attention(model)
+    # They are half of the weights, and some sixty names teach them little
+    model.embeddings.word_embeddings.requires_grad_(False)
     folder, collator = arguments.output / "stage1", ImageTextCollator(processor)
-    for batch_size, steps, rates in (
-        (BATCH, arguments.stage1_steps, (3e-4, 5e-4)),
-        (MATCHING_BATCH, arguments.matching_steps, (1e-4, 3e-4)),
+    for losses, steps, batch_size, (rate, new_rate) in (
+        (("itc", "itg"), arguments.stage1_steps, BATCH, (3e-4, 5e-4)),
+        (("itc", "itm", "itg"), arguments.matching_steps, 32, (1e-4, 3e-4)),
     ):
-        set_training_attention(model)
-        # They are half of the weights, and some sixty names teach them little
-        model.embeddings.word_embeddings.requires_grad_(False)
-        rate, new_rate = rates
-        train(model, pairs, collator, folder, Stage1Arguments, steps, batch_size, rate, NEW_PARTS, new_rate)
-        model.save_pretrained(arguments.output / "retriever")
-        model = Blip2ForPreTraining.from_pretrained(arguments.output / "retriever")
+        model.losses = losses
+        options = (folder, Stage1Arguments, steps, batch_size, rate, NEW_PARTS, new_rate, LearnsFromTwins)
+        train(model, pairs, collator, *options)
+    save_as_library_class(model, arguments.output / "retriever")
     processor.save_pretrained(arguments.output / "retriever")
 
 
@@ -148,8 +149,8 @@ def train_stage2(features: datasets.Dataset, assets, arguments: argparse.Namespa
         num_query_tokens=QUERIES,
         prompt=PROMPT,
     )
-    # Of each fourth scene, one of all kinds in turn, because captions are harder and need most of the steps
-    asked = [(row, several[row // 4 % len(several)]) for row, several in enumerate(features["questions"])][::4]
+    # Of each third scene, one of all kinds in turn, because captions are harder and need most of the steps
+    asked = [(row, several[row // 3 % len(several)]) for row, several in enumerate(features["questions"])][::3]
     questions = datasets.Dataset.from_list([{"image": row, **question} for row, question in asked])
     captions = {"text_column": "caption", "prompt": PROMPT, "clean_text": False, "source": "captions"}
     answers = {"text_column": "answer", "prompt": QUESTION_PROMPT, "prompt_column": "question", "images": features}

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow.parquet
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 
 DATA = Path(__file__).parent / "data" / "emoji"
@@ -86,7 +86,11 @@ def article(name: str) -> str:
 
 
 def make_scenes(
-    styles: tuple[str, ...], count: int, seed: int | str = 0, compositions: str = "seen"
+    styles: tuple[str, ...],
+    count: int,
+    seed: int | str = 0,
+    compositions: str = "seen",
+    restyle: bool = False,
 ) -> datasets.Dataset:
     """
     Make scenes, in twins: a pair of things and the same in the other order, two and three of a thing, or one thing and
@@ -101,6 +105,9 @@ def make_scenes(
             Seed. The same one gives the same bytes.
         compositions (`str`, *optional*, defaults to `"seen"`):
             `"seen"`, or `"held out"` for pairs of things that no scene with `"seen"` has.
+        restyle (`bool`, *optional*, defaults to `False`):
+            Whether two of three drawings become grey, outlines, or get other colours, or few with outlines: an
+            augmentation, from which unseen styles are learned better.
 
     Returns:
         `datasets.Dataset`: rows with `image` of 192 x 192 pixels, `image_id`, the number of the scene, `style`,
@@ -118,7 +125,7 @@ def make_scenes(
     rows = []
     for number in range(count):
         style = styles[number // 2 % len(styles)]
-        rows.append(_scene(number, style, seed, compositions == "held out"))
+        rows.append(_scene(number, style, seed, compositions == "held out", restyle))
     return _as_dataset(rows, PICTURE | TRUTH)
 
 
@@ -186,7 +193,7 @@ def is_held_out(one: str, other: str) -> bool:
     return zlib.crc32("|".join(sorted((one, other))).encode()) % 10 == 0
 
 
-def _scene(number: int, style: str, seed: int | str, is_new: bool) -> dict:
+def _scene(number: int, style: str, seed: int | str, is_new: bool, restyle: bool) -> dict:
     chance = random.Random(f"{seed} {number // 2}")
     kind = chance.choice([*RELATIONS]) if is_new else chance.choice(KINDS)
     things = [name for name in THINGS if (style, name) in _drawings()]
@@ -207,7 +214,9 @@ def _scene(number: int, style: str, seed: int | str, is_new: bool) -> dict:
         captions, swapped = [f"{kind} {plural(one)}"], [f"{COUNTS[kind]} {plural(one)}"]
     else:
         objects, captions, swapped = [one], [article(one)], []
-    image = {"bytes": _draw(style, objects, _places(kind, chance), chance), "path": None}
+    places = _places(kind, chance)
+    restyled = random.Random(f"{seed} {number} restyled") if restyle else None
+    image = {"bytes": _draw(style, objects, places, chance, restyled), "path": None}
     scene = {"image": image, "image_id": number, "kind": kind, "style": style, "objects": objects}
     scene |= {"caption": captions[0], "captions": captions, "swapped": swapped}
     return scene | {"questions": questions_of(scene)}
@@ -241,15 +250,53 @@ def _are_apart(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
     return any(a[i] + a[2] + GAP <= b[i] or b[i] + b[2] + GAP <= a[i] for i in (0, 1))
 
 
-def _draw(style: str, objects: list[str], places: list[tuple[int, int, int]], chance: random.Random) -> bytes:
+def _draw(
+    style: str,
+    objects: list[str],
+    places: list[tuple[int, int, int]],
+    chance: random.Random,
+    restyled: random.Random | None,
+) -> bytes:
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
     for name, (x, y, side) in zip(objects, places, strict=True):
         drawing = _drawings()[style, name].resize((side, side), Image.Resampling.BICUBIC)
+        if restyled is not None:
+            drawing = _restyle(drawing, restyled)
         is_mirrored = chance.random() < 0.5
         canvas.paste(drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else drawing, (x, y))
     file = io.BytesIO()
     canvas.save(file, "PNG", compress_level=3)
     return file.getvalue()
+
+
+def _restyle(drawing: Image.Image, chance: random.Random) -> Image.Image:
+    way = chance.choice(("as it is", "as it is", "grey", "other colours", "outlines", "few colours"))
+    if way == "as it is":
+        return drawing
+    grey = ImageOps.grayscale(drawing)
+    edges = grey.filter(ImageFilter.FIND_EDGES).point(lambda value: 255 * (value > 50))
+    edges = edges.filter(ImageFilter.MaxFilter(3))
+    if way == "other colours":
+        hue, *rest = drawing.convert("HSV").split()
+        turn = chance.randrange(256)
+        restyled = Image.merge("HSV", (hue.point(lambda value: (value + turn) % 256), *rest)).convert("RGB")
+    elif way == "outlines":
+        restyled = ImageOps.invert(edges).convert("RGB")
+    elif way == "few colours":
+        restyled = ImageOps.posterize(drawing.filter(ImageFilter.ModeFilter(5)), 3)
+        restyled.paste("black", mask=edges)
+    else:
+        restyled = grey.convert("RGB")
+    # What is around the drawing stays white
+    white = Image.new("RGB", drawing.size, "white")
+    white.paste(restyled, mask=_ink(drawing).filter(ImageFilter.MaxFilter(3)))
+    return white
+
+
+def _ink(drawing: Image.Image) -> Image.Image:
+    """Return the mask of what is not white. Faint marks of compression are no ink."""
+    difference = ImageChops.difference(drawing, Image.new("RGB", drawing.size, "white"))
+    return difference.convert("L").point(lambda value: 255 * (value > 12))
 
 
 @functools.cache
@@ -261,9 +308,7 @@ def _drawings() -> dict[tuple[str, str], Image.Image]:
         rows = pyarrow.parquet.read_table(DATA / file, columns=columns, filters=[("name", "in", THINGS)])
         for row in rows.to_pylist():
             image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-            difference = ImageChops.difference(image, Image.new("RGB", image.size, "white"))
-            # Faint marks of compression are no ink
-            image = image.crop(difference.convert("L").point(lambda value: 255 * (value > 12)).getbbox())
+            image = image.crop(_ink(image).getbbox())
             square = Image.new("RGB", (max(image.size),) * 2, "white")
             square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
             found[row["style"], row["name"]] = square

@@ -25,16 +25,16 @@ from blip2_hf.data import VisionTower, cache_features, load_cached_features  # n
 
 
 SEEN = tuple(style for style in STYLES if style != VALIDATION_STYLE)
-# Styles, number of scenes, and compositions. A run with --validate learns from "validate train" and is tested on the
-# two after it, so that settings are not chosen by the test style
+# Styles, number of scenes, compositions, and whether drawings are restyled. With --validate a run learns from
+# "validate train" and is tested on the two sets after it, because the test style must not choose settings
 SETS = {
-    "train": (STYLES, TRAIN, "seen"),
-    "seen styles": (STYLES, TEST, "seen"),
-    "new compositions": (STYLES, TEST, "held out"),
-    "new style": ((TEST_STYLE,), TEST, "seen"),
-    "validate train": (SEEN, TRAIN, "seen"),
-    "validate seen styles": (SEEN, TEST, "seen"),
-    "validate new style": ((VALIDATION_STYLE,), TEST, "seen"),
+    "train": (STYLES, TRAIN, "seen", True),
+    "seen styles": (STYLES, TEST, "seen", False),
+    "new compositions": (STYLES, TEST, "held out", False),
+    "new style": ((TEST_STYLE,), TEST, "seen", False),
+    "validate train": (SEEN, TRAIN, "seen", True),
+    "validate seen styles": (SEEN, TEST, "seen", False),
+    "validate new style": ((VALIDATION_STYLE,), TEST, "seen", False),
 }
 
 
@@ -49,8 +49,8 @@ def load_scenes(name: str) -> datasets.Dataset:
         # Without the tower, because it may compute in another dtype here
         return load_cached_features(folder)
     except FileNotFoundError:
-        styles, count, compositions = SETS[name]
-        scenes = make_scenes(styles, count, name, compositions)
+        styles, count, compositions, restyle = SETS[name]
+        scenes = make_scenes(styles, count, name, compositions, restyle)
         # Convolutions on a CPU are faster with the channels last
         tower = VisionTower(efficientnet_lite.pretrained_folder()).to(fast_dtype(), memory_format=torch.channels_last)
         return load_cached_features(cache_features(scenes, tower.to(device_type()), image_processor(), folder))

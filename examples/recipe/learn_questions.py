@@ -7,7 +7,6 @@ The question goes to the language model alone, or into the Q-Former too, as in t
 """
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,10 +83,9 @@ def main():
         images=scenes,
         seed=options.seed,
     )
-    start, work = time.time(), folder / "checkpoints"
+    work = folder / "checkpoints"
     collator = LanguageModelCollator(processor)
-    log = learn(model, pairs, collator, settings, NEW_PARTS, options.seed, work, Stage2Arguments)
-    seconds = time.time() - start
+    log, seconds = learn(model, pairs, collator, settings, NEW_PARTS, options.seed, work, Stage2Arguments)
     save_results(folder, {name: score_answers(model, processor, test) for name, test in tests.items()}, log, seconds)
 
 

@@ -8,7 +8,6 @@ A frozen language model reads the queries and writes the caption.
 """
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,10 +90,11 @@ def main():
         image_processor(), tokenizer, num_query_tokens=model.config.num_query_tokens, prompt=CAPTION_PROMPT
     )
     pairs = ImageTextPairs(scenes, text_column="caption", prompt=CAPTION_PROMPT, clean_text=False, seed=options.seed)
-    start, work = time.time(), folder / "checkpoints"
+    work = folder / "checkpoints"
     collator = LanguageModelCollator(processor)
-    log = learn(model, pairs, collator, settings, ("language_projection",), options.seed, work, Stage2Arguments)
-    seconds = time.time() - start
+    log, seconds = learn(
+        model, pairs, collator, settings, ("language_projection",), options.seed, work, Stage2Arguments
+    )
     captions = {name: write(model, processor, test) for name, test in tests.items()}
     results = {name: score_captions(captions[name], test) for name, test in tests.items()}
     model.save_pretrained(folder / "model")

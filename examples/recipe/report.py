@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from settings import FOLDER, QUESTIONS, STAGE1, STAGE2
+from settings import FOLDER, QUESTIONS, STAGE1, STAGE2, START
 
 
 SETS = ("seen styles", "new compositions", "new style")
@@ -73,6 +73,16 @@ def diversity_table() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def probe_table() -> str:
+    """Make the table of the things that a linear probe of the tower's features names."""
+    file = FOLDER / "probe.json"
+    if not file.exists():
+        return ""
+    cells = [f"{100 * share:.1f}" for share in json.loads(file.read_text()).values()]
+    lines = [["things named, %", *SETS], ["---"] * (1 + len(SETS)), ["linear probe of the tower", *cells]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def of_set(scenes: str, keys: dict[str, str]) -> dict[str, tuple[str, str]]:
     return {title: (scenes, key) for title, key in keys.items()}
 
@@ -83,10 +93,16 @@ def of_all_sets(keys: dict[str, str]) -> dict[str, tuple[str, str]]:
 
 def minutes() -> str:
     """Return how long a training took, in minutes, for each kind."""
-    kinds = {"stage 1": ("stage1", STAGE1), "stage 2": ("stage2", STAGE2), "questions": ("questions", QUESTIONS)}
+    kinds = {
+        "stage 1": ("stage1", START | STAGE1),
+        "stage 2": ("stage2", STAGE2),
+        "questions": ("questions", QUESTIONS),
+    }
     parts = []
     for title, (stage, variants) in kinds.items():
-        if taken := [record["seconds"] / 60 for variant in variants for record in runs(stage, variant)]:
+        if taken := [
+            run["seconds"] / 60 for variant in variants for run in runs(stage, variant) if run["seconds"] is not None
+        ]:
             parts.append(f"{title} {min(taken):.0f} to {max(taken):.0f} minutes")
     return f"Training: {', '.join(parts)}.\n"
 
@@ -95,15 +111,18 @@ def tables() -> list[str]:
     kinds = sorted(
         {key for variant in QUESTIONS for run in runs("questions", variant) for key in run["results"][SETS[0]]}
     )
+    # What twins teach is what "full" has more than "start"
+    stage1 = ["start", *STAGE1]
     return [
-        *(table("stage1", f"retrieval, {scenes}, R@1 %", STAGE1, of_set(scenes, RETRIEVAL)) for scenes in SETS),
-        *(table("stage1", f"told from a swapped one, {scenes}, %", STAGE1, of_set(scenes, TOLD)) for scenes in SETS),
-        table("stage1", "captions by the Q-Former, %", STAGE1, of_all_sets(CAPTIONS), prefix="ITG "),
+        *(table("stage1", f"retrieval, {scenes}, R@1 %", stage1, of_set(scenes, RETRIEVAL)) for scenes in SETS),
+        *(table("stage1", f"told from a swapped one, {scenes}, %", stage1, of_set(scenes, TOLD)) for scenes in SETS),
+        table("stage1", "captions by the Q-Former, %", stage1, of_all_sets(CAPTIONS), prefix="ITG "),
         table("stage2", "captions by the language model, %", STAGE2, of_all_sets(CAPTIONS)),
         table(
             "questions", "answers, seen styles, %", QUESTIONS, of_set(SETS[0], dict(zip(kinds, kinds, strict=True)))
         ),
         diversity_table(),
+        probe_table(),
         minutes(),
     ]
 

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from settings import FOLDER, QUESTIONS, SEEDS, STAGE1, STAGE2
+from settings import FOLDER, QUESTIONS, SEEDS, STAGE1, STAGE2, START
 
 
 HERE = Path(__file__).parent
@@ -47,6 +47,8 @@ def stages(seeds: list[int]) -> Iterator[list[tuple[Path, list[str]]]]:
         ]
 
     yield [job("features.py", "features.json")]
+    yield [job("probe.py", "probe.json")]
+    yield runs("stage1", START)
     yield runs("stage1", STAGE1)
     yield runs("stage2", STAGE2)
     yield runs("questions", QUESTIONS)

@@ -32,20 +32,18 @@ class Training:
 @dataclass(frozen=True)
 class Stage1(Training):
     """
-    The settings of a stage 1: `first` without matching, which takes half of a step, then with all losses, on twins.
+    The settings of a training of stage 1, which has two of them.
 
-    Without `hard_negatives`, all negatives of matching are equally likely.
+    The first one, on any scenes, has no matching, which takes half of a step. The second one goes on from the model of
+    `start`, on twins. The queries are those of the first one. Without `hard_negatives`, all negatives of matching are
+    equally likely.
     """
 
-    first: Training = Training(steps=300, batch_size=64, learning_rate=3e-4, new_parts_learning_rate=5e-4)
-    losses: tuple[str, ...] = ("itc", "itm", "itg")
+    start: str | None = None
+    losses: tuple[str, ...] = ("itc", "itg")
     num_query_tokens: int = 16
     query_initialization: str = "words"
     hard_negatives: bool = True
-    steps: int = 250
-    batch_size: int = 48
-    learning_rate: float = 2e-4
-    new_parts_learning_rate: float = 4e-4
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Stage2(Training):
     """The settings of a stage 2, and the stage 1 that it follows. Without one, the Q-Former starts from BERT."""
 
     stage1: str | None = "full"
-    steps: int = 300
+    steps: int = 200
     batch_size: int = 32
     learning_rate: float = 4e-4
     new_parts_learning_rate: float = 2e-3
@@ -64,27 +62,40 @@ class Questions(Training):
     """The settings of a fine-tuning on questions, after stage 2, and whether the Q-Former reads the question."""
 
     instruct_qformer: bool = True
-    steps: int = 300
+    steps: int = 250
     batch_size: int = 32
     learning_rate: float = 3e-4
     new_parts_learning_rate: float = 1e-3
 
 
-FULL = Stage1()
+COUNTS = ("1 query", "4 queries")  # instead of 16
+FIRST = Stage1(steps=300, batch_size=64, learning_rate=3e-4, new_parts_learning_rate=5e-4)
+START = {
+    "start": FIRST,
+    "start, normal queries": replace(FIRST, query_initialization="normal"),
+    "start, no ITG": replace(FIRST, losses=("itc",)),
+    **{f"start, {count}": replace(FIRST, num_query_tokens=int(count.split()[0])) for count in COUNTS},
+}
+FULL = Stage1(
+    steps=400,
+    batch_size=32,
+    learning_rate=4e-4,
+    new_parts_learning_rate=8e-4,
+    start="start",
+    losses=("itc", "itm", "itg"),
+)
 STAGE1 = {
     "full": FULL,
-    "normal queries": replace(FULL, query_initialization="normal"),
-    "no ITG": replace(FULL, losses=("itc", "itm")),
+    "normal queries": replace(FULL, start="start, normal queries"),
+    "no ITG": replace(FULL, start="start, no ITG", losses=("itc", "itm")),
     "no ITM": replace(FULL, losses=("itc", "itg")),
     "random negatives": replace(FULL, hard_negatives=False),
-    "1 query": replace(FULL, num_query_tokens=1),
-    "4 queries": replace(FULL, num_query_tokens=4),
-    "32 queries": replace(FULL, num_query_tokens=32),
+    **{count: replace(FULL, start=f"start, {count}") for count in COUNTS},
 }
 STAGE2 = {
     "full": Stage2(),
     "no stage 1": Stage2(stage1=None),
-    **{name: Stage2(stage1=name) for name in ("normal queries", "1 query", "4 queries", "32 queries")},
+    **{name: Stage2(stage1=name) for name in ("normal queries", *COUNTS)},
 }
 QUESTIONS = {
     "question into the Q-Former": Questions(),

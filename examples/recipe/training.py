@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from precision import computed_in  # noqa: E402
 from scene_training import train  # noqa: E402
 
-from blip2_hf.training import Blip2Arguments, Blip2Trainer  # noqa: E402
+from blip2_hf.training import Blip2Arguments, Blip2Trainer, last_complete_checkpoint  # noqa: E402
 
 
 def learn(
@@ -29,9 +30,14 @@ def learn(
     folder: Path,
     arguments_class: type[Blip2Arguments],
     trainer_class: type[Blip2Trainer] = Blip2Trainer,
-) -> list[dict]:
-    """Train a model. A stopped training goes on from its last checkpoint in `folder`. Return the log."""
-    return train(
+) -> tuple[list[dict], float | None]:
+    """
+    Train a model. A stopped training goes on from its last checkpoint in `folder`.
+
+    Return the log, and the seconds that it took, which are unknown after a stop.
+    """
+    is_continued, start = last_complete_checkpoint(folder) is not None, time.time()
+    log = train(
         model,
         pairs,
         collator,
@@ -49,6 +55,7 @@ def learn(
         seed=seed,
         disable_tqdm=True,
     )
+    return log, None if is_continued else time.time() - start
 
 
 def parse_options(description: str, variants: Iterable[str]) -> argparse.Namespace:
@@ -67,7 +74,7 @@ def parse_options(description: str, variants: Iterable[str]) -> argparse.Namespa
     return options
 
 
-def save_results(folder: Path, results: dict, log: list[dict], seconds: float, **more):
+def save_results(folder: Path, results: dict, log: list[dict], seconds: float | None, **more):
     """Print the results, and write them with the log and what they depend on besides the settings."""
     print(json.dumps(results, indent=1))
     record = {"results": results, "log": log, "seconds": seconds, "computed in": computed_in()}

@@ -55,7 +55,11 @@ def train_on_twins(folder, model, collator, steps, stop_before=None, **arguments
     return trainers
 
 
-def test_twins_are_together():
+def are_twins(first: int, second: int) -> bool:
+    return first % 2 == 0 and second == first + 1
+
+
+def test_half_of_the_scenes_come_with_their_twins():
     from scene_training import Twins
 
     orders = {}
@@ -67,9 +71,24 @@ def test_twins_are_together():
             orders[seed, epoch] = tuple(sampler)
             assert orders[seed, epoch] == tuple(again) and len(sampler) == ROWS
             assert sorted(orders[seed, epoch]) == list(range(ROWS))
-            firsts, seconds = orders[seed, epoch][::2], orders[seed, epoch][1::2]
-            assert all(a % 2 == 0 and b == a + 1 for a, b in zip(firsts, seconds, strict=True))
     assert len(set(orders.values())) == len(orders)
+    fours = [order[i : i + 4] for order in orders.values() for i in range(0, ROWS, 4)]
+    assert all(are_twins(*four[:2]) for four in fours)
+    assert sum(are_twins(*four[2:]) for four in fours) < len(fours) / 3
+
+
+def test_some_scenes_come_alone_before_the_twins():
+    from scene_training import Twins
+
+    sampler = Twins(ROWS, SEED, alone=8)
+    order = list(sampler)
+    assert len(order) == len(sampler) == ROWS and len(set(order[:8])) == 8
+    assert not all(are_twins(*order[i : i + 2]) for i in (0, 4))
+    assert all(are_twins(*order[i : i + 2]) for i in (8, 12))
+    sampler.set_epoch(1)
+    twins = Twins(ROWS, SEED)
+    twins.set_epoch(1)
+    assert list(sampler) == list(twins)
 
 
 def test_without_matching_there_are_two_losses_and_one_pass():
@@ -90,7 +109,8 @@ def test_training_tells_the_sampler_its_epoch(tmp_path):
 
     collator = Recorded()
     train_on_twins(tmp_path, make_stage1(), collator, 3 * EPOCH)
-    sampler = Twins(ROWS, SEED)
+    # A quarter of the steps
+    sampler = Twins(ROWS, SEED, alone=3 * EPOCH // 4 * BATCH)
     for epoch in range(3):
         sampler.set_epoch(epoch)
         found = collator.batches[epoch * EPOCH : (epoch + 1) * EPOCH]

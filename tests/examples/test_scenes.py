@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 from paths import EXAMPLES
-from PIL import Image
+from PIL import Image, ImageFilter
 from saved_models import save_captioner, save_stage1
 
 from blip2_hf.cli import main
@@ -94,6 +94,20 @@ def test_scenes_come_in_twins(seen, held_out):
                 assert second["kind"] == "one" and first["objects"] != second["objects"]
             else:
                 assert sorted(first["swapped"]) == sorted(second["captions"])
+
+
+def test_restyled_drawings_stay_where_they_are(scenes, seen):
+    styles = (*scenes.STYLES, scenes.TEST_STYLE)
+    restyled = scenes.make_scenes(styles, COUNT, restyle=True)
+    assert stored(restyled.remove_columns("image")) == stored(seen.remove_columns("image"))
+    changed = 0
+    for before, after in zip(seen["image"], restyled["image"], strict=True):
+        around = np.asarray(before.convert("L").filter(ImageFilter.MinFilter(5))) < 255
+        assert not (ink(after) & ~around).any()
+        assert ink(after).any()
+        changed += before != after
+    # One drawing of three stays as it is
+    assert 0.6 < changed / COUNT < 1
 
 
 def test_styles_and_compositions_that_do_not_exist_are_refused(scenes):
