@@ -57,7 +57,7 @@ from blip2_hf.models.frozen import cast_parameters
 from blip2_hf.training import Stage1Arguments, Stage2Arguments
 
 
-QUERIES, TEST = 16, 120
+QUERIES, TEST = 8, 120
 BATCH = 64  # scenes of a step by ITC and ITG
 NEXT = """
     blip2-hf caption {folder}/scenes --model {folder}/model
@@ -72,9 +72,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the models and the sheet")
     parser.add_argument("--scenes", type=int, default=5000, help="scenes to learn from")
-    parser.add_argument("--stage1-steps", type=int, default=320, help=f"steps by ITC and ITG, {BATCH} scenes each")
-    parser.add_argument("--matching-steps", type=int, default=30, help="steps by ITC, ITM and ITG that follow")
-    parser.add_argument("--stage2-steps", type=int, default=160, help="steps of stage 2, 32 texts each")
+    parser.add_argument("--stage1-steps", type=int, default=220, help=f"steps by ITC and ITG, {BATCH} scenes each")
+    parser.add_argument("--matching-steps", type=int, default=90, help="steps by ITC, ITM and ITG that follow")
+    parser.add_argument("--stage2-steps", type=int, default=230, help="steps of stage 2, 32 texts each")
     parser.add_argument("--retrain", action="store_true", help="train again, even if there is a trained model")
     arguments = parser.parse_args()
     if arguments.scenes < BATCH:
@@ -123,7 +123,7 @@ def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespa
     folder, collator = arguments.output / "stage1", ImageTextCollator(processor)
     for losses, steps, batch_size, (rate, new_rate) in (
         (("itc", "itg"), arguments.stage1_steps, BATCH, (3e-4, 5e-4)),
-        (("itc", "itm", "itg"), arguments.matching_steps, 32, (1e-4, 3e-4)),
+        (("itc", "itm", "itg"), arguments.matching_steps, 32, (4e-4, 8e-4)),
     ):
         model.losses = losses
         options = (folder, Stage1Arguments, steps, batch_size, rate, NEW_PARTS, new_rate, LearnsFromTwins)
