@@ -63,7 +63,7 @@ def test_models_a_table_and_a_sheet_are_written(printed, output):
     captioner = Blip2ForConditionalGeneration.from_pretrained(output / "model")
     retriever = Blip2ForPreTraining.from_pretrained(output / "retriever")
     for model in (captioner, retriever):
-        assert model.config.num_query_tokens == 16 and model.vision_model is not None
+        assert model.config.num_query_tokens == 8 and model.vision_model is not None
 
 
 def test_the_lines_that_come_next_run(printed, output, monkeypatch, tmp_path, capsys):
