@@ -73,7 +73,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the models and the sheet")
     parser.add_argument("--scenes", type=int, default=5000, help="scenes to learn from")
     parser.add_argument("--stage1-steps", type=int, default=220, help=f"steps by ITC and ITG, {BATCH} scenes each")
-    parser.add_argument("--matching-steps", type=int, default=90, help="steps by ITC, ITM and ITG that follow")
+    parser.add_argument(
+        "--matching-steps", type=int, default=90, help="steps by ITC, ITM and ITG that follow, 32 each"
+    )
     parser.add_argument("--stage2-steps", type=int, default=230, help="steps of stage 2, 32 texts each")
     parser.add_argument("--retrain", action="store_true", help="train again, even if there is a trained model")
     arguments = parser.parse_args()
@@ -97,7 +99,7 @@ def load_features(scenes: datasets.Dataset, name: str) -> datasets.Dataset:
 
 def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespace):
     """
-    Train by contrast and captioning, and then by matching too, which takes half of a step and needs less of them.
+    Train by contrast and captioning, and then by matching too, which takes half of a step.
 
     Scenes with equal captions are no negatives of each other.
     """
@@ -178,7 +180,8 @@ def train_models(features: datasets.Dataset, assets, arguments: argparse.Namespa
     done = json.loads(record.read_text()) if record.exists() and not arguments.retrain else {}
     done = done if done.get("settings") == settings else {"settings": settings, "stages": 0}
     if done["stages"] < 1:
-        print(f"\nStage 1: contrast, matching and captioning by the Q-Former: {arguments.stage1_steps} steps")
+        steps = f"{arguments.stage1_steps} steps, and {arguments.matching_steps} with matching"
+        print(f"\nStage 1: contrast and captioning by the Q-Former: {steps}")
         train_stage1(features, assets, arguments)
         record.write_text(json.dumps(done | {"stages": 1}))
     if done["stages"] < 2:

@@ -34,7 +34,7 @@ class ChosenLosses(Blip2ForPreTraining):
 
 
 def save_as_library_class(model: ChosenLosses, folder: Path) -> Blip2ForPreTraining:
-    """Save and return the model as the class that commands know: a checkpoint has the name of its model's class."""
+    """Save the model as [`Blip2ForPreTraining`], and return it. Commands do not know the classes of examples."""
     model.save_pretrained(folder)
     plain = Blip2ForPreTraining.from_pretrained(folder)
     plain.save_pretrained(folder)
@@ -43,7 +43,7 @@ def save_as_library_class(model: ChosenLosses, folder: Path) -> Blip2ForPreTrain
 
 class Twins(torch.utils.data.Sampler):
     """
-    Yields the rows of scenes in random order, half of them with their twins: two and two in turn.
+    Yields the rows of scenes in random order: two twins, then two others, in turn.
 
     Args:
         rows (`int`):
@@ -51,7 +51,8 @@ class Twins(torch.utils.data.Sampler):
         seed (`int`):
             Seed of the order, which differs from epoch to epoch.
         alone (`int`, *optional*, defaults to 0):
-            An even number of rows that come first, in the first epoch, without their twins.
+            Number of rows, even, that come first in the first epoch, in an order that does not look at twins. The
+            first epoch has as many rows as any other, so that some come twice.
     """
 
     def __init__(self, rows: int, seed: int, alone: int = 0):
@@ -68,7 +69,8 @@ class Twins(torch.utils.data.Sampler):
         order = torch.randperm(self.rows, generator=chance).tolist()
         alone = 0 if self.epoch else self.alone
         yield from order[:alone]
-        together, apart = (2 * torch.randperm(self.rows // 2, generator=chance)).chunk(2)
+        pairs = 2 * torch.randperm(self.rows // 2, generator=chance)
+        together, apart = pairs[: (len(pairs) + 1) // 2], pairs[(len(pairs) + 1) // 2 :]
         others = torch.cat([apart, apart + 1])
         others = others[torch.randperm(len(others), generator=chance)].tolist()
         mixed = []
@@ -79,10 +81,11 @@ class Twins(torch.utils.data.Sampler):
 
 class LearnsFromTwins(Blip2Trainer):
     """
-    Draws batches that are twins by half, after a quarter of the steps without.
+    Makes half of a batch twins, after a quarter of the steps, or an epoch if that is shorter.
 
-    In other batches hardly ever two scenes differ in relation or count alone, so that contrast and matching need no
-    relations (Yuksekgonul et al. 2023: a bag of words). Matching learns them sooner if it knows the things before.
+    Without twins, hardly any two scenes of a batch differ in a relation or a count alone. Contrast and matching then
+    need no relations (Yuksekgonul et al. 2023: a bag of words). Matching learns them sooner if it knows the things
+    before. The share of the steps is that on one device, without accumulation.
     """
 
     def _get_train_sampler(self, train_dataset=None):

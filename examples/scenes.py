@@ -94,7 +94,7 @@ def make_scenes(
 ) -> datasets.Dataset:
     """
     Make scenes, in twins: a pair of things and the same in the other order, two and three of a thing, or one thing and
-    another. A batch with both twins can only be told apart by relations and counts.
+    another thing.
 
     Args:
         styles (`tuple[str, ...]`):
@@ -106,8 +106,8 @@ def make_scenes(
         compositions (`str`, *optional*, defaults to `"seen"`):
             `"seen"`, or `"held out"` for pairs of things that no scene with `"seen"` has.
         restyle (`bool`, *optional*, defaults to `False`):
-            Whether two of three drawings become grey, outlines, or get other colours, or few with outlines: an
-            augmentation, from which unseen styles are learned better.
+            Whether to change two of three drawings: to grey, outlines, other colours, or few colours with outlines.
+            Models then do better in styles that they have not seen.
 
     Returns:
         `datasets.Dataset`: rows with `image` of 192 x 192 pixels, `image_id`, the number of the scene, `style`,

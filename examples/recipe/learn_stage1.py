@@ -2,7 +2,7 @@
 Train stage 1 on the scenes of the recipe, and evaluate it: retrieval, swapped captions, and captions by ITG.
 
     python examples/recipe/learn_stage1.py --variant start --seed 0    # by contrast and captioning
-    python examples/recipe/learn_stage1.py --variant full --seed 0     # goes on from it, on twins, by matching too
+    python examples/recipe/learn_stage1.py --variant full --seed 0     # goes on from it, by matching too
     python examples/recipe/learn_stage1.py --variant start --validate --set steps=200   # to choose settings
 
 With --validate, one of the training styles is held out and tested on, and the test scenes are not used.
@@ -76,6 +76,8 @@ def main():
     root = FOLDER / ("validate" if options.validate else ".") / "stage1"
     folder = options.output or root / f"{options.variant}-seed{options.seed}"
     start = settings.start and root / f"{settings.start}-seed{options.seed}" / "model"
+    if settings.start and {"num_query_tokens", "query_initialization"} & options.set.keys():
+        sys.exit(f"The queries of {options.variant!r} are those of {settings.start!r}. Set them there.")
     if start and not start.exists():
         sys.exit(f"This continues from {start}, which does not exist. Run --variant {settings.start!r} first.")
     transformers.logging.set_verbosity_error()
@@ -96,8 +98,8 @@ def main():
         Stage1Arguments,
         LearnsFromTwins if start else Blip2Trainer,
     )
+    trained = save_as_library_class(model, folder / "model").to(model.device)
     processor.save_pretrained(folder / "model")
-    trained = save_as_library_class(model, folder / "model")
     results = {name: evaluate(trained, processor, test, settings.losses) for name, test in tests.items()}
     save_results(folder, results, log, seconds)
 

@@ -3,8 +3,8 @@ Measure what the frozen tower tells of the things in a scene: a linear probe of 
 
     python examples/recipe/probe.py
 
-It tells how much of a style that was not seen the Q-Former can name. The features of a scene are the mean and the
-maximum of each channel over all places. In a scene of n different things the probe names the n most likely ones.
+It tells how well the frozen features carry over to a style that was not seen. The features of a scene are the mean and
+the maximum of each channel over all places. In a scene of n different things the probe names the n most likely ones.
 """
 
 import sys
@@ -41,14 +41,20 @@ def named(scores: torch.Tensor, there: torch.Tensor) -> float:
     return (sum(right) / there.sum()).item()
 
 
-def main():
-    scenes, tests = choose_scenes(validate=False)
+def probe(scenes: datasets.Dataset, tests: dict[str, datasets.Dataset]) -> dict[str, float]:
+    """Fit the probe to scenes, and return how many things it names in others."""
     features, there = pool(scenes), things_of(scenes)
     mean, deviation = features.mean(dim=0), features.std(dim=0)
     features = (features - mean) / deviation
     ridge = RIDGE * len(features) * torch.eye(features.shape[1]).double()
     weight = torch.linalg.solve(features.T @ features + ridge, features.T @ (there - there.mean(dim=0)))
-    results = {name: named((pool(test) - mean) / deviation @ weight, things_of(test)) for name, test in tests.items()}
+    return {name: named((pool(test) - mean) / deviation @ weight, things_of(test)) for name, test in tests.items()}
+
+
+def main():
+    results = probe(*choose_scenes(validate=False))
+    # With one of the training styles held out
+    results |= {f"validate {name}": share for name, share in probe(*choose_scenes(validate=True)).items()}
     print(results)
     save_json(FOLDER / "probe.json", results)
 

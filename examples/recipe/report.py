@@ -78,8 +78,9 @@ def probe_table() -> str:
     file = FOLDER / "probe.json"
     if not file.exists():
         return ""
-    cells = [f"{100 * share:.1f}" for share in json.loads(file.read_text()).values()]
-    lines = [["things named, %", *SETS], ["---"] * (1 + len(SETS)), ["linear probe of the tower", *cells]]
+    named = json.loads(file.read_text())
+    cells = [f"{100 * share:.1f}" for share in named.values()]
+    lines = [["things named, %", *named], ["---"] * (1 + len(named)), ["linear probe of the tower", *cells]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -111,7 +112,7 @@ def tables() -> list[str]:
     kinds = sorted(
         {key for variant in QUESTIONS for run in runs("questions", variant) for key in run["results"][SETS[0]]}
     )
-    # What twins teach is what "full" has more than "start"
+    # Before the second training
     stage1 = ["start", *STAGE1]
     return [
         *(table("stage1", f"retrieval, {scenes}, R@1 %", stage1, of_set(scenes, RETRIEVAL)) for scenes in SETS),

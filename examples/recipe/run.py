@@ -1,7 +1,7 @@
 """
-Run the whole recipe: scenes, features, both stages, questions, ablations, with three seeds, and the tables.
+Run the whole recipe: scenes, features, a probe of them, both stages, questions, ablations, three seeds, tables.
 
-    python examples/recipe/run.py                 # README.md says how long each step takes on two cores
+    python examples/recipe/run.py                 # README.md says how long each step takes on a core
     python examples/recipe/run.py --seeds 0       # a first look
     python examples/recipe/run.py --dry-run       # the commands
 

@@ -34,9 +34,9 @@ class Stage1(Training):
     """
     The settings of a training of stage 1, which has two of them.
 
-    The first one, on any scenes, has no matching, which takes half of a step. The second one goes on from the model of
-    `start`, on twins. The queries are those of the first one. Without `hard_negatives`, all negatives of matching are
-    equally likely.
+    The first one has no matching, which takes half of a step. The second one goes on from the model of `start`, whose
+    queries it has. After a quarter of its steps half of a batch are twins. Without `hard_negatives`, all negatives of
+    matching are equally likely.
     """
 
     start: str | None = None

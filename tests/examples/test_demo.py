@@ -96,9 +96,16 @@ def test_what_was_trained_with_the_same_settings_is_used_again(demo, printed, ou
 
 
 def test_a_stage_that_is_done_is_not_done_again(demo, tmp_path, monkeypatch):
-    trained = []
+    trained, losses = [], []
     train, stage2 = demo.train, demo.train_stage2
-    monkeypatch.setattr(demo, "train", lambda *options: trained.append(options[5]) or train(*options))
+
+    def record(model, *options):
+        trained.append(options[4])
+        if isinstance(model, demo.ChosenLosses):
+            losses.append((model.losses, options[5], options[-1] is demo.LearnsFromTwins))
+        return train(model, *options)
+
+    monkeypatch.setattr(demo, "train", record)
 
     def stop(*arguments):
         raise InterruptedError
@@ -109,6 +116,8 @@ def test_a_stage_that_is_done_is_not_done_again(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "train_stage2", stage2)
     run(demo, tmp_path)
     assert trained == [2, 1, 2]
+    # The losses of each training of stage 1, its batch size, and whether it has twins
+    assert losses == [(("itc", "itg"), 64, True), (("itc", "itm", "itg"), 32, True)]
 
 
 def test_too_few_scenes_for_a_step_are_refused(demo, output, monkeypatch, capsys):

@@ -164,6 +164,35 @@ def test_a_step_whose_model_is_missing_is_named(folder, script, options):
         run_script(script, *options, "--seed", "7")
 
 
+def test_queries_of_the_start_cannot_be_set_later(folder, tmp_path):
+    options = ("--variant", "full", "--set", "num_query_tokens=4", "--output", str(tmp_path))
+    with pytest.raises(SystemExit, match="The queries of 'full' are those of 'start'. Set them there."):
+        run_script("learn_stage1", *options)
+
+
+@pytest.mark.parametrize("variant", ["start", "full"])
+def test_the_second_training_goes_on_from_the_first_on_twins(variant, folder, tmp_path, monkeypatch):
+    import learn_stage1
+    from scene_training import LearnsFromTwins
+
+    from blip2_hf.training import Blip2Trainer
+
+    started = []
+
+    def learn(model, pairs, collator, settings, new_parts, seed, place, arguments_class, trainer_class):
+        started.append((model.query_tokens.weight.detach().clone(), model.losses, trainer_class))
+        raise InterruptedError
+
+    monkeypatch.setattr(learn_stage1, "learn", learn)
+    with pytest.raises(InterruptedError):
+        run_script("learn_stage1", "--variant", variant, "--output", str(tmp_path))
+    ((queries, losses, trainer_class),) = started
+    first = Blip2ForPreTraining.from_pretrained(folder / "stage1" / "start-seed0" / "model").query_tokens.weight
+    assert torch.equal(queries, first) == (variant == "full")
+    assert losses == (("itc", "itm", "itg") if variant == "full" else ("itc", "itg"))
+    assert trainer_class is (LearnsFromTwins if variant == "full" else Blip2Trainer)
+
+
 @pytest.fixture(scope="module")
 def batch(stage1, scenes) -> dict[str, torch.Tensor]:
     from scene_training import stack_features
@@ -395,7 +424,8 @@ def test_a_probe_names_as_many_things_as_there_are(folder):
     scores = torch.tensor([[0.5, -1.0, 0.2, -2.0], [0.1, 0.0, 0.2, 0.3]])
     assert named(scores, there) == pytest.approx(2 / 3)
     found = json.loads((folder / "probe.json").read_text())
-    assert list(found) == SETS and all(0 <= share <= 1 for share in found.values())
+    assert list(found) == [*SETS, "validate seen styles", "validate new style"]
+    assert all(0 <= share <= 1 for share in found.values())
 
 
 def test_a_probe_of_what_the_features_tell_is_always_right(monkeypatch, tmp_path):
@@ -407,7 +437,7 @@ def test_a_probe_of_what_the_features_tell_is_always_right(monkeypatch, tmp_path
     monkeypatch.setattr(probe, "choose_scenes", lambda validate: (scenes, {"same": scenes}))
     monkeypatch.setattr(probe, "stack_features", lambda own: probe.things_of(own)[:, None].repeat(1, 4, 1))
     probe.main()
-    assert json.loads((tmp_path / "probe.json").read_text()) == {"same": 1.0}
+    assert json.loads((tmp_path / "probe.json").read_text()) == {"same": 1.0, "validate same": 1.0}
 
 
 def write_results(folder: Path, stage: str, variant: str, values: list[float], keys: list[str], dtypes: list[str]):
@@ -432,6 +462,10 @@ def test_tables_of_what_there_is(monkeypatch, tmp_path):
     dtypes = ["bfloat16", "float32", "bfloat16"]
     write_results(tmp_path, "stage1", "full", [0.5, 0.6, 0.7], contrast + matching + captions, dtypes)
     write_results(tmp_path, "stage1", "no ITM", [0.25], contrast, ["float32"])
+    write_results(tmp_path, "stage1", "start", [0.375], contrast, ["float32"])
+    continued = tmp_path / "stage1" / "start-seed0" / "results.json"
+    # After a stop the time is not known
+    save_json(continued, json.loads(continued.read_text()) | {"seconds": None})
     write_results(tmp_path, "stage2", "no stage 1", [0.125], ["exact", "precision", "recall"], ["float32"])
     write_results(tmp_path, "questions", "question into the Q-Former", [1.0], ["right", "what"], ["float32"])
     save_json(tmp_path / "probe.json", dict(zip(SETS, (0.995, 0.98, 0.66), strict=True)))
@@ -441,6 +475,7 @@ def test_tables_of_what_there_is(monkeypatch, tmp_path):
     seeds, spread = "2 in bfloat16, 1 in float32", "60.0 ± 10.0"
     assert text.count(f"| full | {seeds} | {spread} | {spread} | {spread} | {spread} |\n") == len(SETS)
     assert text.count("| no ITM | 1 in float32 | 25.0 |  | 25.0 |  |\n") == len(SETS)
+    assert text.count("| start | 1 in float32 | 37.5 |  | 37.5 |  |\n") == len(SETS)
     assert f"| full | {seeds} |  | {spread} |  |  |\n" in text  # relations told, by matching alone
     assert f"| full | {seeds} | {' | '.join([spread] * 9)} |\n" in text
     assert f"| no stage 1 | 1 in float32 | {' | '.join(['12.5'] * 9)} |\n" in text
