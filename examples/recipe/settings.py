@@ -51,7 +51,7 @@ class Stage2(Training):
     """The settings of a stage 2, and the stage 1 that it follows. Without one, the Q-Former starts from BERT."""
 
     stage1: str | None = "full"
-    steps: int = 350
+    steps: int = 200
     batch_size: int = 32
     learning_rate: float = 4e-4
     new_parts_learning_rate: float = 2e-3
