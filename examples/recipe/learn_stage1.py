@@ -55,7 +55,6 @@ def make_model(settings: Stage1, start: Path | None = None) -> Ablation:
             real_assets().text_encoder,
             num_query_tokens=settings.num_query_tokens,
             query_initialization=settings.query_initialization,
-            load_vision_tower=False,
             # In every layer instead of every second one as in the paper: the faster learning outweighs the cost
             cross_attention_frequency=1,
             # Dropout takes a tenth of the time, and did not help in so short a training

@@ -43,6 +43,7 @@ def make_model(settings: Stage2, stage1: Path) -> Blip2ForConditionalGeneration:
         parts = {"stage1": Blip2ForPreTraining.from_pretrained(stage1)}
     else:
         parts = {
+            "vision_model": efficientnet_lite.pretrained_folder(),
             "text_encoder": real_assets().text_encoder,
             "num_query_tokens": 16,
             # As in stage 1
@@ -51,7 +52,7 @@ def make_model(settings: Stage2, stage1: Path) -> Blip2ForConditionalGeneration:
             "attention_probs_dropout_prob": 0.0,
         }
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
-        **parts, vision_model=efficientnet_lite.pretrained_folder(), language_model=real_assets().language_model
+        **parts, language_model=real_assets().language_model
     ).float()
     cast_parameters(model.language_model, fast_dtype())
     set_training_attention(model)

@@ -16,6 +16,7 @@ from tiny import randomize
 from tiny_examples import tiny_examples
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2ForPreTraining, Blip2Processor
+from blip2_hf.cli import main
 from blip2_hf.data import ImageTextCollator, ImageTextPairs
 from blip2_hf.training import Stage1Arguments
 
@@ -154,6 +155,21 @@ def test_each_step_writes_its_results_and_its_model(folder):
     config = json.loads((folder / "stage1" / "full-seed0" / "model" / "config.json").read_text())
     assert config["architectures"] == [Blip2ForPreTraining.__name__]
     assert not list(folder.rglob("checkpoint*"))
+
+
+def test_the_models_work_with_the_commands(folder, tmp_path, capsys):
+    from scenes import STYLES, make_scenes
+
+    picture = tmp_path / "scene.png"
+    make_scenes(STYLES, 1)[0]["image"].save(picture)
+    captioner, retriever = (str(folder / stage / "full-seed0" / "model") for stage in ("stage2", "stage1"))
+    main(["caption", str(picture), "--model", captioner])
+    main(["ask", str(picture), "what is in the picture?", "--model", captioner])
+    main(["look", str(picture), "a fox", "--model", retriever, "--output", str(tmp_path / "map.png")])
+    main(["index", str(tmp_path), "--model", retriever])
+    capsys.readouterr()
+    main(["search", "a fox", "--index", str(tmp_path)])
+    assert "scene.png" in capsys.readouterr().out and (tmp_path / "map.png").is_file()
 
 
 @pytest.mark.parametrize(
