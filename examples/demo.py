@@ -26,6 +26,7 @@ from precision import fast_dtype
 from real_assets import cache_folder, real_assets
 from scene_training import (
     NEW_PARTS,
+    QFORMER,
     ChosenLosses,
     LearnsFromTwins,
     caption_embeddings,
@@ -113,11 +114,7 @@ def train_stage1(features: datasets.Dataset, assets, arguments: argparse.Namespa
         efficientnet_lite.pretrained_folder(),
         assets.text_encoder,
         num_query_tokens=QUERIES,
-        # In every layer instead of every second one as in the paper: the faster learning outweighs the cost
-        cross_attention_frequency=1,
-        # Dropout takes a tenth of the time, and did not help in so short a training
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        **QFORMER,
     )
     set_training_attention(model)
     # They are half of the weights, and some sixty names teach them little

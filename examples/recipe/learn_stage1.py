@@ -25,6 +25,7 @@ import efficientnet_lite  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 from scene_training import (  # noqa: E402
     NEW_PARTS,
+    QFORMER,
     ChosenLosses,
     LearnsFromTwins,
     save_as_library_class,
@@ -55,11 +56,7 @@ def make_model(settings: Stage1, start: Path | None = None) -> Ablation:
             real_assets().text_encoder,
             num_query_tokens=settings.num_query_tokens,
             query_initialization=settings.query_initialization,
-            # In every layer instead of every second one as in the paper: the faster learning outweighs the cost
-            cross_attention_frequency=1,
-            # Dropout takes a tenth of the time, and did not help in so short a training
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+            **QFORMER,
         )
     model.losses, model.hardness = settings.losses, 1.0 if settings.hard_negatives else 0.0
     set_training_attention(model)

@@ -26,6 +26,7 @@ import efficientnet_lite  # noqa: E402
 from precision import fast_autocast, fast_dtype  # noqa: E402
 from real_assets import real_assets  # noqa: E402
 from scene_training import (  # noqa: E402
+    QFORMER,
     caption_embeddings,
     set_training_attention,
     stack_features,
@@ -46,10 +47,7 @@ def make_model(settings: Stage2, stage1: Path) -> Blip2ForConditionalGeneration:
             "vision_model": efficientnet_lite.pretrained_folder(),
             "text_encoder": real_assets().text_encoder,
             "num_query_tokens": 16,
-            # As in stage 1
-            "cross_attention_frequency": 1,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
+            **QFORMER,
         }
     model = Blip2ForConditionalGeneration.from_pretrained_parts(
         **parts, language_model=real_assets().language_model
