@@ -157,9 +157,10 @@ def test_each_step_writes_its_results_and_its_model(folder):
     assert not list(folder.rglob("checkpoint*"))
 
 
-def test_the_models_work_with_the_commands(folder, tmp_path, capsys):
+def test_the_models_work_with_the_commands(folder, tmp_path, capsys, monkeypatch):
     from scenes import STYLES, make_scenes
 
+    monkeypatch.chdir(tmp_path)
     picture = tmp_path / "scene.png"
     make_scenes(STYLES, 1)[0]["image"].save(picture)
     captioner, retriever = (str(folder / stage / "full-seed0" / "model") for stage in ("stage2", "stage1"))
