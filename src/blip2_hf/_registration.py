@@ -16,6 +16,7 @@ def register_configs():
 def register_models():
     from transformers.models.auto.modeling_auto import (
         AutoModel,
+        AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
         AutoModelForPreTraining,
@@ -35,7 +36,13 @@ def register_models():
     AutoModelForPreTraining.register(Blip2ForPreTraining.config_class, Blip2ForPreTraining, exist_ok=True)
     retrieval = Blip2ForImageTextRetrieval
     AutoModelForZeroShotImageClassification.register(retrieval.config_class, retrieval, exist_ok=True)
-    for auto_model in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForVisualQuestionAnswering):
+    # TRL loads models of classes that are not in transformers by AutoModelForCausalLM
+    for auto_model in (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoModelForVisualQuestionAnswering,
+    ):
         auto_model.register(Blip2ForConditionalGeneration.config_class, Blip2ForConditionalGeneration, exist_ok=True)
 
 

@@ -258,8 +258,9 @@ class Blip2HfConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if __name__.startswith("blip2_hf."):
-            # The package needs no code from a checkpoint; a copy of this file on the Hub does
-            kwargs.pop("auto_map", None)
+            # The package needs no code from a checkpoint; a copy of this file on the Hub does. TRL reads auto_map of
+            # any configuration whose class is not in transformers
+            kwargs["auto_map"] = {}
             kwargs.pop("custom_pipelines", None)
         self.vision_config = _sub_config(self.vision_config, Blip2VisionConfig)
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
@@ -297,6 +298,8 @@ class Blip2HfConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dict, without the names of folders that its parts were loaded from."""
         output = super().to_dict()
+        if not output.get("auto_map"):
+            output.pop("auto_map", None)
         for name in self.sub_configs:
             if output.get(name) is not None:
                 _drop_folder_names(output[name])

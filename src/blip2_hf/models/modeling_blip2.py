@@ -179,7 +179,16 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         if modality is None and self.config.is_encoder_decoder:
             return self.language_model.get_encoder()
-        return self.vision_model if modality == "image" else super().get_encoder(modality=modality)
+        return self.vision_model if modality == "image" else self
+
+    @property
+    def base_model(self) -> "Blip2ForConditionalGeneration | _WithoutHead":
+        """
+        The model without the language model's head: called with the arguments of `forward`, it returns an output with
+        `last_hidden_state` of shape `(batch_size, sequence_length, hidden_size)`, from which TRL's trainers compute
+        log-probabilities. An encoder-decoder, which TRL does not train, is returned as it is.
+        """
+        return self if self.config.is_encoder_decoder else _WithoutHead(self)
 
     @can_return_tuple
     def get_image_features(
@@ -582,6 +591,28 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
 
 
 Blip2ForConditionalGeneration = Blip2HfForConditionalGeneration
+
+
+class _WithoutHead:
+    """A view of a model that shares its parts, but for the head of its language model. Attributes are the model's."""
+
+    def __init__(self, model: Blip2HfForConditionalGeneration):
+        self._model = model
+
+    def __call__(self, *args, **kwargs) -> ModelOutput:
+        body = copy.copy(self._model)
+        headless = generating_part(body.language_model).base_model
+        body._modules = body._modules | {"language_model": headless}
+        # Not that of the instance, which TRL replaces by one that calls this
+        outputs = type(body).forward(body, *args, **kwargs).language_model_outputs
+        ids = kwargs.get("input_ids")
+        if ids is not None:
+            # Without those of images that were put in front, as labels are
+            outputs["last_hidden_state"] = outputs.last_hidden_state[:, -ids.shape[1] :]
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 LANGUAGE_MODEL_OUTPUTS = (

@@ -122,7 +122,8 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.attention_dropout = config.attention_probs_dropout_prob
+        # Never called: a module, because TRL and others turn off dropout in modules
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -143,7 +144,7 @@ class Blip2QFormerMultiHeadAttention(nn.Module):
             attention_mask = attention_mask[:, :, : query.shape[2]].expand(-1, -1, query.shape[2], -1)
         name = self._attn_implementation(query, attention_mask, kwargs.get("output_attentions"))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         if name == "sdpa" and dropout > 0 and query.device.type == "cpu":
             # No kernel for a CPU has dropout: the backward pass computes probabilities again, in place of three copies
             attention_interface = partial(checkpoint, attention_interface, use_reentrant=False)

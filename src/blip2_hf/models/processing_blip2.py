@@ -423,7 +423,9 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             return_dict (`bool`, *optional*, defaults to `False`):
                 Whether to return all inputs of the model instead of `input_ids` alone.
             kwargs (`dict`):
-                Arguments of the tokenizer's `apply_chat_template` and, with `tokenize=True`, of the processor.
+                Arguments of the tokenizer's `apply_chat_template` and, with `tokenize=True`, of the processor. The
+                latter may also be in a `dict`, `processor_kwargs`. With `return_assistant_tokens_mask=True` the output
+                has `assistant_masks` too, 1 at tokens between `{% generation %}` and `{% endgeneration %}`.
 
         Returns:
             `str`, `list[str]`, `input_ids` or [`BatchFeature`].
@@ -437,6 +439,9 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
                 "This language model has no chat template: pass plain text to the processor, or set "
                 "processor.chat_template."
             )
+        with_masks = kwargs.pop("return_assistant_tokens_mask", False)
+        if with_masks and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True.")
         call_names = ("return_tensors", "padding", "padding_side", "truncation", "max_length", "processor_kwargs")
         call_kwargs = {name: kwargs.pop(name) for name in call_names if name in kwargs}
         call_kwargs |= call_kwargs.pop("processor_kwargs", None) or {}
@@ -451,8 +456,32 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             return texts if is_batched else texts[0]
         groups = [images for _, images in pairs]
         # The template has written the special tokens already
-        inputs = self(images=groups if any(groups) else None, text=texts, add_special_tokens=False, **call_kwargs)
+        call_kwargs["add_special_tokens"] = False
+        inputs = self(images=groups if any(groups) else None, text=texts, **call_kwargs)
+        if with_masks:
+            chats = [messages for messages, _ in pairs]
+            inputs["assistant_masks"] = self._assistant_masks(chats, inputs["attention_mask"], template, kwargs)
         return inputs if return_dict else inputs["input_ids"]
+
+    def _assistant_masks(self, chats: list[list[dict]], attention_mask, template: str, kwargs: dict[str, Any]):
+        """Return 1 at tokens of the assistant, otherwise 0, in the shape and type of `attention_mask`."""
+        masks = [list(row) if isinstance(row, list) else row.clone() for row in attention_mask]
+        for messages, mask in zip(chats, masks, strict=True):
+            encoding = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                **kwargs,
+            )
+            counts = [self.num_query_tokens if token == self.image_token_id else 1 for token in encoding["input_ids"]]
+            values = _repeat(encoding["assistant_masks"], counts)
+            places = [place for place, attended in enumerate(mask) if attended]
+            for place, value in zip(places, values, strict=False):
+                # Fewer places if the text was truncated
+                mask[place] = value
+        return masks if isinstance(attention_mask, list) else torch.stack(masks)
 
     def post_process_image_text_to_text(
         self, generated_outputs, input_ids=None, skip_special_tokens: bool = True, **kwargs

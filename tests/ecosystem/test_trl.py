@@ -1,0 +1,151 @@
+"""TRL's trainers train two steps, and their losses and log-probabilities are the model's own."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CAPTIONS, DECODER_ONLY, NUM_QUERIES, make_image_processor, make_model, make_tokenizer
+
+from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+
+
+trl = pytest.importorskip("trl")
+
+# The assistant's turns, which are what is learned, are marked
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content }}</s>{% endgeneration %}{% else %}{{ message.content }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def make_processor() -> Blip2Processor:
+    return Blip2Processor(
+        make_image_processor(), make_tokenizer(), num_query_tokens=NUM_QUERIES, chat_template=TEMPLATE
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    folder, processor = str(tmp_path_factory.mktemp("model")), make_processor()
+    make_model("llama", image_token_index=processor.image_token_id).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def pictures() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 255, (28, 28, 3), dtype=np.uint8)) for _ in CAPTIONS]
+
+
+def said(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+def rows(**columns) -> datasets.Dataset:
+    return datasets.Dataset.from_list(
+        [
+            {"images": [image], **{name: column(caption) for name, column in columns.items()}}
+            for image, caption in zip(pictures(), CAPTIONS, strict=True)
+        ]
+    )
+
+
+PROMPT_COMPLETION = {"prompt": lambda _: "a photo of", "completion": lambda caption: f" {caption}"}
+CONVERSATION = {
+    "prompt": lambda _: said("user", "what is it?"),
+    "completion": lambda caption: said("assistant", caption),
+}
+MESSAGES = {"messages": lambda caption: said("user", "what is it?") + said("assistant", caption)}
+
+
+def arguments(config_class, folder, **settings):
+    common = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "bf16": False}
+    return config_class(str(folder), **common, logging_steps=1, save_strategy="no", learning_rate=1e-3, **settings)
+
+
+def trained(trainer, log: str = "loss") -> list[float]:
+    """Train, and return what was logged at each step."""
+    model = trainer.model
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    trainer.train()
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert any("qformer" in name for name in changed) and any("language_projection" in name for name in changed)
+    assert not any("language_model." in name and "lora" not in name for name in changed)
+    values = [entry[log] for entry in trainer.state.log_history if log in entry]
+    assert len(values) == 2 and all(np.isfinite(values))
+    return values
+
+
+@pytest.mark.parametrize("columns", [PROMPT_COMPLETION, CONVERSATION, MESSAGES], ids=["text", "chat", "messages"])
+def test_sft_has_the_loss_of_the_model_and_trains(columns, saved, tmp_path):
+    model, processor = Blip2ForConditionalGeneration.from_pretrained(saved), Blip2Processor.from_pretrained(saved)
+    settings = arguments(trl.SFTConfig, tmp_path, max_length=None, assistant_only_loss=columns is MESSAGES)
+    data = rows(**columns)
+    trainer = trl.SFTTrainer(model, args=settings, train_dataset=data, processing_class=processor)
+    batch = trainer.data_collator([data[0], data[1]])
+    learned = [processor.tokenizer.decode(row[row != -100]).strip() for row in batch["labels"]]
+    end = "" if columns is PROMPT_COMPLETION else "</s>"
+    assert [text.removesuffix("\n") for text in learned] == [caption + end for caption in CAPTIONS[:2]]
+    with torch.no_grad():
+        own, of_trl = model.eval()(**batch), model(**batch, fused_lm_head=True)
+    torch.testing.assert_close(of_trl.loss, own.loss, rtol=1e-5, atol=1e-5)
+    trained(trainer)
+
+
+def test_sft_loads_a_model_by_its_name(saved, tmp_path):
+    settings = arguments(trl.SFTConfig, tmp_path, max_length=None)
+    trainer = trl.SFTTrainer(saved, args=settings, train_dataset=rows(**CONVERSATION))
+    assert isinstance(trainer.model, Blip2ForConditionalGeneration)
+    assert isinstance(trainer.processing_class, Blip2Processor)
+    trained(trainer)
+
+
+def test_dpo_starts_from_equal_log_probabilities_and_trains(saved, tmp_path):
+    model, processor = Blip2ForConditionalGeneration.from_pretrained(saved), Blip2Processor.from_pretrained(saved)
+    data = rows(
+        prompt=lambda _: said("user", "what is it?"),
+        chosen=lambda caption: said("assistant", caption),
+        rejected=lambda _: said("assistant", "no"),
+    )
+    settings = arguments(trl.DPOConfig, tmp_path)
+    trainer = trl.DPOTrainer(model, args=settings, train_dataset=data, processing_class=processor)
+    # The reference, which the trainer has loaded, is the model itself at the first step
+    assert trained(trainer)[0] == pytest.approx(np.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_grpo_rewards_what_the_model_writes_and_trains(beta, saved, tmp_path):
+    model, processor = Blip2ForConditionalGeneration.from_pretrained(saved), Blip2Processor.from_pretrained(saved)
+    seen = []
+
+    def length(completions, caption, **kwargs):
+        texts = [completion[0]["content"] for completion in completions]
+        seen.extend(zip(texts, caption, strict=True))
+        return [float(len(text)) for text in texts]
+
+    data = rows(prompt=lambda _: said("user", "what is it?"), caption=lambda caption: caption)
+    settings = arguments(trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=6, beta=beta)
+    trainer = trl.GRPOTrainer(
+        model, reward_funcs=length, args=settings, train_dataset=data, processing_class=processor
+    )
+    rewards = trained(trainer, "rewards/length/mean")
+    assert len(seen) == 4 and {caption for _, caption in seen} <= set(CAPTIONS)
+    assert rewards[0] == pytest.approx(np.mean([len(text) for text, _ in seen[:2]]))
+
+
+@pytest.mark.parametrize("in_front", [False, True], ids=["placeholders", "images in front"])
+@pytest.mark.parametrize("language_model", DECODER_ONLY)
+def test_hidden_states_of_the_base_model_give_the_logits(language_model, in_front):
+    torch.manual_seed(0)
+    processor = make_processor()
+    index = None if in_front else processor.image_token_id
+    processor.num_query_tokens = None if in_front else NUM_QUERIES
+    model = make_model(language_model, image_token_index=index)
+    batch = processor(images=pictures()[:3], text=CAPTIONS[:3], return_tensors="pt")
+    with torch.no_grad():
+        hidden_states = model.base_model(**batch).last_hidden_state
+        logits = model(**batch).logits[:, -batch["input_ids"].shape[1] :]
+        torch.testing.assert_close(model.get_output_embeddings()(hidden_states), logits, rtol=1e-5, atol=1e-5)
