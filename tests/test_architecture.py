@@ -15,6 +15,7 @@ ARROWS = [
     "cli capfilt captioning retrieval data jobs models",
     "cli capfilt evaluation retrieval data jobs models",
     "cli capfilt search retrieval data jobs models",
+    "rewards capfilt evaluation retrieval data jobs models",
     "cli convert jobs models",
     "cli export jobs models",
     "cli attention_maps models",

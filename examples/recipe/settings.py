@@ -51,10 +51,10 @@ class Stage2(Training):
     """The settings of a stage 2, and the stage 1 that it follows. Without one, the Q-Former starts from BERT."""
 
     stage1: str | None = "full"
-    steps: int = 200
+    steps: int = 250
     batch_size: int = 32
-    learning_rate: float = 4e-4
-    new_parts_learning_rate: float = 2e-3
+    learning_rate: float = 2e-4
+    new_parts_learning_rate: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Questions(Training):
     instruct_qformer: bool = True
     steps: int = 250
     batch_size: int = 32
-    learning_rate: float = 3e-4
-    new_parts_learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
+    new_parts_learning_rate: float = 5e-4
 
 
 COUNTS = ("1 query", "4 queries")  # instead of 16

@@ -8,9 +8,11 @@ from PIL import Image
 from tiny import CAPTIONS, DECODER_ONLY, NUM_QUERIES, make_image_processor, make_model, make_tokenizer
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+from blip2_hf.rewards import CiderReward
 
 
 trl = pytest.importorskip("trl")
+trl_rewards = pytest.importorskip("trl.rewards")
 
 # The assistant's turns, which are what is learned, are marked
 TEMPLATE = (
@@ -126,14 +128,16 @@ def test_grpo_rewards_what_the_model_writes_and_trains(beta, saved, tmp_path):
         seen.extend(zip(texts, caption, strict=True))
         return [float(len(text)) for text in texts]
 
-    data = rows(prompt=lambda _: said("user", "what is it?"), caption=lambda caption: caption)
-    settings = arguments(trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=6, beta=beta)
-    trainer = trl.GRPOTrainer(
-        model, reward_funcs=length, args=settings, train_dataset=data, processing_class=processor
+    data = rows(
+        prompt=lambda _: said("user", "what is it?"), caption=lambda caption: caption, references=lambda text: [text]
     )
-    rewards = trained(trainer, "rewards/length/mean")
+    settings = arguments(trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=6, beta=beta)
+    rewards = [length, CiderReward(data["references"]), trl_rewards.get_repetition_penalty_reward()]
+    trainer = trl.GRPOTrainer(model, rewards, args=settings, train_dataset=data, processing_class=processor)
+    lengths = trained(trainer, "rewards/length/mean")
+    assert all("rewards/cider_d/mean" in entry for entry in trainer.state.log_history[:2])
     assert len(seen) == 4 and {caption for _, caption in seen} <= set(CAPTIONS)
-    assert rewards[0] == pytest.approx(np.mean([len(text) for text, _ in seen[:2]]))
+    assert lengths[0] == pytest.approx(np.mean([len(text) for text, _ in seen[:2]]))
 
 
 @pytest.mark.parametrize("in_front", [False, True], ids=["placeholders", "images in front"])

@@ -332,6 +332,99 @@ def test_chat_template(processor):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "x"}]}])
     with pytest.raises(TypeError, match="'hello' of type str"):
         processor.apply_chat_template(["hello"])
-    processor.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        processor.apply_chat_template(conversation)
+
+
+def asked(*parts) -> list[dict]:
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+DEFAULT_CHATS = [
+    (None, asked(None, "what is it?"), "<image>Question: what is it? Answer:"),
+    (None, asked("what is it?", None), "<image>Question: what is it? Answer:"),
+    (None, asked(None, None, "same?"), "<image><image>Question: same? Answer:"),
+    (None, [{"role": "user", "content": "hello?"}], "Question: hello? Answer:"),
+    (None, asked(None), "<image>"),
+    (
+        None,
+        [{"role": "system", "content": "Be brief."}, *asked(None, "why?")],
+        "Be brief. <image>Question: why? Answer:",
+    ),
+    ("a photo of", asked(None), "<image>a photo of"),
+    ("a photo of", asked(None, "what is it?"), "<image>Question: what is it? Answer:"),
+    ('Q: "{}" A:', asked(None, "what?"), '<image>Q: "what?" A:'),
+    (
+        None,
+        [*asked(None, "what is it?"), {"role": "assistant", "content": "a dog"}, *asked("where?")],
+        "<image>Question: what is it? Answer: a dog</s>Question: where? Answer:",
+    ),
+]
+
+
+@pytest.mark.parametrize(("prompt", "messages", "expected"), DEFAULT_CHATS)
+def test_default_chat_template(prompt, messages, expected, processor):
+    processor.prompt = prompt
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected
+
+
+def test_default_chat_template_gives_the_inputs_of_its_text(processor):
+    image, question = make_image(), "Question: what is it? Answer:"
+    chat = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, {"type": "image", "image": image}]}]
+    options = {"return_tensors": "pt", "add_special_tokens": False}
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    torch.testing.assert_close(dict(inputs), dict(processor(images=image, text=question, **options)))
+
+
+def test_default_chat_template_is_saved_and_follows_the_prompt(processor, tmp_path):
+    processor.prompt = "a photo of"
+    processor.save_pretrained(tmp_path)
+    assert "a photo of" in (tmp_path / "chat_template.jinja").read_text()
+    loaded = Blip2Processor.from_pretrained(tmp_path)
+    assert loaded.apply_chat_template(asked(None)) == "<image>a photo of"
+    loaded.prompt = "Q: {} A:"
+    loaded.save_pretrained(tmp_path)
+    assert Blip2Processor.from_pretrained(tmp_path).apply_chat_template(asked("what?")) == "Q: what? A:"
+
+
+def test_language_models_chat_template_is_used_unless_a_prompt_is_learned(processor, tmp_path):
+    processor.tokenizer.chat_template = TEMPLATE
+    own = Blip2Processor(processor.image_processor, processor.tokenizer, num_query_tokens=NUM_QUERIES)
+    assert own.apply_chat_template(asked("hi")) == "<s>[user]hi"
+    own.save_pretrained(tmp_path)
+    loaded = Blip2Processor.from_pretrained(tmp_path)
+    assert loaded.apply_chat_template(asked("hi")) == "<s>[user]hi"
+    learned = Blip2Processor(
+        processor.image_processor, processor.tokenizer, num_query_tokens=NUM_QUERIES, prompt="a photo of"
+    )
+    assert learned.apply_chat_template(asked("hi")) == "Question: hi Answer:"
+
+
+def test_processor_of_stage1_has_no_chat_template():
+    tokenizer = make_tokenizer(eos=True)
+    tokenizer.cls_token = "<s>"  # as BERT's has
+    processor = Blip2Processor(make_image_processor(), tokenizer, is_encoder_decoder=False)
+    assert processor.chat_template is None
+    with pytest.raises(ValueError, match="no chat template because its model writes no text"):
+        processor.apply_chat_template(asked("hi"))
+
+
+def test_assistant_masks_of_a_padded_batch(processor):
+    chats = [
+        [*asked(None, "what is it?"), {"role": "assistant", "content": "a dog"}],
+        [*asked("hello?"), {"role": "assistant", "content": "grass and sky"}, *asked("why?")],
+    ]
+    chats[0][0]["content"][0]["image"] = make_image()
+    for padding_side in ("left", "right"):
+        inputs = processor.apply_chat_template(
+            chats,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding_side": padding_side},
+        )
+        masks = inputs["assistant_masks"].bool()
+        learned = [processor.tokenizer.decode(ids[mask]) for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+        assert [text.strip() for text in learned] == ["a dog</s>", "grass and sky</s>"]
+    with pytest.raises(ValueError, match="needs tokenize=True"):
+        processor.apply_chat_template(chats, return_assistant_tokens_mask=True)

@@ -1,11 +1,30 @@
 """Messages of a chat with images in them, as text with image tokens and a list of the images."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+QUESTION_PROMPT = "Question: {} Answer:"  # section 4.2
+# Content is a text, in which images are marked, or a list of parts, whose images the processor puts in front
+_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.content is string -%}{%- set text = message.content -%}
+{%- else -%}
+{%- set text = message.content | selectattr("type", "equalto", "text") | map(attribute="text") | join("") -%}
+{%- endif -%}
+{{- IMAGE * (text.split(IMAGE) | length - 1) -}}
+{%- set text = text.replace(IMAGE, "") | trim -%}
+{%- if message.role == "assistant" -%}
+{{- " " -}}{%- generation -%}{{- text + END -}}{%- endgeneration -%}
+{%- elif message.role == "user" -%}
+{{- BEFORE + text + AFTER if text else CAPTION -}}
+{%- elif text -%}
+{{- text + " " -}}
+{%- endif -%}
+{%- endfor -%}"""
 
 
 def messages_to_text(messages: Iterable, image_token: str) -> tuple[list[dict], list]:
@@ -35,6 +54,40 @@ def messages_to_text(messages: Iterable, image_token: str) -> tuple[list[dict], 
             content = "".join(part.get("text", "") if part["type"] == "text" else image_token for part in parts)
         flat.append(message | {"content": content})
     return flat, images
+
+
+def default_chat_template(prompt: str | None, image_token: str, end: str) -> str:
+    r"""
+    Write the chat template of a model whose language model has none: images first, then a question in the form of
+    `prompt` or, if that is the prompt of captions, of the paper. A message without text asks for a caption.
+
+    Args:
+        prompt (`str`, *optional*):
+            What the model was fine-tuned to go on from, see [`Blip2Processor`].
+        image_token (`str`):
+            The token that stands for an image.
+        end (`str`):
+            What ends an answer.
+
+    Returns:
+        `str`: a template in Jinja.
+
+    Example:
+
+    ```python
+    >>> template = default_chat_template(None, "<image>", "</s>")
+    >>> # [{"role": "user", "content": "<image>what is it?"}] becomes "<image>Question: what is it? Answer:"
+    ```"""
+    asks = prompt is not None and "{}" in prompt
+    before, after = (prompt if prompt is not None and asks else QUESTION_PROMPT).split("{}", 1)
+    caption = "" if asks or prompt is None else prompt
+    names = {"IMAGE": image_token, "END": end, "BEFORE": before, "AFTER": after, "CAPTION": caption}
+    return "".join(f"{{%- set {name} = {json.dumps(text)} -%}}\n" for name, text in names.items()) + _TEMPLATE
+
+
+def is_default_chat_template(template: Any) -> bool:
+    """Tell whether a template is one of [`default_chat_template`]."""
+    return isinstance(template, str) and template.endswith(_TEMPLATE)
 
 
 def _images(part: dict) -> list:

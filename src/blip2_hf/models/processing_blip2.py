@@ -15,7 +15,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
 from ._hub_mixin import HubMixin
-from .chat_messages import messages_to_text
+from .chat_messages import default_chat_template, is_default_chat_template, messages_to_text
 from .image_loading import load_image_for
 
 
@@ -96,8 +96,22 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         self.qformer_tokenizer = qformer_tokenizer
         self.prompt = prompt
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
-        if self.chat_template is None:
-            self.chat_template = tokenizer.chat_template
+        self._update_chat_template()
+
+    def _update_chat_template(self):
+        """
+        Choose the template of chats, if none was given: that of the language model or, if it has none or the model has
+        learned a `prompt`, one that writes such prompts. Processors of stage 1 and of retrieval have none.
+        """
+        own = self.tokenizer.chat_template
+        if self.chat_template is not None and not is_default_chat_template(self.chat_template):
+            return
+        if own is not None and self.prompt is None and not is_default_chat_template(own):
+            self.chat_template = own
+        elif self._writes_text:
+            # An encoder-decoder reads earlier answers, and its end token ends all that is read
+            end = " " if self.is_encoder_decoder else self.tokenizer.decode([self.end_token_id])
+            self.chat_template = default_chat_template(self.prompt, self.image_token, end)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -143,6 +157,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         """
         if transformers_compatible:
             self._check_transformers_compatible(kwargs.pop("with_code", None), push_to_hub)
+        self._update_chat_template()
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
         if not transformers_compatible:
@@ -411,7 +426,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         self, conversation: list[dict] | list[list[dict]], tokenize: bool = False, return_dict: bool = False, **kwargs
     ) -> str | list[str] | torch.Tensor | BatchFeature:
         r"""
-        Write conversations with the language model's chat template, with `<image>` in the place of each image.
+        Write conversations with the chat template, with `<image>` in the place of each image.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
@@ -431,13 +446,14 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             `str`, `list[str]`, `input_ids` or [`BatchFeature`].
 
         Raises:
-            ValueError: if the language model has no chat template.
+            ValueError: if there is no chat template, because the model writes no text.
         """
+        self._update_chat_template()
         template = kwargs.pop("chat_template", None) or self.chat_template
         if template is None:
             raise ValueError(
-                "This language model has no chat template: pass plain text to the processor, or set "
-                "processor.chat_template."
+                "This processor has no chat template because its model writes no text: it is one of stage 1 or of "
+                "retrieval."
             )
         with_masks = kwargs.pop("return_assistant_tokens_mask", False)
         if with_masks and not (tokenize and return_dict):

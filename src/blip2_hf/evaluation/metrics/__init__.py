@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bleu import bleu
 from .captions import tokenize_captions
-from .cider_d import cider_d, cider_d_scores
+from .cider_d import cider_d, cider_d_scores, inverse_document_frequencies
 from .gqa import gqa_accuracy
 from .lemmas import lemmatize_answers
 from .ptb import ptb_tokenize
@@ -91,6 +91,7 @@ __all__ = [
     "cider_d",
     "cider_d_scores",
     "gqa_accuracy",
+    "inverse_document_frequencies",
     "lemmatize_answers",
     "load_metric",
     "normalize_vqa_answer",
