@@ -627,6 +627,19 @@ def test_image_text_to_text_of_our_model(images, tmp_path):
     assert new[0]["generated_text"].strip() == words
 
 
+def test_image_text_to_text_answers_messages_without_a_template_of_the_language_model(images, tmp_path):
+    model, processor = make(make_blip2)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    pipe = pipeline("image-text-to-text", model=str(tmp_path))
+    content = [{"type": "text", "text": "how many?"}, {"type": "image", "image": images[0]}]
+    options = {"generate_kwargs": dict(FIVE_WORDS), "return_full_text": False}
+    answer = pipe(text=[{"role": "user", "content": content}], **options)[0]["generated_text"]
+    inputs = processor(images[0], "Question: how many? Answer:", return_tensors="pt", add_special_tokens=False)
+    expected = model.generate(**inputs, **FIVE_WORDS)
+    assert answer.split() == processor.post_process_image_text_to_text(expected, inputs["input_ids"])[0].split()
+
+
 def test_image_feature_extraction_of_our_model(images, tmp_path):
     model, processor = make(make_blip2)
     model.save_pretrained(tmp_path)
