@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -292,6 +293,19 @@ def test_a_fine_tuned_model_goes_on_with_its_prompt(work):
     assert [Blip2Processor.from_pretrained(place).prompt for place in (once, twice)] == ["a dog on"] * 2
     finetune(Path(), "rows.parquet", once, work / "answers", *STEPS, "--task", "vqa")
     assert Blip2Processor.from_pretrained(work / "answers").prompt == "Question: {} Answer:"
+
+
+def test_a_fine_tuned_model_chats_with_its_prompt(work):
+    shutil.copytree("captioner", work / "chatty")
+    processor = Blip2Processor.from_pretrained("captioner")
+    processor.chat_template = processor.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    processor.save_pretrained(work / "chatty")
+    chat = [{"role": "user", "content": "why?"}]
+    assert Blip2Processor.from_pretrained(work / "chatty").apply_chat_template(chat) == "[why?]"
+    finetune(Path(), "rows.parquet", work / "chatty", work / "asked", *STEPS, "--merge", "--task", "vqa")
+    assert Blip2Processor.from_pretrained(work / "asked").apply_chat_template(chat) == "Question: why? Answer:"
 
 
 def test_rows_without_text(work, capsys):

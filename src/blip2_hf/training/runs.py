@@ -119,8 +119,10 @@ def make_trainer(
         raise ValueError(
             f"There are {len(train)} rows to learn from, which make no batch of {batch}. Give a smaller batch size."
         )
-    # What has learned behind a prompt is asked with it
+    # What has learned behind a prompt is asked with it, in chats too
     processor.prompt = train.prompt or None
+    if processor.prompt is not None and processor.chat_template == processor.tokenizer.chat_template:
+        processor.chat_template = None
     trainer = Blip2Trainer(
         model,
         arguments,
