@@ -496,7 +496,8 @@ def test_question_is_asked_as_the_model_expects(name, images):
 
 
 def test_what_was_learned_behind_a_prompt_is_asked_with_it(images, tmp_path):
-    model, processor = make(make_blip2)
+    model, shared = make(make_blip2)
+    processor = copy.copy(shared)  # because other tests know no prompt
     processor.prompt = "a photo of two"
     processor.save_pretrained(tmp_path)
     for prompt, text in ((None, "a photo of two"), ("the cat", "the cat"), ("", "")):
@@ -636,7 +637,7 @@ def test_image_text_to_text_answers_messages_without_a_template_of_the_language_
     options = {"generate_kwargs": dict(FIVE_WORDS), "return_full_text": False}
     answer = pipe(text=[{"role": "user", "content": content}], **options)[0]["generated_text"]
     inputs = processor(images[0], "Question: how many? Answer:", return_tensors="pt", add_special_tokens=False)
-    expected = model.generate(**inputs, **FIVE_WORDS)
+    expected = pipe.model.generate(**inputs, **FIVE_WORDS)
     assert answer.split() == processor.post_process_image_text_to_text(expected, inputs["input_ids"])[0].split()
 
 
