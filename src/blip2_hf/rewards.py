@@ -10,87 +10,12 @@ from .evaluation.metrics import cider_d_scores, inverse_document_frequencies, pt
 from .models.modeling_image_text import Blip2ImageTextPreTrainedModel
 
 
-class CiderReward:
-    r"""
-    CIDEr-D of captions against the references of their pictures, as in self-critical training (Rennie et al. 2017).
+class _CaptionReward:
+    """Base class of rewards that compare captions with a column of the data set."""
 
-    Args:
-        corpus (`list[list[str]]`):
-            The references of each training picture, from which the rarity of words is computed.
-        column (`str`, *optional*, defaults to `"references"`):
-            The column of the data set with the references of a picture.
-
-    Example:
-
-    ```python
-    >>> reward = CiderReward(dataset["references"])
-    >>> trainer = GRPOTrainer(model, reward_funcs=reward, train_dataset=dataset, processing_class=processor)
-    ```"""
-
-    __name__ = "cider_d"  # in TRL's logs
-
-    def __init__(self, corpus: Sequence[Sequence[str]], column: str = "references"):
-        words = [[ptb_tokenize(text) for text in own] for own in corpus]
-        if len(words) < 2:
-            raise ValueError(
-                f"The corpus has {len(words)} pictures: two at least were expected, of which one differs."
-            )
-        self.rarity = inverse_document_frequencies(words)
+    def __init__(self, name: str, column: str):
+        self.__name__ = name  # in TRL's logs
         self.column = column
-
-    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
-        r"""
-        Score completions, with the arguments that TRL gives.
-
-        Args:
-            completions (`list[str]` or `list[list[dict]]`):
-                Captions, as text or as messages.
-            columns:
-                The columns of the data set, with a value for each completion.
-
-        Returns:
-            `list[float]`: between 0 and 10.
-
-        Raises:
-            ValueError: if the column is missing.
-        """
-        references = _column(columns, self.column)
-        return cider_d_scores(*tokenize_captions(completion_texts(completions), references), self.rarity).tolist()
-
-
-class RetrievalReward:
-    r"""
-    How well captions go with their pictures, by a model of stage 1 or for retrieval. No references are needed.
-
-    Args:
-        model ([`Blip2ForImageTextRetrieval`] or [`Blip2ForPreTraining`]):
-            The model, on its device. It is not trained.
-        processor ([`Blip2Processor`]):
-            Its processor.
-        score (`str`, *optional*, defaults to `"itm"`):
-            `"itm"`, the logit of "match"; `"itc"`, the cosine; or `"sum"` of both.
-        column (`str`, *optional*, defaults to `"image"`):
-            The column of the data set with the picture, or with a list of one.
-        kwargs (`dict`):
-            `batch_size` and `max_length`, as for [`~capfilt.RetrievalFilter`].
-
-    Example:
-
-    ```python
-    >>> reward = RetrievalReward(*load_retrieval_model("stage1"), score="itc")
-    ```"""
-
-    def __init__(
-        self,
-        model: Blip2ImageTextPreTrainedModel,
-        processor: ProcessorMixin,
-        score: str = "itm",
-        column: str = "image",
-        **kwargs: Any,
-    ):
-        self.filter = RetrievalFilter(model, processor, score=score, **kwargs)
-        self.column = column
-        self.__name__ = score
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
         r"""
@@ -106,11 +31,93 @@ class RetrievalReward:
             `list[float]`: one for each completion.
 
         Raises:
-            ValueError: if the column is missing, or a row has not one picture.
+            ValueError: if the column is missing, or has not one picture in a row that needs one.
         """
+        if self.column not in columns:
+            raise ValueError(
+                f"The data set has no column {self.column!r}, which {self.__name__} needs. Name another with column=."
+            )
+        return self._score(completion_texts(completions), columns[self.column])
+
+    def _score(self, captions: list[str], values: Sequence[Any]) -> list[float]:
+        raise NotImplementedError
+
+
+class CiderReward(_CaptionReward):
+    r"""
+    CIDEr-D of captions against the references of their pictures, between 0 and 10, as in self-critical training
+    (Rennie et al. 2017).
+
+    Args:
+        corpus (`list[list[str]]`):
+            The references of each training picture, from which the rarity of words is computed.
+        column (`str`, *optional*, defaults to `"references"`):
+            The column of the data set with the references of a picture.
+
+    Raises:
+        ValueError: if the corpus has fewer than two pictures.
+
+    Example:
+
+    ```python
+    >>> reward = CiderReward(dataset["references"])
+    >>> trainer = GRPOTrainer(model, reward_funcs=reward, train_dataset=dataset, processing_class=processor)
+    ```"""
+
+    def __init__(self, corpus: Sequence[Sequence[str]], column: str = "references"):
+        super().__init__("cider_d", column)
+        words = [[ptb_tokenize(text) for text in own] for own in corpus]
+        if len(words) < 2:
+            raise ValueError(
+                f"The corpus has {len(words)} pictures. Give the references of two at least, because the rarity of a "
+                "word is the share of pictures that have it."
+            )
+        self.rarity = inverse_document_frequencies(words)
+
+    def _score(self, captions: list[str], values: Sequence[Any]) -> list[float]:
+        return cider_d_scores(*tokenize_captions(captions, values), self.rarity).tolist()
+
+
+class RetrievalReward(_CaptionReward):
+    r"""
+    How well captions go with their pictures, by a model of stage 1 or for retrieval. No references are needed.
+
+    Args:
+        model ([`Blip2ForImageTextRetrieval`] or [`Blip2ForPreTraining`]):
+            The model, on its device. It is not trained.
+        processor ([`Blip2Processor`]):
+            Its processor.
+        score (`str`, *optional*, defaults to `"itm"`):
+            `"itm"`, the logit of "match"; `"itc"`, the cosine; or `"sum"` of both.
+        column (`str`, *optional*, defaults to `"image"`):
+            The column of the data set with the picture, or with a list of one.
+        kwargs (`dict`):
+            `batch_size` and `max_length`, as for [`~capfilt.RetrievalFilter`].
+
+    Raises:
+        ValueError: if there is no such score.
+
+    Example:
+
+    ```python
+    >>> reward = RetrievalReward(*load_retrieval_model("stage1"), score="itc")
+    ```"""
+
+    def __init__(
+        self,
+        model: Blip2ImageTextPreTrainedModel,
+        processor: ProcessorMixin,
+        score: str = "itm",
+        column: str = "image",
+        **kwargs: Any,
+    ):
+        super().__init__(score, column)
+        self.filter = RetrievalFilter(model, processor, score=score, **kwargs)
+
+    def _score(self, captions: list[str], values: Sequence[Any]) -> list[float]:
         pictures: list[Any] = []
         texts: list[list[str]] = []
-        for image, text in zip(_column(columns, self.column), completion_texts(completions), strict=True):
+        for image, text in zip(values, captions, strict=True):
             picture = _only(image)
             # The completions of a prompt follow each other, and their picture goes through the tower once
             if not pictures or picture != pictures[-1]:
@@ -148,12 +155,6 @@ def _only(image: Any) -> Any:
     if len(image) != 1:
         raise ValueError(f"A row has {len(image)} pictures: one was expected.")
     return image[0]
-
-
-def _column(columns: Mapping[str, Any], name: str) -> Sequence[Any]:
-    if name not in columns:
-        raise ValueError(f"The data set has no column {name!r} for this reward. Name another one with column=.")
-    return columns[name]
 
 
 __all__ = ["CiderReward", "RetrievalReward", "completion_texts"]

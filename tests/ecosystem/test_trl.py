@@ -1,15 +1,21 @@
 """TRL's trainers train two steps, and their losses and log-probabilities are the model's own."""
 
+import re
+import shutil
+
 import datasets
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from paths import DOCS
 from PIL import Image
 from tiny import CAPTIONS, DECODER_ONLY, NUM_QUERIES, make_image_processor, make_model, make_tokenizer
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+from blip2_hf.cli import main
 from blip2_hf.rewards import CiderReward
 
 
@@ -111,12 +117,45 @@ def test_sft_has_the_loss_of_the_model_and_trains(columns, saved, tmp_path):
     trained(trainer)
 
 
-def test_sft_loads_a_model_by_its_name(saved, tmp_path):
-    settings = arguments(trl.SFTConfig, tmp_path, max_length=None)
+def test_sft_loads_a_model_by_its_name_and_commands_open_the_result(saved, tmp_path, capsys):
+    settings = arguments(trl.SFTConfig, tmp_path / "run", max_length=None)
     trainer = trl.SFTTrainer(saved, args=settings, train_dataset=rows(**CONVERSATION))
     assert isinstance(trainer.model, Blip2ForConditionalGeneration)
     assert isinstance(trainer.processing_class, Blip2Processor)
     trained(trainer)
+    trainer.save_model(str(tmp_path / "learned"))
+    model = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "learned")
+    assert torch.equal(model.language_projection.weight, trainer.model.language_projection.weight)
+    picture = tmp_path / "picture.png"
+    pictures()[0].save(picture)
+    processor = Blip2Processor.from_pretrained(tmp_path / "learned")
+    question = {"type": "text", "text": "what is it?"}
+    chat = [{"role": "user", "content": [{"type": "image", "path": str(picture)}, question]}]
+    pipe = transformers.pipeline("image-text-to-text", model=str(tmp_path / "learned"))
+    answer = pipe(text=chat, max_new_tokens=6, return_full_text=False)[0]["generated_text"]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    expected = model.generate(**inputs, max_new_tokens=6)
+    assert processor.post_process_image_text_to_text(expected, inputs["input_ids"]) == [answer.strip()]
+    main(["caption", str(picture), "--model", str(tmp_path / "learned"), "--max-new-tokens", "6"])
+    assert capsys.readouterr().out.strip()
+
+
+def test_sft_trains_adapters(saved, tmp_path):
+    model, processor = Blip2ForConditionalGeneration.from_pretrained(saved), Blip2Processor.from_pretrained(saved)
+    lora = peft.LoraConfig(r=2, target_modules=r"language_model\..*\.(q_proj|v_proj)", init_lora_weights=False)
+    settings = arguments(trl.SFTConfig, tmp_path, max_length=None)
+    data = rows(**CONVERSATION)
+    trainer = trl.SFTTrainer(model, args=settings, train_dataset=data, processing_class=processor, peft_config=lora)
+    batch = trainer.data_collator([data[0], data[1]])
+    with torch.no_grad():
+        own, of_trl = trainer.model.eval()(**batch), trainer.model(**batch, fused_lm_head=True)
+    torch.testing.assert_close(of_trl.loss, own.loss, rtol=1e-5, atol=1e-5)
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    changed = [name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])]
+    assert changed and all("lora_" in name for name in changed)
 
 
 def test_dpo_starts_from_equal_log_probabilities_and_trains(saved, tmp_path):
@@ -152,6 +191,22 @@ def test_grpo_rewards_what_the_model_writes_and_trains(beta, saved, tmp_path):
     assert all("rewards/cider_d/mean" in entry for entry in trainer.state.log_history[:2])
     assert len(seen) == 4 and {caption for _, caption in seen} <= set(CAPTIONS)
     assert lengths[0] == pytest.approx(np.mean([len(text) for text, _ in seen[:2]]))
+
+
+def test_the_page_runs_as_written(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, "captioner")
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": pictures(), "caption": CAPTIONS}, features=features)
+    table.to_parquet("pictures.parquet")
+    page = (DOCS / "finetuning.md").read_text()
+    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "import GRPO" in code]
+    namespace: dict = {}
+    exec(compile(snippet, "finetuning.md", "exec"), namespace)
+    assert any("rewards/cider_d/mean" in entry for entry in namespace["trainer"].state.log_history)
+    Blip2ForConditionalGeneration.from_pretrained("rewarded")
+    chat = Blip2Processor.from_pretrained("rewarded").apply_chat_template(said("user", "why?"))
+    assert chat == Blip2Processor.from_pretrained(saved).apply_chat_template(said("user", "why?"))
 
 
 @pytest.mark.parametrize("in_front", [False, True], ids=["placeholders", "images in front"])

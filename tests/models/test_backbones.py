@@ -247,6 +247,16 @@ def test_a_language_model_has_all_its_weights(tmp_path):
         Blip2ForConditionalGeneration.from_pretrained_parts(make_model(), tmp_path / "headless", image_token_index=319)
 
 
+def test_a_blip2_is_no_language_model(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs", transformers_compatible=True)
+    for given in (model, tmp_path / "ours", tmp_path / "theirs"):
+        with pytest.raises(ValueError, match="is a BLIP-2: a language model was expected"):
+            load_language_model(given)
+    assert load_language_model(model.language_model) is model.language_model
+
+
 def test_a_bert_has_all_its_weights(tmp_path, bert):
     config = transformers.BertConfig(**BERT)
     transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)

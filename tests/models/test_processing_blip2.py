@@ -367,12 +367,38 @@ def test_default_chat_template(prompt, messages, expected, processor):
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected
 
 
+def test_default_chat_template_of_an_encoder_decoder_has_the_papers_other_prompt():
+    tokenizer = make_tokenizer(bos=False, eos=True)
+    processor = Blip2Processor(make_image_processor(), tokenizer, num_query_tokens=NUM_QUERIES)
+    assert processor.is_encoder_decoder
+    chat = [*asked(None, "what is it?"), {"role": "assistant", "content": "a dog"}, *asked("where?")]
+    assert processor.apply_chat_template(chat) == (
+        "<image>Question: what is it? Short answer: a dog Question: where? Short answer:"
+    )
+
+
 def test_default_chat_template_gives_the_inputs_of_its_text(processor):
     image, question = make_image(), "Question: what is it? Answer:"
     chat = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, {"type": "image", "image": image}]}]
     options = {"return_tensors": "pt", "add_special_tokens": False}
     inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
     torch.testing.assert_close(dict(inputs), dict(processor(images=image, text=question, **options)))
+
+
+def test_default_chat_template_is_understood_by_transformers_own_processor(processor, tmp_path):
+    processor.save_pretrained(tmp_path, transformers_compatible=True)
+    theirs = transformers.Blip2Processor.from_pretrained(tmp_path)
+    path = tmp_path / "picture.png"
+    make_image().save(path)
+    chat = [
+        {"role": "user", "content": [{"type": "image", "path": str(path)}, {"type": "text", "text": "what is it?"}]}
+    ]
+    # Its __init__ drops the template of the processor, so that it is given that of the tokenizer
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    actual = theirs.apply_chat_template(chat, chat_template=theirs.tokenizer.chat_template, **options)
+    text = "Question: what is it? Answer:"
+    assert theirs.tokenizer.decode(actual["input_ids"][0], skip_special_tokens=True) == text
+    torch.testing.assert_close(dict(actual), dict(processor(images=path, text=text, return_tensors="pt")))
 
 
 def test_default_chat_template_is_saved_and_follows_the_prompt(processor, tmp_path):

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .configuration_blip2 import (
+    TRANSFORMERS_MODEL_TYPE,
     Blip2Config,
     Blip2VisionConfig,
     is_tower_of_blip,
@@ -150,9 +151,11 @@ def load_language_model(language_model: str | os.PathLike | PreTrainedModel, **k
         [`~transformers.PreTrainedModel`].
 
     Raises:
-        ValueError: if weights are missing, or `kwargs` are given with a model that is loaded already.
+        ValueError: if weights are missing, the model is a BLIP-2, or `kwargs` are given with a model that is loaded
+            already.
     """
     if not isinstance(language_model, (str, os.PathLike)):
+        _check_is_no_blip2(language_model.config, "The given model")
         if kwargs:
             raise ValueError(
                 f"{sorted(kwargs)} were given with a language model that is loaded already: leave them out, or give "
@@ -160,8 +163,18 @@ def load_language_model(language_model: str | os.PathLike | PreTrainedModel, **k
             )
         return language_model
     config = AutoConfig.from_pretrained(language_model)
+    _check_is_no_blip2(config, str(language_model))
     expected = "A language model with its head"
     return load_whole(language_model_class(config), language_model, expected, config=config, **kwargs)
+
+
+def _check_is_no_blip2(config: PreTrainedConfig, given: str):
+    # AutoModelForCausalLM loads BLIP-2s of this library, because TRL loads them by it
+    if config.model_type in (Blip2Config.model_type, TRANSFORMERS_MODEL_TYPE):
+        raise ValueError(
+            f"{given} is a BLIP-2: a language model was expected. To take that of a BLIP-2, load it, and give its "
+            "attribute language_model."
+        )
 
 
 def load_tower(vision_model: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:

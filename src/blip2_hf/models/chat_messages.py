@@ -1,4 +1,4 @@
-"""Messages of a chat with images in them, as text with image tokens and a list of the images."""
+"""Messages of a chat with images, as text with image tokens and a list of images, and the default chat template."""
 
 import dataclasses
 import json
@@ -7,7 +7,6 @@ from typing import Any
 
 
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
-QUESTION_PROMPT = "Question: {} Answer:"  # section 4.2
 # Content is a text, in which images are marked, or a list of parts, whose images the processor puts in front
 _TEMPLATE = """\
 {%- for message in messages -%}
@@ -20,7 +19,7 @@ _TEMPLATE = """\
 {%- if message.role == "assistant" -%}
 {{- " " -}}{%- generation -%}{{- text + END -}}{%- endgeneration -%}
 {%- elif message.role == "user" -%}
-{{- BEFORE + text + AFTER if text else CAPTION -}}
+{{- QUESTION.replace("{}", text) if text else CAPTION -}}
 {%- elif text -%}
 {{- text + " " -}}
 {%- endif -%}
@@ -56,14 +55,16 @@ def messages_to_text(messages: Iterable, image_token: str) -> tuple[list[dict], 
     return flat, images
 
 
-def default_chat_template(prompt: str | None, image_token: str, end: str) -> str:
+def default_chat_template(question_prompt: str, caption_prompt: str, image_token: str, end: str) -> str:
     r"""
-    Write the chat template of a model whose language model has none: images first, then a question in the form of
-    `prompt` or, if that is the prompt of captions, of the paper. A message without text asks for a caption.
+    Write a chat template in the form of prompts: images first, then a question. A message without text asks for a
+    caption.
 
     Args:
-        prompt (`str`, *optional*):
-            What the model was fine-tuned to go on from, see [`Blip2Processor`].
+        question_prompt (`str`):
+            The prompt of questions, with `{}` in the place of the question.
+        caption_prompt (`str`):
+            The prompt of captions.
         image_token (`str`):
             The token that stands for an image.
         end (`str`):
@@ -75,13 +76,10 @@ def default_chat_template(prompt: str | None, image_token: str, end: str) -> str
     Example:
 
     ```python
-    >>> template = default_chat_template(None, "<image>", "</s>")
+    >>> template = default_chat_template("Question: {} Answer:", "a photo of", "<image>", "</s>")
     >>> # [{"role": "user", "content": "<image>what is it?"}] becomes "<image>Question: what is it? Answer:"
     ```"""
-    asks = prompt is not None and "{}" in prompt
-    before, after = (prompt if prompt is not None and asks else QUESTION_PROMPT).split("{}", 1)
-    caption = "" if asks or prompt is None else prompt
-    names = {"IMAGE": image_token, "END": end, "BEFORE": before, "AFTER": after, "CAPTION": caption}
+    names = {"IMAGE": image_token, "END": end, "QUESTION": question_prompt, "CAPTION": caption_prompt}
     return "".join(f"{{%- set {name} = {json.dumps(text)} -%}}\n" for name, text in names.items()) + _TEMPLATE
 
 

@@ -79,10 +79,14 @@ def generation_preset(name: str, model_config: Any) -> GenerationPreset:
     if model_config.text_config is None:
         raise ValueError(f"The preset {name!r} needs a language model, and this model has none.")
     preset = _PRESETS[name]
-    prompt = preset.prompt
-    if model_config.text_config.is_encoder_decoder:
-        prompt = _ENCODER_DECODER_PROMPTS.get(name, prompt)
+    prompt = preset_prompt(name, model_config.text_config.is_encoder_decoder)
     return replace(preset, prompt=prompt, generate_kwargs=dict(preset.generate_kwargs))
 
 
-__all__ = ["PRESET_NAMES", "GenerationPreset", "generation_preset"]
+def preset_prompt(name: str, is_encoder_decoder: bool) -> str:
+    """Return the prompt of a preset for one kind of language model."""
+    prompt = _PRESETS[name].prompt
+    return _ENCODER_DECODER_PROMPTS.get(name, prompt) if is_encoder_decoder else prompt
+
+
+__all__ = ["PRESET_NAMES", "GenerationPreset", "generation_preset", "preset_prompt"]

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import AddedToken
 
 from ._hub_mixin import HubMixin
 from .chat_messages import default_chat_template, is_default_chat_template, messages_to_text
+from .generation_presets import preset_prompt
 from .image_loading import load_image_for
 
 
@@ -111,7 +112,9 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         elif self._writes_text:
             # An encoder-decoder reads earlier answers, and its end token ends all that is read
             end = " " if self.is_encoder_decoder else self.tokenizer.decode([self.end_token_id])
-            self.chat_template = default_chat_template(self.prompt, self.image_token, end)
+            question = learned_prompt(self, asks=True) or preset_prompt("vqa", self.is_encoder_decoder)
+            caption = learned_prompt(self) or ""
+            self.chat_template = default_chat_template(question, caption, self.image_token, end)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
