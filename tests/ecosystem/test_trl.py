@@ -158,12 +158,14 @@ def test_sft_trains_adapters(saved, tmp_path):
     assert changed and all("lora_" in name for name in changed)
 
 
-def test_dpo_starts_from_equal_log_probabilities_and_trains(saved, tmp_path):
+@pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "text"])
+def test_dpo_starts_from_equal_log_probabilities_and_trains(is_chat, saved, tmp_path):
     model, processor = Blip2ForConditionalGeneration.from_pretrained(saved), Blip2Processor.from_pretrained(saved)
+    written = said if is_chat else lambda role, text: text if role == "user" else f" {text}"
     data = rows(
-        prompt=lambda _: said("user", "what is it?"),
-        chosen=lambda caption: said("assistant", caption),
-        rejected=lambda _: said("assistant", "no"),
+        prompt=lambda _: written("user", "what is it?"),
+        chosen=lambda caption: written("assistant", caption),
+        rejected=lambda _: written("assistant", "no"),
     )
     settings = arguments(trl.DPOConfig, tmp_path)
     trainer = trl.DPOTrainer(model, args=settings, train_dataset=data, processing_class=processor)
