@@ -636,7 +636,7 @@ def test_image_text_to_text_answers_messages_without_a_template_of_the_language_
     content = [{"type": "text", "text": "how many?"}, {"type": "image", "image": images[0]}]
     options = {"generate_kwargs": dict(FIVE_WORDS), "return_full_text": False}
     answer = pipe(text=[{"role": "user", "content": content}], **options)[0]["generated_text"]
-    inputs = processor(images[0], "Question: how many? Answer:", return_tensors="pt", add_special_tokens=False)
+    inputs = processor(images[0], "Question: how many? Answer:", return_tensors="pt")
     expected = pipe.model.generate(**inputs, **FIVE_WORDS)
     assert answer.split() == processor.post_process_image_text_to_text(expected, inputs["input_ids"])[0].split()
 

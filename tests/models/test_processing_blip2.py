@@ -380,9 +380,14 @@ def test_default_chat_template_of_an_encoder_decoder_has_the_papers_other_prompt
 def test_default_chat_template_gives_the_inputs_of_its_text(processor):
     image, question = make_image(), "Question: what is it? Answer:"
     chat = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, {"type": "image", "image": image}]}]
-    options = {"return_tensors": "pt", "add_special_tokens": False}
+    expected = processor(images=image, text=question, return_tensors="pt")
+    assert processor.tokenizer.bos_token_id in expected["input_ids"]
     inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
-    torch.testing.assert_close(dict(inputs), dict(processor(images=image, text=question, **options)))
+    torch.testing.assert_close(dict(inputs), dict(expected))
+    encoder_decoder = make_processor(is_encoder_decoder=True)
+    expected = encoder_decoder(images=image, text="Question: what is it? Short answer:", return_tensors="pt")
+    inputs = encoder_decoder.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    torch.testing.assert_close(dict(inputs), dict(expected))
 
 
 def test_default_chat_template_is_understood_by_transformers_own_processor(processor, tmp_path):

@@ -474,8 +474,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         if not tokenize:
             return texts if is_batched else texts[0]
         groups = [images for _, images in pairs]
-        # The template has written the special tokens already
-        call_kwargs["add_special_tokens"] = False
+        # A language model's template writes its special tokens itself
+        call_kwargs["add_special_tokens"] = is_default_chat_template(template)
         inputs = self(images=groups if any(groups) else None, text=texts, **call_kwargs)
         if with_masks:
             chats = [messages for messages, _ in pairs]
@@ -485,6 +485,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
     def _assistant_masks(self, chats: list[list[dict]], attention_mask, template: str, kwargs: dict[str, Any]):
         """Return 1 at tokens of the assistant, otherwise 0, in the shape and type of `attention_mask`."""
         masks = [list(row) if isinstance(row, list) else row.clone() for row in attention_mask]
+        starts = len(self.tokenizer("")["input_ids"]) if is_default_chat_template(template) else 0
         for messages, mask in zip(chats, masks, strict=True):
             encoding = self.tokenizer.apply_chat_template(
                 messages,
@@ -495,7 +496,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
                 **kwargs,
             )
             counts = [self.num_query_tokens if token == self.image_token_id else 1 for token in encoding["input_ids"]]
-            values = _repeat(encoding["assistant_masks"], counts)
+            values = [0] * starts + _repeat(encoding["assistant_masks"], counts)
             places = [place for place, attended in enumerate(mask) if attended]
             for place, value in zip(places, values, strict=False):
                 # Fewer places if the text was truncated
