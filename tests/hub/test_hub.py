@@ -192,7 +192,7 @@ def test_a_model_of_another_class_has_a_card_of_its_own(hub):
     assert (stage1.pipeline_tag, stage1.base_model) == ("zero-shot-image-classification", ["me/tower"])
     assert stage1.eval_results
     data = card_of(hub, "me/over").data
-    assert (data.pipeline_tag, data.license) == ("image-to-text", "mit")
+    assert (data.pipeline_tag, data.license) == ("image-text-to-text", "mit")
     assert data.base_model is None and data.eval_results is None
 
 
@@ -245,7 +245,7 @@ def test_trainer_pushes_code_and_card_with_every_strategy(hub, folder):
         last = folder / repo_id / "checkpoint-2" / "model.safetensors"
         assert files["model.safetensors"] == last.read_bytes()
         card = card_of(hub, repo_id)
-        assert card.data.pipeline_tag == "image-to-text" and card.data.library_name == "transformers"
+        assert card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
         assert "| learning_rate | 0.0001 |" in card.text and "| weight_decay | 0.05 |" in card.text
         assert re.search(r"\| loss \| \d\.\d{4} \| step: [12], epoch:", card.text)
     checkpoint = {path for path in hub.files("me/checkpoint") if path.startswith("last-checkpoint/")}
@@ -318,13 +318,14 @@ def test_what_was_pushed_loads_with_and_without_the_package(read, report, hub):
 
 
 def test_what_only_a_hub_can_tell(read):
-    assert read["installed"]["untold"] == "ImageToTextPipeline"
+    assert read["installed"]["untold"] == "ImageTextToTextPipeline"
     assert read["installed"]["reads"] == len(make_tokenizer())
 
 
 def test_the_snippet_of_the_card_runs_without_the_package(read):
-    captions, answers = read["not installed"]["card"]
+    captions, answers, replies = read["not installed"]["card"]
     assert set(captions[0]) == {"generated_text"} and set(answers[0]) == {"answer"}
+    assert isinstance(replies[0]["generated_text"], str)
 
 
 def test_features_are_streamed_back(read, folder):
@@ -370,8 +371,8 @@ def test_metadata_are_what_is_known(tmp_path):
         "library_name": "transformers",
         "license": "mit",
         "metrics": ["bleu_4", "cider_d"],
-        "pipeline_tag": "image-to-text",
-        "tags": ["blip-2", "blip2-hf", "captions"],
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["blip-2", "blip2-hf", "image-to-text", "captions"],
     }
     settings = {"prompt": "a photo of", "generate_kwargs": {"num_beams": 5}}
     (entry,) = results

@@ -29,7 +29,8 @@ _UNKNOWN = "unknown"
 _NO_FACTS = ("folder", "model", "repo_id")
 
 PIPELINE_TAGS = {
-    "Blip2HfForConditionalGeneration": "image-to-text",
+    # Not image-to-text, because transformers 5 has no such pipeline of its own: that is a tag of the card
+    "Blip2HfForConditionalGeneration": "image-text-to-text",
     "Blip2HfForPreTraining": "zero-shot-image-classification",
     "Blip2HfForImageTextRetrieval": "zero-shot-image-classification",
     "Blip2HfModel": "image-feature-extraction",
@@ -218,12 +219,14 @@ def _metadata(
     evaluations = [result for report in reports for result in _evaluations(report)]
     if not reports:
         evaluations = old.eval_results or []
+    pipeline_tag = PIPELINE_TAGS[class_name(_bare_model(model))]
+    other_tasks = ["image-to-text"] if pipeline_tag == "image-text-to-text" else []
     return ModelCardData(
         language=facts.get("language"),
         license=facts.get("license"),
         library_name="peft" if _is_adapter(model) else "transformers",
-        pipeline_tag=PIPELINE_TAGS[class_name(_bare_model(model))],
-        tags=["blip-2", "blip2-hf", *_as_list(old.tags), *_as_list(facts.get("tags"))],
+        pipeline_tag=pipeline_tag,
+        tags=["blip-2", "blip2-hf", *other_tasks, *_as_list(old.tags), *_as_list(facts.get("tags"))],
         base_model=base_models or None,
         base_model_relation=("adapter" if _is_adapter(model) else "finetune") if base_models else None,
         datasets=_as_list(facts.get("datasets")) or None,
