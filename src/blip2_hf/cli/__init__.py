@@ -3,11 +3,28 @@
 from collections.abc import Sequence
 
 from .. import __version__
-from . import ask, cache_features, capfilt, caption, convert, evaluate, export, finetune, index, look, pretrain, search
+from . import (
+    ask,
+    cache_features,
+    capfilt,
+    caption,
+    convert,
+    evaluate,
+    export,
+    finetune,
+    index,
+    look,
+    pretrain,
+    search,
+    serve,
+)
 from ._parser import Parser
 
 
-COMMANDS = (ask, cache_features, capfilt, caption, convert, evaluate, export, finetune, index, look, pretrain, search)
+COMMANDS = (
+    *(ask, cache_features, capfilt, caption, convert, evaluate, export),
+    *(finetune, index, look, pretrain, search, serve),
+)
 
 
 def make_parser() -> Parser:

@@ -214,6 +214,20 @@ def check_names(options: argparse.Namespace):
             check_model_name(value)
 
 
+def check_whole_model(name: str, need: str, advice: str = "") -> tuple[Any, Any]:
+    """Return the configuration and the processor of a model, once it is whole and of the class that is needed."""
+    from ..jobs.inference import adapter_base
+    from ..jobs.model_checks import check_checkpoint, load_processor
+    from ..models.configuration_blip2 import Blip2Config
+
+    if adapter_base(name) is not None:
+        raise ValueError(
+            f"{name} holds adapters, and a whole model is needed. Merge them: blip2-hf convert {name} --output FOLDER"
+        )
+    check_checkpoint(name, need, advice)
+    return Blip2Config.from_pretrained(name), load_processor(name)
+
+
 def check_output_apart(options: argparse.Namespace):
     """Refuse to write into a folder that is read, or into a folder inside of it."""
     output = Path(options.output).resolve()

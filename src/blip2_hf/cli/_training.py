@@ -282,20 +282,6 @@ def find_image_size(options: argparse.Namespace, processor: Any) -> int:
     return options.image_size or sides.pop()
 
 
-def check_model(name: str, need: str, advice: str = "") -> tuple[Any, Any]:
-    """Return the configuration and the processor of a model, once it is whole and of the class that is needed."""
-    from ..jobs.inference import adapter_base
-    from ..jobs.model_checks import check_checkpoint, load_processor
-    from ..models.configuration_blip2 import Blip2Config
-
-    if adapter_base(name) is not None:
-        raise ValueError(
-            f"{name} holds adapters, and a whole model is needed. Merge them: blip2-hf convert {name} --output FOLDER"
-        )
-    check_checkpoint(name, need, advice)
-    return Blip2Config.from_pretrained(name), load_processor(name)
-
-
 def finish(trainer: Any, output: str, next_command: str):
     """Push the model if that is wanted, and print where it is, how good it was, and what to do with it."""
     if trainer.args.push_to_hub:

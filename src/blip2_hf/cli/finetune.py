@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from ._common import add_command, pick
+from ._common import add_command, check_whole_model, pick
 from ._generation import check_room
 from ._trainer_options import training_arguments
 from ._training import (
     add_data_options,
     add_training_options,
-    check_model,
     check_output,
     find_ids,
     find_image_size,
@@ -142,9 +141,9 @@ def _check_model(options: argparse.Namespace) -> tuple[Any, Any]:
     from ..jobs.model_checks import LEARNING_TO_MATCH, WRITING
 
     if options.task == "retrieval":
-        return check_model(options.model, LEARNING_TO_MATCH)
+        return check_whole_model(options.model, LEARNING_TO_MATCH)
     stage2 = f"blip2-hf pretrain DATA --stage 2 --stage1 {options.model} --language-model MODEL --output FOLDER"
-    return check_model(options.model, WRITING, f", or make one: {stage2}")
+    return check_whole_model(options.model, WRITING, f", or make one: {stage2}")
 
 
 def _own_prompt(options: argparse.Namespace, task: _Task, processor: Any) -> str | None:

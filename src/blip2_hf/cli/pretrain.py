@@ -3,13 +3,12 @@
 import argparse
 from typing import Any
 
-from ._common import add_command, pick
+from ._common import add_command, check_whole_model, pick
 from ._parser import positive
 from ._trainer_options import training_arguments
 from ._training import (
     add_data_options,
     add_training_options,
-    check_model,
     check_output,
     find_ids,
     find_image_size,
@@ -175,7 +174,7 @@ def _make_pairs(options: argparse.Namespace, rows: dict[str, Any], text_column: 
     from ..training import training_pairs
 
     if options.model is not None:
-        _, processor = check_model(options.model, LEARNING_TO_MATCH)
+        _, processor = check_whole_model(options.model, LEARNING_TO_MATCH)
         options.image_size = find_image_size(options, processor)
     options.image_size = options.image_size or _IMAGE_SIZE
     check_feature_size(options.image_size, options.data, options.validation)
