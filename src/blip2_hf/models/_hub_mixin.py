@@ -27,6 +27,7 @@ class HubMixin:
             before = hub.file_states(save_directory)
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
+            self._save_beside(save_directory)
             if with_code:
                 self.write_code(save_directory)
             elif with_code is None and self.saves_code:
@@ -34,6 +35,9 @@ class HubMixin:
             if hub is not None:
                 hub.push_saved(self, save_directory, before, push_kwargs.pop("repo_id", None), **push_kwargs)
         return saved
+
+    def _save_beside(self, save_directory: str | os.PathLike):
+        """Write further files of a class."""
 
     def write_code(self, save_directory: str | os.PathLike):
         """

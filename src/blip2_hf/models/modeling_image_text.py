@@ -1,5 +1,9 @@
 """The base class of the models of stage 1 and of retrieval: features of images and texts, and scores of pairs."""
 
+import json
+import os
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -12,6 +16,13 @@ from .configuration_blip2 import Blip2Config
 from .modeling_base import Blip2PreTrainedModel
 from .modeling_qformer import ImageKeyValues
 from .text_inputs import check_texts, pad_right
+
+
+# What sentence-transformers opens a folder by, as a model whose vectors are compared by late interaction
+_MULTI_VECTOR_FILES = {
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "blip2_hf.multi_vector.ImageTextVectors"}],
+    "config_sentence_transformers.json": {"model_type": "MultiVectorEncoder", "similarity_fn_name": "maxsim"},
+}
 
 
 class Blip2Temperature(nn.Module):
@@ -43,6 +54,13 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Blip2Temperature):
             init.constant_(module.weight, 0.07)
+
+    def _save_beside(self, save_directory: str | os.PathLike):
+        for name, content in _MULTI_VECTOR_FILES.items():
+            path = Path(save_directory) / name
+            # sentence-transformers has written its own with what a user has set
+            if not path.exists():
+                path.write_text(json.dumps(content, indent=2) + "\n")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
