@@ -77,10 +77,10 @@ START = {
     **{f"start, {count}": replace(FIRST, num_query_tokens=int(count.split()[0])) for count in COUNTS},
 }
 FULL = Stage1(
-    steps=400,
+    steps=800,
     batch_size=32,
-    learning_rate=4e-4,
-    new_parts_learning_rate=8e-4,
+    learning_rate=2e-4,
+    new_parts_learning_rate=4e-4,
     start="start",
     losses=("itc", "itm", "itg"),
 )

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_blip2 import Blip2Config
 from .losses import image_text_similarity
 from .modeling_image_text import Blip2ImageTextPreTrainedModel
-from .text_inputs import check_one_image_input
+from .text_inputs import check_one_image_input, check_options
 
 
 @dataclass
@@ -140,9 +140,11 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
             [`Blip2ForImageTextRetrievalOutput`].
 
         Raises:
+            TypeError: if an argument is not known.
             ValueError: if not exactly one of `pixel_values` and `image_embeds` is given, there is no text or no image,
                 a text is longer than the Q-Former's positions, or an option is given that has no effect.
         """
+        check_options(kwargs, "pixel_values or image_embeds, input_ids, attention_mask and options of scores")
         check_one_image_input(pixel_values, image_embeds)
         if input_ids is None or len(input_ids) == 0:
             raise ValueError("There are no texts. Give input_ids, or call get_image_features for images alone.")

@@ -11,7 +11,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import AddedToken
 
 from ._hub_mixin import HubMixin
@@ -236,6 +236,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             retrieval, whose tokenizer is BERT's, then return `pixel_values` alone.
 
         Raises:
+            TypeError: if an argument is not known, or holds videos or audio.
             ValueError: if there is nothing to process, or images and texts do not match, or `do_rescale=False` with
                 images of 8 bits and a mean for images in [0, 1].
             ImageLoadError: if an image can't be read; the message names it.
@@ -243,6 +244,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         text_target = kwargs.pop("text_target", None)
         if images is None and text is None and text_target is None:
             raise ValueError("You have to specify either images or text.")
+        self._check_arguments(kwargs)
         output_kwargs = self._merge_kwargs(
             Blip2HfProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -272,6 +274,19 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         if return_tensors is not None:
             data |= {name: np.zeros((len(rows), 0), dtype=np.int64) for name, rows in data.items() if _is_empty(rows)}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _check_arguments(self, kwargs: dict[str, Any]):
+        """Refuse arguments that ProcessorMixin would ignore."""
+        # Generic callers give None for what there is none of
+        given = {name for name, value in kwargs.items() if value is not None or name not in ("videos", "audio")}
+        known = {"common_kwargs"}
+        for kinds in (TextKwargs, ImagesKwargs, Blip2HfProcessorKwargs, self.image_processor.valid_kwargs):
+            known |= kinds.__annotations__.keys()
+        if unknown := sorted(given - known):
+            raise TypeError(
+                f"Blip2Processor was given {', '.join(unknown)}, and takes images, text, text_target and arguments of "
+                "its image processor and tokenizer. Leave out what it does not know."
+            )
 
     @property
     def _writes_text(self) -> bool:

@@ -1,6 +1,9 @@
 """Checks of the inputs of the models, and texts with all padding after them."""
 
+from typing import Any
+
 import torch
+from transformers.utils import TransformersKwargs
 
 from .configuration_blip2 import Blip2Config
 
@@ -10,6 +13,12 @@ def check_one_image_input(pixel_values: torch.Tensor | None, image_embeds: torch
     if (pixel_values is None) == (image_embeds is None):
         given = "none" if pixel_values is None else "both"
         raise ValueError(f"Give either pixel_values or image_embeds (the tower's output); {given} of them was given.")
+
+
+def check_options(options: dict[str, Any], takes: str):
+    """Refuse options that a model would ignore: all except those of `TransformersKwargs`. `takes` is what it takes."""
+    if unknown := sorted(options.keys() - TransformersKwargs.__annotations__.keys() - {"return_dict"}):
+        raise TypeError(f"The model was given {', '.join(unknown)}, and takes {takes}. Leave out what it does not know.")
 
 
 def check_attention_mask(
