@@ -6,7 +6,7 @@ OLDEST ?= .venv-oldest
 # with what its tests share.
 PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 10
 
-.PHONY: help demo test test-slow test-oldest check format clean
+.PHONY: help demo app test test-slow test-oldest check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
@@ -14,16 +14,20 @@ help:
 demo: $(VENV)/.demo ## train a captioner on real pictures in minutes, and see what it says
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.test ## the test suite
+app: $(VENV)/.demo $(VENV)/.app ## a web page with the demo's models, which are trained first if they are not there
+	test -e outputs/demo/model -a -e outputs/demo/scenes || $(VENV)/bin/python examples/demo.py
+	$(VENV)/bin/blip2-hf demo $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.app ## the test suite
 	$(VENV)/bin/python $(PYTEST) $(ARGS)
 
-test-slow: $(VENV)/.test ## the tests that take minutes
+test-slow: $(VENV)/.test $(VENV)/.app ## the tests that take minutes
 	$(VENV)/bin/python $(PYTEST) --dist load -m slow $(ARGS)
 
 test-oldest: $(OLDEST)/.test ## the test suite on the oldest versions that setup.cfg admits
 	$(OLDEST)/bin/python $(PYTEST) $(ARGS)
 
-check: $(VENV)/.test ## lint, format and types
+check: $(VENV)/.test $(VENV)/.app ## lint, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy

@@ -16,9 +16,12 @@ ARROWS = [
     "cli capfilt evaluation retrieval data jobs models",
     "cli capfilt search retrieval data jobs models",
     "rewards capfilt evaluation retrieval data jobs models",
+    "cli web_page captioning retrieval data jobs models",
+    "cli web_page search retrieval data jobs models",
+    "cli web_page attention_maps models",
+    "multi_vector models",
     "cli convert jobs models",
     "cli export jobs models",
-    "cli attention_maps models",
     "cli training evaluation retrieval data jobs models",
     "cli training hub jobs models",
 ]

@@ -24,7 +24,7 @@ OTHER_IN_EACH = {
 }
 OTHER_DEFAULTS = {
     *("--batch-size", "--rows-per-shard", "--top-p", "--max-new-tokens", "--held-out", "--num-workers"),
-    *("--question-column", "--answer-column"),
+    *("--question-column", "--answer-column", "--port"),
 }
 HEAVY = ("torch", "transformers", "datasets", "numpy", "PIL", "huggingface_hub", "accelerate", "peft", "pandas")
 

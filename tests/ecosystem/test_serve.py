@@ -4,19 +4,15 @@ import base64
 import io
 import json
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
 from saved_models import save_captioner
+from servers import LIMIT, START, served
 from tiny import make_image, make_model, make_processor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
@@ -25,36 +21,6 @@ from blip2_hf.cli import main
 
 for package in ("fastapi", "openai", "uvicorn"):
     pytest.importorskip(package)
-
-START = "import sys; from blip2_hf.cli import main; main(sys.argv[1:])"
-LIMIT = 120  # seconds until the server answers
-
-
-@contextmanager
-def served(model, *options: str) -> Iterator[str]:
-    """Start a server in a process of its own, and yield its address."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    line = [sys.executable, "-c", START, "serve", str(model), "--port", str(port), "--device", "cpu", *options]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    address, end = f"http://localhost:{port}", time.monotonic() + LIMIT
-    try:
-        while not is_healthy(address):
-            assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-            time.sleep(0.2)
-        yield address
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def is_healthy(address: str) -> bool:
-    try:
-        return urllib.request.urlopen(f"{address}/health", timeout=5).status == 200
-    except urllib.error.URLError:
-        return False
 
 
 def ask(address: str, model: str, content: list[dict], **fields) -> str:
@@ -93,7 +59,7 @@ def test_a_picture_and_a_question_are_answered_as_generate_does(captioner):
             sequences = model.generate(**inputs, max_new_tokens=6)
         return processor.decode(sequences[0], skip_special_tokens=True).removeprefix(prompt)
 
-    with served(captioner) as address:
+    with served("serve", str(captioner), "--host", "127.0.0.1", ready="health") as address:
         answer = json.loads(ask(address, str(captioner), [picture_part(image), question]))
         caption = json.loads(ask(address, str(captioner), [picture_part(image)]))
         streamed = ask(address, str(captioner), [picture_part(image), question], stream=True)

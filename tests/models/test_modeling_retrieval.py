@@ -279,3 +279,8 @@ def test_gradients_reach_what_is_trained(model):
     outputs.logits_per_image.square().sum().backward()
     assert model.query_tokens.weight.grad.abs().max() > 0
     assert model.vision_model.post_layernorm.weight.grad.abs().max() > 0
+
+
+def test_arguments_that_would_be_ignored_are_refused_by_name(model):
+    with pytest.raises(TypeError, match="was given txt, and takes pixel_values or image_embeds, input_ids"):
+        model(torch.zeros(1, 3, 28, 28), torch.tensor([[2, 3]]), txt="a cat")

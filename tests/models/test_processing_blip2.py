@@ -459,3 +459,11 @@ def test_assistant_masks_of_a_padded_batch(processor):
         assert [text.strip() for text in learned] == ["a dog</s>", "grass and sky</s>"]
     with pytest.raises(ValueError, match="needs tokenize=True"):
         processor.apply_chat_template(chats, return_assistant_tokens_mask=True)
+
+
+@pytest.mark.parametrize("name", ["txt", "videos", "images_kwarg"])
+def test_arguments_that_would_be_ignored_are_refused_by_name(processor, name):
+    with pytest.raises(TypeError, match=f"was given {name}, and takes images, text"):
+        processor(images=make_image(), text="a", **{name: "a cat"})
+    # Generic callers say that there are none
+    processor(images=make_image(), text="a", videos=None, audio=None)

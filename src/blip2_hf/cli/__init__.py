@@ -9,6 +9,7 @@ from . import (
     capfilt,
     caption,
     convert,
+    demo,
     evaluate,
     export,
     finetune,
@@ -22,8 +23,8 @@ from ._parser import Parser
 
 
 COMMANDS = (
-    *(ask, cache_features, capfilt, caption, convert, evaluate, export),
-    *(finetune, index, look, pretrain, search, serve),
+    *(ask, cache_features, capfilt, caption, convert, demo, evaluate),
+    *(export, finetune, index, look, pretrain, search, serve),
 )
 
 

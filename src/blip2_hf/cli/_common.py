@@ -21,7 +21,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 # Options of any command that are names of what is read
 _FOLDERS, _FILES, _DATA = ("folder", "images"), ("annotations", "questions"), ("data", "validation")
-_MODELS = ("model", "captioner", "filter", "vision_model", "language_model", "text_encoder", "stage1")
+_MODELS = (*("model", "captioner", "filter", "retriever", "vision_model", "language_model", "text_encoder", "stage1"),)
 
 _LONGEST_WAIT = timedelta(days=30)  # until the other processes have done their share, too
 
@@ -87,6 +87,11 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "type": generate_argument,
         "metavar": "NAME=VALUE",
     },
+    "--host": {
+        "help": "address to listen at; whoever reaches it can have the models read pictures",
+        "default": "127.0.0.1",
+    },
+    "--port": {"help": "port to listen at", "type": positive},
     "--dtype": {"help": "dtype of the model; without it, that of the checkpoint", "choices": DTYPES},
     "--device": {"help": "such as cuda:1 or cpu; without it, a GPU if there is one, its own for each process"},
 }
@@ -98,10 +103,11 @@ _GROUPS = {
     "data": """
         --data --config --split --image-column --image-root --text-column --caption-column --question-column
         --answer-column --id-column --image-id-column --group-column --annotations --questions --images --image --index
-        --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out --streaming
+        --folder --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out --streaming
     """,
     "model": """
-        --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --stage1
+        --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --retriever
+        --stage1
         --vision-feature-layer --num-query-tokens --query-initialization --image-size --size --max-pixels
         --load-in-4bit --load-in-8bit
         --method --layer
@@ -119,6 +125,7 @@ _GROUPS = {
         --output --format --extension --existing --overwrite --rebuild --approximate --store-embeds --transformers
         --max-shard-size --merge --push-to-hub --sheet --open --json --per-word --full-size
     """,
+    "server": "--host --port",
     "speed and memory": """
         --batch-size --num-workers --device --dtype --tower-dtype --rows-per-shard --part-index --num-parts
     """,

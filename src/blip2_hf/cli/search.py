@@ -41,7 +41,7 @@ def add_parser(commands: Any):
         type=file_to_write,
         metavar="FILE",
     )
-    add("--open", "show the sheet", action="store_true")
+    add("--open", "show it in a browser", action="store_true")
     add("--json", "print JSON, not a table", action="store_true")
     add("--device")
     add("--dtype")

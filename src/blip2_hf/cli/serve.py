@@ -4,7 +4,6 @@ import argparse
 from typing import Any
 
 from ._common import add_command, check_whole_model
-from ._parser import positive
 
 
 def add_parser(commands: Any):
@@ -16,8 +15,8 @@ def add_parser(commands: Any):
     add = add_command(commands, "serve", _run, "Serve a model over HTTP, by OpenAI's API.", text, example)
     add.args[0].set_defaults(takes_rest=True)  # type: ignore[attr-defined]
     add("model", "BLIP-2 that is saved by this library: folder or id on the Hub", metavar="MODEL")
-    add("--host", "address to listen at; whoever reaches it can have the server open pictures", default="localhost")
-    add("--port", "port to listen at", type=positive, default=8000)
+    add("--host")
+    add("--port", default=8000)
     add("--device")
     add("--dtype", "precision; without it, the model's")
 

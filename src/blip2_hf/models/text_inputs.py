@@ -16,9 +16,11 @@ def check_one_image_input(pixel_values: torch.Tensor | None, image_embeds: torch
 
 
 def check_options(options: dict[str, Any], takes: str):
-    """Refuse options that a model would ignore: all except those of `TransformersKwargs`. `takes` is what it takes."""
+    """Refuse options that are not those of `TransformersKwargs`, because a model would ignore them."""
     if unknown := sorted(options.keys() - TransformersKwargs.__annotations__.keys() - {"return_dict"}):
-        raise TypeError(f"The model was given {', '.join(unknown)}, and takes {takes}. Leave out what it does not know.")
+        raise TypeError(
+            f"The model was given {', '.join(unknown)}, and takes {takes}. Leave out what it does not know."
+        )
 
 
 def check_attention_mask(
