@@ -39,6 +39,7 @@ LINES = {
         "rows",
     ),
     "search": ("search cat --index {data} --model {model} --sheet {output}.png", MATCHER, "index"),
+    "demo": ("demo --captioner {model}", WRITER, None),
     "serve": ("serve {model}", WRITER, None),
 }
 # That do the same with another option
@@ -294,6 +295,7 @@ def test_an_option_that_is_not_there(told, name):
         "convert",
         "export",
         "capfilt",
+        "demo",
     )
 
 
@@ -357,7 +359,7 @@ def test_a_text_and_a_picture_to_search_for(told, monkeypatch):
 # --- outputs ---
 
 
-@pytest.mark.parametrize("name", [name for name in ALL_LINES if name not in ("ask", "serve")])
+@pytest.mark.parametrize("name", [name for name in ALL_LINES if name not in ("ask", "demo", "serve")])
 @pytest.mark.parametrize("output", ["file/out", "/proc/nothing/out"])
 def test_an_output_that_cant_be_written(told, name, output):
     message = told(name, output=output)

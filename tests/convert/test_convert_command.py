@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -383,12 +384,12 @@ def test_sources_that_are_something_else(model_folder, tmp_path):
 # InstructBLIP
 
 
-def make_instructblip(name: str) -> transformers.InstructBlipForConditionalGeneration:
+def make_instructblip(name: str, **qformer) -> transformers.InstructBlipForConditionalGeneration:
     text_config = LANGUAGE_MODELS[name]()
     text_config.bos_token_id = 0
     config = transformers.InstructBlipConfig(
         vision_config={**VISION, "initializer_range": 0.02},
-        qformer_config={k: v for k, v in QFORMER.items() if k != "bos_token_id"},
+        qformer_config={k: v for k, v in QFORMER.items() if k != "bos_token_id"} | qformer,
         text_config=text_config,
         num_query_tokens=NUM_QUERIES,
         image_token_index=VOCAB_SIZE - 1,
@@ -427,6 +428,48 @@ def test_instructblip_computes_the_same_and_comes_back(name, tmp_path):
     assert same_weights(back, theirs)
 
 
+@pytest.mark.parametrize("is_video", [False, True])
+@torch.no_grad()
+def test_from_pretrained_takes_instructblip_without_a_conversion(is_video, tmp_path):
+    torch.manual_seed(0)
+    theirs = make_instructblip("opt")
+    batch = inputs() | instructions()
+    expected = theirs(**batch).logits
+    theirs.save_pretrained(tmp_path)
+    if is_video:
+        # The same network, whose pictures are frames
+        config = json.loads((tmp_path / "config.json").read_text())
+        config |= {"model_type": "instructblipvideo", "video_token_index": config.pop("image_token_index")}
+        for part in ("vision", "qformer"):
+            config[f"{part}_config"]["model_type"] = config[f"{part}_config"]["model_type"].replace(
+                "blip", "blipvideo"
+            )
+        config["architectures"] = ["InstructBlipVideoForConditionalGeneration"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        # Frames stand in front
+        places = batch["input_ids"].eq(VOCAB_SIZE - 1)
+        batch["input_ids"] = batch["input_ids"][~places].view(len(places), -1)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    ours, info = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    logits = ours.eval()(**batch).logits
+    torch.testing.assert_close(logits, expected[:, -logits.shape[1] :], atol=1e-5, rtol=0)
+
+
+def test_commands_take_instructblip_without_a_conversion(tmp_path, capsys):
+    tokenizer = save_instructblip_processor(tmp_path / "theirs")
+    make_instructblip("opt", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    make_image().save(tmp_path / "a.png")
+    answers = []
+    for folder in ("theirs", "ours"):
+        capsys.readouterr()
+        model = str(tmp_path / folder)
+        main(["ask", str(tmp_path / "a.png"), "what is it?", "--model", model, "--device", "cpu"])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
 def test_half_an_instructblip_and_a_blip2_are_refused(tmp_path):
     theirs = make_instructblip("opt")
     theirs.save_pretrained(tmp_path / "theirs")
@@ -440,14 +483,20 @@ def test_half_an_instructblip_and_a_blip2_are_refused(tmp_path):
         save_instructblip_checkpoint(load_checkpoint(tmp_path / "blip2")[0], tmp_path / "back")
 
 
-def test_the_command_takes_instructblip_both_ways(tmp_path):
-    theirs = make_instructblip("opt")
-    theirs.save_pretrained(tmp_path / "theirs")
+def save_instructblip_processor(folder: Path) -> transformers.BertTokenizer:
+    """Write transformers' processor, and return the Q-Former's tokenizer."""
     parts = make_processor()
     qformer_tokenizer = transformers.BertTokenizer(str(FIXTURES / "tokenizers" / "bert" / "vocab.txt"))
     transformers.InstructBlipProcessor(
         parts.image_processor, parts.tokenizer, qformer_tokenizer, num_query_tokens=NUM_QUERIES
-    ).save_pretrained(tmp_path / "theirs")
+    ).save_pretrained(folder)
+    return qformer_tokenizer
+
+
+def test_the_command_takes_instructblip_both_ways(tmp_path):
+    theirs = make_instructblip("opt")
+    theirs.save_pretrained(tmp_path / "theirs")
+    qformer_tokenizer = save_instructblip_processor(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours")
     processor = blip2_hf.Blip2Processor.from_pretrained(tmp_path / "ours")
     assert processor.qformer_tokenizer.get_vocab() == qformer_tokenizer.get_vocab()

@@ -25,10 +25,10 @@ def _run(options: argparse.Namespace):
     from transformers.utils.import_utils import is_serve_available
 
     from ..jobs.model_checks import WRITING, read_class
-    from ..models.configuration_blip2 import TRANSFORMERS_MODEL_TYPE
+    from ..models.configuration_blip2 import Blip2Config
 
     config, _ = check_whole_model(options.model, WRITING)
-    if read_class(options.model)[0] == TRANSFORMERS_MODEL_TYPE:
+    if read_class(options.model)[0] != Blip2Config.model_type:
         raise ValueError(
             f"{options.model} is in the format of transformers, whose processor takes no chats. Convert it: blip2-hf "
             f"convert {options.model} --output FOLDER"

@@ -14,12 +14,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..jobs.atomic_files import rename, temporary_folder
 from ..jobs.inference import adapter_base, check_finite, merge_adapters
 from ..models.backbones import load_with_info
-from ..models.configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
-from ..models.modeling_base import Blip2Model, Blip2PreTrainedModel
+from ..models.configuration_blip2 import TRANSFORMERS_CONFIGS, Blip2Config, TransformersBlip2Config
+from ..models.modeling_base import NAMES_IN_TRANSFORMERS, Blip2Model, Blip2PreTrainedModel
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
 from ..models.modeling_pretraining import Blip2ForPreTraining
 from ..models.modeling_retrieval import Blip2ForImageTextRetrieval
-from .instructblip import RENAMINGS, InstructBlipConfig, load_instructblip_checkpoint
+from .instructblip import load_instructblip_checkpoint
 from .reading import enumerate_names, read_dtypes
 
 
@@ -30,8 +30,6 @@ CLASSES: dict[str, type[Blip2PreTrainedModel]] = {
     "Blip2ForImageTextRetrieval": Blip2ForImageTextRetrieval,
     "Blip2HfModel": Blip2Model,
 }
-# In transformers' checkpoints the queries are a bare parameter
-QUERY_TOKENS = {r"^query_tokens$": "query_tokens.weight"}
 
 
 def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedModel, list[str]]:
@@ -55,7 +53,7 @@ def load_checkpoint(name_or_path: str | os.PathLike) -> tuple[Blip2PreTrainedMod
     load = _loader(name_or_path)
     # transformers loads most tensors in one dtype, and each is to have that of its file
     model, left = load()
-    dtypes = read_dtypes(name_or_path, RENAMINGS | QUERY_TOKENS)
+    dtypes = read_dtypes(name_or_path, NAMES_IN_TRANSFORMERS)
     if any(tensor.dtype not in (dtype, torch.float32) for tensor, dtype in _with_dtypes(model, dtypes)):
         model, left = load(dtype=torch.float32)
     for tensor, dtype in _with_dtypes(model, dtypes):
@@ -69,10 +67,10 @@ def _loader(name_or_path: str | os.PathLike) -> Callable[..., tuple[Blip2PreTrai
     # Empty if there is no config.json
     content, _ = PreTrainedConfig.get_config_dict(name_or_path)
     model_type, architecture = content.get("model_type"), (content.get("architectures") or ["no class"])[0]
-    if model_type == InstructBlipConfig.model_type:
-        return lambda **kwargs: (load_instructblip_checkpoint(name_or_path, **kwargs), [])
-    if model_type not in (Blip2Config.model_type, TRANSFORMERS_MODEL_TYPE):
+    if model_type not in (Blip2Config.model_type, *TRANSFORMERS_CONFIGS):
         raise ValueError(f"{name_or_path} is of type {model_type!r}: a BLIP-2 or an InstructBLIP was expected.")
+    if model_type not in (Blip2Config.model_type, TransformersBlip2Config.model_type):
+        return lambda **kwargs: (load_instructblip_checkpoint(name_or_path, **kwargs), [])
     # Blip2Model itself is not among the names: transformers' has a language model, and ours has none
     model_class = CLASSES.get(architecture) or CLASSES.get(architecture.replace("Blip2Hf", "Blip2"))
     if model_class is None:

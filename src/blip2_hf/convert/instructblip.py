@@ -7,16 +7,10 @@ from typing import Any
 from transformers.models.instructblip.configuration_instructblip import InstructBlipConfig
 
 from ..models.backbones import load_with_info
-from ..models.configuration_blip2 import Blip2Config, TransformersBlip2Config
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
 from .reading import enumerate_names, rename
 
 
-# In InstructBLIP the embeddings belong to the Q-Former; the first pattern that matches is taken
-RENAMINGS = {
-    r"^qformer\.embeddings\.layernorm\.": "qformer.layernorm.",
-    r"^qformer\.embeddings\.(word|position)_embeddings\.": r"embeddings.\1_embeddings.",
-}
 BACK = {
     r"^qformer\.layernorm\.": "qformer.embeddings.layernorm.",
     r"^embeddings\.": "qformer.embeddings.",
@@ -28,8 +22,8 @@ def load_instructblip_checkpoint(
     pretrained_model_name_or_path: str | os.PathLike, **kwargs
 ) -> Blip2ForConditionalGeneration:
     r"""
-    Load a checkpoint of transformers' `InstructBlipForConditionalGeneration`. Its weights are those of a BLIP-2 whose
-    Q-Former reads the question, under other names.
+    Load a checkpoint of transformers' `InstructBlipForConditionalGeneration`, as [`Blip2ForConditionalGeneration`]
+    does, and refuse one that is not complete.
 
     Args:
         pretrained_model_name_or_path (`str` or `os.PathLike`):
@@ -44,15 +38,7 @@ def load_instructblip_checkpoint(
     Raises:
         ValueError: if the checkpoint lacks weights, or has unknown ones.
     """
-    fields = _fields(InstructBlipConfig.from_pretrained(pretrained_model_name_or_path))
-    fields["qformer_config"]["use_qformer_text_input"] = True
-    model, info = load_with_info(
-        Blip2ForConditionalGeneration,
-        pretrained_model_name_or_path,
-        config=Blip2Config.from_transformers(TransformersBlip2Config(**fields)),
-        key_mapping=RENAMINGS,
-        **kwargs,
-    )
+    model, info = load_with_info(Blip2ForConditionalGeneration, pretrained_model_name_or_path, **kwargs)
     for kind, keys in info.items():
         if names := [name for name in keys if not name.endswith("position_ids")]:
             raise ValueError(

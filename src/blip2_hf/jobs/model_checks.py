@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 # In transformers 5.17 the name in the package itself asks for torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..models.configuration_blip2 import TRANSFORMERS_MODEL_TYPE, Blip2Config
+from ..models.configuration_blip2 import TRANSFORMERS_CONFIGS, Blip2Config, TransformersBlip2Config
 from ..models.processing_blip2 import Blip2Processor
 from .errors import first_sentence
 from .inference import processor_place, weights_place
@@ -56,9 +56,7 @@ def check_checkpoint(name: str | os.PathLike, need: str | None = None, advice: s
         ValueError: if it is the configuration of something else.
     """
     model_type, architecture = read_class(name)
-    if model_type == "instructblip":
-        raise ValueError(f"{name} is an InstructBLIP: `blip2-hf convert` makes a BLIP-2 of it. Give that.")
-    if model_type not in (Blip2Config.model_type, TRANSFORMERS_MODEL_TYPE):
+    if model_type not in (Blip2Config.model_type, *TRANSFORMERS_CONFIGS):
         shown = f"of type {model_type!r}" if model_type else "of no type that its config.json names"
         raise ValueError(f"{name} is a model {shown}: a BLIP-2 was expected.")
     # A checkpoint that names no class is told by its weights
@@ -74,8 +72,10 @@ def read_class(name: str | os.PathLike) -> tuple[str | None, str | None]:
     """Return type and class of a checkpoint, or of the model that adapters belong to, as config.json has them."""
     content, _ = PreTrainedConfig.get_config_dict(weights_place(name))
     architectures: Any = content.get("architectures") or [None]
-    architecture = architectures[0]
-    return content.get("model_type"), architecture and architecture.replace("Blip2Hf", "Blip2")
+    model_type, architecture = content.get("model_type"), architectures[0]
+    if model_type in TRANSFORMERS_CONFIGS and model_type != TransformersBlip2Config.model_type:
+        return model_type, _STAGE2  # an InstructBLIP
+    return model_type, architecture and architecture.replace("Blip2Hf", "Blip2")
 
 
 def load_processor(name: str | os.PathLike) -> Blip2Processor:

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .configuration_blip2 import (
-    TRANSFORMERS_MODEL_TYPE,
+    TRANSFORMERS_CONFIGS,
     Blip2Config,
     Blip2VisionConfig,
     is_tower_of_blip,
@@ -170,7 +170,7 @@ def load_language_model(language_model: str | os.PathLike | PreTrainedModel, **k
 
 def _check_is_no_blip2(config: PreTrainedConfig, given: str):
     # AutoModelForCausalLM loads BLIP-2s of this library, because TRL loads them by it
-    if config.model_type in (Blip2Config.model_type, TRANSFORMERS_MODEL_TYPE):
+    if config.model_type in (Blip2Config.model_type, *TRANSFORMERS_CONFIGS):
         raise ValueError(
             f"{given} is a BLIP-2: a language model was expected. To take that of a BLIP-2, load it, and give its "
             "attribute language_model."

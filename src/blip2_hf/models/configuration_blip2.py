@@ -16,9 +16,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 from transformers.models.blip_2.configuration_blip_2 import Blip2Config as TransformersBlip2Config
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig as TransformersBlip2QFormerConfig
 from transformers.models.blip_2.configuration_blip_2 import Blip2VisionConfig as TransformersBlip2VisionConfig
+from transformers.models.instructblip.configuration_instructblip import InstructBlipConfig
+from transformers.models.instructblipvideo.configuration_instructblipvideo import InstructBlipVideoConfig
 
 
-TRANSFORMERS_MODEL_TYPE = TransformersBlip2Config.model_type
+# Checkpoints of transformers that are a BLIP-2, by their type. The Q-Former of the last two reads the question
+TRANSFORMERS_CONFIGS = {
+    config.model_type: config for config in (TransformersBlip2Config, InstructBlipConfig, InstructBlipVideoConfig)
+}
+_TOWERS_OF_BLIP = [f"{name}_vision_model" for name in ("blip", "blip_2", "instructblip", "instructblipvideo")]
 
 
 @strict
@@ -286,13 +292,12 @@ class Blip2HfConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in (cls.model_type, TRANSFORMERS_MODEL_TYPE):
+        if model_type not in (cls.model_type, *TRANSFORMERS_CONFIGS):
             raise ValueError(
-                f"{pretrained_model_name_or_path} is of type {model_type!r}: a BLIP-2 was expected. `blip2-hf "
-                "convert` turns an InstructBLIP into one."
+                f"{pretrained_model_name_or_path} is of type {model_type!r}: a BLIP-2 or an InstructBLIP was expected."
             )
-        if model_type == TRANSFORMERS_MODEL_TYPE:
-            config_dict = cls.from_transformers(TransformersBlip2Config.from_dict(config_dict)).to_dict()
+        if model_type != cls.model_type:
+            config_dict = cls.from_transformers(TRANSFORMERS_CONFIGS[model_type].from_dict(config_dict)).to_dict()
         return config_dict, kwargs
 
     def to_dict(self) -> dict[str, Any]:
@@ -306,25 +311,30 @@ class Blip2HfConfig(PreTrainedConfig):
         return output
 
     @classmethod
-    def from_transformers(cls, config: TransformersBlip2Config) -> "Blip2Config":
+    def from_transformers(cls, config: PreTrainedConfig) -> "Blip2Config":
         """
-        Return the configuration of a checkpoint of transformers' own BLIP-2 (model_type `blip-2`).
+        Return the configuration of a checkpoint of transformers' own BLIP-2, or of its InstructBLIP, which is a BLIP-2
+        whose Q-Former reads the question.
 
         Args:
-            config ([`~transformers.Blip2Config`]):
+            config ([`~transformers.Blip2Config`], [`~transformers.InstructBlipConfig`] or \
+[`~transformers.InstructBlipVideoConfig`]):
                 transformers' configuration.
 
         Returns:
             [`Blip2Config`]: the same model. Its `post_layernorm_eps` is transformers' `layer_norm_eps` and not the
             authors' 1e-5, so that the outputs are the same.
         """
+        is_blip2 = config.model_type == TransformersBlip2Config.model_type
+        qformer = _shared_fields(config.qformer_config, Blip2QFormerConfig)
         return cls(
             vision_config=vision_config_from_blip(config.vision_config),
-            qformer_config=Blip2QFormerConfig(**_shared_fields(config.qformer_config, Blip2QFormerConfig)),
+            qformer_config=Blip2QFormerConfig(**qformer | ({} if is_blip2 else {"use_qformer_text_input": True})),
             text_config=copy.deepcopy(config.text_config),
             num_query_tokens=config.num_query_tokens,
-            image_text_hidden_size=config.image_text_hidden_size,
-            image_token_index=config.image_token_index,
+            **({"image_text_hidden_size": config.image_text_hidden_size} if is_blip2 else {}),
+            # A video's frames are images in front
+            image_token_index=getattr(config, "image_token_index", None),
             initializer_range=config.initializer_range,
             architectures=config.architectures,
             dtype=config.dtype,
@@ -386,8 +396,8 @@ def public_class_name(instance: object) -> str:
 
 
 def is_tower_of_blip(config: PreTrainedConfig) -> bool:
-    """Return whether a configuration is that of the tower of transformers' BLIP, BLIP-2 or InstructBLIP."""
-    return config.model_type in ("blip_vision_model", "blip_2_vision_model", "instructblip_vision_model")
+    """Return whether a configuration is that of the tower of transformers' BLIP, BLIP-2 or InstructBLIP (Video)."""
+    return config.model_type in _TOWERS_OF_BLIP
 
 
 def vision_config_from_blip(config: PreTrainedConfig) -> Blip2VisionConfig:

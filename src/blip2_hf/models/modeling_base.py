@@ -21,8 +21,8 @@ from .bert_weights import (
     start_queries_from_words,
 )
 from .configuration_blip2 import (
+    TRANSFORMERS_CONFIGS,
     Blip2Config,
-    TransformersBlip2Config,
     is_convolutional,
     public_class_name,
     tower_hidden_size,
@@ -31,6 +31,15 @@ from .frozen import is_frozen, keep_weights
 from .modeling_qformer import Blip2QFormerModel, Blip2TextEmbeddings, ImageKeyValues
 from .modeling_vision import build_vision_model
 from .text_inputs import check_one_image_input, check_texts, pad_right
+
+
+# What transformers calls otherwise: its queries are a bare parameter, and in InstructBLIP the embeddings belong to the
+# Q-Former. The first pattern that matches is taken
+NAMES_IN_TRANSFORMERS = {
+    r"^query_tokens$": "query_tokens.weight",
+    r"^qformer\.embeddings\.layernorm\.": "qformer.layernorm.",
+    r"^qformer\.embeddings\.(word|position)_embeddings\.": r"embeddings.\1_embeddings.",
+}
 
 
 class Blip2QueryTokens(nn.Module):
@@ -101,14 +110,13 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         r"""
-        Load a checkpoint of this library or of transformers' own BLIP-2 (model_type `blip-2`), and freeze the parts
-        that [`~Blip2PreTrainedModel.freeze`] names. Arguments are those of
+        Load a checkpoint of this library, or of transformers' own BLIP-2 (model_type `blip-2`) or InstructBLIP, and
+        freeze the parts that [`~Blip2PreTrainedModel.freeze`] names. Arguments are those of
         [`~transformers.PreTrainedModel.from_pretrained`].
         """
-        if isinstance(config, TransformersBlip2Config):
+        if isinstance(config, tuple(TRANSFORMERS_CONFIGS.values())):
             config = Blip2Config.from_transformers(config)
-        # transformers' BLIP-2 holds the queries as a bare parameter
-        key_mapping = {r"^query_tokens$": "query_tokens.weight"} | (kwargs.pop("key_mapping", None) or {})
+        key_mapping = NAMES_IN_TRANSFORMERS | (kwargs.pop("key_mapping", None) or {})
         loaded = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, key_mapping=key_mapping, **kwargs
         )

@@ -182,6 +182,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             # Files of transformers' own processor lack it, but its model's configuration has it
             try:
                 config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+                if config.model_type == "instructblip":
+                    processor_dict.setdefault(QFORMER_TOKENIZER, QFORMER_TOKENIZER)
                 text_config = config.get_text_config(decoder=True)
                 processor_dict["is_encoder_decoder"] = text_config.is_encoder_decoder
                 if isinstance(text_config.eos_token_id, int):
