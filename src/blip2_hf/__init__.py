@@ -15,6 +15,7 @@ _EXPORTS = {
     "models.modeling_base": ["Blip2Model", "Blip2PreTrainedModel"],
     "models.modeling_blip2": ["Blip2ForConditionalGeneration"],
     "models.modeling_pretraining": ["Blip2ForPreTraining"],
+    "models.modeling_projection": ["Blip2TextModelWithProjection", "Blip2VisionModelWithProjection"],
     "models.modeling_qformer": ["Blip2QFormerModel", "block_attention_mask"],
     "models.modeling_retrieval": ["Blip2ForImageTextRetrieval"],
     "models.modeling_vision": ["Blip2VisionModel"],
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .models.modeling_base import Blip2Model, Blip2PreTrainedModel
     from .models.modeling_blip2 import Blip2ForConditionalGeneration
     from .models.modeling_pretraining import Blip2ForPreTraining
+    from .models.modeling_projection import Blip2TextModelWithProjection, Blip2VisionModelWithProjection
     from .models.modeling_qformer import Blip2QFormerModel, block_attention_mask
     from .models.modeling_retrieval import Blip2ForImageTextRetrieval
     from .models.modeling_vision import Blip2VisionModel

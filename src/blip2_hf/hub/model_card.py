@@ -33,6 +33,8 @@ PIPELINE_TAGS = {
     "Blip2HfForConditionalGeneration": "image-text-to-text",
     "Blip2HfForPreTraining": "zero-shot-image-classification",
     "Blip2HfForImageTextRetrieval": "zero-shot-image-classification",
+    "Blip2HfVisionModelWithProjection": "image-feature-extraction",
+    "Blip2HfTextModelWithProjection": "feature-extraction",
     "Blip2HfModel": "image-feature-extraction",
 }
 # Task, id and name of the dataset of each `blip2-hf evaluate` task, as model-index expects them

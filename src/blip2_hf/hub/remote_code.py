@@ -28,6 +28,8 @@ _AUTO_CLASSES = {
     "Blip2HfForImageTextRetrieval": {
         "AutoModelForZeroShotImageClassification": "modeling_retrieval.Blip2HfForImageTextRetrieval",
     },
+    "Blip2HfVisionModelWithProjection": {"AutoModel": "modeling_projection.Blip2HfVisionModelWithProjection"},
+    "Blip2HfTextModelWithProjection": {"AutoModel": "modeling_projection.Blip2HfTextModelWithProjection"},
     "Blip2HfModel": {},
 }
 _AUTO_CLASSES_OF_ALL = {
