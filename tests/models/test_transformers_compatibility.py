@@ -136,3 +136,45 @@ def test_full_size_models_have_the_papers_parameter_counts(row):
     missing = {"flan-t5-xl": 3.0e9 - LANGUAGE_MODEL_SIZES["flan-t5-xl"]}.get(language_model, 0)
     assert model.num_parameters() + missing == pytest.approx(total, rel=0.02)
     assert model.num_parameters(only_trainable=True) == pytest.approx(trainable, rel=0.01)
+
+
+@torch.no_grad()
+def test_features_of_their_base_model(pair, tmp_path):
+    theirs, ours = pair
+    base = transformers.Blip2Model.from_pretrained(tmp_path / "theirs").eval()
+    own_base = blip2_hf.Blip2Model.from_pretrained(tmp_path / "theirs").eval()
+    pixel_values, texts = make_pixel_values(), torch.tensor([[0, 5, 6, 7], [0, 8, 9, 10]])
+    expected = base.get_qformer_features(pixel_values=pixel_values)
+    for model in (ours, own_base):
+        torch.testing.assert_close(model.get_qformer_features(pixel_values), expected, rtol=0, atol=1e-5)
+    # Theirs is after the LayerNorm that follows the tower
+    expected = base.get_image_features(pixel_values=pixel_values).last_hidden_state
+    actual = own_base.vision_model.post_layernorm(own_base.get_image_embeds(pixel_values))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    expected = base.get_text_features(input_ids=texts).last_hidden_state
+    torch.testing.assert_close(ours.get_text_features(texts).last_hidden_state, expected, rtol=0, atol=1e-5)
+    with pytest.raises(TypeError, match=r"was given labels, and takes images alone \(Blip2ForConditionalGeneration"):
+        own_base(pixel_values, labels=texts)
+
+
+@torch.no_grad()
+def test_outputs_of_generation(pair):
+    (theirs, ours), batch = pair, inputs()
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_attentions": True}
+    options |= {"output_hidden_states": True, "output_scores": True}
+    found = []
+    for model in (theirs, ours):
+        model.set_attn_implementation("eager")
+        found.append(model.generate(**batch, **options))
+    expected, actual = found
+    names = (
+        {"encoder_attentions", "encoder_hidden_states", "cross_attentions"} if theirs.config.is_encoder_decoder else {}
+    )
+    assert {*names} <= {*expected} == {*actual}
+    for name in (*names, "scores"):
+        for own, other in zip(_tensors(actual[name]), _tensors(expected[name]), strict=True):
+            torch.testing.assert_close(own, other, rtol=0, atol=1e-5)
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [tensor for part in value for tensor in _tensors(part)]

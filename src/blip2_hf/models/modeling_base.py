@@ -30,7 +30,7 @@ from .configuration_blip2 import (
 from .frozen import is_frozen, keep_weights
 from .modeling_qformer import Blip2QFormerModel, Blip2TextEmbeddings, ImageKeyValues
 from .modeling_vision import build_vision_model
-from .text_inputs import check_one_image_input, check_texts, pad_right
+from .text_inputs import check_one_image_input, check_options, check_texts, pad_right
 
 
 # What transformers calls otherwise: its queries are a bare parameter, and in InstructBLIP the embeddings belong to the
@@ -278,6 +278,29 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
         """
         return self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs).last_hidden_state
 
+    def get_qformer_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+    ) -> torch.Tensor:
+        r"""
+        Compute the output queries of images.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Images.
+            image_embeds (`torch.Tensor` of shape `(num_images, num_features, vision hidden_size)`, *optional*):
+                In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+                Whether position embeddings are interpolated to the size of the images.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, num_query_tokens, Q-Former hidden_size)`.
+        """
+        outputs = self.encode_image(pixel_values, image_embeds, interpolate_pos_encoding=interpolate_pos_encoding)
+        return outputs[2].last_hidden_state
+
     def get_image_key_values(self, image_embeds: torch.Tensor) -> ImageKeyValues:
         r"""
         Compute the keys and values of images for each cross-attention of the Q-Former. They serve any number of texts
@@ -423,8 +446,12 @@ class Blip2HfModel(Blip2PreTrainedModel):
             `(num_images, Q-Former hidden_size)`, their mean.
 
         Raises:
+            TypeError: if an argument is not known.
             ValueError: if not exactly one of `pixel_values` and `image_embeds` is given.
         """
+        # Blip2Processor makes them even for images alone
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
+        check_options(kwargs, "images alone (Blip2ForConditionalGeneration takes texts and labels)")
         _, _, outputs = self.encode_image(
             pixel_values, image_embeds, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
@@ -240,6 +240,36 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
             attentions=None if vision_outputs is None else vision_outputs.attentions,
             vision_outputs=vision_outputs,
             qformer_outputs=qformer_outputs,
+        )
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Compute the language model's hidden states of texts, or those of its encoder if it has one, as `Blip2Model` of
+        transformers does.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, text_length)`):
+                Texts without placeholders of images.
+            attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
+                0 at padding.
+            kwargs:
+                Arguments of the language model, such as `output_hidden_states`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` of shape
+            `(batch_size, text_length, text hidden_size)`, `hidden_states` and `attentions`.
+        """
+        self._check_text_without_image(input_ids)
+        language_model = self.language_model
+        part = language_model.get_encoder() if self.config.is_encoder_decoder else language_model.base_model
+        outputs = part(input_ids=input_ids, attention_mask=attention_mask, **{**kwargs, "return_dict": True})
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def _project_queries(self, queries: torch.Tensor) -> torch.Tensor:
