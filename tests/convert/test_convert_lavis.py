@@ -9,6 +9,7 @@ import transformers
 from lavis_cases import CASES, NEWLINE, OPT, STAGE1, T5, lavis_config, load, opt_processor, tensors
 from lavis_shapes import eva_shapes, linear, of_tower, qformer_shapes, random_state_dict
 from safetensors.torch import save_file
+from tiny import LANGUAGE_MODELS
 
 from blip2_hf import Blip2Config, Blip2ForConditionalGeneration, Blip2Model, Blip2VisionConfig
 from blip2_hf.convert import convert_lavis_state_dict, load_lavis_checkpoint, load_lavis_tower, resize_tower
@@ -215,7 +216,7 @@ def test_the_given_dict_is_not_changed():
         "visual_encoder.blocks.4.norm1.weight",
         "visual_encoder.head.weight",
         "opt_model.model.decoder.layers.3.fc1.weight",
-        "llm_proj.weight",
+        "gpt_proj.weight",
     ],
 )
 def test_an_unknown_name_is_refused(name):
@@ -434,6 +435,23 @@ def test_sizes_of_a_file_without_its_frozen_parts():
     assert type(model) is Blip2ForConditionalGeneration
     assert model.config.text_config.model_type == "opt" and model.config.vision_config.num_attention_heads == 4
     assert model.generate(pixel_values=torch.randn(1, 3, 56, 56), max_new_tokens=3).shape[0] == 1
+
+
+def test_an_instructblip_with_vicuna():
+    shapes = qformer_shapes(64, layers=2, every=2, tower_width=64, text=True) | linear("llm_proj", 64, 32)
+    state_dict = random_state_dict(shapes)
+    vicuna = transformers.AutoModelForCausalLM.from_config(LANGUAGE_MODELS["llama"]())
+    model = load_lavis_checkpoint(state_dict, vision_model=load(OPT), language_model=vicuna)
+    assert type(model) is Blip2ForConditionalGeneration
+    assert model.config.qformer_config.use_qformer_text_input
+    assert torch.equal(model.language_projection.weight, state_dict["llm_proj.weight"])
+    assert torch.equal(
+        model.embeddings.word_embeddings.weight, state_dict["Qformer.bert.embeddings.word_embeddings.weight"]
+    )
+    question = {"qformer_input_ids": torch.tensor([[5, 6, 7]]), "qformer_attention_mask": torch.ones(1, 3).long()}
+    assert model.generate(pixel_values=torch.randn(1, 3, 56, 56), **question, max_new_tokens=3).shape[0] == 1
+    with pytest.raises(ValueError, match="type 'llama', but the one given is of type 'opt'"):
+        load_lavis_checkpoint(state_dict, vision_model=load(OPT), language_model=load(OPT).language_model)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(32, 4), (1024, 16)], ids=["config", "no config"])

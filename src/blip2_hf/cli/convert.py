@@ -74,7 +74,9 @@ def _from_lavis(options: argparse.Namespace) -> tuple[Any, Any]:
         output_loading_info=True,
     )
     print(report)
-    return model, lavis_processor(model.config, tokenizer or load_tokenizer(_BERT))
+    reads_question = model.config.text_config is not None and model.config.qformer_config.use_qformer_text_input
+    bert_tokenizer = load_tokenizer(_BERT) if reads_question else None
+    return model, lavis_processor(model.config, tokenizer or load_tokenizer(_BERT), bert_tokenizer)
 
 
 def _from_folder(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -39,7 +39,10 @@ HEADS: dict[str, type[Blip2PreTrainedModel]] = {
 LANGUAGE_MODELS = {
     "opt": {2560: "facebook/opt-2.7b", 4096: "facebook/opt-6.7b"},
     "t5": {2048: "google/flan-t5-xl", 4096: "google/flan-t5-xxl"},
+    "llama": {4096: "lmsys/vicuna-7b-v1.1", 5120: "lmsys/vicuna-13b-v1.1"},
 }
+# What LAVIS's names begin with, in `opt_proj` and `opt_model`
+PREFIXES = {"opt": "opt", "t5": "t5", "llm": "llama"}
 TOWERS = {
     1408: "EVA-CLIP ViT-g: LAVIS's eva_vit_g.pth, or a checkpoint that has it, such as Salesforce/blip2-opt-2.7b",
     1024: "CLIP ViT-L/14: LAVIS's clip_vit_L.pth, or openai/clip-vit-large-patch14",
@@ -108,7 +111,7 @@ def load_lavis_checkpoint(
     report.left |= beside
     if model_class is None:
         model_class = _model_class(weights)
-    kind = next((kind for kind in LANGUAGE_MODELS if f"{kind}_proj.weight" in report.taken), None)
+    kind = next((kind for prefix, kind in PREFIXES.items() if f"{prefix}_proj.weight" in report.taken), None)
     _check_parts(weights, kind, config, model_class, language_model, vision_model)
     tower = None
     if vision_model is not None:
@@ -157,7 +160,8 @@ def _model_class(weights: StateDict) -> type[Blip2PreTrainedModel]:
             return model_class
     raise ValueError(
         "The file has no head of stage 1 (Qformer.cls.*, itm_head.*) and no projection of stage 2 (opt_proj.*, "
-        f"t5_proj.*), but only {enumerate_names(sorted(parts))}, so its class is unknown. Give model_class."
+        f"t5_proj.*, llm_proj.*), but only {enumerate_names(sorted(parts))}, so its class is unknown. Give "
+        "model_class."
     )
 
 
@@ -179,14 +183,14 @@ def _check_parts(
             raise ValueError(f"language_model was given, but {model_class.__name__} has none: leave it out.")
     elif "language_projection" not in parts:
         raise ValueError(
-            "The file has no projection to a language model (opt_proj.*, t5_proj.*): it is from stage 1. Load it "
-            "without model_class, and give the model to Blip2ForConditionalGeneration.from_pretrained_parts."
+            "The file has no projection to a language model (opt_proj.*, t5_proj.*, llm_proj.*): it is from stage 1. "
+            "Load it without model_class, and give the model to Blip2ForConditionalGeneration.from_pretrained_parts."
         )
     elif "language_model" not in parts and language_model is None:
         which = _which(weights, "language_projection.weight", 0, LANGUAGE_MODELS.get(kind or "", {}))
         raise ValueError(
-            "The language model (opt_model.*, t5_model.*) is not in the file: LAVIS leaves it out. Give the one that "
-            f"the file was trained with as language_model{which}."
+            "The language model (opt_model.*, t5_model.*, llm_model.*) is not in the file: LAVIS leaves it out. Give "
+            f"the one that the file was trained with as language_model{which}."
         )
     elif language_model is None and (config is None or config.text_config is None):
         raise ValueError(

@@ -47,8 +47,8 @@ RENAMINGS: tuple[tuple[str, str], ...] = (
     (r"itm_head\.(weight|bias)", r"itm_head.\1"),
     (r"temp", r"temperature.weight"),
     # Stage 2
-    (r"(?:opt|t5)_proj\.(weight|bias)", r"language_projection.\1"),
-    (r"(?:opt|t5)_model\.(.+)", r"language_model.\1"),
+    (r"(?:opt|t5|llm)_proj\.(weight|bias)", r"language_projection.\1"),
+    (r"(?:opt|t5|llm)_model\.(.+)", r"language_model.\1"),
 )
 # Parameters that some files store with fewer axes: axes of length 1 are added in front
 DIMENSIONS = {

@@ -14,16 +14,23 @@ from ..models.configuration_blip2 import Blip2Config
 from ..models.processing_blip2 import QFORMER_TOKENIZER, Blip2Processor
 
 
-def lavis_processor(config: Blip2Config, tokenizer: PreTrainedTokenizerBase) -> Blip2Processor:
+def lavis_processor(
+    config: Blip2Config, tokenizer: PreTrainedTokenizerBase, bert_tokenizer: PreTrainedTokenizerBase | None = None
+) -> Blip2Processor:
     """
     Make the processor of a checkpoint from LAVIS. It scales pictures of any shape to a square. `tokenizer` is the
-    language model's. Without a language model it is BERT's, to which `[DEC]` is added.
+    language model's. Without a language model it is BERT's, to which `[DEC]` is added. `bert_tokenizer` is that of a
+    Q-Former that reads the question (InstructBLIP).
     """
     image_processor = image_processor_of_size(config.vision_config.image_size)
+    if bert_tokenizer is not None:
+        bert_tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        bert_tokenizer.truncation_side = "left"
     if config.text_config is not None:
         return Blip2Processor(
             image_processor,
             tokenizer,
+            bert_tokenizer,
             num_query_tokens=config.num_query_tokens,
             is_encoder_decoder=config.is_encoder_decoder,
             end_token_id=None if config.is_encoder_decoder else config.text_config.eos_token_id,
