@@ -7,7 +7,7 @@ That is self-critical training (Rennie et al. 2017), with the mean of several ca
     pip install "trl>=1.16"
     python examples/reward_captions.py     # a table: reward, held-out CIDEr-D, and captions that are right
 
-The scenes are new: none of them was seen by the demo.
+The scenes are drawn in a style that the demo never saw. docs/finetuning.md has the table.
 """
 
 import argparse
@@ -88,6 +88,7 @@ def main():
     results = {"before": evaluate(model, processor, test, reward)}
     for seed in options.seeds:
         trainer = train(seed, rows, reward, options)
+        # Pictures differ from step to step, so that single steps tell little
         rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
         tenth = max(1, len(rewards) // 10)
         first, last = statistics.mean(rewards[:tenth]), statistics.mean(rewards[-tenth:])

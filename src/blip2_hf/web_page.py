@@ -12,6 +12,7 @@ from PIL import Image
 from .attention_maps import overlay, text_heat_map
 from .captioning import answer_questions
 from .captioning.captions import MAX_NEW_TOKENS
+from .data.image_size import own_image_size, with_image_size
 from .jobs.errors import describe
 from .models.image_loading import load_image
 from .models.modeling_blip2 import Blip2ForConditionalGeneration
@@ -100,13 +101,17 @@ def look_for(
     tokenizer = processor.qformer_tokenizer or processor.tokenizer
     tokens = tokenizer([text], split_special_tokens=True, truncation=True, return_tensors="pt").to(model.device)
     given = tokens["input_ids"], tokens["attention_mask"]
-    pixel_values = processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+    # The whole picture, because a map over a part of it would lie in the wrong place
+    side = max(own_image_size(processor.image_processor).values())
+    image_processor = with_image_size(processor.image_processor, side)
+    pixel_values = image_processor(images=[picture], return_tensors="pt")["pixel_values"]
     pixel_values = pixel_values.to(model.device, model.dtype)
     heat_map = text_heat_map(model, *given, pixel_values)[0]
     with torch.inference_mode():
         match = model.get_matching_logits(*given, pixel_values=pixel_values).softmax(dim=-1)[0, 1].item()
-    picture.thumbnail((_MOST_SIDE, _MOST_SIDE))
-    return overlay(picture, heat_map), match
+    drawing = picture.copy()
+    drawing.thumbnail((_MOST_SIDE, _MOST_SIDE))
+    return overlay(drawing, heat_map), match
 
 
 def make_page(

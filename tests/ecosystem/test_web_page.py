@@ -16,6 +16,7 @@ from transformers import pipeline
 
 from blip2_hf.attention_maps import text_heat_map
 from blip2_hf.cli import main
+from blip2_hf.data.image_size import with_image_size
 from blip2_hf.retrieval import load_retrieval_model
 from blip2_hf.search import SearchIndex
 
@@ -102,6 +103,30 @@ def test_where_it_looks(client, work):
         logits = model.get_matching_logits(tokens["input_ids"], pixel_values=pixel_values)
     assert f"probability of {logits.softmax(-1)[0, 1]:.0%}" in text
     assert Image.open(drawing).size == make_image(1).size
+
+
+def test_it_looks_at_the_whole_picture(work):
+    """As `look` does: a processor that crops would move the map."""
+    from blip2_hf.web_page import look_for
+
+    model, processor = load_retrieval_model(work / "outputs/demo/retriever", "cpu")
+    wide = Image.new("RGB", (200, 50), "white")
+    wide.paste(make_image(3).resize((50, 50)), (150, 0))
+    size = processor.image_processor.size["height"]
+    whole = load_retrieval_model(work / "outputs/demo/retriever", "cpu")[1].image_processor
+    whole = with_image_size(whole, size)
+    processor.image_processor.size = {"shortest_edge": size}
+    processor.image_processor.do_center_crop, processor.image_processor.crop_size = (
+        True,
+        {"height": size, "width": size},
+    )
+    _, match = look_for(model, processor, wide, "a dog")
+    tokens = processor.tokenizer(["a dog"], return_tensors="pt")
+    pixel_values = whole(images=[wide], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model.get_matching_logits(tokens["input_ids"], pixel_values=pixel_values)
+    assert match == pytest.approx(logits.softmax(-1)[0, 1].item(), abs=1e-5)
+    assert wide.size == (200, 50)
 
 
 def test_pictures_that_are_found_are_those_of_search(client, work):

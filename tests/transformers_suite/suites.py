@@ -121,6 +121,10 @@ class DecoderOnlySuite(Suite):
     def test_model_base_model_prefix(self):
         pass
 
+    def _text_features_get_expected_num_attentions(self, model_tester=None):
+        # The tester of the text is the model's own, in which transformers' method would look for it again
+        return self.model_tester.num_hidden_layers
+
 
 class EncoderDecoderSuite(DecoderOnlySuite):
     tiny = EncoderDecoderTester

@@ -262,7 +262,9 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` of shape
             `(batch_size, text_length, text hidden_size)`, `hidden_states` and `attentions`.
         """
-        self._check_text_without_image(input_ids)
+        if (self.config.image_token_index or 0) >= self.get_input_embeddings().num_embeddings:
+            # Placeholders that have no embedding
+            self._check_text_without_image(input_ids)
         language_model = self.language_model
         part = language_model.get_encoder() if self.config.is_encoder_decoder else language_model.base_model
         outputs = part(input_ids=input_ids, attention_mask=attention_mask, **{**kwargs, "return_dict": True})

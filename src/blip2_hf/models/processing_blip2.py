@@ -11,7 +11,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, VideosKwargs
 from transformers.tokenization_utils_base import AddedToken
 
 from ._hub_mixin import HubMixin
@@ -279,11 +279,12 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
 
     def _check_arguments(self, kwargs: dict[str, Any]):
         """Refuse arguments that ProcessorMixin would ignore."""
-        # Generic callers give None for what there is none of
+        # Generic callers give None for what there is none of, and options of videos to all processors
         given = {name for name, value in kwargs.items() if value is not None or name not in ("videos", "audio")}
         known = {"common_kwargs"}
-        for kinds in (TextKwargs, ImagesKwargs, Blip2HfProcessorKwargs, self.image_processor.valid_kwargs):
-            known |= kinds.__annotations__.keys()
+        options = (TextKwargs, ImagesKwargs, VideosKwargs, Blip2HfProcessorKwargs, self.image_processor.valid_kwargs)
+        for kind in options:
+            known |= kind.__annotations__.keys()
         if unknown := sorted(given - known):
             raise TypeError(
                 f"Blip2Processor was given {', '.join(unknown)}, and takes images, text, text_target and arguments of "
