@@ -20,7 +20,6 @@ import torch
 import transformers
 from scenes import TEST_STYLE, exact, make_scenes
 from transformers import pipeline
-from trl import GRPOConfig, GRPOTrainer
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.jobs.errors import tell_errors
@@ -51,8 +50,10 @@ def evaluate(model: torch.nn.Module, processor: Blip2Processor, scenes: datasets
     return {"held-out CIDEr-D": cider_d, "right (%)": 100 * exact(captions, scenes)}
 
 
-def train(seed: int, rows: datasets.Dataset, reward: CiderReward, options: argparse.Namespace) -> GRPOTrainer:
-    """Train the Q-Former and the projection on the reward of captions that the model samples."""
+def train(seed: int, rows: datasets.Dataset, reward: CiderReward, options: argparse.Namespace):
+    """Train the Q-Former and the projection on the reward of captions that are sampled, and return the trainer."""
+    from trl import GRPOConfig, GRPOTrainer
+
     settings = GRPOConfig(
         str(options.output / f"seed{seed}"),
         seed=seed,

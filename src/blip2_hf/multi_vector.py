@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from sentence_transformers.base.modality import infer_batch_modality, raise_unsupported_modality_error
 from sentence_transformers.base.modules import InputModule
 
@@ -70,7 +72,7 @@ class ImageTextVectors(InputModule):
             `dict[str, torch.Tensor]`: `pixel_values`, or `input_ids` and `attention_mask`.
 
         Raises:
-            ValueError: if the inputs are neither texts nor images.
+            ValueError: if the inputs are neither texts nor images, or a picture is not there.
         """
         modality = infer_batch_modality(inputs, self.modalities)
         if modality not in self.modalities:
@@ -79,6 +81,12 @@ class ImageTextVectors(InputModule):
         if modality == "image":
             return dict(self.processor(images=plain, return_tensors="pt"))
         options = {"padding": True, "truncation": True, "max_length": self.max_seq_length, "return_tensors": "pt"}
+        for text in plain:
+            # sentence-transformers takes the path of a picture that is not there for a text
+            if len(text.split()) == 1 and Path(text).suffix.lower() in Image.registered_extensions():
+                raise ValueError(
+                    f"There is no picture {text}. Give a picture that is there, or a text of several words."
+                )
         encoding = self.tokenizer(self._prepend_prompt(plain, prompt or ""), **options)
         return {name: encoding[name] for name in ("input_ids", "attention_mask")}
 

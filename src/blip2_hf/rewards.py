@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
 from .capfilt.filters import RetrievalFilter
 from .evaluation.metrics import cider_d_scores, inverse_document_frequencies, ptb_tokenize, tokenize_captions
+from .models.image_loading import load_image
 from .models.modeling_image_text import Blip2ImageTextPreTrainedModel
 
 
@@ -120,11 +122,11 @@ class RetrievalReward(_CaptionReward):
         for image, text in zip(values, captions, strict=True):
             picture = _only(image)
             # The completions of a prompt follow each other, and their picture goes through the tower once
-            if not pictures or picture != pictures[-1]:
+            if not pictures or not _is_same(picture, pictures[-1]):
                 pictures.append(picture)
                 texts.append([])
             texts[-1].append(text)
-        return [score for scores in self.filter(pictures, texts) for score in scores]
+        return [score for scores in self.filter([*map(load_image, pictures)], texts) for score in scores]
 
 
 def completion_texts(completions: Sequence[Any]) -> list[str]:
@@ -147,6 +149,11 @@ def completion_texts(completions: Sequence[Any]) -> list[str]:
 def _message_text(message: Mapping) -> str:
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _is_same(picture: Any, other: Any) -> bool:
+    # Arrays have no single answer to ==
+    return picture is other or (isinstance(picture, (str, Image.Image)) and picture == other)
 
 
 def _only(image: Any) -> Any:

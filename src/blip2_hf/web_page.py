@@ -1,6 +1,7 @@
 """A web page for models: captions with scores, answers, search in a folder, and where a model looks."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .search import SearchIndex
 MAX_FILE_SIZE = "20mb"
 _SECONDS_KEPT = 600  # until an upload is deleted
 _MOST_CAPTIONS, _MOST_BEAMS = 5, 8
-_MOST_SIDE = 1024  # of a drawing, in pixels
+_MOST_SIDE, _THUMBNAIL = 1024, 480  # of a drawing and of what was found, in pixels
 # Nothing is fetched from elsewhere, fonts least of all
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 CSS = """
@@ -142,6 +143,8 @@ def make_page(
             with gr.Row():
                 with gr.Column(min_width=300):
                     picture = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Picture", height=320)
+                    # gradio would convert an upload to RGB in its own way
+                    picture.preprocess = _upload_path
                     if examples:
                         gr.Examples([[str(path)] for path in examples], picture, label="Pictures to click")
                 with gr.Column(min_width=300):
@@ -155,15 +158,13 @@ def make_page(
     return page
 
 
-def launch(page: gr.Blocks, allowed: Sequence[Path] = (), **kwargs):
+def launch(page: gr.Blocks, **kwargs):
     r"""
     Serve the page.
 
     Args:
         page (`gradio.Blocks`):
             What [`make_page`] returned.
-        allowed (sequence of `Path`, *optional*):
-            Folders whose pictures the page shows.
         kwargs:
             Arguments of `gradio.Blocks.launch`, such as `server_port`.
 
@@ -171,7 +172,6 @@ def launch(page: gr.Blocks, allowed: Sequence[Path] = (), **kwargs):
         What `gradio.Blocks.launch` returns.
     """
     return page.launch(
-        allowed_paths=[str(folder) for folder in allowed],
         max_file_size=MAX_FILE_SIZE,
         show_error=True,
         theme=gr.themes.Soft(**FONTS),
@@ -189,15 +189,27 @@ def _on_click(button: gr.Button, function: Callable, inputs: list, outputs: list
         try:
             return function(*values)
         except (OSError, RuntimeError, ValueError) as error:
-            raise gr.Error(describe(error)) from error
+            message = describe(error)
+            for value in values:
+                if isinstance(value, str) and os.path.isabs(value):
+                    # The name of an upload, and not the folder that it lies in
+                    message = message.replace(value, os.path.basename(value))
+            raise gr.Error(message, print_exception=False) from error
 
     gr.on([button.click, *also], run, inputs, outputs, api_name=api_name, concurrency_limit=1, concurrency_id="model")
+
+
+def _upload_path(payload: Any) -> str | None:
+    """Return where an upload lies, unopened, because this library's way to read pictures is to be the only one."""
+    return None if payload is None else payload.path
 
 
 def _given(picture: str | None, text: str | None = None) -> str:
     """Refuse what is missing."""
     if picture is None:
-        raise ValueError("There is no picture. Upload one, or click one below.")
+        raise ValueError("There is no picture. Upload one.")
+    if not os.path.exists(picture):
+        raise ValueError("The picture is no longer here. Upload it again.")
     if text is not None and not text.strip():
         raise ValueError("The text is empty. Write something first.")
     return picture
@@ -214,12 +226,13 @@ def _add_caption(model: Any, processor: Any, picture: gr.Image):
         captions = gr.Slider(1, _MOST_CAPTIONS, 3, step=1, label="Captions")
         button = gr.Button("Write captions", variant="primary")
         table = gr.Dataframe(
-            headers=["Caption", "Mean probability of a word"],
-            column_widths=["70%", "30%"],
+            headers=["Caption", "Certainty"],
+            column_widths=["75%", "25%"],
             wrap=True,
             interactive=False,
             label="Captions",
         )
+        gr.Markdown("Certainty is the mean probability of a caption's tokens.")
         _on_click(button, write, [picture, beams, captions], [table], "caption")
 
 
@@ -246,17 +259,24 @@ def _add_look(model: Any, processor: Any, picture: gr.Image):
         text = gr.Textbox(label="Word or sentence", placeholder="a lemon")
         button = gr.Button("Look", variant="primary")
         drawing = gr.Image(
-            label="Bright: where it looks", buttons=["download", "fullscreen"], height=320, interactive=False
+            label="Yellow: where it looks", buttons=["download", "fullscreen"], height=320, interactive=False
         )
         match = gr.Markdown()
         _on_click(button, look, [picture, text], [drawing, match], "look", text.submit)
 
 
+def _thumbnail(path: Path) -> Image.Image:
+    """Return a small copy of a picture, so that the page has no access to its folder."""
+    picture = load_image(path).copy()
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return picture
+
+
 def _add_search(index: SearchIndex):
-    def search(text: str, top: float) -> list[tuple[str, str]]:
+    def search(text: str, top: float) -> list[tuple[Image.Image, str]]:
         if not text.strip():
             raise ValueError("The text is empty. Write what to look for.")
-        return [(str(path), f"{score:.3f}  {path.name}") for path, score in index.search(text, top=int(top))]
+        return [(_thumbnail(path), f"{score:.3f}  {path.name}") for path, score in index.search(text, top=int(top))]
 
     gr.Markdown(f"## Search\n{len(index)} pictures")
     with gr.Row():

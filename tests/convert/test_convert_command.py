@@ -428,32 +428,42 @@ def test_instructblip_computes_the_same_and_comes_back(name, tmp_path):
     assert same_weights(back, theirs)
 
 
-@pytest.mark.parametrize("is_video", [False, True])
 @torch.no_grad()
-def test_from_pretrained_takes_instructblip_without_a_conversion(is_video, tmp_path):
+def test_from_pretrained_takes_instructblip_without_a_conversion(tmp_path):
     torch.manual_seed(0)
     theirs = make_instructblip("opt")
     batch = inputs() | instructions()
-    expected = theirs(**batch).logits
     theirs.save_pretrained(tmp_path)
-    if is_video:
-        # The same network, whose pictures are frames
-        config = json.loads((tmp_path / "config.json").read_text())
-        config |= {"model_type": "instructblipvideo", "video_token_index": config.pop("image_token_index")}
-        for part in ("vision", "qformer"):
-            config[f"{part}_config"]["model_type"] = config[f"{part}_config"]["model_type"].replace(
-                "blip", "blipvideo"
-            )
-        config["architectures"] = ["InstructBlipVideoForConditionalGeneration"]
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        # Frames stand in front
-        places = batch["input_ids"].eq(VOCAB_SIZE - 1)
-        batch["input_ids"] = batch["input_ids"][~places].view(len(places), -1)
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     ours, info = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"], info
-    logits = ours.eval()(**batch).logits
-    torch.testing.assert_close(logits, expected[:, -logits.shape[1] :], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.eval()(**batch).logits, theirs(**batch).logits, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="1 qformer_input_ids were given for 2 images: one instruction for each"):
+        ours(**batch | {name: value[:1] for name, value in instructions().items()})
+
+
+@torch.no_grad()
+def test_from_pretrained_takes_instructblip_video(tmp_path):
+    torch.manual_seed(0)
+    config = make_instructblip("opt").config.to_dict()
+    config["video_token_index"] = config.pop("image_token_index")
+    for part in ("vision_config", "qformer_config"):
+        config[part].pop("model_type")
+    del config["model_type"], config["architectures"]
+    theirs = transformers.InstructBlipVideoForConditionalGeneration(transformers.InstructBlipVideoConfig(**config))
+    theirs = randomize(theirs).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, info = blip2_hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    frames, placeholder = 4, VOCAB_SIZE - 1
+    text = torch.tensor([[0, 5, 6, 7], [0, 8, 9, 10]])
+    placeholders = torch.full((2, frames * NUM_QUERIES), placeholder)
+    input_ids = torch.cat([placeholders, text], dim=1)
+    batch = {"pixel_values": torch.randn(2, frames, 3, 28, 28), "input_ids": input_ids} | instructions()
+    batch["attention_mask"] = torch.ones_like(input_ids)
+    torch.testing.assert_close(ours.eval()(**batch).logits, theirs(**batch).logits, atol=1e-5, rtol=0)
+    # Each instruction goes with all frames, also if it is given for each
+    repeated = {name: value.repeat_interleave(frames, dim=0) for name, value in instructions().items()}
+    torch.testing.assert_close(ours(**batch | repeated).logits, theirs(**batch).logits, atol=1e-5, rtol=0)
 
 
 def test_commands_take_instructblip_without_a_conversion(tmp_path, capsys):

@@ -88,6 +88,11 @@ def test_texts_and_pictures_together_are_refused(encoder, images):
         encoder.encode([CAPTIONS[0], images[0]])
 
 
+def test_a_picture_that_is_not_there_is_no_text(encoder):
+    with pytest.raises(ValueError, match="There is no picture nope.png"):
+        encoder.encode_document(["nope.png"])
+
+
 def test_the_heads_learn(folder, images):
     encoder = sentence_transformers.MultiVectorEncoder(str(folder), trust_remote_code=True, device="cpu").train()
     parts = [encoder(encoder.preprocess(inputs)) for inputs in (CAPTIONS[:3], images)]

@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from unittest import mock
 
@@ -63,6 +65,14 @@ def test_a_picture_and_a_question_are_answered_as_generate_does(captioner):
         answer = json.loads(ask(address, str(captioner), [picture_part(image), question]))
         caption = json.loads(ask(address, str(captioner), [picture_part(image)]))
         streamed = ask(address, str(captioner), [picture_part(image), question], stream=True)
+        broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
+        with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+            ask(address, str(captioner), [broken, question])
+        stop = answer["choices"][0]["message"]["content"][1]
+        stopped = json.loads(ask(address, str(captioner), [picture_part(image), question], stop=[stop]))
+    assert "not an image that PIL can read" in json.loads(refused.value.read())["error"]["message"]
+    assert stop in stopped["choices"][0]["message"]["content"]
+    assert stopped["usage"]["completion_tokens"] < 6
     text = answer["choices"][0]["message"]["content"]
     assert text and text == generated("Question: what is it? Answer:")
     assert caption["choices"][0]["message"]["content"] == generated("") != text
@@ -100,6 +110,20 @@ def test_a_model_in_the_format_of_transformers_is_converted_first(captioner, tmp
 def test_missing_packages_are_named(captioner):
     with mock.patch("transformers.utils.import_utils.is_serve_available", return_value=False):
         assert "pip install 'blip2-hf[serving]'" in refusal(["serve", str(captioner)])
+
+
+@pytest.mark.parametrize("command", [["serve"], ["demo", "--captioner"]], ids=str)
+def test_ports_that_cannot_be_listened_at(command, captioner, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert re.search(
+            f"port {port} of 127.0.0.1 can't be", refusal([*command, str(captioner), "--port", str(port)])
+        )
+    assert refusal([*command, str(captioner), "--port", "99999"]) == "2"
+    assert "at least 1 and at most 65535" in capsys.readouterr().err
+    assert "Give another --port or --host" in refusal([*command, str(captioner), "--host", "256.1.1.1"])
 
 
 def test_options_that_the_server_does_not_have_are_refused(captioner):

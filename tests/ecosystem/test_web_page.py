@@ -3,9 +3,12 @@
 import os
 import re
 import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -60,6 +63,30 @@ def test_captions_are_those_of_beam_search(client, work):
     expected = captioner(make_image(1), generate_kwargs=options)
     assert [text for text, _ in found] == [caption["generated_text"] for caption in expected]
     assert all(re.fullmatch(r"\d+%", score) for _, score in found)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "L", "P"])
+def test_the_page_sees_the_picture_that_the_commands_see(client, work, mode, tmp_path):
+    ramp = np.linspace(0, 65535 if mode == "I;16" else 255, 64 * 64).reshape(64, 64)
+    picture = Image.fromarray(ramp.astype(np.uint16 if mode == "I;16" else np.uint8))
+    if mode == "RGBA":
+        picture = Image.merge("RGBA", [picture, picture, picture, picture.point(lambda value: 255 - value)])
+    elif mode != "I;16":
+        picture = picture.convert(mode)
+    picture.save(tmp_path / "a.png")
+    captioner = pipeline("image-to-text", model=str(work / "outputs/demo/model"), device="cpu")
+    options = {"num_beams": 1, "max_new_tokens": 30, "do_sample": False}
+    expected = captioner(str(tmp_path / "a.png"), generate_kwargs=options)[0]["generated_text"]
+    uploaded = gradio_client.handle_file(str(tmp_path / "a.png"))
+    assert client.predict(uploaded, 1, 1, api_name="/caption")["data"][0][0] == expected
+
+
+def test_the_page_gives_nothing_but_pictures_that_it_shows(address, client, work):
+    secret = work / "outputs/demo/scenes/secret.txt"
+    secret.write_text("secret")
+    for path in (secret, secret.with_name("1.png")):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=20)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -141,19 +168,29 @@ def test_pictures_that_are_found_are_those_of_search(client, work):
     [
         ((None, 1, 1), "/caption", "There is no picture"),
         (("1.png", " "), "/ask", "The text is empty"),
-        (("broken.png", 1, 1), "/caption", "broken.png"),
+        (("broken.png", 1, 1), "/caption", r"^image 1 of 1 \('broken.png'\): the image is broken"),
+        (("text.png", 1, 1), "/caption", r"^image 1 of 1 \('text.png'\): not an image"),
         (("", 3), "/search", "The text is empty"),
     ],
 )
 def test_errors_are_shown_on_the_page(client, work, inputs, api_name, message, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    make_image(0).save(tmp_path / "broken.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no picture")
     first, *rest = inputs
-    if first == "broken.png":
+    if first in ("broken.png", "text.png"):
         first = gradio_client.handle_file(str(tmp_path / first))
     elif first and first.endswith(".png"):
         first = picture(work, first)
     with pytest.raises(gradio_client.exceptions.AppError, match=message):
         client.predict(first, *rest, api_name=api_name)
+
+
+def test_the_page_writes_nothing_beside_its_code():
+    import blip2_hf
+
+    # gradio writes type stubs of components that others derive from its own
+    assert not [*Path(blip2_hf.__file__).parent.rglob("*.pyi")]
 
 
 def test_large_uploads_are_refused(client, tmp_path):

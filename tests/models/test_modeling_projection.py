@@ -71,6 +71,20 @@ def test_transformers_classes_compute_the_same(theirs):
 
 
 @torch.no_grad()
+def test_they_go_to_transformers(theirs, tmp_path):
+    pixel_values, texts = make_pixel_values(), torch.tensor([[2, 5, 6, 7]])
+    vision = Blip2VisionModelWithProjection.from_pretrained(theirs).eval()
+    text = Blip2TextModelWithProjection.from_pretrained(theirs).eval()
+    for model in (vision, text):
+        model.save_pretrained(tmp_path / "back", transformers_compatible=True)
+        back = getattr(transformers, type(model).__name__.replace("Hf", ""))
+        back, info = back.from_pretrained(tmp_path / "back", output_loading_info=True)
+        assert not info["unexpected_keys"] and set(info["missing_keys"]) <= {"query_tokens"}, info
+        given = {"pixel_values": pixel_values} if model is vision else {"input_ids": texts}
+        torch.testing.assert_close(back.eval()(**given)[0], model(**given)[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_padding_has_no_say(tmp_path):
     torch.manual_seed(0)
     make_retrieval().save_pretrained(tmp_path)

@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ._parser import Parser, above_zero, at_least_zero, folder_to_write, positive, probability
+from ._parser import Parser, above_zero, at_least_zero, folder_to_write, number, positive, probability
 
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -91,7 +92,7 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "help": "address to listen at; whoever reaches it can have the models read pictures",
         "default": "127.0.0.1",
     },
-    "--port": {"help": "port to listen at", "type": positive},
+    "--port": {"help": "port to listen at", "type": number(int, least=1, most=65535)},
     "--dtype": {"help": "dtype of the model; without it, that of the checkpoint", "choices": DTYPES},
     "--device": {"help": "such as cuda:1 or cpu; without it, a GPU if there is one, its own for each process"},
 }
@@ -204,6 +205,18 @@ def check_device(name: str | None):
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"--device {name} is not there ({first_sentence(error)}). Give cpu, or leave it out."
+        ) from error
+
+
+def check_port(host: str, port: int):
+    """Refuse a port that is taken, or an address that is not this machine's, before anything is loaded."""
+    try:
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"port {port} of {host} can't be listened at ({error.strerror or error}). Give another --port or --host."
         ) from error
 
 

@@ -1,13 +1,15 @@
 """`blip2-hf demo`: a web page to try models on."""
 
 import argparse
+import contextlib
 import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from ._common import add_command, find_device, load_captioner
+from ._common import add_command, check_port, find_device, load_captioner
 
 
 _DEMO = Path("outputs", "demo")  # what `make demo` leaves
@@ -41,6 +43,7 @@ def _check(options: argparse.Namespace):
                 setattr(options, name, str(path))
     if options.captioner is None and options.retriever is None:
         raise ValueError("no model was given. Give --captioner or --retriever, or make those of the demo: make demo")
+    check_port(options.host, options.port)
 
 
 def _run(options: argparse.Namespace):
@@ -53,14 +56,14 @@ def _run(options: argparse.Namespace):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-        page, folders = _make_page(options)
+        page = _make_page(options, Path(uploads))
         from ..web_page import launch
 
-        launch(page, folders, server_name=options.host, server_port=options.port, inbrowser=options.open)
+        print(f"The page: http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
+        launch(page, server_name=options.host, server_port=options.port, inbrowser=options.open, quiet=True)
 
 
-def _make_page(options: argparse.Namespace) -> tuple[Any, list[Path]]:
-    from ..jobs.picture_files import find_picture_files
+def _make_page(options: argparse.Namespace, uploads: Path) -> Any:
     from ..retrieval.loading import load_retrieval_model
     from ..search import SearchIndex
     from ..web_page import make_page
@@ -71,10 +74,25 @@ def _make_page(options: argparse.Namespace) -> tuple[Any, list[Path]]:
         captioner[0].eval()
     if options.retriever is not None:
         retriever = load_retrieval_model(options.retriever, options.device, options.dtype)
-    if options.folder is None:
-        return make_page(captioner, retriever), []
-    folder = Path(options.folder).resolve()
-    if retriever is not None:
-        index = SearchIndex.build(folder, *retriever)
-    examples = sorted(find_picture_files(folder))[:_EXAMPLES]
-    return make_page(captioner, retriever, index, [folder / path for path in examples]), [folder]
+    if options.folder is not None and retriever is not None:
+        index = SearchIndex.build(Path(options.folder).resolve(), *retriever)
+    return make_page(captioner, retriever, index, _examples(options.folder, uploads))
+
+
+def _examples(folder: str | None, uploads: Path) -> list[Path]:
+    """Copy the first pictures of a folder that can be read, because the page has no access to the folder itself."""
+    from ..jobs.picture_files import find_picture_files
+    from ..models.image_loading import ImageLoadError, load_image
+
+    if folder is None:
+        return []
+    copies: list[Path] = []
+    (uploads / "examples").mkdir()
+    for name in find_picture_files(folder):
+        with contextlib.suppress(ImageLoadError):
+            load_image(Path(folder, name))
+            copy = uploads / "examples" / f"{len(copies)}-{Path(name).name}"
+            copies.append(Path(shutil.copy(Path(folder, name), copy)))
+        if len(copies) == _EXAMPLES:
+            break
+    return copies

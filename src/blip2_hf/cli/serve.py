@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ._common import add_command, check_whole_model
+from ._common import add_command, check_port, check_whole_model
 
 
 def add_parser(commands: Any):
@@ -27,6 +27,7 @@ def _run(options: argparse.Namespace):
     from ..jobs.model_checks import WRITING, read_class
     from ..models.configuration_blip2 import Blip2Config
 
+    check_port(options.host, options.port)
     config, _ = check_whole_model(options.model, WRITING)
     if read_class(options.model)[0] != Blip2Config.model_type:
         raise ValueError(
@@ -45,6 +46,7 @@ def _run(options: argparse.Namespace):
 
 def _serve(options: argparse.Namespace):
     from transformers import AutoModelForMultimodalLM
+    from transformers.cli.serving import server
     from transformers.cli.transformers import app
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
@@ -62,6 +64,21 @@ def _serve(options: argparse.Namespace):
     AutoModelForMultimodalLM.register(Blip2Config, Whole, exist_ok=True)
     # The server tells text models and others apart by these names, and not by what is registered
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[Blip2Config.model_type] = Blip2ForConditionalGeneration.__name__
+    build_server = server.build_server
+
+    def build(*args, **kwargs) -> Any:
+        """Answer what a model refuses with its reason, and not with an internal error."""
+        built = build_server(*args, **kwargs)
+        built.add_exception_handler(ValueError, _refuse)
+        return built
+
+    server.build_server = build
     given = {"--host": options.host, "--port": options.port, "--device": options.device, "--dtype": options.dtype}
     named = [text for name, value in given.items() if value is not None for text in (name, str(value))]
     app(["serve", options.model, *named, *options.rest], prog_name="blip2-hf")
+
+
+def _refuse(request: Any, error: Exception) -> Any:
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)

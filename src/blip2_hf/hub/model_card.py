@@ -222,13 +222,16 @@ def _metadata(
     if not reports:
         evaluations = old.eval_results or []
     pipeline_tag = PIPELINE_TAGS[class_name(_bare_model(model))]
-    other_tasks = ["image-to-text"] if pipeline_tag == "image-text-to-text" else []
+    more_tags = {
+        "image-text-to-text": ["image-to-text"],
+        "zero-shot-image-classification": ["sentence-transformers", "image-text-retrieval"],
+    }.get(pipeline_tag, [])
     return ModelCardData(
         language=facts.get("language"),
         license=facts.get("license"),
         library_name="peft" if _is_adapter(model) else "transformers",
         pipeline_tag=pipeline_tag,
-        tags=["blip-2", "blip2-hf", *other_tasks, *_as_list(old.tags), *_as_list(facts.get("tags"))],
+        tags=["blip-2", "blip2-hf", *more_tags, *_as_list(old.tags), *_as_list(facts.get("tags"))],
         base_model=base_models or None,
         base_model_relation=("adapter" if _is_adapter(model) else "finetune") if base_models else None,
         datasets=_as_list(facts.get("datasets")) or None,

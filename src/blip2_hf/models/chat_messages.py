@@ -50,7 +50,7 @@ def messages_to_text(messages: Iterable, image_token: str) -> tuple[list[dict], 
         if not isinstance(content, str):
             parts = [_as_dict(part) for part in content]
             images += [image for part in parts for image in _images(part)]
-            content = "".join(part.get("text", "") if part["type"] == "text" else image_token for part in parts)
+            content = "".join(part.get("text", "") if part.get("type") == "text" else image_token for part in parts)
         flat.append(message | {"content": content})
     return flat, images
 
@@ -90,9 +90,9 @@ def is_default_chat_template(template: Any) -> bool:
 
 def _images(part: dict) -> list:
     """Return the image of a part in a list, which is empty if the part leaves it to the `images` of the call."""
-    if part["type"] not in ("text", "image", "image_url"):
+    if part.get("type") not in ("text", "image", "image_url"):
         raise ValueError(
-            f"A message has a part of type {part['type']!r}: 'text', 'image' (with 'image', 'url', 'path' or "
+            f"A message has a part of type {part.get('type')!r}: 'text', 'image' (with 'image', 'url', 'path' or "
             "'base64') or 'image_url' was expected."
         )
     found = [part[key] for key in IMAGE_KEYS if part["type"] != "text" and part.get(key) is not None][:1]

@@ -333,8 +333,8 @@ class Blip2HfConfig(PreTrainedConfig):
             text_config=copy.deepcopy(config.text_config),
             num_query_tokens=config.num_query_tokens,
             **({"image_text_hidden_size": config.image_text_hidden_size} if is_blip2 else {}),
-            # A video's frames are images in front
-            image_token_index=getattr(config, "image_token_index", None),
+            # A video's frames are images
+            image_token_index=getattr(config, "image_token_index", None) or getattr(config, "video_token_index", None),
             initializer_range=config.initializer_range,
             architectures=config.architectures,
             dtype=config.dtype,

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from ._compat import CACHE_NAME, CACHE_NAMES, cached_length
@@ -133,6 +134,9 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
                 )
             if length and self._is_assisted(generate_kwargs):
                 raise ValueError("Assisted decoding cannot continue from a cache: leave out one of the two.")
+        if isinstance(generate_kwargs.get("tokenizer"), ProcessorMixin):
+            # Stop strings are looked up in the vocabulary
+            generate_kwargs["tokenizer"] = generate_kwargs["tokenizer"].tokenizer
         assistant_model = generate_kwargs.get("assistant_model")
         if isinstance(assistant_model, Blip2GenerationMixin):
             # The assistant continues the text without the image

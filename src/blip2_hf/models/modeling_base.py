@@ -152,7 +152,8 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
         kwargs["with_code"] = False
         config = self.config
         state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
-        state_dict["query_tokens"] = state_dict.pop("query_tokens.weight")
+        if "query_tokens.weight" in state_dict:
+            state_dict["query_tokens"] = state_dict.pop("query_tokens.weight")
         for name in [name for name in state_dict if name.partition(".")[0] in self._parts_not_in_transformers]:
             del state_dict[name]
         try:
@@ -366,6 +367,12 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
             image_embeds = image_embeds.flatten(0, 1)
         query_embeds, attention_mask, output_length = self.query_tokens(image_embeds.shape[0]), None, None
         if qformer_input_ids is not None:
+            if pixel_values is not None and pixel_values.dim() == 5 and len(qformer_input_ids) == len(pixel_values):
+                # One instruction for all images of a row
+                qformer_input_ids, qformer_attention_mask = (
+                    None if x is None else x.repeat_interleave(pixel_values.shape[1], dim=0)
+                    for x in (qformer_input_ids, qformer_attention_mask)
+                )
             query_embeds, attention_mask = self._add_instruction(
                 query_embeds, qformer_input_ids, qformer_attention_mask
             )
@@ -386,6 +393,11 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
             raise ValueError(
                 "qformer_input_ids were given, but this Q-Former reads no text (use_qformer_text_input=False): leave "
                 "them out."
+            )
+        if len(input_ids) != len(query_embeds):
+            raise ValueError(
+                f"{len(input_ids)} qformer_input_ids were given for {len(query_embeds)} images: one instruction for "
+                "each image was expected."
             )
         input_ids, attention_mask = pad_right(input_ids, attention_mask, "qformer_input_ids")
         check_texts(input_ids, attention_mask, self.config, "qformer_input_ids")

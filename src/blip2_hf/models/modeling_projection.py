@@ -28,6 +28,7 @@ class Blip2HfVisionModelWithProjection(Blip2PreTrainedModel):
 
     input_modalities = ("image",)
     main_input_name = "pixel_values"
+    _parts_not_in_transformers = ("embeddings",)
     _keys_to_ignore_on_load_unexpected = [
         r"^(language_model|language_projection|lm_head|text_projection|itm_head|temperature)\."
     ]
