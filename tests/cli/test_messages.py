@@ -64,7 +64,9 @@ ALL_LINES = LINES | MORE_LINES
 DATA = {"rows": "pairs.parquet", "folder": "photos", "picture": "photos/0.png", "index": "photos", None: ""}
 GOOD = {WRITER: "captioner", MATCHER: "stage1", ANY: "stage1", None: "captioner"}
 # What a run writes to stderr besides: progress, advice
-PROGRESS = re.compile(r"\d+%\||examples/s|pictures, of which|pictures are to be computed|The paper's have")
+PROGRESS = re.compile(
+    r"\d+%\||^\s*\x1b\[A$|examples/s|pictures, of which|pictures are to be computed|The paper's have"
+)
 
 
 def names(*kinds, of=ALL_LINES) -> list[str]:

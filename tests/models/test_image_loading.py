@@ -287,7 +287,9 @@ def test_a_file_gives_what_its_bytes_give(format, picture, tmp_path):
     """A file is decoded from the disk, and turned after it was closed."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encode(picture, format, **({"exif": exif} if format in ("JPEG", "PNG", "WEBP", "TIFF", "MPO") else {}))
+    turned = {"exif": exif} if format in ("JPEG", "PNG", "WEBP", "TIFF", "MPO") else {}
+    # Pillow before 13 writes an icon of no pictures unless it is told the size of a small one
+    data = encode(picture, format, **({"sizes": [picture.size]} if format == "ICO" else turned))
     path = tmp_path / "picture"
     path.write_bytes(data)
     loaded = load_image(path)
