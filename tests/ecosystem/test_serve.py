@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import torch
 from saved_models import save_captioner
 from servers import LIMIT, START, served
 from tiny import make_image, make_model, make_processor
+from transformers.models.auto import modeling_auto
 
-from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
+from blip2_hf import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.cli import main
 
 
@@ -110,6 +112,17 @@ def test_a_model_in_the_format_of_transformers_is_converted_first(captioner, tmp
 def test_missing_packages_are_named(captioner):
     with mock.patch("transformers.utils.import_utils.is_serve_available", return_value=False):
         assert "pip install 'blip2-hf[serving]'" in refusal(["serve", str(captioner)])
+
+
+def test_a_server_that_ends_leaves_transformers_as_it_was(captioner, tmp_path):
+    shutil.copytree(captioner, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    names = dict(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    assert "damaged" in refusal(["serve", str(tmp_path / "cut")])
+    assert names == modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    found = modeling_auto.AutoModelForMultimodalLM._model_mapping[Blip2Config]
+    assert found is Blip2ForConditionalGeneration
 
 
 @pytest.mark.parametrize("command", [["serve"], ["demo", "--captioner"]], ids=str)

@@ -75,7 +75,13 @@ def _serve(options: argparse.Namespace):
     server.build_server = build
     given = {"--host": options.host, "--port": options.port, "--device": options.device, "--dtype": options.dtype}
     named = [text for name, value in given.items() if value is not None for text in (name, str(value))]
-    app(["serve", options.model, *named, *options.rest], prog_name="blip2-hf")
+    try:
+        app(["serve", options.model, *named, *options.rest], prog_name="blip2-hf")
+    finally:
+        # As it was, in a process that goes on
+        AutoModelForMultimodalLM.register(Blip2Config, Blip2ForConditionalGeneration, exist_ok=True)
+        del MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[Blip2Config.model_type]
+        server.build_server = build_server
 
 
 def _refuse(request: Any, error: Exception) -> Any:
