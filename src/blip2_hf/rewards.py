@@ -1,5 +1,6 @@
 """Rewards of captions for TRL's trainers: likeness to references, and how well a picture and a caption go together."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from .models.image_loading import load_image
 from .models.modeling_image_text import Blip2ImageTextPreTrainedModel
 
 
-class _CaptionReward:
+class _CaptionReward(ABC):
     """Base class of rewards that compare captions with a column of the data set."""
 
     def __init__(self, name: str, column: str):
@@ -41,8 +42,9 @@ class _CaptionReward:
             )
         return self._score(completion_texts(completions), columns[self.column])
 
+    @abstractmethod
     def _score(self, captions: list[str], values: Sequence[Any]) -> list[float]:
-        raise NotImplementedError
+        """Return the scores of captions. `values` has what each is compared with."""
 
 
 class CiderReward(_CaptionReward):

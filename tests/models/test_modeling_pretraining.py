@@ -214,3 +214,9 @@ def test_activation_checkpointing(use_reentrant):
     actual = gradients(model, model(**inputs).loss)
     assert actual.keys() == expected.keys()
     assert_same(actual, expected, 1e-6)
+
+
+def test_arguments_that_would_be_ignored_are_refused_by_name():
+    inputs = make_inputs(2)
+    with pytest.raises(TypeError, match="was given image_id, and takes pixel_values or image_embeds"):
+        make_stage1()(**inputs, image_id=torch.arange(2))

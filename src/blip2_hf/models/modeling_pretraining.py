@@ -29,7 +29,7 @@ from .losses import (
 from .modeling_base import Blip2PreTrainedModel, image_side_from_parts
 from .modeling_image_text import Blip2ImageTextPreTrainedModel, l2_normalize, upcast_to_float32
 from .modeling_qformer import ImageKeyValues, block_attention_mask
-from .text_inputs import check_one_image_input
+from .text_inputs import check_one_image_input, check_options
 
 
 @dataclass
@@ -226,9 +226,11 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             [`Blip2ForPreTrainingOutput`].
 
         Raises:
+            TypeError: if an argument is not known.
             ValueError: if the batches of all processes have one pair in all, which leaves nothing to contrast with; if
                 a text has fewer than two tokens, or tokens that the Q-Former does not know.
         """
+        check_options(kwargs, "pixel_values or image_embeds, input_ids, attention_mask, image_ids and return_loss")
         check_one_image_input(pixel_values, image_embeds)
         if image_embeds is None:
             image_embeds = self._image_embeds_by_chunks(pixel_values, interpolate_pos_encoding)
