@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from saved_models import save_captioner
+from scoring import scores_by_forward
 from stage1 import make_stage1
 from tiny import encode, make_image, make_image_processor, make_model, make_processor
 from transformers import pipeline
@@ -112,6 +114,72 @@ def test_captions_are_those_of_the_pipeline(language_model):
         assert [each.text for each in found] == expected
         assert [each.index for each in found] == list(range(5))
     assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("language_model", ["opt", "t5"])
+def test_confidence_is_the_mean_probability_of_tokens_by_forward(language_model):
+    torch.manual_seed(0)
+    is_t5 = language_model == "t5"
+    parts = make_model(language_model), make_processor(is_encoder_decoder=is_t5)
+    images, prompt = [make_image(seed) for seed in range(3)], "a photo of"
+    options = {"num_captions": 2, "num_beams": 2, "max_new_tokens": TOKENS, "prompt": prompt, "batch_size": 2}
+    plain = list(caption_images(*parts, images, **options))
+    found = list(caption_images(*parts, images, with_confidence=True, **options))
+    assert [each.texts for each in found] == [each.texts for each in plain]
+    assert all(each.confidences is None for each in plain)
+    model, processor = parts
+    for each in found:
+        inputs = processor(images=images[each.index], text=prompt, return_tensors="pt")
+        for text, confidence in zip(each.texts, each.confidences, strict=True):
+            tokens = processor(text=prompt, candidates=[text])["candidate_labels"][0][0]
+            own = [inputs["input_ids"][0].tolist()], [tokens]
+            mean = scores_by_forward(model, inputs["pixel_values"], *own).item() / len(tokens)
+            assert confidence == pytest.approx(math.exp(mean), rel=1e-4)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_confidence_in_files_and_on_the_screen(photos, parts, model_folder, tmp_path, monkeypatch, capsys, ending):
+    names = sorted(NAMES)
+    found = list(
+        caption_images(*parts, [str(photos / name) for name in names], max_new_tokens=TOKENS, with_confidence=True)
+    )
+    output, options = (
+        tmp_path / f"captions.{ending}",
+        ["--model", model_folder, "--max-new-tokens", TOKENS, "--confidence"],
+    )
+    with monkeypatch.context() as patch:
+        count_pictures(patch, limit=1)
+        with pytest.raises(SystemExit):
+            run(photos, "--output", output, "--batch-size", 1, *options)
+    run(photos, "--output", output, *options)
+    rows = datasets.load_dataset(
+        "json" if ending == "jsonl" else ending,
+        data_files=str(output),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert rows.column_names == ["file", "caption", "confidence"] and rows["file"] == names
+    assert rows["confidence"] == pytest.approx([each.confidences[0] for each in found], rel=1e-4)
+    with pytest.raises(SystemExit, match="was made otherwise"):
+        run(photos, "--output", output, *options[:-1])
+    capsys.readouterr()
+    run(photos / names[0], *options)
+    text = " ".join(found[0].text.split())
+    assert capsys.readouterr().out == f"{text}\t{found[0].confidences[0]:.1%}\n"
+
+
+def test_a_confidence_that_has_no_place(photos, model_folder):
+    options = ["--model", model_folder, "--confidence"]
+    with pytest.raises(SystemExit, match="Text files have no place for a confidence"):
+        run(photos, *options)
+    with pytest.raises(SystemExit, match="--existing append joins captions"):
+        run(photos, *options, "--output", "captions.jsonl", "--existing", "append")
+
+
+def test_an_empty_caption_has_no_confidence(parts, monkeypatch):
+    monkeypatch.setattr(type(parts[1]), "post_process_image_text_to_text", lambda *args, **kwargs: ["", "a dog"])
+    first, second = caption_images(*parts, [make_image(0), make_image(1)], with_confidence=True)
+    assert first.confidences == [0.0] and 0 < second.confidences[0] < 1
 
 
 def test_streams_workers_and_pictures_that_are_broken(parts):

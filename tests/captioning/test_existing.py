@@ -129,7 +129,7 @@ def test_an_empty_text_is_no_caption(photos, caption, expected, tmp_path, name, 
 
 
 def test_a_model_that_writes_nothing(photos, parts, caption, tmp_path, monkeypatch):
-    monkeypatch.setattr(CaptionWriter, "_write", lambda self, pixel_values: [[""] for _ in pixel_values])
+    monkeypatch.setattr(CaptionWriter, "_write", lambda self, pixel_values: [([""], None) for _ in pixel_values])
     for output in (None, tmp_path / "captions.jsonl", photos / "metadata.csv"):
         for _ in range(2):
             assert caption(output).captioned == 3

@@ -82,6 +82,66 @@ def test_questions_that_do_not_fit(questions, prompt, message):
         next(answer_questions(make_model(), make_processor(), [make_image(0)], questions, prompt))
 
 
+@pytest.mark.parametrize("language_model", ["opt", "t5"])
+@pytest.mark.parametrize("normalization", ["sum", "mean", "relative"])
+def test_choices_have_the_probabilities_of_their_scores(language_model, normalization):
+    torch.manual_seed(0)
+    is_t5 = language_model == "t5"
+    model, processor = make_model(language_model), make_processor(is_encoder_decoder=is_t5)
+    images, choices = [make_image(0), b"no picture", make_image(1)], ["a dog", "two people", "the sky"]
+    found = list(
+        answer_questions(
+            model, processor, images, QUESTIONS, batch_size=3, choices=choices, normalization=normalization
+        )
+    )
+    assert found[1].probabilities == [] and "not an image" in found[1].error
+    template = "Question: {} Short answer:" if is_t5 else "Question: {} Answer:"
+    for answers in (found[0], found[2]):
+        for question, text, own in zip(
+            ("what is it? really", QUESTIONS[1]), answers.texts, answers.probabilities, strict=True
+        ):
+            prompt = template.replace("{}", question)
+            inputs = processor(images=images[answers.index], text=prompt, candidates=choices, return_tensors="pt")
+            scores = model.score_texts(**inputs, normalization=normalization)[0]
+            assert own == pytest.approx(scores.softmax(dim=0).tolist(), abs=1e-5)
+            assert text == choices[scores.argmax()]
+
+
+def test_the_command_with_choices(photos, model, capsys):
+    parts = Blip2ForConditionalGeneration.from_pretrained(model), Blip2Processor.from_pretrained(model)
+    choices = ["a dog", "the sky"]
+    found = list(answer_questions(*parts, ["a.png", "b c.png"], QUESTIONS, choices=choices))
+    options = ["--choices", *choices, "--model", str(model), "--device", "cpu"]
+    main(["ask", "a.png", QUESTIONS[0], *options])
+    own = dict(zip(choices, found[0].probabilities[0], strict=True))
+    best = sorted(choices, key=own.get, reverse=True)
+    assert capsys.readouterr().out.splitlines() == [f"{text}\t{own[text]:.1%}" for text in best]
+    main(["ask", "a.png", "b c.png", *QUESTIONS, *options])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[2] for line in lines] == [text for answers in found for text in answers.texts]
+    assert all(line[3].endswith("%") for line in lines) and len(lines) == 4
+    main(["ask", "a.png", QUESTIONS[0], "--json", *options])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["answer"] == best[0] and row["probabilities"] == pytest.approx(own, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("choices", "kwargs", "message"),
+    [
+        (["a dog"], {}, "at least two different answers"),
+        (["a dog", "a dog"], {}, "at least two different answers"),
+        ("a dog", {}, "at least two different answers"),
+        (["a dog", "a <image>"], {}, "has '<image>', a special token"),
+        (["a dog", " "], {}, "a string that is not empty"),
+        (["a dog", "the sky"], {"num_beams": 2}, "num_beams: nothing is generated"),
+        (["a dog", "the sky"], {"normalization": "max"}, "one of sum, mean, relative"),
+    ],
+)
+def test_choices_that_do_not_fit(choices, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        next(answer_questions(make_model(), make_processor(), [make_image(0)], ["what?"], choices=choices, **kwargs))
+
+
 def test_the_command(photos, model, capsys):
     parts = Blip2ForConditionalGeneration.from_pretrained(model), Blip2Processor.from_pretrained(model)
     expected = [" ".join(text.split()) for text in expected_answers(parts, ["a.png", "b c.png"])]
@@ -112,6 +172,9 @@ def test_the_command(photos, model, capsys):
         (["a.png", ""], "An empty argument"),
         (["a.png", "what?", "--max-new-tokens", "3000"], "has 128 positions"),
         (["a.png", "what?", "--generate", "num_beam=2"], "Did you mean num_beams"),
+        (["a.png", "what?", "--choices", "yes"], "--choices yes: at least two different answers"),
+        (["a.png", "what?", "--choices", "yes", "no", "--num-beams", "2"], "--num-beams: nothing is generated"),
+        (["a.png", "what?", "--normalization", "mean"], "--normalization is for --choices"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(photos, model, monkeypatch, arguments, message):

@@ -1,4 +1,7 @@
-"""Every family of language models in transformers: greedy generation is the argmax of forward, in a batch as alone."""
+"""
+Every family of language models in transformers: greedy generation is the argmax of forward, and scores of texts are
+those of forward, in a batch as alone.
+"""
 
 import re
 
@@ -8,6 +11,7 @@ import transformers
 from language_models import CAUSAL, MOST_PARAMETERS, SEQ2SEQ, randomize_lightly, tiny_text_config
 from packaging import version
 from paths import DOCS
+from scoring import pad_candidates, scores_by_forward
 from tiny import NUM_QUERIES, VOCAB_SIZE, make_config
 
 from blip2_hf import Blip2ForConditionalGeneration
@@ -17,6 +21,7 @@ from blip2_hf.models.backbones import language_model_class
 IMAGE = VOCAB_SIZE  # beyond the vocabulary, so that no model writes it
 ROWS = [[IMAGE] * NUM_QUERIES + [0, 5, 6, 7, 8, 9], [IMAGE] * NUM_QUERIES + [0, 30, 31]]
 NEW = 6
+CANDIDATES = [[10, 11, 12, 13], [20], [30, 31, 32]]
 # What docs/guide.md says of them: an error, because they read token ids alone, or no padding
 REFUSED = {
     "cpmant",
@@ -32,7 +37,7 @@ REFUSED = {
     "xlnet",
 }
 # These read padding, and take texts of one length
-READ_PADDING = {"git", "roformer", "rwkv"}
+READ_PADDING = {"git", "recurrent_gemma", "roformer", "rwkv", "trocr"}
 FAMILIES = sorted({*CAUSAL, *SEQ2SEQ})
 
 
@@ -78,11 +83,7 @@ def alone_and_together(model) -> tuple[list[list[int]], list[list[int]]]:
         start = generated[: 1 if model.config.is_encoder_decoder else len(row)]
         assert generated == greedy_by_forward(model, image, row, start, len(generated) - len(start))
         alone.append(generated[len(start) :])
-    length = max(map(len, ROWS))
-    batch = {
-        "input_ids": torch.tensor([[1] * (length - len(row)) + row for row in ROWS]),
-        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ROWS]),
-    }
+    length, batch = max(map(len, ROWS)), padded_rows()
     if model.config.text_config.model_type in READ_PADDING:
         for call in (model, model.generate):
             with pytest.raises(ValueError, match="read the padding"):
@@ -90,6 +91,29 @@ def alone_and_together(model) -> tuple[list[list[int]], list[list[int]]]:
         return alone, alone
     together = model.generate(pixel_values, **batch, **greedy).tolist()
     return alone, [row[1 if model.config.is_encoder_decoder else length :] for row in together]
+
+
+def padded_rows() -> dict[str, torch.Tensor]:
+    length = max(map(len, ROWS))
+    return {
+        "input_ids": torch.tensor([[1] * (length - len(row)) + row for row in ROWS]),
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ROWS]),
+    }
+
+
+def assert_scores_are_those_of_forward(model):
+    pixel_values = torch.randn(2, 3, 28, 28)
+    expected = scores_by_forward(model, pixel_values, ROWS, CANDIDATES)
+    labels = pad_candidates(CANDIDATES)
+    if model.config.text_config.model_type in READ_PADDING:
+        rows = [
+            model.score_texts(labels, pixel_values[number : number + 1], torch.tensor([row]))
+            for number, row in enumerate(ROWS)
+        ]
+        actual = torch.cat(rows)
+    else:
+        actual = model.score_texts(labels, pixel_values, **padded_rows(), chunk_size=2)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -104,17 +128,33 @@ def test_greedy_is_the_argmax_of_forward_alone_and_in_a_batch(model_type):
     assert together == alone
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted({*FAMILIES} - REFUSED))
+def test_scores_of_texts_are_those_of_forward(model_type):
+    assert_scores_are_those_of_forward(make_tiny(model_type))
+
+
 # Before, these alone write something else than the argmax of their own forward
 FIXED = pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.24"), reason="transformers' own")
 
 
 @pytest.mark.parametrize(
-    "model_type", ["rwkv", "mamba", pytest.param("t5gemma", marks=FIXED), pytest.param("roformer", marks=FIXED)]
+    "model_type",
+    [
+        "rwkv",
+        "mamba",
+        "minimax",
+        "blenderbot",
+        pytest.param("t5gemma", marks=FIXED),
+        pytest.param("roformer", marks=FIXED),
+    ],
 )
 def test_hooks_of_language_models_are_asked(model_type):
     """Of the slow test, those whose states or windows are kept in ways of their own."""
-    alone, together = alone_and_together(make_tiny(model_type))
+    model = make_tiny(model_type)
+    alone, together = alone_and_together(model)
     assert together == alone
+    assert_scores_are_those_of_forward(model)
 
 
 def test_the_guide_lists_what_does_not_work():

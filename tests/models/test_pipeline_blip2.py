@@ -581,6 +581,55 @@ def test_known_answers_in_a_batch(images):
         assert [answer["score"] for answer in many] == pytest.approx([answer["score"] for answer in few], abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["blip2 opt", "blip2 t5"])
+@pytest.mark.parametrize("normalization", [None, "relative"])
+def test_candidates_have_scores_that_sum_to_1(name, normalization, images):
+    model, processor = make(ANSWERERS[name])
+    pipe = pipeline("visual-question-answering", model=model, processor=processor, device="cpu")
+    questions, candidates = ["how many ?", "what colour is the red dog on the photo ?"], ["two", "a red dog", "cat"]
+    options = {"candidates": candidates} | ({} if normalization is None else {"normalization": normalization})
+    together = pipe(images[:2], questions, batch_size=3, **options)
+    alone = [pipe(image, question, **options) for question in questions for image in images[:2]]
+    for few, many in zip(alone, together, strict=True):
+        assert [answer["answer"] for answer in many] == [answer["answer"] for answer in few]
+        assert [answer["score"] for answer in many] == pytest.approx([answer["score"] for answer in few], abs=1e-4)
+        assert sum(answer["score"] for answer in few) == pytest.approx(1)
+        assert {answer["answer"] for answer in few} == {*candidates}
+    prompt = "Question: how many ? Short answer:" if "t5" in name else "Question: how many ? Answer:"
+    inputs = processor(images=images[0], text=prompt, candidates=candidates, return_tensors="pt")
+    scores = model.score_texts(**inputs, normalization=normalization or "sum")[0].softmax(dim=0)
+    assert {answer["answer"]: answer["score"] for answer in alone[0]} == pytest.approx(
+        dict(zip(candidates, scores.tolist(), strict=True)), abs=1e-5
+    )
+    assert pipe(images[0], questions[0], top_k=1, **options) == alone[0][:1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"candidates": "two"}, "a list of strings"),
+        ({"candidates": ["two", "two"]}, "has the same text twice"),
+        ({"candidates": ["two"], "max_new_tokens": 3}, r"\['max_new_tokens'\] have no effect"),
+        ({"candidates": ["two"], "preset": "vqa"}, r"\['preset'\] have no effect"),
+        ({"candidates": ["two"], "generate_kwargs": {"num_beams": 2}}, r"\['num_beams'\] have no effect"),
+        ({"normalization": "mean"}, "were not given"),
+        ({"candidates": ["two"], "normalization": "max"}, "one of sum, mean, relative"),
+    ],
+)
+def test_candidates_that_do_not_fit(options, message, images):
+    model, processor = make(make_blip2)
+    pipe = pipeline("visual-question-answering", model=model, processor=processor, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        pipe(images[0], "how many ?", **options)
+
+
+def test_other_models_have_no_candidates(images):
+    model, processor = make(make_vilt)
+    pipe = pipeline("visual-question-answering", model=model, processor=processor, device="cpu")
+    with pytest.raises(ValueError, match="scores no candidates"):
+        pipe(images[0], "how many ?", candidates=["two"])
+
+
 def test_wrong_questions_are_refused(blip2_oracle, images):
     with pytest.raises(ValueError, match="needs an image and a question, got Image"):
         blip2_oracle(images[0])

@@ -124,6 +124,40 @@ def test_encoder_decoder_targets():
     assert cut["labels"][0][-1] == 2
 
 
+@pytest.mark.parametrize("prompt", ["a photo of", "a photo of ", "", "<image><image>a photo of", "Question:\n"])
+def test_candidates_are_the_targets_of_their_prompt(processor, prompt):
+    texts = ["a dog", "two people near the street"]
+    images = [[make_image(0), make_image(1)]] if "<image>" in prompt else make_image(0)
+    found = processor(images=images, text=prompt, candidates=texts)["candidate_labels"][0]
+    for text, labels in zip(texts, found, strict=True):
+        target = processor(images=images, text=prompt, text_target=text)["labels"][0]
+        assert [label for label in labels if label != -100] == [label for label in target if label != -100]
+    without_end = processor(images=images, text=prompt, candidates=texts, end_candidates=False)["candidate_labels"][0]
+    assert without_end[1] == found[1][:-1]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ("a dog", "a list of strings, or one for each text"),
+        ([], "a list of strings, or one for each text"),
+        ([["a dog"], []], "a list of strings, or one for each text"),
+        ([["a dog"], "the sky"], "a list of strings, or one for each text"),
+        ([["a dog"]], "1 lists of candidates for 2 texts"),
+        (["a dog", ""], "a string that is not empty"),
+        (["a dog", 3], "a string that is not empty"),
+    ],
+)
+def test_candidates_that_do_not_fit(processor, candidates, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=["a photo of", "the"], candidates=candidates)
+
+
+def test_candidates_need_a_prompt_that_is_not_learned_and_a_language_model(processor):
+    with pytest.raises(ValueError, match="text_target was given too"):
+        processor(text="a", text_target="b", candidates=["c"])
+
+
 def test_one_prompt_goes_with_every_image(processor):
     inputs = processor(images=[make_image(0), make_image(1)], text="a photo of", return_tensors="pt")
     assert inputs["input_ids"].shape[0] == inputs["pixel_values"].shape[0] == 2

@@ -12,7 +12,7 @@ from ..data.text import clean_question
 from ..jobs.batch_size import BatchSize, first_batch_size
 from ..jobs.inference import eval_mode
 from ..jobs.picture_inputs import PictureInputs, load_ahead
-from ..jobs.text_writing import special_token_in, write_texts
+from ..jobs.text_writing import choose_texts, special_token_in, write_texts
 from ..models.generation_presets import generation_preset
 from ..models.processing_blip2 import learned_prompt
 
@@ -29,11 +29,14 @@ class PictureAnswers:
             An answer to each question; none if the picture can't be read.
         error (`str`, *optional*):
             Why it can't be read.
+        probabilities (`list[list[float]]`, *optional*):
+            Those of the choices, for each question, if there were any to choose from.
     """
 
     index: int
     texts: list[str] = field(default_factory=list)
     error: str | None = None
+    probabilities: list[list[float]] = field(default_factory=list)
 
 
 def answer_questions(
@@ -44,6 +47,8 @@ def answer_questions(
     prompt: str | None = None,
     batch_size: int | None = None,
     num_workers: int = 0,
+    choices: Sequence[str] | None = None,
+    normalization: str = "sum",
     **generate_kwargs,
 ) -> Generator[PictureAnswers, None, None]:
     r"""
@@ -66,6 +71,10 @@ def answer_questions(
             Answers at a time, to begin with. Without it 128, or 16 on a CPU.
         num_workers (`int`, *optional*, defaults to 0):
             Processes that decode pictures; 0 takes a thread of this one.
+        choices (`list[str]`, *optional*):
+            Answers to choose from: the likeliest is the answer to a question, and nothing is generated.
+        normalization (`str`, *optional*, defaults to `"sum"`):
+            How choices are scored, as in [`~Blip2ForConditionalGeneration.score_texts`].
         generate_kwargs (`dict`):
             Arguments of [`~Blip2ForConditionalGeneration.generate`]. Those of the preset `"vqa"` hold if none are
             given.
@@ -74,7 +83,8 @@ def answer_questions(
         generator of [`PictureAnswers`], in the order of the pictures.
 
     Raises:
-        ValueError: if a question is empty, or spells a special token of the tokenizer, or the prompt has no `{}`.
+        ValueError: if a question is empty, or spells a special token of the tokenizer, or the prompt has no `{}`, or
+            there are fewer than two choices.
 
     Example:
 
@@ -85,22 +95,41 @@ def answer_questions(
     preset = generation_preset("vqa", model.config)
     prompt = learned_prompt(processor, asks=True) if prompt is None else prompt
     prompts = _prompts(questions, preset.prompt if prompt is None else prompt, processor.tokenizer)
+    _check_choices(choices, generate_kwargs, processor.tokenizer)
     generate_kwargs = generate_kwargs or preset.generate_kwargs
     size = first_batch_size(batch_size, model.device)
     current = BatchSize(size)
     inputs = PictureInputs(images, processor.image_processor, "image")
 
-    def write(rows: list[tuple[str, torch.Tensor]]) -> list[str]:
-        return write_texts(model, processor, generate_kwargs, *map(list, zip(*rows, strict=True)))
+    def answer(rows: list[tuple[str, torch.Tensor]]) -> list[tuple[str, list[float]]]:
+        given = map(list, zip(*rows, strict=True))
+        if choices is None:
+            return [(text, []) for text in write_texts(model, processor, generate_kwargs, *given)]
+        found = choose_texts(model, processor, choices, normalization, *given)
+        return [(choices[own.index(max(own))], own) for own in found]
 
     with eval_mode(model), torch.no_grad():
         for batch in load_ahead(inputs, num_workers, batch_size=max(1, size // len(prompts))):
             pictures = [] if batch.pixel_values is None else list(batch.pixel_values)
             rows = [(prompt, picture) for picture in pictures for prompt in prompts]
-            texts = iter([text for _, part in current.run(write, rows) for text in part])
+            found = iter([pair for _, part in current.run(answer, rows) for pair in part])
             for number in batch.numbers:
                 error = batch.errors.get(number)
-                yield PictureAnswers(number, [] if error else [next(texts) for _ in prompts], error)
+                own = [] if error else [next(found) for _ in prompts]
+                probabilities = [values for _, values in own if values]
+                yield PictureAnswers(number, [text for text, _ in own], error, probabilities)
+
+
+def _check_choices(choices: Sequence[str] | None, generate_kwargs: dict[str, Any], tokenizer: Any):
+    if choices is None:
+        return
+    if isinstance(choices, str) or len(choices) < 2 or len(set(choices)) < len(choices):
+        raise ValueError(f"choices={choices!r}: a list of at least two different answers was expected.")
+    if generate_kwargs:
+        raise ValueError(f"{', '.join(generate_kwargs)}: nothing is generated if there are choices. Leave them out.")
+    for choice in choices:
+        if found := special_token_in(choice, "", tokenizer):
+            raise ValueError(f"The choice {choice!r} has {found!r}, a special token of the tokenizer. Leave it out.")
 
 
 def _prompts(questions: Sequence[str], template: str, tokenizer: Any) -> list[str]:

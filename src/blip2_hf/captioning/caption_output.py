@@ -28,6 +28,7 @@ from .pictures import Pictures
 
 CAPTION = "caption"
 BEFORE = "before"  # what was there, of a caption that takes its place or is added to it
+CONFIDENCE = "confidence"  # of the model in a caption
 REASON = "reason"  # of a picture that can't be read
 
 _EXISTING, _EARLIER = "existing", "earlier"  # in the settings: of a run that overwrites or adds, and those before it
@@ -146,21 +147,22 @@ class CaptionOutput(ABC):
         if caption.error is not None:
             return identity | {REASON: caption.error}
         new = self.value(caption.texts)
+        added = {} if caption.confidences is None else {CONFIDENCE: self.value(caption.confidences)}
         before = None if self.existing == "skip" else self.before(caption.index)
         if before is None:
-            return identity | {CAPTION: new}
+            return identity | {CAPTION: new} | added
         if self.adds:
             if isinstance(before, str) and LONE_SURROGATE.search(before):
                 return identity | {REASON: "Its text is not in UTF-8, and no caption can be added. Save it as UTF-8."}
             new = self.joined(*((before, new) if self.existing == "append" else (new, before)))
-        return identity | {CAPTION: new, BEFORE: before}
+        return identity | {CAPTION: new} | added | {BEFORE: before}
 
     @abstractmethod
     def before(self, index: int) -> Any:
         """Return the caption that a picture has; `None` without one."""
 
-    def value(self, texts: list[str]) -> Any:
-        """Return captions as the result has them."""
+    def value(self, texts: list[Any]) -> Any:
+        """Return captions, or what belongs to them, as the result has them."""
         return texts if self.is_list else texts[0]
 
     def joined(self, first: Any, second: Any) -> Any:

@@ -19,6 +19,7 @@ from ..jobs.state_files import json_line, read_json_lines
 
 _ROWS_PER_GROUP = 10_000  # of Parquet
 _TYPES = {str: pa.string(), int: pa.int64(), list: pa.list_(pa.string())}
+_TYPES |= {float: pa.float64(), list[float]: pa.list_(pa.float64())}
 
 
 class CaptionTable(ABC):

@@ -33,11 +33,15 @@ class PictureCaption:
             Its captions, as many as were asked for; none if the picture can't be read.
         error (`str`, *optional*):
             Why it can't be read.
+        confidences (`list[float]`, *optional*):
+            How sure the model is of each caption, if this was asked for: the geometric mean of the probabilities of
+            its tokens and of its end.
     """
 
     index: int
     texts: list[str] = field(default_factory=list)
     error: str | None = None
+    confidences: list[float] | None = None
 
     @property
     def text(self) -> str | None:
@@ -57,6 +61,7 @@ def caption_images(
     prefix: str | None = None,
     suffix: str | None = None,
     seed: int | None = None,
+    with_confidence: bool = False,
     **generate_kwargs,
 ) -> Generator[PictureCaption, None, None]:
     r"""
@@ -87,6 +92,8 @@ def caption_images(
         seed (`int`, *optional*):
             Seed of what is sampled. Captions are the same again with the same `images` and the same `batch_size`, if
             memory suffices for the batches.
+        with_confidence (`bool`, *optional*, defaults to `False`):
+            Whether to compute how sure the model is of each caption, which takes one more pass over the captions.
         generate_kwargs (`dict`):
             Those of [`~Blip2ForConditionalGeneration.generate`], such as `num_beams`. A preset of the paper is given
             as its parts: `prompt=preset.prompt, **preset.generate_kwargs`.
@@ -110,15 +117,17 @@ def caption_images(
     is_sequence = isinstance(images, (Sequence, Dataset)) and not isinstance(images, IterableDataset)
     inputs = (PictureInputs if is_sequence else PictureStream)(images, processor.image_processor, "image")
     generate_kwargs["max_new_tokens"] = max_new_tokens
-    writer = CaptionWriter(model, processor, prompt, generate_kwargs, num_captions)
+    writer = CaptionWriter(model, processor, prompt, generate_kwargs, num_captions, with_confidence)
     with eval_mode(model):
         for batch in load_ahead(inputs, num_workers, batch_size=first_batch_size(batch_size, model.device)):
             with seeded(None if seed is None else seed_of(seed, batch.numbers[0])):
                 found = iter([] if batch.pixel_values is None else writer(batch.pixel_values))
             for number in batch.numbers:
                 error = batch.errors.get(number)
-                texts = [] if error else [with_affixes(text, prefix, suffix) for text in next(found)]
-                yield PictureCaption(number, texts, error)
+                texts, confidences = ([], None) if error else next(found)
+                yield PictureCaption(
+                    number, [with_affixes(text, prefix, suffix) for text in texts], error, confidences
+                )
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -145,30 +154,50 @@ class CaptionWriter:
         prompt: str | None,
         generate_kwargs: dict[str, Any],
         num_captions: int = 1,
+        with_confidence: bool = False,
     ):
         self.model = model
         self.processor = processor
         self.num_captions = num_captions
         self.generate_kwargs = generate_kwargs | ({"num_return_sequences": num_captions} if num_captions > 1 else {})
-        prompt = (learned_prompt(processor) if prompt is None else prompt) or ""
-        self.prompt = processor(text=prompt, return_tensors="pt").to(model.device)
+        self.with_confidence = with_confidence
+        self.text = (learned_prompt(processor) if prompt is None else prompt) or ""
+        self.prompt = processor(text=self.text, return_tensors="pt").to(model.device)
         self.batch_size = BatchSize()
 
-    def __call__(self, pixel_values: torch.Tensor) -> list[list[str]]:
-        """Return the captions of each picture."""
-        return [texts for _, found in self.batch_size.run(self._write, pixel_values) for texts in found]
+    def __call__(self, pixel_values: torch.Tensor) -> list[tuple[list[str], list[float] | None]]:
+        """Return the captions of each picture, and how sure the model is of each if that is asked for."""
+        return [pair for _, found in self.batch_size.run(self._write, pixel_values) for pair in found]
 
-    def _write(self, pixel_values: torch.Tensor) -> list[list[str]]:
+    @torch.no_grad()
+    def _write(self, pixel_values: torch.Tensor) -> list[tuple[list[str], list[float] | None]]:
         prompt = {name: value.expand(len(pixel_values), -1) for name, value in self.prompt.items()}
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        generated = self.model.generate(pixel_values=pixel_values, **prompt, **self.generate_kwargs)
+        of_qformer = {name: prompt.pop(name) for name in list(prompt) if name.startswith("qformer_")}
+        features = self.model.get_image_features(pixel_values, **of_qformer).pooler_output
+        generated = self.model.generate(image_features=features, **prompt, **self.generate_kwargs)
         if len(generated) != len(pixel_values) * self.num_captions:
             raise ValueError(
                 f"The model wrote {len(generated)} texts about {len(pixel_values)} pictures, and {self.num_captions} "
                 "of each was expected. Give num_captions in place of num_return_sequences."
             )
         texts = self.processor.post_process_image_text_to_text(generated, input_ids=prompt["input_ids"])
-        return [texts[start : start + self.num_captions] for start in range(0, len(texts), self.num_captions)]
+        captions = [texts[start : start + self.num_captions] for start in range(0, len(texts), self.num_captions)]
+        confidences = self._confidences(features, captions) if self.with_confidence else [None] * len(captions)
+        return list(zip(captions, confidences, strict=True))
+
+    def _confidences(self, features: torch.Tensor, captions: list[list[str]]) -> list[list[float]]:
+        # An empty caption has nothing to score, and scores 0
+        candidates = [[text or "." for text in texts] for texts in captions]
+        inputs = self.processor(text=[self.text] * len(captions), candidates=candidates, return_tensors="pt")
+        inputs = {
+            name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask", "candidate_labels")
+        }
+        scores = self.model.score_texts(**inputs, image_features=features, normalization="mean").exp().tolist()
+        return [
+            [score if text else 0.0 for text, score in zip(texts, own, strict=True)]
+            for texts, own in zip(captions, scores, strict=True)
+        ]
 
 
 __all__ = ["PictureCaption", "caption_images"]

@@ -69,6 +69,7 @@ def caption_dataset(
     prefix: str | None = None,
     suffix: str | None = None,
     seed: int | None = None,
+    with_confidence: bool = False,
     overwrite: bool = False,
     **generate_kwargs,
 ) -> CaptionCounts:
@@ -103,6 +104,9 @@ def caption_dataset(
             Ending of the text files.
         num_captions (`int`, *optional*, defaults to 1):
             Captions of each picture. With several, `caption` is a list, and a text file has a line for each.
+        with_confidence (`bool`, *optional*, defaults to `False`):
+            Whether the file has a column `confidence` too: how sure the model is of each caption
+            ([`PictureCaption`]).
         prompt, max_new_tokens, batch_size, num_workers, prefix, suffix, seed:
             As in [`caption_images`]. What is sampled with a seed also depends on the number of processes, and on
             interruptions.
@@ -132,9 +136,10 @@ def caption_dataset(
     pictures = _as_pictures(pictures)
     check_reads_8_bit(processor.image_processor)
     existing = "overwrite" if overwrite else existing
-    files = open_output(output, output_format, pictures, existing, num_captions, extension)
+    files = open_output(output, output_format, pictures, existing, num_captions, extension, with_confidence)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     texts = {"num_captions": num_captions, "prefix": prefix, "suffix": suffix, "seed": seed}
+    texts["with_confidence"] = with_confidence or None
     prompt = learned_prompt(processor) if prompt is None else prompt
     settings = _settings(model, processor, files.pictures, prompt, generate_kwargs, texts)
 

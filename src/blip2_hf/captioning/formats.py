@@ -23,6 +23,7 @@ def open_output(
     existing: str = "skip",
     num_captions: int = 1,
     extension: str = ".txt",
+    with_confidence: bool = False,
 ) -> CaptionOutput:
     """
     Return the output of a format, by default the one that the ending of its name tells. Without `output`, text files
@@ -43,6 +44,15 @@ def open_output(
             f"--extension {extension} is the ending of text files, and {output} is one file. Leave it out, or give a "
             "folder as --output."
         )
+    if with_confidence and output_format == "txt":
+        raise CollectionError(
+            "Text files have no place for a confidence. Give a .jsonl, .csv or .parquet file as --output."
+        )
+    if with_confidence and existing in ("append", "prepend"):
+        raise CollectionError(
+            f"--existing {existing} joins captions, which then have no confidence of their own. Leave out one of the "
+            "two."
+        )
     if output_format == "txt":
         return _open_sidecars(path, pictures, existing, num_captions, extension)
     if path is None or path.is_dir():
@@ -53,7 +63,7 @@ def open_output(
         )
     if path.name in METADATA:
         pictures = _named_by_metadata(path, pictures)
-    return CaptionFile(path, output_format, pictures, existing, num_captions)
+    return CaptionFile(path, output_format, pictures, existing, num_captions, with_confidence)
 
 
 def _named_by_metadata(path: Path, pictures: Pictures) -> FolderPictures:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.text import has_text
 from ..jobs.errors import CollectionError
-from .caption_output import BEFORE, CAPTION, CaptionOutput, with_position, without_broken
+from .caption_output import BEFORE, CAPTION, CONFIDENCE, CaptionOutput, with_position, without_broken
 from .caption_tables import TABLES
 from .pictures import Pictures
 
@@ -25,11 +25,22 @@ class CaptionFile(CaptionOutput):
     of a folder of pictures, it may be the user's, with captions, rows and columns that stay.
     """
 
-    def __init__(self, path: Path, output_format: str, pictures: Pictures, existing: str, num_captions: int):
+    def __init__(
+        self,
+        path: Path,
+        output_format: str,
+        pictures: Pictures,
+        existing: str,
+        num_captions: int,
+        with_confidence: bool = False,
+    ):
         self.is_metadata = path.name in METADATA
         # `datasets` reads no hidden files
         base = path.with_name(f".{path.name}") if self.is_metadata else path
         super().__init__(path, base, pictures, existing, num_captions)
+        self.written: dict[str, Any] = {CAPTION: list if self.is_list else str}
+        if with_confidence:
+            self.written[CONFIDENCE] = list[float] if self.is_list else float
         self.table = TABLES[output_format](path, pictures.columns, _MEND if self.is_metadata else _CAPTIONED_AGAIN)
         self._before: dict[int, Any] | None = None
 
@@ -83,13 +94,13 @@ class CaptionFile(CaptionOutput):
         old = (self._updated(row, updates.get(self.key(row))) for row in (self.results() if stays else ()))
         sources = [with_position(source, self.pictures) for source in (old, new)]
         rows = (row for _, row in heapq.merge(*sources, key=itemgetter(0)))
-        self.table.write(rows, {CAPTION: list if self.is_list else str})
+        self.table.write(rows, self.written)
 
     def _updated(self, row: dict[str, Any], record: dict[str, Any] | None) -> dict[str, Any]:
         """Return a row with its new caption, unless it has that already, or another one that was not known."""
         if record is None or (self.existing != "overwrite" and row.get(CAPTION) != record.get(BEFORE)):
             return row
-        return {**row, CAPTION: record[CAPTION]}
+        return {**row, **{name: record[name] for name in self.written}}
 
 
 def _as_row(record: dict[str, Any]) -> dict[str, Any]:

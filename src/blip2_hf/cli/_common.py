@@ -121,7 +121,10 @@ _GROUPS = {
         --task --stage --epochs --max-steps --learning-rate --accumulate --eval-steps --early-stopping --report-to
         --prefix-lm --max-length --views
     """,
-    "scores": "--protocol --lemmatize --k --score --min-score --keep --top --rerank --exact",
+    "scores": """
+        --confidence --choices --normalization --protocol --lemmatize --k --score --min-score --keep --top --rerank
+        --exact
+    """,
     "output": """
         --output --format --extension --existing --overwrite --rebuild --approximate --store-embeds --transformers
         --max-shard-size --merge --push-to-hub --sheet --open --json --per-word --full-size

@@ -24,6 +24,11 @@ _OTHERS = {
     "output_scores": None,
 }
 
+NORMALIZATION_HELP = (
+    "how likely a choice is: sum of the tokens' log-probabilities (default), their mean, or relative to the prompt "
+    "without the picture"
+)
+
 
 def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..jobs.errors import printable
+from ..models.generation_presets import NORMALIZATIONS
 from ._common import add_command, find_device, load_captioner
-from ._generation import check_generation, check_room, generation_with_preset, given_generation
+from ._generation import NORMALIZATION_HELP, check_generation, check_room, generation_with_preset, given_generation
 from ._pictures import named_pictures
 
 
@@ -18,13 +19,16 @@ _LIKE_A_FILE = re.compile(r"\S*\w\.[A-Za-z]\w{1,4}|[/~.]\S*")  # cat.jgp, ../cat
 
 def add_parser(commands: Any):
     example = "blip2-hf ask cat.jpg 'what colour is the cat?' --model Salesforce/blip2-flan-t5-xl"
-    add = add_command(commands, "ask", _run, "Answer questions about pictures.", example=example)
+    add = add_command(commands, "ask", _run, "Answer questions about pictures.", check=_check, example=example)
     arguments = "pictures (files, 'photos/*.jpg', URLs) and questions, in any order; each question is asked of each"
     add("arguments", arguments, nargs="+", metavar="PICTURE QUESTION")
     add("--model", required=True)
     add("--prompt", "text with the question at {} (default: that of the model's fine-tuning, or the paper's)")
     add("--num-beams", "beams of the search (default: 5)")
     add("--max-new-tokens", "the most tokens that are written (default: 10)")
+    choices = "answers to choose from, with their probabilities among each other, such as --choices yes no"
+    add("--choices", choices, nargs="+", metavar="ANSWER")
+    add("--normalization", NORMALIZATION_HELP, choices=NORMALIZATIONS)
     add("--generate")
     add("--image-size")
     add("--dtype")
@@ -46,16 +50,40 @@ def _run(options: argparse.Namespace):
             is_broken = True
             print(printable(f"blip2-hf: {answers.error}"), file=sys.stderr)
             continue
-        for question, answer in zip(questions, answers.texts, strict=True):
+        for number, (question, answer) in enumerate(zip(questions, answers.texts, strict=True)):
             row = {"picture": pictures[answers.index], "question": question, "answer": answer}
+            if options.choices is not None:
+                row["probabilities"] = dict(zip(options.choices, answers.probabilities[number], strict=True))
             rows.append(row)
             if not options.json:
-                cells = [answer] if len(pictures) == len(questions) == 1 else row.values()
-                print(printable("\t".join(" ".join(cell.split()) for cell in cells)), flush=True)
+                for line in _lines(row, is_only=len(pictures) == len(questions) == 1):
+                    print(printable(line), flush=True)
     if options.json:
         print(json.dumps(rows, indent=1))
     if is_broken:
         raise SystemExit(1)
+
+
+def _lines(row: dict[str, Any], is_only: bool) -> list[str]:
+    """Return the lines of an answer: with all choices if it is the only one, else with the best of them."""
+    probabilities = row.get("probabilities", {})
+    answers = [row["answer"]]
+    if is_only:
+        answers = sorted(probabilities, key=lambda answer: -probabilities[answer]) or answers
+    names = [] if is_only else [row["picture"], row["question"]]
+    lines = [[*names, answer, *([f"{probabilities[answer]:.1%}"] if probabilities else [])] for answer in answers]
+    return ["\t".join(" ".join(cell.split()) for cell in line) for line in lines]
+
+
+def _check(options: argparse.Namespace):
+    generation = ("num_beams", "max_new_tokens", "generate")
+    if options.choices is None:
+        if options.normalization is not None:
+            raise ValueError("--normalization is for --choices, which were not given.")
+    elif given := [f"--{name.replace('_', '-')}" for name in generation if getattr(options, name)]:
+        raise ValueError(f"{' and '.join(given)}: nothing is generated if there are --choices.")
+    elif len(set(options.choices)) < max(2, len(options.choices)):
+        raise ValueError(f"--choices {' '.join(options.choices)}: at least two different answers were expected.")
 
 
 def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, dict[str, Any]]:
@@ -67,6 +95,7 @@ def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, 
     from ..models.processing_blip2 import learned_prompt
 
     given = given_generation(options)
+    choices = {"choices": options.choices, "normalization": options.normalization or NORMALIZATIONS[0]}
     config = Blip2Config.from_pretrained(weights_place(options.model))
     preset = generation_preset("vqa", config)
     kwargs = generation_with_preset(preset, given)
@@ -77,7 +106,7 @@ def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, 
     prompts = [prompt.replace("{}", question) for question in questions]
     check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)))
     processor.image_processor = with_image_size(processor.image_processor, options.image_size)
-    return model, processor, kwargs
+    return model, processor, kwargs if options.choices is None else choices
 
 
 def _sort(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -47,6 +47,7 @@ def add_parser(commands: Any):
     add("--prefix", "text to put before each caption, such as a trigger word")
     add("--suffix", "text to put behind each caption")
     add("--captions-per-image", "captions of each picture, sampled or of as many beams", type=positive, default=1)
+    add("--confidence", "also tell how sure the model is of each caption, from 0 to 1", action="store_true")
     add("--num-beams")
     add("--max-new-tokens", "the most tokens that are written; without it 30, or the preset's")
     add("--top-p")
@@ -109,9 +110,12 @@ def _print_captions(options: argparse.Namespace, files: list[str]):
         if caption.error is not None:
             is_broken = True
             print(printable(f"blip2-hf: {caption.error}"), file=sys.stderr)
-        for text in caption.texts:
-            name = f"{files[caption.index]}\t" if len(files) > 1 else ""
-            print(printable(name + " ".join(text.split())), flush=True)
+        for number, text in enumerate(caption.texts):
+            cells = [files[caption.index]] if len(files) > 1 else []
+            cells.append(" ".join(text.split()))
+            if caption.confidences is not None:
+                cells.append(f"{caption.confidences[number]:.1%}")
+            print(printable("\t".join(cells)), flush=True)
     if is_broken:
         raise SystemExit(1)
 
@@ -124,6 +128,7 @@ def _write_captions(options: argparse.Namespace, files: list[str] | None):
         "existing": "overwrite" if options.overwrite else options.existing or "skip",
         "num_captions": options.captions_per_image,
         "extension": _ending(options.extension),
+        "with_confidence": options.confidence,
     }
     with processes(options.device) as state:
         pictures = _open_pictures(options) if files is None else _as_folder(files)
@@ -160,7 +165,8 @@ def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | Non
         tell_image_size(processor, options.image_size, preset.image_size)
     processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     kwargs |= pick(options, "batch_size", "num_workers", "prefix", "suffix", "seed")
-    return model, processor, prompt, {**kwargs, "num_captions": options.captions_per_image}
+    options_of_captions = {"num_captions": options.captions_per_image, "with_confidence": options.confidence}
+    return model, processor, prompt, {**kwargs, **options_of_captions}
 
 
 def _as_folder(files: list[str]) -> Any:

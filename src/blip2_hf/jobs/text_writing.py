@@ -1,4 +1,4 @@
-"""Texts that a model writes from prompts about pictures."""
+"""Texts that a model writes from prompts about pictures, or chooses from given ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,30 @@ def write_texts(
     Return a text for each prompt and picture. A picture that stands several times goes through the tower and the
     Q-Former once.
     """
-    inputs = processor(text=prompts, return_tensors="pt").to(model.device)
+    inputs = _inputs(model, processor, prompts, pictures)
+    tokens = model.generate(**inputs, **generate_kwargs)
+    return processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
+
+
+def choose_texts(
+    model: Any,
+    processor: Any,
+    candidates: Sequence[str] | Sequence[Sequence[str]],
+    normalization: str,
+    prompts: list[str],
+    pictures: Sequence[torch.Tensor],
+) -> list[list[float]]:
+    """
+    Return the probabilities of candidates among each other, for each prompt and picture. `candidates` are those of all
+    prompts, or a list for each. Pictures are read as in [`write_texts`].
+    """
+    inputs = _inputs(model, processor, prompts, pictures, candidates=candidates)
+    scores = model.score_texts(**inputs, normalization=normalization)
+    return scores.softmax(dim=-1).tolist()
+
+
+def _inputs(model: Any, processor: Any, prompts: list[str], pictures: Sequence[torch.Tensor], **kwargs) -> Any:
+    inputs = processor(text=prompts, return_tensors="pt", **kwargs).to(model.device)
     if processor.qformer_tokenizer is not None:
         # The Q-Former reads the question: each has features of its own
         inputs["pixel_values"] = _stack(pictures, model)
@@ -22,8 +45,7 @@ def write_texts(
         row = {key: number for number, key in enumerate(distinct)}
         features = model.get_image_features(_stack(list(distinct.values()), model)).pooler_output
         inputs["image_features"] = features[[row[id(picture)] for picture in pictures]]
-    tokens = model.generate(**inputs, **generate_kwargs)
-    return processor.post_process_image_text_to_text(tokens, input_ids=inputs["input_ids"])
+    return inputs
 
 
 def _stack(pictures: Sequence[torch.Tensor], model: Any) -> torch.Tensor:

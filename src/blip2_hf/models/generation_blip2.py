@@ -28,7 +28,7 @@ _ASSISTED_DECODING = (
     "speculation_type",
 )
 # Model types whose positions or states also count padding in front of a text
-_READ_PADDING = ("git", "roformer", "rwkv")
+_READ_PADDING = ("git", "recurrent_gemma", "roformer", "rwkv", "trocr")
 
 
 class Blip2GenerationMixin(GenerationMixin):
@@ -106,7 +106,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
             return self.language_model.generate(**text, **generate_kwargs)
         if cache is not None:
             _check_prompt_with_cache(prompt["attention_mask"], cache, prompt["num_added"])
-        return self._generate_after_prompt(input_ids, _pad_left(prompt), generate_kwargs)
+        return self._generate_after_prompt(input_ids, pad_left(prompt), generate_kwargs)
 
     def _prepare_generate_kwargs(
         self, generate_kwargs: dict[str, Any], has_image: bool
@@ -427,7 +427,7 @@ def _check_prompt_with_cache(attention_mask: torch.Tensor, cache: Cache, num_add
         )
 
 
-def _pad_left(prompt: dict[str, Any]) -> dict[str, Any]:
+def pad_left(prompt: dict[str, Any]) -> dict[str, Any]:
     """Return the same prompts with all their padding in front, as generation expects it."""
     order = prompt["attention_mask"].bool().int().argsort(dim=1, stable=True)
     names = [name for name in ("input_ids", "attention_mask", "is_image") if prompt[name] is not None]

@@ -49,6 +49,8 @@ _PRESETS = {
 _ENCODER_DECODER_PROMPTS = {"vqa": "Question: {} Short answer:"}
 
 PRESET_NAMES = tuple(_PRESETS)
+# How texts of different lengths compare in `score_texts`
+NORMALIZATIONS = ("sum", "mean", "relative")
 
 
 def generation_preset(name: str, model_config: Any) -> GenerationPreset:
@@ -89,4 +91,4 @@ def preset_prompt(name: str, is_encoder_decoder: bool) -> str:
     return _ENCODER_DECODER_PROMPTS.get(name, prompt) if is_encoder_decoder else prompt
 
 
-__all__ = ["PRESET_NAMES", "GenerationPreset", "generation_preset", "preset_prompt"]
+__all__ = ["NORMALIZATIONS", "PRESET_NAMES", "GenerationPreset", "generation_preset", "preset_prompt"]

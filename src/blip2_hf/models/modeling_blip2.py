@@ -24,6 +24,8 @@ from .image_text_merging import Blip2ImageTextMergingMixin
 from .losses import language_modeling_loss
 from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
 from .modeling_qformer import Blip2TextEmbeddings
+from .scoring_blip2 import Blip2ScoringMixin
+from .text_inputs import decoder_inputs, text_positions
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +67,9 @@ class Blip2ForConditionalGenerationModelOutput(Seq2SeqLMOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
 
 
-class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergingMixin, Blip2GenerationMixin):
+class Blip2HfForConditionalGeneration(
+    Blip2PreTrainedModel, Blip2ImageTextMergingMixin, Blip2ScoringMixin, Blip2GenerationMixin
+):
     r"""
     BLIP-2 for captioning, visual question answering and stage-2 training (section 3.3): the Q-Former's output queries,
     projected to the language model's width, stand in the text as soft visual prompts.
@@ -384,14 +388,14 @@ class Blip2HfForConditionalGeneration(Blip2PreTrainedModel, Blip2ImageTextMergin
         self._check_padding(text["attention_mask"])
         if self.config.is_encoder_decoder:
             if labels is not None and decoder_input_ids is None:
-                decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+                decoder_input_ids = decoder_inputs(self.language_model, labels)
             kwargs |= {
                 "encoder_outputs": encoder_outputs,
                 "decoder_input_ids": decoder_input_ids,
                 "decoder_attention_mask": decoder_attention_mask,
             }
         elif self.accepts_position_ids:
-            kwargs["position_ids"] = _position_ids(**text) if position_ids is None else position_ids
+            kwargs["position_ids"] = text_positions(**text) if position_ids is None else position_ids
         num_items_in_batch, shift_labels = (kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels"))
         if labels is None:
             loss, outputs = None, self.language_model(**text, **kwargs, return_dict=True)
@@ -659,16 +663,6 @@ LANGUAGE_MODEL_OUTPUTS = (
     "encoder_hidden_states",
     "encoder_attentions",
 )
-
-
-def _position_ids(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Return positions that count tokens but not padding, as `generate` makes them."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return None
-    length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)[:, -length:]
 
 
 def _shift(labels: torch.Tensor) -> torch.Tensor:

@@ -210,6 +210,7 @@ class _ImageTextPipeline(HubMixin, Pipeline):
             # a decoder continues from the last token, which must not be padding
             is_left = is_decoder_only and key in ("input_ids", "attention_mask", "token_type_ids")
             value = self._pad_token_id if key in ("input_ids", "decoder_input_ids") else 0
+            value = -100 if key == "candidate_labels" else value
             batch[key] = _stack([encoding[key] for encoding in encodings], value, is_left)
         return batch
 
@@ -227,6 +228,8 @@ class _ImageTextPipeline(HubMixin, Pipeline):
                     f"{public_class_name(self.model)} does not generate and takes no {sorted(generate_kwargs)}"
                 )
             return {"logits": self.model(**self._merge(encodings)).logits}
+        if "candidate_labels" in encodings[0]:
+            return {"scores": self.model.score_texts(**self._merge(encodings), **generate_kwargs)}
         lengths = {encoding["input_ids"].shape[1] for encoding in encodings if "input_ids" in encoding}
         # other models than BLIP-2 read the padding of a prompt as if it were text
         together = self.model_type in _BLIP2 or len(lengths) <= 1
@@ -268,6 +271,10 @@ class _ImageTextPipeline(HubMixin, Pipeline):
     def _decode(self, sequences: torch.Tensor) -> list[str]:
         texts = self.tokenizer.batch_decode(sequences.flatten(0, 1), skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def _given(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not None}
 
 
 def _generate_params(max_new_tokens: int | None, generate_kwargs: dict | None, others: dict) -> dict[str, Any]:
@@ -460,11 +467,17 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         truncation=None,
         timeout=None,
         prompt_template=None,
+        candidates=None,
+        normalization=None,
         max_new_tokens=None,
         generate_kwargs=None,
         preset=None,
         **generation_params,
     ):
+        if candidates is not None:
+            self._check_candidates(candidates, max_new_tokens, generate_kwargs, preset, generation_params)
+        elif normalization is not None:
+            raise ValueError("`normalization` is for scores of `candidates`, which were not given")
         if preset is not None:
             settings = self._preset(preset, asks=True)
             prompt_template = settings.prompt if prompt_template is None else prompt_template
@@ -476,11 +489,24 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
             "truncation": truncation,
             "timeout": timeout,
             "prompt_template": prompt_template,
+            "candidates": candidates,
         }
-        preprocess_params = {key: value for key, value in preprocess_params.items() if value is not None}
-        postprocess_params = {} if top_k is None else {"top_k": top_k}
+        postprocess_params = {"top_k": top_k, "candidates": candidates}
         forward_params = _generate_params(max_new_tokens, generate_kwargs, generation_params)
-        return preprocess_params, forward_params, postprocess_params
+        forward_params |= {} if normalization is None else {"normalization": normalization}
+        return _given(preprocess_params), forward_params, _given(postprocess_params)
+
+    def _check_candidates(self, candidates, max_new_tokens, generate_kwargs, preset, generation_params):
+        if self.model_type != "blip2":
+            raise ValueError(
+                f"{public_class_name(self.model)} scores no candidates: Blip2ForConditionalGeneration of blip2_hf does"
+            )
+        generation = [*(generate_kwargs or {}), *generation_params]
+        generation += [name for name, value in (("max_new_tokens", max_new_tokens), ("preset", preset)) if value]
+        if generation:
+            raise ValueError(f"{sorted(generation)} have no effect on `candidates`, because nothing is generated")
+        if len(set(candidates)) < len(candidates):
+            raise ValueError(f"`candidates` has the same text twice: {candidates!r}")
 
     def __call__(self, image: Any = None, question: str | Sequence[str] | None = None, **kwargs):
         """
@@ -493,8 +519,14 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
                 the image and the question: one, a list, a dataset or a generator.
             question (`str` or `list[str]`, *optional*):
                 The question or questions.
-            top_k (`int`, *optional*, defaults to 5):
-                Number of answers of a model that chooses among known answers. Other models do not use it.
+            candidates (`list[str]`, *optional*):
+                Answers to choose from. They are scored ([`~Blip2ForConditionalGeneration.score_texts`]), and nothing
+                is generated.
+            normalization (`str`, *optional*, defaults to `"sum"`):
+                How candidates of different lengths compare: `"sum"`, `"mean"` or `"relative"`.
+            top_k (`int`, *optional*):
+                Number of answers to return: 5 by default if the model chooses among known answers, all if `candidates`
+                are given. If an answer is generated, it has no effect.
             prompt_template (`str`, *optional*):
                 The prompt, with `{}` in place of the question. `"{}"` asks the bare question.
             preset (`str` or [`~generation_presets.GenerationPreset`], *optional*):
@@ -515,8 +547,9 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
 
         Returns:
             `list[dict]` for one question about one image, `list[list[dict]]` for several, an iterator of `list[dict]`
-            for a dataset of records or a generator. The keys are **answer** (`str`) and, for models that choose among
-            known answers, **score** (`float`).
+            for a dataset of records or a generator. The keys are **answer** (`str`) and, if the model chooses,
+            **score** (`float`). The best is the first. The scores of candidates are their probabilities among each
+            other, which sum to 1.
         """
         if image is None:
             raise ValueError("Cannot call the visual-question-answering pipeline without an image: give one")
@@ -542,23 +575,33 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         truncation: bool | str = False,
         timeout: float = 30.0,
         prompt_template: str | None = None,
+        candidates: list[str] | None = None,
     ) -> dict[str, Any]:
         template = self._default_template() if prompt_template is None else prompt_template
         if "{}" not in template:
             raise ValueError(f"`prompt_template` needs {{}} where the question goes, got {template!r}")
         prompt = template.replace("{}", item.question)
-        return {"encodings": self._encode(self._load(item, timeout), prompt, padding=padding, truncation=truncation)}
+        options: dict[str, Any] = {"padding": padding, "truncation": truncation}
+        if candidates is not None:
+            options["candidates"] = candidates
+        return {"encodings": self._encode(self._load(item, timeout), prompt, **options)}
 
     def _default_template(self) -> str:
         if (prompt := learned_prompt(self.processor, asks=True)) is not None:
             return prompt
         return generation_preset("vqa", self.model.config).prompt if self.model_type in _BLIP2 else "{}"
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int = 5) -> list[dict[str, Any]]:
+    def postprocess(
+        self, model_outputs: dict[str, torch.Tensor], top_k: int | None = None, candidates: list[str] | None = None
+    ) -> list[dict[str, Any]]:
         if "sequences" in model_outputs:
             return [{"answer": text} for text in self._decode(model_outputs["sequences"])]
-        scores = model_outputs["logits"][0].float().sigmoid()
-        labels: dict[int, str] = dict(self.model.config.id2label)
+        if candidates is not None:
+            scores, labels = model_outputs["scores"][0].softmax(dim=-1), dict(enumerate(candidates))
+            top_k = len(labels) if top_k is None else top_k
+        else:
+            scores, labels = model_outputs["logits"][0].float().sigmoid(), dict(self.model.config.id2label)
+            top_k = 5 if top_k is None else top_k
         best = scores.topk(min(top_k, len(labels)))
         return [
             {"score": score, "answer": labels[index]}

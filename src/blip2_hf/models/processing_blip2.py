@@ -224,6 +224,12 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             text_target (`str` or `list[str]`, *optional*):
                 Texts to learn after the prompts, returned as `labels`. For a decoder-only language model they are
                 appended to the prompts, with the end token; prompts and images have the label -100.
+            candidates (`list[str]` or `list[list[str]]`, *optional*):
+                Texts to score after the prompts ([`~Blip2ForConditionalGeneration.score_texts`]): the same for all
+                prompts, or a list for each. Returned as `candidate_labels`.
+            end_candidates (`bool`, *optional*, defaults to `True`):
+                Whether the end token belongs to a candidate. Without it, a candidate is scored as the beginning of a
+                text, as LAVIS does for InstructBLIP with Vicuna.
             kwargs (`dict`):
                 Arguments of the image processor and of the tokenizer. By default texts are padded to the longest, on
                 the right with `text_target` or for an encoder-decoder, and on the left otherwise. `max_length`
@@ -232,7 +238,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
 
         Returns:
             [`BatchFeature`]: `pixel_values` of shape `(num_images, channels, height, width)`; `input_ids` and
-            `attention_mask` of shape `(batch_size, length)`; `labels`; `qformer_input_ids` and
+            `attention_mask` of shape `(batch_size, length)`; `labels`; `candidate_labels` of shape
+            `(batch_size, num_candidates, candidate_length)`, with -100 at padding; `qformer_input_ids` and
             `qformer_attention_mask`, for a Q-Former that reads text. Images without text have an empty one: the tokens
             with which the language model's tokenizer begins each text, if there are any. Processors of stage 1 and of
             retrieval, whose tokenizer is BERT's, then return `pixel_values` alone.
@@ -244,8 +251,12 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             ImageLoadError: if an image can't be read; the message names it.
         """
         text_target = kwargs.pop("text_target", None)
+        candidates, end_candidates = kwargs.pop("candidates", None), kwargs.pop("end_candidates", True)
         if images is None and text is None and text_target is None:
             raise ValueError("You have to specify either images or text.")
+        if candidates is not None and (text_target is not None or not self._writes_text):
+            reason = "text_target was given too" if self._writes_text else "the model of this processor writes no text"
+            raise ValueError(f"candidates are scored after a prompt, but {reason}. Leave out one of the two.")
         self._check_arguments(kwargs)
         output_kwargs = self._merge_kwargs(
             Blip2HfProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
@@ -264,6 +275,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             texts, targets = _texts(text, text_target, groups, self.image_token)
             counts = self._images_in_front(texts, groups)
             data |= self._encode(texts, targets, counts, text_kwargs)
+            if candidates is not None:
+                data["candidate_labels"] = self._encode_candidates(texts, candidates, end_candidates, text_kwargs)
             if self.qformer_tokenizer is not None:
                 repeats = [count or text.count(self.image_token) for text, count in zip(texts, counts, strict=True)]
                 data |= self._encode_instructions(texts, repeats if groups is not None else None, text_kwargs)
@@ -287,8 +300,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             known |= kind.__annotations__.keys()
         if unknown := sorted(given - known):
             raise TypeError(
-                f"Blip2Processor was given {', '.join(unknown)}, and takes images, text, text_target and arguments of "
-                "its image processor and tokenizer. Leave out what it does not know."
+                f"Blip2Processor was given {', '.join(unknown)}, and takes images, text, text_target, candidates and "
+                "arguments of its image processor and tokenizer. Leave out what it does not know."
             )
 
     @property
@@ -410,6 +423,36 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         rows = [self.tokenizer(text_target=target, **kwargs)["input_ids"] for target in targets]
         longest = max(map(len, rows))
         return [row + [-100] * (longest - len(row)) for row in rows]
+
+    def _encode_candidates(
+        self, texts: list[str], candidates: Any, with_end: bool, text_kwargs: dict[str, Any]
+    ) -> list[list[list[int]]]:
+        """Return the tokens of the candidates of each prompt, with -100 at padding."""
+        names = ("add_special_tokens", "split_special_tokens")
+        kwargs = {name: text_kwargs[name] for name in names if name in text_kwargs}
+        rows = [
+            [self._encode_candidate(text, candidate, with_end, kwargs) for candidate in own]
+            for text, own in zip(texts, _candidates_of_each(candidates, len(texts)), strict=True)
+        ]
+        most, longest = max(map(len, rows)), max(len(ids) for row in rows for ids in row)
+        padded = [[ids + [-100] * (longest - len(ids)) for ids in row] for row in rows]
+        return [row + [[-100] * longest] * (most - len(row)) for row in padded]
+
+    def _encode_candidate(self, text: str, candidate: str, with_end: bool, kwargs: dict[str, Any]) -> list[int]:
+        if self.is_encoder_decoder:
+            ids = self.tokenizer(text_target=candidate, **kwargs)["input_ids"]
+            return ids if with_end else self._without_end(ids)
+        prompt = text
+        while prompt.startswith(self.image_token):
+            prompt = prompt[len(self.image_token) :]
+        ids, labels = self._encode_with_target(prompt, candidate, kwargs)
+        start = len(labels) - sum(label != -100 for label in labels)
+        if ids[:start] != self._without_end(self.tokenizer(prompt, **kwargs)["input_ids"]) and prompt:
+            raise ValueError(
+                f"The last token of the prompt {text!r} changes if {candidate!r} follows. End the prompt with a word, "
+                "a punctuation mark or a space."
+            )
+        return ids[start:] if with_end else ids[start:-1]
 
     def _encode_instructions(
         self, texts: list[str], repeats: list[int] | None, text_kwargs: dict[str, Any]
@@ -590,6 +633,19 @@ def _texts(text, text_target, groups: list[list] | None, image_token: str) -> tu
     if targets is not None and len(texts) != len(targets):
         raise ValueError(f"{len(texts)} texts, but {len(targets)} text_targets: one for each text was expected.")
     return texts, targets
+
+
+def _candidates_of_each(candidates: Any, num_texts: int) -> list[list[str]]:
+    """Return a list of candidates for each prompt."""
+    rows = [candidates] * num_texts if candidates and isinstance(candidates[0], str) else candidates
+    if isinstance(candidates, str) or not rows or not all(isinstance(row, (list, tuple)) and row for row in rows):
+        raise ValueError(f"candidates is {candidates!r}: a list of strings, or one for each text, was expected.")
+    if len(rows) != num_texts:
+        raise ValueError(f"{len(rows)} lists of candidates for {num_texts} texts: one for each text was expected.")
+    for text in (text for row in rows for text in row):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"A candidate is {text!r}: a string that is not empty was expected.")
+    return rows
 
 
 def _as_list(text, name: str) -> list[str] | None:

@@ -118,3 +118,32 @@ def check_texts(
         "tokenizer. If Blip2Processor put placeholders of images into input_ids, set "
         "model.config.image_token_index = processor.image_token_id: they are then left out."
     )
+
+
+def text_positions(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return positions that count tokens but not padding, as `generate` makes them."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)[:, -length:]
+
+
+def decoder_inputs(language_model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Return what the decoder of an encoder-decoder reads to predict labels, of the same shape. Families shift labels in
+    ways of their own; those without one begin with `decoder_start_token_id`.
+    """
+    prepare = getattr(language_model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return prepare(labels=labels)
+    config = language_model.config
+    start = config.decoder_start_token_id
+    if start is None:
+        raise ValueError(
+            f"The configuration of {type(language_model).__name__} has no decoder_start_token_id, with which its "
+            "decoder begins. Set it."
+        )
+    shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, config.pad_token_id)
