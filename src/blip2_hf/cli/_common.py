@@ -21,7 +21,8 @@ from ._parser import Parser, above_zero, at_least_zero, folder_to_write, number,
 DTYPES = ("bfloat16", "float16", "float32")
 
 # Options of any command that are names of what is read
-_FOLDERS, _FILES, _DATA = ("folder", "images"), ("annotations", "questions"), ("data", "validation")
+_FOLDERS, _DATA = ("folder", "images"), ("data", "validation")
+_FILES = ("annotations", "questions", "instances", "synonyms")
 _MODELS = (*("model", "captioner", "filter", "retriever", "vision_model", "language_model", "text_encoder", "stage1"),)
 
 _LONGEST_WAIT = timedelta(days=30)  # until the other processes have done their share, too
@@ -103,8 +104,9 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
 _GROUPS = {
     "data": """
         --data --config --split --image-column --image-root --text-column --caption-column --question-column
-        --answer-column --id-column --image-id-column --group-column --annotations --questions --images --image --index
-        --folder --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out --streaming
+        --answer-column --id-column --image-id-column --group-column --annotations --questions --instances --synonyms
+        --images --image --index --folder --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out
+        --streaming
     """,
     "model": """
         --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --retriever

@@ -36,6 +36,7 @@ class _Task:
 
 _VQA_PROTOCOLS = ("official", "lavis", "exact")
 _GQA_PROTOCOLS = ("normalized", "strict")
+_YES_NO_PROTOCOLS = ("pope",)
 _RETRIEVAL_IMAGE_SIZE = 364
 _COMMON = ("image_size", "batch_size", "num_workers")  # arguments of all evaluations
 _TASKS = {
@@ -44,10 +45,12 @@ _TASKS = {
     "vqav2": _Task("vqa", ("questions", "images"), "vqa", _VQA_PROTOCOLS),
     "okvqa": _Task("vqa", ("questions", "images"), "vqa", _VQA_PROTOCOLS, lemmatize=True),
     "gqa": _Task("vqa", ("questions", "images"), "vqa", _GQA_PROTOCOLS, "normalized"),
+    "pope": _Task("vqa", ("questions", "images"), "vqa", _YES_NO_PROTOCOLS, "pope"),
+    "chair": _Task("chair", ("annotations", "instances", "synonyms", "images"), "caption"),
     "coco-retrieval": _Task("retrieval", ("annotations", "images")),
     "flickr30k-retrieval": _Task("retrieval", ("annotations", "images")),
     "caption": _Task("caption", ("data",), "caption"),
-    "vqa": _Task("vqa", ("data",), "vqa", _VQA_PROTOCOLS),
+    "vqa": _Task("vqa", ("data",), "vqa", (*_VQA_PROTOCOLS, *_YES_NO_PROTOCOLS)),
     "retrieval": _Task("retrieval", ("data",)),
 }
 
@@ -60,7 +63,11 @@ def add_parser(commands: Any):
     add("--model", required=True)
     add("--output", "folder of the results; run again to go on", required=True)
     add("--annotations", "file of captions (dataset_coco.json) or of answers (v2_mscoco_val2014_annotations.json)")
-    add("--questions", "file of questions, such as v2_OpenEnded_mscoco_val2014_questions.json")
+    questions = "file of questions, such as v2_OpenEnded_mscoco_val2014_questions.json; for pope also several"
+    add("--questions", questions, nargs="+", metavar="FILE")
+    instances = "chair: files of the objects in pictures, such as instances_val2014.json"
+    add("--instances", instances, nargs="+", metavar="FILE")
+    add("--synonyms", "chair: file of the words of objects, one object a line: dog, puppy", metavar="FILE")
     add("--images", "folder of the benchmark's pictures", metavar="FOLDER")
     add("--data")
     add("--config")
@@ -79,10 +86,11 @@ def add_parser(commands: Any):
     add("--prompt", "text with the question at {} (default: that of the model's fine-tuning, or the preset's)")
     add("--generate")
     protocol = (
-        f"how answers are scored: {', '.join(_VQA_PROTOCOLS)}; GQA: {', '.join(_GQA_PROTOCOLS)}; without it official "
-        "if each question has ten answers, else exact, and for GQA normalized"
+        f"how answers are scored: {', '.join(_VQA_PROTOCOLS)}; GQA: {', '.join(_GQA_PROTOCOLS)}; answers of yes "
+        f"and no: {', '.join(_YES_NO_PROTOCOLS)}; without it official if each question has ten answers, else exact, "
+        "and for GQA normalized"
     )
-    add("--protocol", protocol, choices=(*_VQA_PROTOCOLS, *_GQA_PROTOCOLS))
+    add("--protocol", protocol, choices=(*_VQA_PROTOCOLS, *_GQA_PROTOCOLS, *_YES_NO_PROTOCOLS))
     lemmatize = "whether answers are lemmatised before they are scored, with spaCy; without it for okvqa alone"
     add("--lemmatize", lemmatize, action=argparse.BooleanOptionalAction)
     candidates = "retrieval: candidates of contrast that are matched; 0 for contrast alone"
@@ -113,7 +121,9 @@ def _check(options: argparse.Namespace):
     task = _TASKS[options.task]
     if missing := [f"--{name}" for name in task.needs if getattr(options, name) is None]:
         raise ValueError(f"{options.task} needs {' and '.join(missing)}.")
-    names = {"annotations", "questions", "images", "data"} - {*task.needs}
+    if len(options.questions or ()) > 1 and options.task != "pope":
+        raise ValueError(f"{options.task} takes one file of --questions, and {len(options.questions)} were given.")
+    names = {"annotations", "questions", "instances", "synonyms", "images", "data"} - {*task.needs}
     if options.task in ("vqav2", "okvqa"):
         names -= {"annotations"}
     if task.needs != ("data",):
@@ -140,9 +150,14 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     elif options.task == "nocaps":
         samples = readers.read_nocaps(options.annotations, options.images)
     elif options.task == "gqa":
-        samples = readers.read_gqa(options.questions, options.images)
+        samples = readers.read_gqa(options.questions[0], options.images)
+    elif options.task == "pope":
+        samples = readers.read_pope(options.questions, options.images)
+    elif options.task == "chair":
+        files = (options.annotations, options.instances, options.images)
+        samples = readers.read_coco_objects(*files, options.split)
     elif task.kind == "vqa":
-        samples = readers.read_vqa(options.questions, options.images, options.annotations)
+        samples = readers.read_vqa(options.questions[0], options.images, options.annotations)
     else:
         samples = readers.read_karpathy(options.annotations, options.images, options.split or "test")
     return samples if options.limit is None else samples[: options.limit]
@@ -184,16 +199,21 @@ def _with_texts(rows: Any, column: str) -> Any:
 
 def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any):
     from ..evaluation.answer_protocols import check_protocol
-    from ..evaluation.benchmarks import evaluate_captioning, evaluate_vqa
+    from ..evaluation.benchmarks import check_objects, evaluate_captioning, evaluate_chair, evaluate_vqa
+    from ..evaluation.readers import read_synonyms
     from ..models.processing_blip2 import learned_prompt
 
     # What can be wrong with settings is told before the model is loaded
     preset = _preset(options, task)
-    evaluate, scoring = evaluate_captioning, {}
+    evaluate: Any = evaluate_captioning
+    scoring: dict[str, Any] = {}
     if task.kind == "vqa":
         lemmatize = task.lemmatize if options.lemmatize is None else options.lemmatize
         protocol = check_protocol(samples, options.protocol or task.protocol, lemmatize)
         evaluate, scoring = evaluate_vqa, {"protocol": protocol, "lemmatize": lemmatize}
+    elif task.kind == "chair":
+        evaluate, scoring = evaluate_chair, {"synonyms": read_synonyms(options.synonyms)}
+        check_objects(samples, scoring["synonyms"])
     model, processor = load_captioner(options.model, options.dtype, device)
     learned = learned_prompt(processor, asks=task.kind == "vqa")
     if learned is not None and options.prompt is None and options.preset is None:

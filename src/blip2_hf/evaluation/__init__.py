@@ -1,9 +1,19 @@
 """Evaluation."""
 
 from ..retrieval.two_stage import EncodedTexts, Ranking, TwoStageRankings, TwoStageRetrieval
-from .benchmarks import evaluate_captioning, evaluate_vqa
+from .benchmarks import evaluate_captioning, evaluate_chair, evaluate_vqa
 from .generated_text import GeneratedTextMetrics, exact_match, score_answers, word_f1
-from .readers import read_caption_rows, read_gqa, read_karpathy, read_nocaps, read_question_rows, read_vqa
+from .readers import (
+    read_caption_rows,
+    read_coco_objects,
+    read_gqa,
+    read_karpathy,
+    read_nocaps,
+    read_pope,
+    read_question_rows,
+    read_synonyms,
+    read_vqa,
+)
 from .recall import contrastive_retrieval_metrics, retrieval_recall
 from .retrieval_benchmark import evaluate_retrieval
 from .samples import CaptionSample, QuestionSample
@@ -19,14 +29,18 @@ __all__ = [
     "TwoStageRetrieval",
     "contrastive_retrieval_metrics",
     "evaluate_captioning",
+    "evaluate_chair",
     "evaluate_retrieval",
     "evaluate_vqa",
     "exact_match",
     "read_caption_rows",
+    "read_coco_objects",
     "read_gqa",
     "read_karpathy",
     "read_nocaps",
+    "read_pope",
     "read_question_rows",
+    "read_synonyms",
     "read_vqa",
     "retrieval_recall",
     "score_answers",

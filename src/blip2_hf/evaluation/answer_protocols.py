@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from .metrics import choose_vqa_protocol, gqa_accuracy, lemmatize_answers, vqa_accuracy
+from .metrics import choose_vqa_protocol, gqa_accuracy, lemmatize_answers, pope, vqa_accuracy
 from .metrics.lemmas import load_lemmatizer
+from .metrics.pope import check_yes_or_no
 from .metrics.vqa import check_annotators
 from .samples import QuestionSample
 
@@ -18,8 +19,10 @@ class AnswerProtocol(NamedTuple):
     answer_name: str = "answer"
 
 
-def _gqa_accuracy(predictions: list[str], references: list[list[str]], protocol: str) -> dict[str, float]:
-    return gqa_accuracy(predictions, [answer for (answer,) in references], protocol)
+def _of_one_answer(
+    predictions: list[str], references: list[list[str]], score: Callable[..., dict[str, float]], **kwargs: str
+) -> dict[str, float]:
+    return score(predictions, [answer for (answer,) in references], **kwargs)
 
 
 _GQA_NAMES = ("questionId", "prediction")
@@ -27,8 +30,9 @@ ANSWER_PROTOCOLS = {
     "official": AnswerProtocol(partial(vqa_accuracy, protocol="official")),
     "lavis": AnswerProtocol(partial(vqa_accuracy, protocol="lavis")),
     "exact": AnswerProtocol(partial(vqa_accuracy, protocol="exact")),
-    "normalized": AnswerProtocol(partial(_gqa_accuracy, protocol="normalized"), *_GQA_NAMES),
-    "strict": AnswerProtocol(partial(_gqa_accuracy, protocol="strict"), *_GQA_NAMES),
+    "normalized": AnswerProtocol(partial(_of_one_answer, score=gqa_accuracy, protocol="normalized"), *_GQA_NAMES),
+    "strict": AnswerProtocol(partial(_of_one_answer, score=gqa_accuracy, protocol="strict"), *_GQA_NAMES),
+    "pope": AnswerProtocol(partial(_of_one_answer, score=pope)),
 }
 
 
@@ -50,6 +54,8 @@ def check_protocol(samples: Sequence[QuestionSample], protocol: str | None, lemm
                     f"question {sample.question_id} has {len(sample.answers)} answers; protocol={protocol!r} is GQA's "
                     "and takes one. Give protocol='exact': a match with one of several counts 1."
                 )
+    elif protocol == "pope":
+        check_yes_or_no(references, [sample.question_id for sample in scored])
     else:
         check_annotators(references, protocol, [sample.question_id for sample in scored])
     if lemmatize and scored:

@@ -8,11 +8,13 @@ from typing import Any
 from accelerate import PartialState
 
 from ..data.text import clean_question
+from ..jobs.fingerprints import fingerprint
 from ..jobs.output import only_writer
 from ..jobs.text_writing import special_token_in
 from ..models.generation_presets import GenerationPreset, generation_preset
 from .answer_protocols import ANSWER_PROTOCOLS, answer_scorer, check_protocol
-from .metrics import caption_metrics
+from .metrics import caption_metrics, chair
+from .metrics.chair import ObjectWords
 from .prediction_store import PredictionStore
 from .report import read_results, write_report
 from .samples import (
@@ -84,6 +86,66 @@ def evaluate_captioning(
     )
 
 
+def evaluate_chair(
+    model: Any,
+    processor: Any,
+    samples: Sequence[CaptionSample],
+    output: str | os.PathLike,
+    synonyms: Sequence[Sequence[str]],
+    preset: str | GenerationPreset = "caption",
+    task: str = "chair",
+    **kwargs,
+) -> dict[str, Any]:
+    r"""
+    Caption pictures, and score what the captions name that is not there ([`~metrics.chair`]). In a picture are its
+    `objects`, and what its `captions` name. All processes of accelerate call it together, and share the pictures.
+
+    Args:
+        model, processor, output, kwargs:
+            As in [`evaluate_captioning`]. In `predictions.json`, `invented` has the objects that are not there.
+        samples (`list[CaptionSample]`):
+            Pictures with objects, such as [`read_coco_objects`] returns.
+        synonyms (`list[list[str]]`):
+            The words of each object, the object's name first, such as [`read_synonyms`] returns.
+        preset (`str` or [`~generation_presets.GenerationPreset`], *optional*, defaults to `"caption"`):
+            Prompt and arguments of `generate`, or the name of the paper's.
+        task (`str`, *optional*, defaults to `"chair"`):
+            What results call it.
+
+    Returns:
+        `dict`: what results.json holds, in all processes.
+
+    Raises:
+        ValueError, OSError, ImageLoadError: as in [`evaluate_captioning`], and if an object is none of the synonyms.
+    """
+    preset = _preset(preset, model, samples)
+    check_preset(preset, asks=False)
+    words = check_objects(samples, synonyms)
+    references = []
+    for sample in samples:
+        present = words.names_of(sample.objects or []).union(*words.find_all(sample.captions))
+        references.append([] if sample.objects is None else [sorted(present)])
+
+    def describe(text: str, own: list[list[str]]) -> dict[str, list[str]]:
+        return {"invented": [name for name in words.find(text) if name not in own[0]]} if own else {}
+
+    return _evaluate(
+        model,
+        processor,
+        samples,
+        [preset.prompt] * len(samples),
+        output,
+        preset,
+        task,
+        score=lambda texts, own: chair(texts, [objects for (objects,) in own], synonyms),
+        names=("image_id", "caption"),
+        references=references,
+        describe=describe,
+        scoring={"synonyms": fingerprint(f"{word}={name}\n".encode() for word, name in words.names.items())},
+        **kwargs,
+    )
+
+
 def evaluate_vqa(
     model: Any,
     processor: Any,
@@ -110,8 +172,9 @@ def evaluate_vqa(
             What results call it.
         protocol (`str`, *optional*):
             `"official"`, `"lavis"` and `"exact"` are those of [`~metrics.vqa_accuracy`], `"normalized"` and `"strict"`
-            those of [`~metrics.gqa_accuracy`]. Without it, `"official"` if all questions that have answers have ten,
-            as in VQAv2 and OK-VQA; else `"exact"`. results.json and table.md say which one it was.
+            those of [`~metrics.gqa_accuracy`], `"pope"` is [`~metrics.pope`]. Without it, `"official"` if all
+            questions that have answers have ten, as in VQAv2 and OK-VQA; else `"exact"`. results.json and table.md
+            say which one it was.
         lemmatize (`bool`, *optional*, defaults to `False`):
             Whether predictions are scored as [`~metrics.lemmatize_answers`] writes them, as LAVIS does for OK-VQA.
             Those in `output` are as the model wrote them.
@@ -147,6 +210,14 @@ def evaluate_vqa(
     )
 
 
+def check_objects(samples: Sequence[CaptionSample], synonyms: Sequence[Sequence[str]]) -> ObjectWords:
+    """Refuse objects that are none of the synonyms, and return the words of all objects."""
+    words = ObjectWords(synonyms)
+    for number, sample in enumerate(samples):
+        words.names_of(sample.objects or [], sample_name(sample, number))
+    return words
+
+
 def check_preset(preset: GenerationPreset, asks: bool):
     """Refuse a prompt that has a question where there is none, or none where there is one."""
     check_text(preset.prompt, "The prompt")
@@ -173,10 +244,15 @@ def _evaluate(
     score: Callable,
     names: tuple[str, str],
     scoring: dict[str, Any] | None = None,
+    references: Sequence[list] | None = None,
+    describe: Callable[[str, list], dict[str, Any]] | None = None,
     image_size: int | None = None,
     **kwargs,
 ) -> dict[str, Any]:
-    """Predict, score and report. `names` are what the benchmark calls the id and the text of a prediction."""
+    """
+    Predict, score and report. `names` are what the benchmark calls the id and the text of a prediction. `references`
+    are those of the samples if not given. `describe` says more of a text, given its references.
+    """
     check_distinct_ids(samples)
     _check_prompts(samples, prompts, preset.prompt, processor.tokenizer)
     state = PartialState(cpu=model.device.type == "cpu")
@@ -187,7 +263,8 @@ def _evaluate(
             model, processor, samples, prompts, preset.generate_kwargs, store, image_size=image_size, **kwargs
         )
         if state.is_main_process:
-            references = [sample_references(sample) for sample in samples]
+            if references is None:
+                references = [sample_references(sample) for sample in samples]
             groups = _groups(samples)
             scored = {group: [n for n in numbers if references[n]] for group, numbers in groups.items()}
             if scoring and scored[OVERALL]:
@@ -198,7 +275,10 @@ def _evaluate(
                 task,
                 model,
                 {"preset": preset.name, **settings},
-                [{id_name: sample_id(sample), text_name: text} for sample, text in zip(samples, texts, strict=True)],
+                [
+                    {id_name: sample_id(sample), text_name: text} | (describe(text, own) if describe else {})
+                    for sample, text, own in zip(samples, texts, references, strict=True)
+                ],
                 {
                     group: score([texts[n] for n in numbers], [references[n] for n in numbers])
                     for group, numbers in scored.items()
@@ -232,4 +312,4 @@ def _groups(samples: Sequence[Sample]) -> dict[str, list[int]]:
     return dict(sorted(groups.items())) | {OVERALL: list(range(len(samples)))}
 
 
-__all__ = ["evaluate_captioning", "evaluate_vqa"]
+__all__ = ["evaluate_captioning", "evaluate_chair", "evaluate_vqa"]

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..data.rows import column_names, get_column, select_columns
 from ..data.text import has_text, texts_of
 from ..jobs.errors import shorten
+from ..jobs.state_files import read_json_lines
 from .samples import (
     CaptionSample,
     QuestionSample,
@@ -22,6 +25,10 @@ from .samples import (
     check_text,
     sample_id,
 )
+
+
+_COCO_PICTURE = re.compile(r"COCO_([a-z]+\d+)_\d+\.jpg")
+_OBJECT_WORD = re.compile(r"\w[\w' -]*")
 
 
 def read_karpathy(
@@ -46,8 +53,14 @@ def read_karpathy(
             type, or if two entries have the same id or the same picture.
         FileNotFoundError: if a file or a picture is not there.
     """
+    return _karpathy_samples(_read_json(annotations), annotations, images, split)
+
+
+def _karpathy_samples(
+    content: Mapping, annotations: str | os.PathLike, images: str | os.PathLike, split: str
+) -> list[CaptionSample]:
     splits = ("train", "restval") if split == "train" else (split,)
-    entries = list(_entries(_read_json(annotations), "images", annotations))
+    entries = list(_entries(content, "images", annotations))
     found = Counter(_field(entry, "split", where, check_text) for where, entry in entries)
     entries = [(where, entry) for where, entry in entries if entry["split"] in splits]
     if not entries:
@@ -88,7 +101,11 @@ def read_nocaps(annotations: str | os.PathLike, images: str | os.PathLike) -> li
             have the same id or the same picture, or if no caption is about any of the pictures.
         FileNotFoundError: if a file or a picture is not there.
     """
-    content = _read_json(annotations)
+    return _coco_samples(_read_json(annotations), annotations, images)
+
+
+def _coco_samples(content: Mapping, annotations: str | os.PathLike, images: str | os.PathLike) -> list[CaptionSample]:
+    """Return what a file of captions in COCO's format holds."""
     captions: dict[Any, list[str]] = {}
     for where, entry in _entries(content, "annotations", annotations) if "annotations" in content else ():
         image_id = _field(entry, "image_id", where, check_id)
@@ -97,13 +114,108 @@ def read_nocaps(annotations: str | os.PathLike, images: str | os.PathLike) -> li
     samples = []
     for where, entry in _entries(content, "images", annotations):
         image_id = _field(entry, "id", where, check_id)
-        path = pictures.find(_field(entry, "file_name", where, check_text))
+        path = pictures.find(*_coco_places(_field(entry, "file_name", where, check_text)))
         samples.append(CaptionSample(path, image_id, captions.get(image_id, []), entry.get("domain"), where))
     if captions and not any(sample.captions for sample in samples):
         raise ValueError(f"{annotations}: no 'image_id' of its annotations is an 'id' of its images.")
     pictures.check()
     check_distinct_pictures(samples)
     return samples
+
+
+def read_coco_objects(
+    annotations: str | os.PathLike,
+    instances: str | os.PathLike | Sequence[str | os.PathLike],
+    images: str | os.PathLike,
+    split: str | None = None,
+) -> list[CaptionSample]:
+    r"""
+    Read captions and objects of COCO's pictures, for CHAIR.
+
+    Args:
+        annotations (`str` or `os.PathLike`):
+            dataset_coco.json (Karpathy's split), or captions_val2014.json or another of COCO's files of captions.
+        instances (`str`, `os.PathLike` or a list of them):
+            instances_val2014.json, or several files of which each knows some of the pictures.
+        images (`str` or `os.PathLike`):
+            Folder of the pictures, which may also lie in its folders train2014 and val2014.
+        split (`str`, *optional*):
+            Split of Karpathy's file, as in [`read_karpathy`]; without it `"test"`. COCO's own files have no splits.
+
+    Returns:
+        `list[CaptionSample]`: with `objects`, the names of the categories in each picture.
+
+    Raises:
+        ValueError: if a file is another one, if a field of an entry is missing or of another type, if two entries have
+            the same id or the same picture, if no file of instances knows a picture, or if COCO's file of captions is
+            given with a split.
+        FileNotFoundError: if a file or a picture is not there.
+    """
+    content = _read_json(annotations)
+    if "annotations" not in content:
+        samples = _karpathy_samples(content, annotations, images, split or "test")
+    elif split is None:
+        samples = _coco_samples(content, annotations, images)
+    else:
+        raise ValueError(f"{annotations} is COCO's own file, which has no split {split!r}. Leave the split out.")
+    objects: dict[Any, dict[str, None]] = {}
+    for path in _paths(instances):
+        objects |= _read_instances(path)
+    for sample in samples:
+        if sample.image_id not in objects:
+            raise ValueError(
+                f"{' and '.join(map(str, _paths(instances)))}: there is no picture {sample.image_id!r}, that of "
+                f"{sample.source}. Give the file of its instances, too."
+            )
+    return [replace(sample, objects=list(objects[sample.image_id])) for sample in samples]
+
+
+def _read_instances(path: str | os.PathLike) -> dict[Any, dict[str, None]]:
+    """Read the names of the objects in each picture, each of them once and in order."""
+    content = _read_json(path)
+    names = {
+        _field(entry, "id", where, check_id): _field(entry, "name", where, check_text)
+        for where, entry in _entries(content, "categories", path)
+    }
+    objects: dict[Any, dict[str, None]] = {
+        _field(entry, "id", where, check_id): {} for where, entry in _entries(content, "images", path)
+    }
+    for where, entry in _entries(content, "annotations", path):
+        image_id, category = (_field(entry, name, where, check_id) for name in ("image_id", "category_id"))
+        if image_id not in objects or category not in names:
+            raise ValueError(f"{where}: there is no image {image_id!r}, or no category {category!r}, in the file.")
+        objects[image_id][names[category]] = None
+    return objects
+
+
+def read_synonyms(path: str | os.PathLike) -> list[list[str]]:
+    r"""
+    Read the words of objects, such as synonyms.txt of CHAIR's authors.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A text of one line for each object: its name and its other words, with commas between them.
+
+    Returns:
+        `list[list[str]]`: the words of each object, its name first.
+
+    Raises:
+        ValueError: if the file is another one.
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    expected = "the words of an object with commas between them were expected, such as: dog, puppy, hot dog"
+    synonyms = []
+    # A byte that is no text becomes a sign, which no word has
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        words = [word.strip() for word in line.split(",") if word.strip()]
+        if bad := next((word for word in words if not _OBJECT_WORD.fullmatch(word)), None):
+            raise ValueError(f"{path}, line {number} has {shorten(bad)}; {expected}.")
+        synonyms += [words] if words else []
+    if not synonyms:
+        raise ValueError(f"{path} is empty; {expected}.")
+    return synonyms
 
 
 def read_vqa(
@@ -141,8 +253,7 @@ def read_vqa(
             raise ValueError(f"{annotations} has no answer to question {question_id!r} of {where}.")
         if not str(image_id).isdecimal():
             raise ValueError(f"{where}: 'image_id' is {shorten(image_id)}; a number was expected, that of the file.")
-        filename = f"COCO_{subtype}_{int(image_id):012d}.jpg"
-        path = pictures.find(Path(subtype) / filename, filename)
+        path = pictures.find(*_coco_places(f"COCO_{subtype}_{int(image_id):012d}.jpg"))
         question = _field(entry, "question", where, check_text)
         texts, group = answers.get(question_id, ([], None))
         samples.append(QuestionSample(path, image_id, question_id, question, texts, group, where))
@@ -195,6 +306,47 @@ def read_gqa(questions: str | os.PathLike, images: str | os.PathLike) -> list[Qu
         path = pictures.find(f"{image_id}.jpg")
         samples.append(QuestionSample(path, image_id, question_id, question, answers, source=where))
     pictures.check()
+    return samples
+
+
+def read_pope(
+    questions: str | os.PathLike | Sequence[str | os.PathLike], images: str | os.PathLike
+) -> list[QuestionSample]:
+    r"""
+    Read POPE, with the name of the file as the group.
+
+    Args:
+        questions (`str`, `os.PathLike` or a list of them):
+            coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json or other files of POPE, each with
+            a question on each line.
+        images (`str` or `os.PathLike`):
+            Folder of the pictures; those of COCO may also lie in its folders train2014 and val2014.
+
+    Returns:
+        `list[QuestionSample]`: the name of a question has that of the file in front, as in `"coco_pope_random/1"`.
+
+    Raises:
+        ValueError: if a file is another one, if a field of an entry is missing or of another type, if two entries or
+            two files have the same name, or if a label is neither yes nor no.
+        FileNotFoundError: if a file or a picture is not there.
+    """
+    pictures = _Pictures(images)
+    samples = []
+    groups: dict[str, str | os.PathLike] = {}
+    for path in _paths(questions):
+        group = Path(path).stem
+        if group in groups:
+            raise ValueError(f"{groups[group]} and {path} have the same name, and results are told apart by it.")
+        groups[group] = path
+        for where, entry in _read_json_lines(path):
+            question_id = f"{group}/{_field(entry, 'question_id', where, check_id)}"
+            filename, question, label = (_field(entry, name, where, check_text) for name in ("image", "text", "label"))
+            if label.lower() not in ("yes", "no"):
+                raise ValueError(f"{where}: 'label' is {shorten(label)}; yes or no was expected.")
+            picture = pictures.find(*_coco_places(filename))
+            samples.append(QuestionSample(picture, filename, question_id, question, [label.lower()], group, where))
+    pictures.check()
+    check_distinct_ids(samples)
     return samples
 
 
@@ -351,6 +503,29 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def _read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+    """Yield what the lines of a file hold, each with what errors call it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    advice = "Is it the right file, complete and unpacked?"
+    lines = read_json_lines(path, advice, "an object of JSON", lambda line: isinstance(line, Mapping), is_whole=True)
+    number = 0
+    for number, entry in enumerate(lines, start=1):
+        yield f"{path}, entry {number}", entry
+    if not number:
+        raise ValueError(f"{path} is empty. {advice}")
+
+
+def _paths(given: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str | os.PathLike]:
+    return [given] if isinstance(given, (str, os.PathLike)) else list(given)
+
+
+def _coco_places(filename: str) -> Iterable[str]:
+    """Return where a picture may lie: one of COCO's in the folder of its part, such as val2014, or as others."""
+    part = _COCO_PICTURE.fullmatch(filename)
+    return (f"{part[1]}/{filename}", filename) if part else (filename,)
+
+
 def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of JSON, and refuse one in which a name stands twice: its last field would hide the others."""
     content = dict(fields)
@@ -401,9 +576,12 @@ class _Pictures:
 
 __all__ = [
     "read_caption_rows",
+    "read_coco_objects",
     "read_gqa",
     "read_karpathy",
     "read_nocaps",
+    "read_pope",
     "read_question_rows",
+    "read_synonyms",
     "read_vqa",
 ]

@@ -49,6 +49,8 @@ class CaptionSample:
             What scores are told apart by, such as the domain of NoCaps.
         source (`str`, *optional*):
             What errors call the sample, such as `"dataset_coco.json, images[3]"`.
+        objects (`list[str]`, *optional*):
+            What is in the picture, for CHAIR. The list may be empty; a sample without one is not scored.
 
     Raises:
         ValueError: if a field is missing, or of another type.
@@ -59,11 +61,14 @@ class CaptionSample:
     captions: list[str]
     group: str | None = None
     source: str | None = None
+    objects: list[str] | None = None
 
     def __post_init__(self):
         name = self.source or f"CaptionSample with image_id={shorten(self.image_id)}"
         check_id(self.image_id, f"{name}: image_id")
         _check_shared(self, self.captions, name, "captions")
+        if self.objects is not None:
+            _check_texts(self.objects, f"{name}: objects")
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,18 @@ def _check_shared(sample: Sample, references: Any, name: str, what: str):
     """Refuse what no sample can have."""
     if sample.image is None:
         raise ValueError(f"{name} has no picture.")
-    check_list(references, f"{name}: {what}")
-    for number, text in enumerate(references):
-        check_text(text, f"{name}: {what}[{number}]")
+    _check_texts(references, f"{name}: {what}")
     if sample.group is not None:
         check_text(sample.group, f"{name}: group")
     if sample.group == OVERALL:
         raise ValueError(f"{name}: group is {OVERALL!r}, as all samples together are called. Give another name.")
+
+
+def _check_texts(values: Any, name: str):
+    """Refuse what is no list of texts."""
+    check_list(values, name)
+    for number, text in enumerate(values):
+        check_text(text, f"{name}[{number}]")
 
 
 def check_text(value: Any, name: str):

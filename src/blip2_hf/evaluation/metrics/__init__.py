@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from .bleu import bleu
 from .captions import tokenize_captions
+from .chair import chair, find_objects
 from .cider_d import cider_d, cider_d_scores, inverse_document_frequencies
 from .gqa import gqa_accuracy
 from .lemmas import lemmatize_answers
+from .pope import pope
 from .ptb import ptb_tokenize
 from .rouge_l import rouge_l, rouge_l_scores
 from .vqa import choose_vqa_protocol, normalize_vqa_answer, vqa_accuracy, vqa_accuracy_scores
@@ -16,7 +18,17 @@ from .vqa import choose_vqa_protocol, normalize_vqa_answer, vqa_accuracy, vqa_ac
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
 
-METRICS = ("bleu_coco", "caption_metrics", "cider_d", "gqa_accuracy", "retrieval_recall", "rouge_l", "vqa_accuracy")
+METRICS = (
+    "bleu_coco",
+    "caption_metrics",
+    "chair",
+    "cider_d",
+    "gqa_accuracy",
+    "pope",
+    "retrieval_recall",
+    "rouge_l",
+    "vqa_accuracy",
+)
 
 
 def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -54,8 +66,8 @@ def load_metric(name: str, **kwargs: Any) -> "EvaluationModule":
 
     Args:
         name (`str`):
-            One of `METRICS`: `"bleu_coco"`, `"caption_metrics"`, `"cider_d"`, `"gqa_accuracy"`, `"retrieval_recall"`,
-            `"rouge_l"`, `"vqa_accuracy"`.
+            One of `METRICS`: `"bleu_coco"`, `"caption_metrics"`, `"chair"`, `"cider_d"`, `"gqa_accuracy"`, `"pope"`,
+            `"retrieval_recall"`, `"rouge_l"`, `"vqa_accuracy"`.
         kwargs:
             As for `evaluate.Metric`, such as `num_process` and `process_id`.
 
@@ -87,14 +99,17 @@ __all__ = [
     "METRICS",
     "bleu",
     "caption_metrics",
+    "chair",
     "choose_vqa_protocol",
     "cider_d",
     "cider_d_scores",
+    "find_objects",
     "gqa_accuracy",
     "inverse_document_frequencies",
     "lemmatize_answers",
     "load_metric",
     "normalize_vqa_answer",
+    "pope",
     "ptb_tokenize",
     "rouge_l",
     "rouge_l_scores",

@@ -9,7 +9,7 @@ from datasets import Features, List, Value
 from evaluate import Metric, MetricInfo
 
 from ..recall import retrieval_recall
-from . import bleu, caption_metrics, cider_d, gqa_accuracy, rouge_l, tokenize_captions, vqa_accuracy
+from . import bleu, caption_metrics, chair, cider_d, gqa_accuracy, pope, rouge_l, tokenize_captions, vqa_accuracy
 
 
 _CAPTIONS = """
@@ -63,6 +63,12 @@ MODULES = {
         _CAPTIONS.format("`CIDEr-D`, `BLEU-1` to `BLEU-4` and `ROUGE-L`"),
         caption_metrics,
     ),
+    "chair": _Row(
+        "CHAIR: the share of captions, and of the objects that they name, with what is not in the picture.",
+        "Rohrbach, Hendricks, Burns, Darrell and Saenko: Object Hallucination in Image Captioning. EMNLP 2018.",
+        inspect.getdoc(chair),
+        chair,
+    ),
     "cider_d": _Row(
         "CIDEr-D of captions, as in COCO's evaluation.",
         "Vedantam, Zitnick and Parikh: CIDEr: Consensus-based Image Description Evaluation. CVPR 2015.",
@@ -74,6 +80,13 @@ MODULES = {
         "Hudson and Manning: GQA: A New Dataset for Real-World Visual Reasoning. CVPR 2019.",
         inspect.getdoc(gqa_accuracy),
         gqa_accuracy,
+        references=Value("string"),
+    ),
+    "pope": _Row(
+        "POPE: accuracy, precision, recall and F1 of answers whether an object is in a picture.",
+        "Li et al.: Evaluating Object Hallucination in Large Vision-Language Models. EMNLP 2023.",
+        inspect.getdoc(pope),
+        pope,
         references=Value("string"),
     ),
     "retrieval_recall": _Row(
