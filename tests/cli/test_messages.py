@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 import transformers
+from benchmark_files import coco_files, make_pictures, pope_file, synonyms_file
 from saved_models import save_captioner, save_stage1
 from tiny import make_image
 
@@ -54,6 +55,13 @@ MORE_LINES = {
     "retrieval": ("evaluate retrieval --data {data} --model {model} --output {output}", MATCHER, "rows"),
     "queries": ("look {data} --model {model} --output {output}.png", ANY, "picture"),
     "vqa": ("evaluate vqa --data {data} --model {model} --output {output}", WRITER, "rows"),
+    "pope": ("evaluate pope --questions pope.json --images photos --model {model} --output {output}", WRITER, None),
+    "chair": (
+        "evaluate chair --annotations captions_val2014.json --instances instances_val2014.json "
+        "--synonyms synonyms.txt --images coco --model {model} --output {output}",
+        WRITER,
+        None,
+    ),
     "retriever": (
         "finetune {data} --task retrieval --model {model} --output {output} --image-size 28",
         MATCHER,
@@ -126,6 +134,10 @@ def place(tmp_path_factory) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     pairs.to_parquet(folder / "pairs.parquet")
+    pope_file(folder / "pope.json", {"image": "0.png"})
+    coco_files(folder)
+    synonyms_file(folder / "synonyms.txt")
+    make_pictures(folder / "coco", *(f"COCO_val2014_{number:012d}.jpg" for number in (7, 9)))
     (folder / "empty").mkdir()
     (folder / "file").write_text("no table")
     (folder / "broken.csv").write_bytes(b'image,caption\n"a,b\n1,2,3,4\n\x00\xff')
@@ -252,6 +264,23 @@ def test_a_model_without_its_processor(told, name):
 def test_data_that_are_not_there(told, name):
     assert re.search(r"There is no .*folder phtos\. Did you mean photos\?", told(name, data="phtos"))
     assert re.search(r"empty", told(name, data="empty"))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "message"),
+    [
+        ("pope", "--questions pop.json", "There is no file pop.json. Did you mean pope.json?"),
+        ("pope", "--questions broken.json", "broken.json, line 1 can't be read as JSON"),
+        ("pope", "--images coco", "coco lacks 1 pictures, the first of them 0.png"),
+        ("chair", "--instances captions_val2014.json", "captions_val2014.json has no 'categories'"),
+        ("chair", "--instances instances_val2014.json ins.json", "There is no file ins.json"),
+        ("chair", "--synonyms synonym.txt", "There is no file synonym.txt. Did you mean synonyms.txt?"),
+        ("chair", "--synonyms broken.json", "broken.json, line 1 has .*the words of an object"),
+        ("chair", "--images photos", "photos lacks 2 pictures"),
+    ],
+)
+def test_files_of_what_is_there(told, name, extra, message):
+    assert re.search(message, told(name, extra))
 
 
 @pytest.mark.parametrize("name", names("rows"))

@@ -13,7 +13,16 @@ import torch
 import tqdm
 import transformers
 from accelerate import PartialState
-from benchmark_files import karpathy_entry, make_pictures, nocaps_file, vqa_files, write
+from benchmark_files import (
+    coco_files,
+    karpathy_entry,
+    make_pictures,
+    nocaps_file,
+    pope_file,
+    synonyms_file,
+    vqa_files,
+    write,
+)
 from benchmark_runs import (
     QUESTIONS,
     caption_samples,
@@ -36,11 +45,11 @@ from tiny import (
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.cli import main
-from blip2_hf.cli.evaluate import _GQA_PROTOCOLS, _VQA_PROTOCOLS
+from blip2_hf.cli.evaluate import _GQA_PROTOCOLS, _VQA_PROTOCOLS, _YES_NO_PROTOCOLS
 from blip2_hf.data import clean_question
 from blip2_hf.evaluation import TwoStageRetrieval
 from blip2_hf.evaluation.answer_protocols import ANSWER_PROTOCOLS
-from blip2_hf.evaluation.benchmarks import evaluate_captioning, evaluate_vqa
+from blip2_hf.evaluation.benchmarks import evaluate_captioning, evaluate_chair, evaluate_vqa
 from blip2_hf.evaluation.metrics import caption_metrics, lemmatize_answers, vqa_accuracy
 from blip2_hf.evaluation.metrics.lemmas import load_lemmatizer
 from blip2_hf.evaluation.readers import read_caption_rows
@@ -227,7 +236,7 @@ def test_arguments_that_do_not_fit(opt, tmp_path):
         evaluate_captioning(model, processor, caption_samples(1), tmp_path, "vqa")
     with pytest.raises(ValueError, match="'caption' has no {} for the question"):
         evaluate_vqa(model, processor, question_samples(), tmp_path, "caption")
-    with pytest.raises(ValueError, match="protocol='coco': one of official, lavis, exact, normalized, strict"):
+    with pytest.raises(ValueError, match="protocol='coco': one of official, lavis, exact, normalized, strict, pope"):
         evaluate_vqa(model, processor, question_samples(), tmp_path, protocol="coco")
 
 
@@ -287,6 +296,56 @@ def test_references_that_the_protocol_cannot_take(opt, tmp_path, monkeypatch):
     for protocol in ("normalized", "strict"):
         with pytest.raises(ValueError, match="question 70 has 10 answers.*protocol='exact'"):
             evaluate_vqa(*opt, samples, tmp_path, protocol=protocol)
+
+
+def test_answers_that_are_neither_yes_nor_no(opt, tmp_path, monkeypatch):
+    answer_with(monkeypatch)
+    for answers, message in ((["yes", "no"], "has 2 answers"), (["bus"], "'bus': yes or no was expected")):
+        with pytest.raises(ValueError, match=f"question 71 .*{message}"):
+            evaluate_vqa(*opt, questions_with(["Yes"], answers), tmp_path, protocol="pope")
+
+
+def test_what_captions_invent(opt, tmp_path, monkeypatch):
+    model, processor = opt
+    samples = [
+        replace(sample, captions=captions, objects=objects, group=("x", "y")[number % 2])
+        for number, (sample, captions, objects) in enumerate(
+            zip(
+                caption_samples(4),
+                (["A puppy."], [], [], ["a bus"]),
+                (["person"], [], ["bus"], None),
+                strict=True,
+            )
+        )
+    ]
+    synonyms = [["person", "man"], ["dog", "puppy"], ["bus"]]
+    write = "blip2_hf.evaluation.text_prediction.write_texts"
+    texts = ["a man, two dogs and a bus", "a bus and a bus", "nothing", "a dog"]
+    monkeypatch.setattr(write, lambda *_: texts)
+    preset = fast_preset("caption", model)
+    results = evaluate_chair(model, processor, samples, tmp_path, synonyms, preset)
+    # The dog of the first picture is one that a caption names. The last picture has no list of objects
+    assert results["num_scored"] == {"x": 2, "y": 1, "overall": 3} and results["without_references"] == [103]
+    assert results["scores"] == pytest.approx({"CHAIRs": 2 / 3, "CHAIRi": 3 / 5, "object_recall": 2 / 3})
+    assert results["scores_by_group"] == {
+        "x": pytest.approx({"CHAIRs": 1 / 2, "CHAIRi": 1 / 3, "object_recall": 2 / 3}),
+        "y": {"CHAIRs": 1, "CHAIRi": 1, "object_recall": 0},
+    }
+    assert predictions(tmp_path) == [
+        {"image_id": 100, "caption": texts[0], "invented": ["bus"]},
+        {"image_id": 101, "caption": texts[1], "invented": ["bus", "bus"]},
+        {"image_id": 102, "caption": texts[2], "invented": []},
+        {"image_id": 103, "caption": texts[3]},
+    ]
+    # Other words change the scores alone, and the settings tell of them
+    monkeypatch.setattr(write, None)
+    again = evaluate_chair(model, processor, samples, tmp_path, [*synonyms[:2], ["bus", "nothing"]], preset)
+    assert again["scores"] == pytest.approx({"CHAIRs": 2 / 3, "CHAIRi": 3 / 6, "object_recall": 1})
+    assert again["settings"]["synonyms"] != results["settings"]["synonyms"]
+    with pytest.raises(ValueError, match="^sample 0 has the object 'person', which the synonyms lack"):
+        evaluate_chair(model, processor, samples, tmp_path, synonyms[1:], preset)
+    with pytest.raises(ValueError, match=r"image_id=5: objects\[0\] is 2; a text was expected"):
+        CaptionSample(make_image(0), 5, [], objects=[2])
 
 
 @pytest.fixture
@@ -509,6 +568,11 @@ def folder(opt, tmp_path_factory):
     vqa_files(folder)
     make_pictures(folder / "images", "COCO_val2014_000000000042.jpg")
     write(folder / "gqa.json", {"201": {"imageId": "n1", "question": "Is it overcast?", "answer": "no"}})
+    pope_file(folder / "coco_pope_random.json", {}, {})
+    pope_file(folder / "coco_pope_popular.json", {}, {}, {})
+    coco_files(folder)
+    synonyms_file(folder / "synonyms.txt")
+    make_pictures(folder / "images", *(f"COCO_val2014_{number:012d}.jpg" for number in (7, 9)))
     rows = [{"image": make_image(i), "caption": CAPTIONS[i], "question": QUESTIONS[0]} for i in range(3)]
     rows = datasets.Dataset.from_list([{**row, "answer": "bus"} for row in rows])
     rows.to_parquet(folder / "rows.parquet")
@@ -531,6 +595,17 @@ FAST = ("--generate", "num_beams=2", "max_new_tokens=5", "min_new_tokens=0")
         ),
         ("okvqa", {"questions": "questions.json", "images": "images"}, {"question_id", "answer"}),
         ("gqa", {"questions": "gqa.json", "images": "images"}, {"questionId", "prediction"}),
+        ("pope", {"questions": "coco_pope_random.json", "images": "images"}, {"question_id", "answer"}),
+        (
+            "chair",
+            {
+                "annotations": "captions_val2014.json",
+                "instances": "instances_val2014.json",
+                "synonyms": "synonyms.txt",
+                "images": "images",
+            },
+            {"image_id", "caption", "invented"},
+        ),
         ("caption", {"data": "rows.parquet"}, {"image_id", "caption"}),
         ("vqa", {"data": "rows.parquet"}, {"question_id", "answer"}),
         ("vqa", {"data": "rows"}, {"question_id", "answer"}),
@@ -546,18 +621,65 @@ def test_the_command(folder, tmp_path, capsys, task, files, keys):
     assert len(predictions(tmp_path)) == (1 if task == "gqa" else 2)
     output = capsys.readouterr()
     assert output.out == (tmp_path / "table.md").read_text() and task in output.out
-    protocol = {"vqav2": "official", "gqa": "normalized", "vqa": "exact"}.get(task)
+    protocol = {"vqav2": "official", "gqa": "normalized", "pope": "pope", "vqa": "exact"}.get(task)
     assert results["settings"].get("protocol") == protocol
     assert (f"{task} (protocol {protocol})" in output.out) == (protocol is not None)
     assert "The paper's have" in output.err
     assert set(results["scores_by_group"]) == {
         "nocaps": {"in-domain", "out-domain"},
         "vqav2": {"yes/no", "other"},
+        "pope": {"coco_pope_random"},
     }.get(task, set())
 
 
+def test_pope_by_the_command(folder, tmp_path, capsys, monkeypatch):
+    """Two files in one table. The model says yes to all but the second question, and once neither yes nor no."""
+    answer_with(monkeypatch, "yes", "no", "Yes.", "a dog", "yes")
+    files = ["--questions", *(folder / f"coco_pope_{name}.json" for name in ("random", "popular"))]
+    main(command(folder, "pope", tmp_path, *files, "--images", folder / "images"))
+    assert capsys.readouterr().out.splitlines() == [
+        "| pope (protocol pope) | samples | accuracy | precision | recall | f1 | yes_ratio | unclear_ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| coco_pope_popular | 3 | 66.67 | 66.67 | 100.00 | 80.00 | 100.00 | 33.33 |",
+        "| coco_pope_random | 2 | 100.00 | 100.00 | 100.00 | 100.00 | 50.00 | 0.00 |",
+        "| overall | 5 | 80.00 | 75.00 | 100.00 | 85.71 | 80.00 | 20.00 |",
+    ]
+    assert predictions(tmp_path)[2] == {"question_id": "coco_pope_popular/1", "answer": "Yes."}
+
+
+def test_yes_and_no_in_data_of_ones_own(folder, tmp_path, capsys, monkeypatch):
+    answer_with(monkeypatch, "no", "yes")
+    rows = [
+        {"image": make_image(i), "question": "A bus?", "answer": ("yes", "no")[i], "kind": "ab"[i]} for i in (0, 1)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    data = ["--data", tmp_path / "rows.parquet", "--group-column", "kind", "--protocol", "pope"]
+    main(command(folder, "vqa", tmp_path / "out", *data))
+    assert "| overall | 2 | 0.00 | 0.00 | 0.00 | 0.00 | 50.00 | 0.00 |" in capsys.readouterr().out
+
+
+def test_chair_by_the_command(folder, tmp_path, capsys, monkeypatch):
+    """The second picture has no objects; that it has dogs is told by its captions."""
+    files = ["--annotations", folder / "captions_val2014.json", "--instances", folder / "instances_val2014.json"]
+    files += ["--images", folder / "images"]
+    answer_with(monkeypatch, "a man and a dog on a bus", "two puppies")
+    main(command(folder, "chair", tmp_path, *files, "--synonyms", folder / "synonyms.txt"))
+    assert capsys.readouterr().out.splitlines() == [
+        "| chair | samples | CHAIRs | CHAIRi | object_recall |",
+        "|---|---:|---:|---:|---:|",
+        "| overall | 2 | 50.00 | 25.00 | 100.00 |",
+    ]
+    assert [prediction["invented"] for prediction in predictions(tmp_path)] == [["dog"], []]
+    words = synonyms_file(tmp_path / "words.txt", "person\ndog\n")
+    # The folder has no weights: they are not asked for
+    with pytest.raises(
+        SystemExit, match=r"^blip2-hf: .*captions_val2014.json, images\[0\] has the object 'bus', which"
+    ):
+        main(command(folder, "chair", tmp_path, *files, "--synonyms", words, "--model", folder / "config"))
+
+
 def test_the_commands_protocols(folder, tmp_path, capsys, monkeypatch):
-    assert {*ANSWER_PROTOCOLS} == {*_VQA_PROTOCOLS, *_GQA_PROTOCOLS}
+    assert {*ANSWER_PROTOCOLS} == {*_VQA_PROTOCOLS, *_GQA_PROTOCOLS, *_YES_NO_PROTOCOLS}
     files = ["--images", folder / "images", "--limit", 1]
     gqa = ["--questions", folder / "gqa.json", *files]
     vqa = ["--questions", folder / "questions.json", "--annotations", folder / "annotations.json", *files]
@@ -635,6 +757,15 @@ def test_the_commands_presets(folder, tmp_path):
         ("gqa", ["--questions", "x", "--images", ".", "--group-column", "y"], "gqa has no use for --group-column"),
         ("caption", ["--data", "x", "--image-id-column", "y"], "caption has no use for --image-id-column"),
         ("gqa", ["--questions", "nothing.json", "--images", "."], "There is no file nothing.json"),
+        ("gqa", ["--questions", "x", "y", "--images", "."], "gqa takes one file of --questions, and 2 were given"),
+        ("pope", ["--questions", "x", "--images", ".", "--split", "val"], "pope has no use for --split"),
+        (
+            "pope",
+            ["--questions", "x", "--images", ".", "--protocol", "exact"],
+            "exact: pope is scored by one of pope.",
+        ),
+        ("chair", ["--annotations", "x"], "chair needs --instances and --synonyms and --images"),
+        ("coco-caption", ["--annotations", "x", "--images", ".", "--synonyms", "y"], "has no use for --synonyms"),
         (
             "retrieval",
             ["--data", "x", "--k", "-1"],

@@ -22,12 +22,15 @@ from blip2_hf.evaluation.metrics import (
     METRICS,
     bleu,
     caption_metrics,
+    chair,
     choose_vqa_protocol,
     cider_d,
     cider_d_scores,
+    find_objects,
     gqa_accuracy,
     load_metric,
     normalize_vqa_answer,
+    pope,
     ptb_tokenize,
     rouge_l,
     rouge_l_scores,
@@ -400,6 +403,150 @@ def test_gqa_accuracy():
         gqa_accuracy([], [])
 
 
+# what is not there
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_yes", "is_unclear"),
+    [
+        ("yes", True, False),
+        ("Yes, there is no doubt", False, False),  # as the authors' rule has it
+        ("No", False, False),
+        ("no, it is a cat", False, False),
+        ("there is not", False, False),
+        ("A bus. There is no dog.", True, True),  # the first sentence counts
+        ("Yes! It is.", True, False),
+        ("NO", True, True),
+        ("there isn't", True, True),
+        ("no!", True, True),
+        ("nothing", True, True),
+        ("eyes", True, True),
+        ("", True, True),
+    ],
+)
+def test_how_pope_reads_an_answer(answer, is_yes, is_unclear):
+    for label in ("yes", "no"):
+        scores = pope([answer], [label])
+        assert scores["accuracy"] == (is_yes == (label == "yes"))
+        assert (scores["yes_ratio"], scores["unclear_ratio"]) == (is_yes, is_unclear)
+
+
+def test_pope():
+    """Three answers of yes are right and one is wrong; two of no are right, and two are wrong."""
+    answers = ["yes", "Yes.", "a bus", "yes", "no", "No, none.", "no", "not any"]
+    labels = ["yes", "Yes", "yes", "no", "no", "No", "yes", "yes"]
+    assert pope(answers, labels) == pytest.approx(
+        {
+            "accuracy": 5 / 8,
+            "precision": 3 / 4,
+            "recall": 3 / 5,
+            "f1": 2 / 3,
+            "yes_ratio": 1 / 2,
+            "unclear_ratio": 1 / 8,
+        }
+    )
+    # Ratios of nothing
+    never = pope(["no", "no"], ["yes", "no"])
+    assert (never["accuracy"], never["precision"], never["recall"], never["f1"]) == (0.5, 0, 0, 0)
+    assert pope(["no"], ["no"])["recall"] == 0
+    with pytest.raises(ValueError, match="reference 1 is 'maybe': yes or no was expected"):
+        pope(["yes", "no"], ["yes", "maybe"])
+    with pytest.raises(ValueError, match="2 predictions but 1 references"):
+        pope(["yes", "no"], ["yes"])
+    with pytest.raises(ValueError, match="no predictions"):
+        pope([], [])
+    with pytest.raises(ValueError, match="predictions are a list of texts.* not None"):
+        pope([None], ["yes"])
+
+
+SYNONYMS = [
+    ["person", "man", "woman", "baby", "adult", "child", "children", "policeman", "passenger"],
+    ["dog", "puppy"],
+    ["bear"],
+    ["teddy bear", "teddybear"],
+    ["hot dog"],
+    ["knife"],
+    ["bus", "minibus"],
+    ["bench"],
+    ["bird", "goose"],
+    ["chair", "seat"],
+    ["toilet"],
+    ["wine glass"],
+    ["skis", "ski"],
+    ["airplane", "jet"],
+    ["cell phone", "iPhone"],
+    ["oven", "stove", "stove top oven"],
+    ["clock"],
+    ["plate", "dish"],
+    ["scissors"],
+    ["sports ball", "ball"],
+]
+
+
+@pytest.mark.parametrize(
+    ("caption", "objects"),
+    [
+        ("Two puppies and a dog's bone", ["dog", "dog"]),
+        ("a man eats a hot dog", ["person", "hot dog"]),
+        ("it is hot, dog", ["dog"]),
+        ("hot-dog", []),
+        ("Teddy bears and bears.", ["teddy bear", "bear"]),
+        ("women, men, policemen and children", ["person"] * 4),
+        ("knives, buses, benches, geese and wine glasses", ["knife", "bus", "bench", "bird", "wine glass"]),
+        ("a man on skis with a ski", ["person", "skis", "skis"]),
+        ("an adult dog with baby birds", ["dog", "bird"]),
+        ("a baby with a bird", ["person", "bird"]),
+        ("a baby bear and a baby animal", ["bear"]),
+        ("passenger jets of a passenger", ["airplane", "person"]),
+        ("a toilet seat", ["toilet"]),
+        ("the seat of a toilet", ["toilet"]),
+        ("the seat of a bus", ["chair", "bus"]),
+        ("a ball on the home plate near a plate", ["sports ball", "plate"]),
+        ("a stove top oven, sports balls and IPHONES", ["oven", "sports ball", "cell phone"]),
+        ("it is ten o'clock", []),
+        ("glasses, a glass and scissors", ["scissors"]),
+        ("", []),
+    ],
+)
+def test_objects_that_captions_name(caption, objects):
+    assert find_objects([caption], SYNONYMS) == [objects]
+
+
+def test_phrases_of_ones_own_go_before_those_of_chair():
+    synonyms = [["cub", "baby bear"], ["bear"], ["big red london bus"], ["bus"]]
+    assert find_objects(["baby bears, a big red london bus and a big red bus"], synonyms) == [
+        ["cub", "big red london bus", "bus"]
+    ]
+
+
+def test_chair():
+    captions = ["A man and two dogs.", "a puppy, a dog and a bus", "a tree", "a bench with a woman"]
+    objects = [["person"], ["puppy", "knife"], ["bench"], ["person", "bench", "Bus"]]
+    # Invented: the dogs of the first and the bus of the second, of seven that are named. Of seven objects in the
+    # pictures, four are named: the person; the dog, which is named twice; the person and the bench
+    assert chair(captions, objects, SYNONYMS) == pytest.approx(
+        {"CHAIRs": 2 / 4, "CHAIRi": 2 / 7, "object_recall": 4 / 7}
+    )
+    assert chair(["a tree"], [[]], SYNONYMS) == {"CHAIRs": 0, "CHAIRi": 0, "object_recall": 0}
+    assert chair(["a bus"], [[]], SYNONYMS) == {"CHAIRs": 1, "CHAIRi": 1, "object_recall": 0}
+    with pytest.raises(ValueError, match="picture 0 has the object 'tree', which the synonyms lack"):
+        chair(["a tree"], [["tree"]], SYNONYMS)
+    with pytest.raises(ValueError, match="the objects of picture 0 are a list, not 'dog'"):
+        chair(["a dog"], ["dog"], SYNONYMS)
+    with pytest.raises(ValueError, match="the synonyms have 'Dog' twice: for 'dog' and for 'pet'"):
+        chair(["a dog"], [["dog"]], [["dog"], ["pet", "Dog"]])
+    with pytest.raises(ValueError, match="lists of words, one list for each object, but one is 'dog'"):
+        find_objects(["a dog"], ["dog"])
+    with pytest.raises(ValueError, match="captions are a list of texts, but one is None"):
+        find_objects([None], SYNONYMS)
+    with pytest.raises(ValueError, match="captions are a list of texts, not one text"):
+        find_objects("a dog", SYNONYMS)
+    with pytest.raises(ValueError, match="2 predictions but 1 lists of objects"):
+        chair(["a", "b"], [[]], SYNONYMS)
+    with pytest.raises(ValueError, match="no predictions"):
+        chair([], [], SYNONYMS)
+
+
 # modules of evaluate
 
 
@@ -421,6 +568,11 @@ def test_modules_give_what_the_functions_give():
     answers = {"predictions": ["Yes"], "references": ["yes"]}
     assert load_metric("gqa_accuracy").compute(**answers) == {"gqa_accuracy": 1.0}
     assert load_metric("gqa_accuracy").compute(**answers, protocol="strict") == {"gqa_accuracy": 0.0}
+
+    answers = {"predictions": ["yes", "no"], "references": ["yes", "yes"]}
+    assert load_metric("pope").compute(**answers) == pope(**answers)
+    objects = {"predictions": ["a dog", "a bus"], "references": [["dog"], []]}
+    assert load_metric("chair").compute(**objects, synonyms=SYNONYMS) == chair(**objects, synonyms=SYNONYMS)
 
     similarity = torch.rand(4, 6, generator=torch.manual_seed(0))
     is_match = torch.arange(6) % 4 == torch.arange(4)[:, None]

@@ -4,15 +4,29 @@ import json
 
 import datasets
 import pytest
-from benchmark_files import karpathy_entry, karpathy_file, make_pictures, nocaps_file, vqa_files, write
+from benchmark_files import (
+    coco_files,
+    karpathy_entry,
+    karpathy_file,
+    make_pictures,
+    nocaps_file,
+    pope_entries,
+    pope_file,
+    synonyms_file,
+    vqa_files,
+    write,
+)
 from tiny import make_image
 
 from blip2_hf.evaluation.readers import (
     read_caption_rows,
+    read_coco_objects,
     read_gqa,
     read_karpathy,
     read_nocaps,
+    read_pope,
     read_question_rows,
+    read_synonyms,
     read_vqa,
 )
 from blip2_hf.evaluation.samples import CaptionSample, open_sample_image
@@ -81,6 +95,129 @@ def test_gqa(tmp_path):
     path = write(tmp_path / "testdev_balanced_questions.json", {"201307251": entry})
     (sample,) = read_gqa(path, make_pictures(tmp_path / "images", "n161313.jpg"))
     assert (sample.question_id, sample.image_id, sample.answers) == ("201307251", "n161313", ["no"])
+
+
+def test_pope_in_several_files(tmp_path):
+    images = make_pictures(tmp_path / "coco", "val2014/COCO_val2014_000000000042.jpg", "n1.jpg")
+    files = [pope_file(tmp_path / f"coco_pope_{name}.json", {}, {"label": "No"}) for name in ("random", "popular")]
+    files += [pope_file(tmp_path / "gqa.json", {"image": "n1.jpg"})]
+    samples = read_pope(files, images)
+    assert [(sample.question_id, sample.group, sample.answers) for sample in samples] == [
+        ("coco_pope_random/1", "coco_pope_random", ["yes"]),
+        ("coco_pope_random/2", "coco_pope_random", ["no"]),
+        ("coco_pope_popular/1", "coco_pope_popular", ["yes"]),
+        ("coco_pope_popular/2", "coco_pope_popular", ["no"]),
+        ("gqa/1", "gqa", ["yes"]),
+    ]
+    assert samples[1].question == "Is there a dog in the image?"
+    assert [sample.image for sample in samples[3:]] == [
+        str(images / "val2014" / "COCO_val2014_000000000042.jpg"),
+        str(images / "n1.jpg"),
+    ]
+    # One file, with an empty line in it, and pictures in the folder itself
+    files[0].write_text(files[0].read_text().replace("\n", "\n\n"))
+    assert len(read_pope(files[0], make_pictures(tmp_path, "COCO_val2014_000000000042.jpg"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": "maybe"}, "entry 2: 'label' is 'maybe'; yes or no was expected"),
+        ({"label": True}, "entry 2: 'label' is True; a text was expected"),
+        ({"label": ...}, "entry 2 has no 'label', but .*'question_id', 'text'"),
+        ({"text": ...}, "entry 2 has no 'text'"),
+        ({"text": " "}, "entry 2: question is ' '; a question was expected"),
+        ({"image": 42}, "entry 2: 'image' is 42; a text was expected"),
+        ({"question_id": None}, "entry 2: 'question_id' is None"),
+        ({"question_id": 1}, r"entry 1 and .*entry 2 have the same id, and each needs its own \('pope/1'\)"),
+    ],
+)
+def test_entries_of_pope_that_can_not_be_right(tmp_path, change, message):
+    images = make_pictures(tmp_path / "images", "COCO_val2014_000000000042.jpg")
+    with pytest.raises(ValueError, match=f"pope.json, {message}"):
+        read_pope(pope_file(tmp_path / "pope.json", {}, change), images)
+
+
+def test_files_that_are_not_popes(tmp_path):
+    images = make_pictures(tmp_path / "images", "COCO_val2014_000000000042.jpg")
+    questions, _ = vqa_files(tmp_path)
+    with pytest.raises(ValueError, match=r"questions.json, entry 1 has no 'question_id', but \['data_subtype'"):
+        read_pope(questions, images)
+    with pytest.raises(ValueError, match="list.json, line 1: an object of JSON was expected, got .*the right file"):
+        read_pope(write(tmp_path / "list.json", pope_entries({})), images)
+    file = pope_file(tmp_path / "pope.json", {}, {})
+    file.write_text(file.read_text()[:-30])
+    with pytest.raises(ValueError, match="pope.json, line 2 can't be read as JSON"):
+        read_pope(file, images)
+    file.write_text("")
+    with pytest.raises(ValueError, match="pope.json is empty. Is it the right file"):
+        read_pope(file, images)
+    with pytest.raises(FileNotFoundError, match="no file .*ppoe.json"):
+        read_pope(tmp_path / "ppoe.json", images)
+    with pytest.raises(FileNotFoundError, match="lacks 1 pictures, .* val2014/COCO_val2014_000000000043"):
+        read_pope(pope_file(tmp_path / "p.json", {"image": "COCO_val2014_000000000043.jpg"}), images)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="p.json and .*other/p.json have the same name"):
+        read_pope([pope_file(tmp_path / name, {}) for name in ("p.json", "other/p.json")], images)
+
+
+def test_objects_and_captions_of_coco(tmp_path):
+    images = make_pictures(tmp_path / "coco", *(f"val2014/COCO_val2014_{number:012d}.jpg" for number in (7, 9)))
+    captions, instances = coco_files(tmp_path)
+    samples = read_coco_objects(captions, instances, images)
+    assert [(sample.image_id, sample.captions, sample.objects) for sample in samples] == [
+        (7, ["A bus.", "A bus."], ["bus", "person"]),
+        (9, ["Two dogs play.", "Two dogs play."], []),
+    ]
+    with pytest.raises(ValueError, match="captions_val2014.json is COCO's own file, which has no split 'test'"):
+        read_coco_objects(captions, instances, images, "test")
+    # Karpathy's split, of whose pictures each file knows some
+    entries = [karpathy_entry(number, split) for number, split in ((7, "test"), (9, "val"), (11, "val"))]
+    karpathy = write(tmp_path / "dataset_coco.json", {"images": entries})
+    assert [sample.objects for sample in read_coco_objects(karpathy, instances, images)] == [["bus", "person"]]
+    make_pictures(images, "COCO_val2014_000000000011.jpg")
+    with pytest.raises(ValueError, match=r"instances_val2014.json: there is no picture 11, that of .*images\[2\]"):
+        read_coco_objects(karpathy, instances, images, "val")
+    content = json.loads(instances.read_text()) | {"images": [{"id": 11}], "annotations": []}
+    content["annotations"] = [{"image_id": 11, "category_id": 20}]
+    more = write(tmp_path / "more.json", content)
+    found = read_coco_objects(karpathy, [instances, more], images, "val")
+    assert [sample.objects for sample in found] == [[], ["dog"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"instances": {"category_id": ...}}, r"annotations\[0\] has no 'category_id'"),
+        ({"instances": {"category_id": 90}}, r"annotations\[0\]: there is no image 7, or no category 90, in the file"),
+        ({"instances": {"image_id": 8}}, r"annotations\[0\]: there is no image 8"),
+        ({"categories": [{"id": 10, "name": None}]}, r"categories\[0\]: 'name' is None; a text was expected"),
+        ({"categories": None}, "'categories' is None; a list was expected"),
+        ({"images": [{"file_name": "x"}]}, r"images\[0\] has no 'id'"),
+    ],
+)
+def test_instances_that_can_not_be_right(tmp_path, change, message):
+    images = make_pictures(tmp_path / "coco", *(f"COCO_val2014_{number:012d}.jpg" for number in (7, 9)))
+    captions, instances = coco_files(tmp_path, **change)
+    with pytest.raises(ValueError, match=f"instances_val2014.json.*{message}"):
+        read_coco_objects(captions, instances, images)
+    with pytest.raises(ValueError, match="captions_val2014.json has no 'categories', but .*right file"):
+        read_coco_objects(captions, captions, images)
+
+
+def test_words_of_objects(tmp_path):
+    file = synonyms_file(tmp_path / "synonyms.txt", "person, man,  woman \n\nhot dog,\nteddy bear, iPhone\n")
+    assert read_synonyms(file) == [["person", "man", "woman"], ["hot dog"], ["teddy bear", "iPhone"]]
+    captions, _ = coco_files(tmp_path)
+    with pytest.raises(ValueError, match="captions_val2014.json, line 1 has .*; the words of an object with commas"):
+        read_synonyms(captions)
+    file.write_bytes(b"dog, puppy\n\xff\xfe, cat\n")
+    with pytest.raises(ValueError, match="synonyms.txt, line 2 has .*with commas between them were expected"):
+        read_synonyms(file)
+    with pytest.raises(ValueError, match="synonyms.txt is empty; the words of an object"):
+        read_synonyms(synonyms_file(file, " \n"))
+    with pytest.raises(FileNotFoundError, match="no file .*words.txt"):
+        read_synonyms(tmp_path / "words.txt")
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path):

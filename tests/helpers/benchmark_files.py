@@ -56,3 +56,43 @@ def vqa_files(folder, subtype="val2014"):
         write(folder / "questions.json", {**head, "task_type": "Open-Ended", "questions": questions}),
         write(folder / "annotations.json", {**head, "annotations": annotations}),
     )
+
+
+def pope_entries(*changes):
+    """Questions about two objects in turn, with changes to their fields; a field that is `...` is taken out."""
+    entries = []
+    for number, change in enumerate(changes):
+        text, label = f"Is there a {('bus', 'dog')[number % 2]} in the image?", ("yes", "no")[number % 2]
+        entry = {"question_id": number + 1, "image": "COCO_val2014_000000000042.jpg", "text": text, "label": label}
+        entries.append({name: value for name, value in (entry | change).items() if value is not ...})
+    return entries
+
+
+def pope_file(path, *changes):
+    """Such questions, one on each line."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in pope_entries(*changes)))
+    return path
+
+
+def coco_files(folder, captions=(), instances=(), **fields):
+    """
+    COCO's captions and instances of two pictures, of which the first has a bus and two people, and the second nothing;
+    with other `fields` of instances, and changes to the first entry of its annotations.
+    """
+    pictures = [{"id": number, "file_name": f"COCO_val2014_{number:012d}.jpg"} for number in (7, 9)]
+    texts = [{"id": i, "image_id": 7 + 2 * (i % 2), "caption": ("A bus.", "Two dogs play.")[i % 2]} for i in range(4)]
+    categories = [
+        {"supercategory": "x", "id": 10 * i, "name": name} for i, name in enumerate(("person", "bus", "dog"))
+    ]
+    boxes = [{"id": i, "image_id": 7, "category_id": category, "iscrowd": 0} for i, category in enumerate((10, 0, 0))]
+    boxes[0] = {name: value for name, value in (boxes[0] | dict(instances)).items() if value is not ...}
+    content = {"info": {}, "images": pictures, "annotations": boxes, "categories": categories, **fields}
+    return (
+        write(folder / "captions_val2014.json", {"images": pictures, "annotations": texts, **dict(captions)}),
+        write(folder / "instances_val2014.json", content),
+    )
+
+
+def synonyms_file(path, text="person, man,  woman, people\nbus, minibus\ndog, puppy\nhot dog\n"):
+    path.write_text(text)
+    return path

@@ -219,7 +219,8 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
     if learned is not None and options.prompt is None and options.preset is None:
         preset = replace(preset, prompt=learned)
     tell_image_size(processor, options.image_size, preset.image_size)
-    evaluate(model, processor, samples, options.output, preset, options.task, **scoring, **pick(options, *_COMMON))
+    settings = {"preset": preset, "task": options.task, **scoring, **pick(options, *_COMMON)}
+    evaluate(model, processor, samples, options.output, **settings)
 
 
 def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
