@@ -27,7 +27,7 @@ from .samples import (
 )
 
 
-_COCO_PICTURE = re.compile(r"COCO_([a-z]+\d+)_\d+\.jpg")
+_COCO_PICTURE = re.compile(r"COCO_(.+)_\d+\.jpg")
 _OBJECT_WORD = re.compile(r"\w[\w' -]*")
 
 
