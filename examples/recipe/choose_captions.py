@@ -99,8 +99,9 @@ def main():
         sys.exit(f"{missing[0]} does not exist. Run learn_stage1.py and learn_stage2.py first, with this seed.")
     transformers.set_seed(options.seed)
     _, tests = choose_scenes(options.validate)
-    models = Blip2ForPreTraining.from_pretrained(parts["stage1"]), Blip2ForConditionalGeneration.from_pretrained(
-        parts["stage2"]
+    models = (
+        Blip2ForPreTraining.from_pretrained(parts["stage1"]),
+        Blip2ForConditionalGeneration.from_pretrained(parts["stage2"]),
     )
     processors = [Blip2Processor.from_pretrained(folder) for folder in parts.values()]
     with fast_autocast():

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 import transformers
-from benchmark_files import coco_files, make_pictures, pope_file, synonyms_file
+from benchmark_files import aokvqa_file, coco_files, make_pictures, pope_file, synonyms_file
 from saved_models import save_captioner, save_stage1
 from tiny import make_image
 
@@ -55,6 +55,11 @@ MORE_LINES = {
     "retrieval": ("evaluate retrieval --data {data} --model {model} --output {output}", MATCHER, "rows"),
     "queries": ("look {data} --model {model} --output {output}.png", ANY, "picture"),
     "vqa": ("evaluate vqa --data {data} --model {model} --output {output}", WRITER, "rows"),
+    "aokvqa": (
+        "evaluate aokvqa --questions aokvqa.json --images photos --model {model} --output {output}",
+        WRITER,
+        None,
+    ),
     "pope": ("evaluate pope --questions pope.json --images photos --model {model} --output {output}", WRITER, None),
     "chair": (
         "evaluate chair --annotations captions_val2014.json --instances instances_val2014.json "
@@ -135,6 +140,8 @@ def place(tmp_path_factory) -> Path:
     pairs = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     pairs.to_parquet(folder / "pairs.parquet")
     pope_file(folder / "pope.json", {"image": "0.png"})
+    make_image(42).save(folder / "photos" / f"{42:012d}.jpg")
+    aokvqa_file(folder / "aokvqa.json", {})
     coco_files(folder)
     synonyms_file(folder / "synonyms.txt")
     make_pictures(folder / "coco", *(f"COCO_val2014_{number:012d}.jpg" for number in (7, 9)))
@@ -269,6 +276,10 @@ def test_data_that_are_not_there(told, name):
 @pytest.mark.parametrize(
     ("name", "extra", "message"),
     [
+        ("aokvqa", "--questions pope.json", "pope.json: a list was expected, got dict"),
+        ("aokvqa", "--images coco", "coco lacks 1 pictures, the first of them val2017/000000000042.jpg or 0000000000"),
+        ("aokvqa", "--generate num_beams=2", "aokvqa has no use for --generate"),
+        ("vqa", "--normalization mean", "vqa has no use for --normalization"),
         ("pope", "--questions pop.json", "There is no file pop.json. Did you mean pope.json?"),
         ("pope", "--questions broken.json", "broken.json, line 1 can't be read as JSON"),
         ("pope", "--images coco", "coco lacks 1 pictures, the first of them 0.png"),

@@ -14,6 +14,7 @@ import tqdm
 import transformers
 from accelerate import PartialState
 from benchmark_files import (
+    aokvqa_file,
     coco_files,
     karpathy_entry,
     make_pictures,
@@ -49,10 +50,10 @@ from blip2_hf.cli.evaluate import _GQA_PROTOCOLS, _VQA_PROTOCOLS, _YES_NO_PROTOC
 from blip2_hf.data import clean_question
 from blip2_hf.evaluation import TwoStageRetrieval
 from blip2_hf.evaluation.answer_protocols import ANSWER_PROTOCOLS
-from blip2_hf.evaluation.benchmarks import evaluate_captioning, evaluate_chair, evaluate_vqa
+from blip2_hf.evaluation.benchmarks import evaluate_captioning, evaluate_chair, evaluate_multiple_choice, evaluate_vqa
 from blip2_hf.evaluation.metrics import caption_metrics, lemmatize_answers, vqa_accuracy
 from blip2_hf.evaluation.metrics.lemmas import load_lemmatizer
-from blip2_hf.evaluation.readers import read_caption_rows
+from blip2_hf.evaluation.readers import read_aokvqa, read_caption_rows
 from blip2_hf.evaluation.retrieval_benchmark import evaluate_retrieval
 from blip2_hf.evaluation.samples import CaptionSample, QuestionSample
 
@@ -568,6 +569,8 @@ def folder(opt, tmp_path_factory):
     vqa_files(folder)
     make_pictures(folder / "images", "COCO_val2014_000000000042.jpg")
     write(folder / "gqa.json", {"201": {"imageId": "n1", "question": "Is it overcast?", "answer": "no"}})
+    aokvqa_file(folder / "aokvqa.json", {}, {}, {}, {})
+    make_pictures(folder / "images", f"val2017/{42:012d}.jpg")
     pope_file(folder / "coco_pope_random.json", {}, {})
     pope_file(folder / "coco_pope_popular.json", {}, {}, {})
     coco_files(folder)
@@ -630,6 +633,74 @@ def test_the_command(folder, tmp_path, capsys, task, files, keys):
         "vqav2": {"yes/no", "other"},
         "pope": {"coco_pope_random"},
     }.get(task, set())
+
+
+@pytest.mark.parametrize("normalization", [None, "mean", "relative"])
+def test_multiple_choice_by_the_command(folder, tmp_path, capsys, monkeypatch, normalization):
+    """The prediction is the choice with the highest score by the model, and a second run predicts nothing."""
+    options = [] if normalization is None else ["--normalization", normalization]
+    files = ["--questions", folder / "aokvqa.json", "--images", folder / "images"]
+    main(command(folder, "aokvqa", tmp_path, *files, *options))
+    model, processor = (
+        part.from_pretrained(folder / "model") for part in (Blip2ForConditionalGeneration, Blip2Processor)
+    )
+    samples = read_aokvqa(folder / "aokvqa.json", folder / "images")
+    expected = []
+    for sample in samples:
+        prompt = "Question: what is this? Answer:"
+        inputs = processor(images=sample.image, text=prompt, candidates=sample.choices, return_tensors="pt")
+        scores = model.eval().score_texts(**inputs, normalization=normalization or "sum")
+        expected.append(sample.choices[scores.argmax()])
+    found = predictions(tmp_path)
+    assert found == [{"question_id": f"22{number}", "multiple_choice": text} for number, text in enumerate(expected)]
+    right = 100 * sum(text in sample.answers for text, sample in zip(expected, samples, strict=True)) / 4
+    assert capsys.readouterr().out.splitlines()[2] == f"| overall | 4 | {right:.2f} |"
+    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+    assert settings["normalization"] == (normalization or "sum") and settings["generate_kwargs"] == {}
+    monkeypatch.setattr("blip2_hf.evaluation.text_prediction.choose_texts", lambda *_: pytest.fail("chosen again"))
+    main(command(folder, "aokvqa", tmp_path, *files, *options))
+    assert predictions(tmp_path) == found
+    other = "mean" if normalization != "mean" else "sum"
+    with pytest.raises(SystemExit, match="normalization"):
+        main(command(folder, "aokvqa", tmp_path, *files, "--normalization", other))
+
+
+def test_choices_in_data_of_ones_own(folder, tmp_path, capsys):
+    """The answer is a choice or its number; the number of choices may differ."""
+    rows = [
+        {"image": make_image(0), "question": "A bus?", "answer": "yes", "options": ["yes", "no"]},
+        {"image": make_image(1), "question": "Which?", "answer": "a dog", "options": ["a bus", "a dog", "the sky"]},
+    ]
+    for name, answers in (("texts", ["yes", "a dog"]), ("numbers", [0, 1])):
+        own = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
+        datasets.Dataset.from_list(own).to_parquet(tmp_path / f"{name}.parquet")
+        data = ["--data", tmp_path / f"{name}.parquet", "--choices-column", "options"]
+        main(command(folder, "multiple-choice", tmp_path / name, *data))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == lines[5] and lines[2].startswith("| overall | 2 |")
+    chosen = predictions(tmp_path / "numbers")
+    assert all(prediction["multiple_choice"] in row["options"] for prediction, row in zip(chosen, rows, strict=True))
+
+
+def test_choices_that_do_not_fit(opt, tmp_path):
+    def sample(**fields):
+        return QuestionSample(
+            **{"image": make_image(0), "image_id": 0, "question_id": 1, "question": "What?"} | fields
+        )
+
+    with pytest.raises(ValueError, match="has no choices, one of which"):
+        evaluate_multiple_choice(*opt, [sample(answers=[])], tmp_path)
+    with pytest.raises(ValueError, match="choice 'a <image>' has '<image>', a special token"):
+        evaluate_multiple_choice(*opt, [sample(answers=[], choices=["a <image>", "b"])], tmp_path)
+    for choices, message in (
+        (["a"], "at least two texts"),
+        (["a", " "], "at least two texts"),
+        (["a", 2], "a text was"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(answers=[], choices=choices)
+    with pytest.raises(ValueError, match="the answer 'c' is none of the choices"):
+        sample(answers=["c"], choices=["a", "b"])
 
 
 def test_pope_by_the_command(folder, tmp_path, capsys, monkeypatch):

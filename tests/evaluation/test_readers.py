@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 from benchmark_files import (
+    aokvqa_file,
     coco_files,
     karpathy_entry,
     karpathy_file,
@@ -19,6 +20,7 @@ from benchmark_files import (
 from tiny import make_image
 
 from blip2_hf.evaluation.readers import (
+    read_aokvqa,
     read_caption_rows,
     read_coco_objects,
     read_gqa,
@@ -95,6 +97,38 @@ def test_gqa(tmp_path):
     path = write(tmp_path / "testdev_balanced_questions.json", {"201307251": entry})
     (sample,) = read_gqa(path, make_pictures(tmp_path / "images", "n161313.jpg"))
     assert (sample.question_id, sample.image_id, sample.answers) == ("201307251", "n161313", ["no"])
+
+
+def test_aokvqa(tmp_path):
+    images = make_pictures(tmp_path / "coco", "val2017/000000000042.jpg", "000000000007.jpg")
+    path = aokvqa_file(
+        tmp_path / "aokvqa_v1p0_val.json", {}, {"image_id": 7, "split": "train", "correct_choice_idx": 2}
+    )
+    first, second = read_aokvqa(path, images)
+    assert first.image == str(images / "val2017/000000000042.jpg") and second.image == str(images / "000000000007.jpg")
+    assert (first.question_id, first.question, first.answers) == ("220", "What is this?", ["bus"])
+    assert second.choices == ["bus", "dog", "two people", "sky"] and second.answers == ["two people"]
+    # As in the file of test
+    path = aokvqa_file(tmp_path / "test.json", {"correct_choice_idx": ..., "direct_answers": ...})
+    assert [sample.answers for sample in read_aokvqa(path, images)] == [[]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choices": ...}, r"\[0\] has no 'choices'"),
+        ({"choices": "bus"}, "'choices' is 'bus'; a list was expected"),
+        ({"choices": ["bus"]}, "at least two texts were expected"),
+        ({"correct_choice_idx": 4}, "the answer is choice 4, and there are 4, numbered from 0"),
+        ({"correct_choice_idx": -1}, "the answer is choice -1"),
+        ({"image_id": "x"}, "a number was expected, that of the file"),
+        ({"question": ...}, r"\[0\] has no 'question'"),
+    ],
+)
+def test_entries_of_aokvqa_that_can_not_be_right(tmp_path, change, message):
+    images = make_pictures(tmp_path / "coco", "val2017/000000000042.jpg")
+    with pytest.raises(ValueError, match=message):
+        read_aokvqa(aokvqa_file(tmp_path / "a.json", change), images)
 
 
 def test_pope_in_several_files(tmp_path):

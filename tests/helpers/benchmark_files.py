@@ -58,6 +58,17 @@ def vqa_files(folder, subtype="val2014"):
     )
 
 
+def aokvqa_file(path, *changes):
+    """Questions with four choices, with changes to their fields; a field that is `...` is taken out."""
+    entries = []
+    for number, change in enumerate(changes):
+        entry = {"split": "val", "image_id": 42, "question_id": f"22{number}", "question": "What is this?"}
+        entry |= {"choices": ["bus", "dog", "two people", "sky"], "correct_choice_idx": number % 4}
+        entry |= {"direct_answers": ["bus"] * 10, "difficult_direct_answer": False, "rationales": ["It is long."]}
+        entries.append({name: value for name, value in (entry | change).items() if value is not ...})
+    return write(path, entries)
+
+
 def pope_entries(*changes):
     """Questions about two objects in turn, with changes to their fields; a field that is `...` is taken out."""
     entries = []

@@ -104,9 +104,9 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
 _GROUPS = {
     "data": """
         --data --config --split --image-column --image-root --text-column --caption-column --question-column
-        --answer-column --id-column --image-id-column --group-column --annotations --questions --instances --synonyms
-        --images --image --index --folder --allow-urls --limit --skip-broken --skip-bad-rows --validation --held-out
-        --streaming
+        --answer-column --choices-column --id-column --image-id-column --group-column --annotations --questions
+        --instances --synonyms --images --image --index --folder --allow-urls --limit --skip-broken --skip-bad-rows
+        --validation --held-out --streaming
     """,
     "model": """
         --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --retriever

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..models.generation_presets import PRESET_NAMES, GenerationPreset, generation_preset
+from ..models.generation_presets import NORMALIZATIONS, PRESET_NAMES, GenerationPreset, generation_preset
 from ._common import (
     add_command,
     check_columns,
@@ -18,7 +18,7 @@ from ._common import (
     processes,
     tell_image_size,
 )
-from ._generation import check_generation, check_room, generation_with_preset, given_generation
+from ._generation import NORMALIZATION_HELP, check_generation, check_room, generation_with_preset, given_generation
 from ._parser import at_least_zero, positive
 
 
@@ -46,11 +46,13 @@ _TASKS = {
     "okvqa": _Task("vqa", ("questions", "images"), "vqa", _VQA_PROTOCOLS, lemmatize=True),
     "gqa": _Task("vqa", ("questions", "images"), "vqa", _GQA_PROTOCOLS, "normalized"),
     "pope": _Task("vqa", ("questions", "images"), "vqa", _YES_NO_PROTOCOLS, "pope"),
+    "aokvqa": _Task("choice", ("questions", "images"), "vqa"),
     "chair": _Task("chair", ("annotations", "instances", "synonyms", "images"), "caption"),
     "coco-retrieval": _Task("retrieval", ("annotations", "images")),
     "flickr30k-retrieval": _Task("retrieval", ("annotations", "images")),
     "caption": _Task("caption", ("data",), "caption"),
     "vqa": _Task("vqa", ("data",), "vqa", (*_VQA_PROTOCOLS, *_YES_NO_PROTOCOLS)),
+    "multiple-choice": _Task("choice", ("data",), "vqa"),
     "retrieval": _Task("retrieval", ("data",)),
 }
 
@@ -59,7 +61,7 @@ def add_parser(commands: Any):
     text = "Evaluate a model on the paper's benchmarks, or on a dataset. Start it with accelerate for many processes."
     example = "blip2-hf evaluate caption --data pairs.parquet --model Salesforce/blip2-opt-2.7b --output scores"
     add = add_command(commands, "evaluate", _run, text, check=_check, example=example)
-    add("task", f"one of {', '.join(_TASKS)}; the last three take --data", choices=_TASKS, metavar="TASK")
+    add("task", f"one of {', '.join(_TASKS)}; the last four take --data", choices=_TASKS, metavar="TASK")
     add("--model", required=True)
     add("--output", "folder of the results; run again to go on", required=True)
     add("--annotations", "file of captions (dataset_coco.json) or of answers (v2_mscoco_val2014_annotations.json)")
@@ -78,6 +80,7 @@ def add_parser(commands: Any):
     add("--caption-column", "column of a caption, or of a list", default="caption")
     add("--question-column", "column of the questions", default="question")
     add("--answer-column", "column of an answer, or of a list", default="answer")
+    add("--choices-column", "column of lists of answers to choose from; the answer is one of them or its number")
     add("--id-column", "column of the ids: of pictures with captions, or of questions")
     add("--image-id-column", "column of the ids of pictures with questions")
     add("--group-column", "column by which accuracy is told apart")
@@ -93,6 +96,7 @@ def add_parser(commands: Any):
     add("--protocol", protocol, choices=(*_VQA_PROTOCOLS, *_GQA_PROTOCOLS, *_YES_NO_PROTOCOLS))
     lemmatize = "whether answers are lemmatised before they are scored, with spaCy; without it for okvqa alone"
     add("--lemmatize", lemmatize, action=argparse.BooleanOptionalAction)
+    add("--normalization", NORMALIZATION_HELP, choices=NORMALIZATIONS)
     candidates = "retrieval: candidates of contrast that are matched; 0 for contrast alone"
     add("--k", candidates, type=at_least_zero, default=128)
     add("--image-size")
@@ -127,13 +131,27 @@ def _check(options: argparse.Namespace):
     if options.task in ("vqav2", "okvqa"):
         names -= {"annotations"}
     if task.needs != ("data",):
-        names |= {"config", "image_column", "image_root", "id_column", "image_id_column", "group_column"}
+        names |= {
+            "choices_column",
+            "config",
+            "image_column",
+            "image_root",
+            "id_column",
+            "image_id_column",
+            "group_column",
+        }
     if task.needs == ("questions", "images") or options.task == "nocaps":
         names |= {"split"}
     if task.kind == "retrieval":
         names |= {"preset", "prompt", "generate"}
     if task.kind != "vqa":
-        names |= {"protocol", "lemmatize", "image_id_column", "group_column"}
+        names |= {"protocol", "lemmatize"}
+    if task.kind == "choice":
+        names |= {"generate"}
+    else:
+        names |= {"choices_column", "normalization"}
+    if task.kind not in ("vqa", "choice"):
+        names |= {"image_id_column", "group_column"}
     if unused := [f"--{name.replace('_', '-')}" for name in sorted(names) if getattr(options, name) is not None]:
         raise ValueError(f"{options.task} has no use for {' and '.join(unused)}.")
     if options.protocol not in (None, *task.protocols):
@@ -151,6 +169,8 @@ def _read(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
         samples = readers.read_nocaps(options.annotations, options.images)
     elif options.task == "gqa":
         samples = readers.read_gqa(options.questions[0], options.images)
+    elif options.task == "aokvqa":
+        samples = readers.read_aokvqa(options.questions[0], options.images)
     elif options.task == "pope":
         samples = readers.read_pope(options.questions, options.images)
     elif options.task == "chair":
@@ -167,8 +187,10 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
     from ..evaluation import readers
 
     rows = load_dataset(options, default_split="test")
-    is_vqa = task.kind == "vqa"
-    columns = ["image", *(("question", "answer", "image_id", "group") if is_vqa else ("caption",)), "id"]
+    is_vqa = task.kind in ("vqa", "choice")
+    if task.kind == "choice":
+        options.choices_column = options.choices_column or "choices"
+    columns = ["image", *(("question", "answer", "image_id", "group", "choices") if is_vqa else ("caption",)), "id"]
     needed = {f"--{name.replace('_', '-')}-column": getattr(options, f"{name}_column") for name in columns}
     check_columns(options.data, rows, {option: column for option, column in needed.items() if column is not None})
     if "file_name" in rows.column_names:  # of a folder of pictures, several rows of which may be about one
@@ -179,6 +201,7 @@ def _read_rows(options: argparse.Namespace, task: _Task) -> Sequence[Any]:
         names = ("image_column", "caption_column", "id_column")
         return readers.read_caption_rows(rows, **pick(options, *names, "allow_urls"))
     names = ("image_column", "question_column", "answer_column", "id_column", "image_id_column", "group_column")
+    names += ("choices_column",)
     return readers.read_question_rows(rows, **pick(options, *names, "allow_urls"))
 
 
@@ -199,7 +222,13 @@ def _with_texts(rows: Any, column: str) -> Any:
 
 def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[Any], device: Any):
     from ..evaluation.answer_protocols import check_protocol
-    from ..evaluation.benchmarks import check_objects, evaluate_captioning, evaluate_chair, evaluate_vqa
+    from ..evaluation.benchmarks import (
+        check_objects,
+        evaluate_captioning,
+        evaluate_chair,
+        evaluate_multiple_choice,
+        evaluate_vqa,
+    )
     from ..evaluation.readers import read_synonyms
     from ..models.processing_blip2 import learned_prompt
 
@@ -211,11 +240,14 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
         lemmatize = task.lemmatize if options.lemmatize is None else options.lemmatize
         protocol = check_protocol(samples, options.protocol or task.protocol, lemmatize)
         evaluate, scoring = evaluate_vqa, {"protocol": protocol, "lemmatize": lemmatize}
+    elif task.kind == "choice":
+        evaluate = evaluate_multiple_choice
+        scoring = {"normalization": options.normalization or NORMALIZATIONS[0]}
     elif task.kind == "chair":
         evaluate, scoring = evaluate_chair, {"synonyms": read_synonyms(options.synonyms)}
         check_objects(samples, scoring["synonyms"])
     model, processor = load_captioner(options.model, options.dtype, device)
-    learned = learned_prompt(processor, asks=task.kind == "vqa")
+    learned = learned_prompt(processor, asks=preset.asks)
     if learned is not None and options.prompt is None and options.preset is None:
         preset = replace(preset, prompt=learned)
     tell_image_size(processor, options.image_size, preset.image_size)
@@ -234,7 +266,7 @@ def _preset(options: argparse.Namespace, task: _Task) -> GenerationPreset:
     preset = generation_preset(options.preset or task.preset, config)
     if options.prompt is not None:
         preset = replace(preset, prompt=options.prompt)
-    check_preset(preset, asks=task.kind == "vqa")
+    check_preset(preset, asks=task.kind in ("vqa", "choice"))
     kwargs = generation_with_preset(preset, given)
     check_generation(kwargs, options.model)
     check_room(config, kwargs)

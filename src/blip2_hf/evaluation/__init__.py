@@ -1,9 +1,10 @@
 """Evaluation."""
 
 from ..retrieval.two_stage import EncodedTexts, Ranking, TwoStageRankings, TwoStageRetrieval
-from .benchmarks import evaluate_captioning, evaluate_chair, evaluate_vqa
+from .benchmarks import evaluate_captioning, evaluate_chair, evaluate_multiple_choice, evaluate_vqa
 from .generated_text import GeneratedTextMetrics, exact_match, score_answers, word_f1
 from .readers import (
+    read_aokvqa,
     read_caption_rows,
     read_coco_objects,
     read_gqa,
@@ -30,9 +31,11 @@ __all__ = [
     "contrastive_retrieval_metrics",
     "evaluate_captioning",
     "evaluate_chair",
+    "evaluate_multiple_choice",
     "evaluate_retrieval",
     "evaluate_vqa",
     "exact_match",
+    "read_aokvqa",
     "read_caption_rows",
     "read_coco_objects",
     "read_gqa",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,16 +191,11 @@ def evaluate_vqa(
     protocol = check_protocol(samples, protocol, lemmatize)
     preset = _preset(preset, model, samples)
     check_preset(preset, asks=True)
-    questions = [clean_question(sample.question) for sample in samples]
-    for number, question in enumerate(questions):
-        if not question.strip():
-            name, given = sample_name(samples[number], number), samples[number].question
-            raise ValueError(f"{name}: the question is {given!r}, of which cleaning leaves nothing.")
     return _evaluate(
         model,
         processor,
         samples,
-        [preset.prompt.replace("{}", question) for question in questions],
+        _question_prompts(samples, preset.prompt),
         output,
         preset,
         task,
@@ -208,6 +204,82 @@ def evaluate_vqa(
         scoring={"protocol": protocol, "lemmatize": lemmatize},
         **kwargs,
     )
+
+
+def evaluate_multiple_choice(
+    model: Any,
+    processor: Any,
+    samples: Sequence[QuestionSample],
+    output: str | os.PathLike,
+    preset: str | GenerationPreset = "vqa",
+    task: str = "multiple-choice",
+    normalization: str = "sum",
+    **kwargs,
+) -> dict[str, Any]:
+    r"""
+    Choose the likeliest of the choices of each question ([`~Blip2ForConditionalGeneration.score_texts`]), and score
+    how often it is the right one, for all questions and for each group of them. Questions are written as in
+    [`evaluate_vqa`]. All processes of accelerate call it together, and share the pictures.
+
+    Args:
+        model, processor, output, kwargs:
+            As in [`evaluate_captioning`].
+        samples (`list[QuestionSample]`):
+            Questions with `choices`, such as [`read_aokvqa`] returns.
+        preset (`str` or [`~generation_presets.GenerationPreset`], *optional*, defaults to `"vqa"`):
+            The prompt, or the name of the preset that has it. Nothing is generated.
+        task (`str`, *optional*, defaults to `"multiple-choice"`):
+            What results call it.
+        normalization (`str`, *optional*, defaults to `"sum"`):
+            How choices of different lengths compare, as in [`~Blip2ForConditionalGeneration.score_texts`].
+
+    Returns:
+        `dict`: what results.json holds, in all processes.
+
+    Raises:
+        ValueError, OSError, ImageLoadError: as in [`evaluate_captioning`], and if a question has no choices.
+    """
+    preset = _preset(preset, model, samples)
+    check_preset(preset, asks=True)
+    for number, sample in enumerate(samples):
+        if sample.choices is None:
+            raise ValueError(f"{sample_name(sample, number)} has no choices, one of which is to be chosen.")
+        for choice in sample.choices:
+            if found := special_token_in(choice, "", processor.tokenizer):
+                raise ValueError(
+                    f"{sample_name(sample, number)}: the choice {choice!r} has {found!r}, a special token of the "
+                    "tokenizer. Write it without."
+                )
+    return _evaluate(
+        model,
+        processor,
+        samples,
+        _question_prompts(samples, preset.prompt),
+        output,
+        replace(preset, generate_kwargs={}),
+        task,
+        score=_share_of_right,
+        names=("question_id", "multiple_choice"),
+        normalization=normalization,
+        **kwargs,
+    )
+
+
+def _share_of_right(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    right = [prediction in own for prediction, own in zip(predictions, references, strict=True)]
+    return {"accuracy": sum(right) / len(right)}
+
+
+def _question_prompts(samples: Sequence[QuestionSample], template: str) -> list[str]:
+    """Return the prompts of questions, and refuse a question of which nothing is left."""
+    prompts = []
+    for number, sample in enumerate(samples):
+        question = clean_question(sample.question)
+        if not question.strip():
+            name = sample_name(sample, number)
+            raise ValueError(f"{name}: the question is {sample.question!r}, of which cleaning leaves nothing.")
+        prompts.append(template.replace("{}", question))
+    return prompts
 
 
 def check_objects(samples: Sequence[CaptionSample], synonyms: Sequence[Sequence[str]]) -> ObjectWords:
@@ -246,17 +318,20 @@ def _evaluate(
     scoring: dict[str, Any] | None = None,
     references: Sequence[list] | None = None,
     describe: Callable[[str, list], dict[str, Any]] | None = None,
+    normalization: str | None = None,
     image_size: int | None = None,
     **kwargs,
 ) -> dict[str, Any]:
     """
     Predict, score and report. `names` are what the benchmark calls the id and the text of a prediction. `references`
-    are those of the samples if not given. `describe` says more of a text, given its references.
+    are those of the samples if not given. `describe` says more of a text, given its references. With `normalization`,
+    a text is chosen and not generated.
     """
     check_distinct_ids(samples)
     _check_prompts(samples, prompts, preset.prompt, processor.tokenizer)
     state = PartialState(cpu=model.device.type == "cpu")
-    settings = prediction_settings(model, processor, preset, samples, image_size)
+    settings = prediction_settings(model, processor, preset, samples, image_size, normalization)
+    kwargs |= {} if normalization is None else {"normalization": normalization}
     with only_writer(Path(output) / ".lock", output, state):
         store = PredictionStore(Path(output) / "parts", settings, state)
         texts, batch_size = predict_texts(
@@ -312,4 +387,4 @@ def _groups(samples: Sequence[Sample]) -> dict[str, list[int]]:
     return dict(sorted(groups.items())) | {OVERALL: list(range(len(samples)))}
 
 
-__all__ = ["evaluate_captioning", "evaluate_chair", "evaluate_vqa"]
+__all__ = ["evaluate_captioning", "evaluate_chair", "evaluate_multiple_choice", "evaluate_vqa"]

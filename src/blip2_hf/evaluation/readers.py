@@ -1,10 +1,9 @@
 """The paper's benchmarks, from the files that their authors publish, and datasets by the names of their columns."""
 
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,16 @@ from typing import Any
 from ..data.rows import column_names, get_column, select_columns
 from ..data.text import has_text, texts_of
 from ..jobs.errors import shorten
-from ..jobs.state_files import read_json_lines
+from .annotation_files import (
+    PictureFolder,
+    coco_places,
+    entries_of,
+    field_of,
+    paths_of,
+    read_lines,
+    read_list,
+    read_object,
+)
 from .samples import (
     CaptionSample,
     QuestionSample,
@@ -27,7 +35,6 @@ from .samples import (
 )
 
 
-_COCO_PICTURE = re.compile(r"COCO_(.+)_\d+\.jpg")
 _OBJECT_WORD = re.compile(r"\w[\w' -]*")
 
 
@@ -53,29 +60,29 @@ def read_karpathy(
             type, or if two entries have the same id or the same picture.
         FileNotFoundError: if a file or a picture is not there.
     """
-    return _karpathy_samples(_read_json(annotations), annotations, images, split)
+    return _karpathy_samples(read_object(annotations), annotations, images, split)
 
 
 def _karpathy_samples(
     content: Mapping, annotations: str | os.PathLike, images: str | os.PathLike, split: str
 ) -> list[CaptionSample]:
     splits = ("train", "restval") if split == "train" else (split,)
-    entries = list(_entries(content, "images", annotations))
-    found = Counter(_field(entry, "split", where, check_text) for where, entry in entries)
+    entries = list(entries_of(content, "images", annotations))
+    found = Counter(field_of(entry, "split", where, check_text) for where, entry in entries)
     entries = [(where, entry) for where, entry in entries if entry["split"] in splits]
     if not entries:
         raise ValueError(f"{annotations} has no split {split!r}; its splits are {dict(found)}.")
-    pictures = _Pictures(images)
+    pictures = PictureFolder(images)
     samples = []
     for where, entry in entries:
-        filename = _field(entry, "filename", where, check_text)
-        path = Path(_field(entry, "filepath", where, check_text) if "filepath" in entry else "", filename)
+        filename = field_of(entry, "filename", where, check_text)
+        path = Path(field_of(entry, "filepath", where, check_text) if "filepath" in entry else "", filename)
         # Flickr30K's pictures have no other name than that of their file
         has_id = "cocoid" in entry
-        image_id = _field(entry, "cocoid", where, check_id) if has_id else os.path.splitext(path.as_posix())[0]
+        image_id = field_of(entry, "cocoid", where, check_id) if has_id else os.path.splitext(path.as_posix())[0]
         captions = [
-            _field(sentence, "raw", f"{where}.sentences[{number}]", check_text)
-            for number, sentence in enumerate(_field(entry, "sentences", where, check_list))
+            field_of(sentence, "raw", f"{where}.sentences[{number}]", check_text)
+            for number, sentence in enumerate(field_of(entry, "sentences", where, check_list))
         ]
         samples.append(CaptionSample(pictures.find(path, filename), image_id, captions, source=where))
     pictures.check()
@@ -101,20 +108,20 @@ def read_nocaps(annotations: str | os.PathLike, images: str | os.PathLike) -> li
             have the same id or the same picture, or if no caption is about any of the pictures.
         FileNotFoundError: if a file or a picture is not there.
     """
-    return _coco_samples(_read_json(annotations), annotations, images)
+    return _coco_samples(read_object(annotations), annotations, images)
 
 
 def _coco_samples(content: Mapping, annotations: str | os.PathLike, images: str | os.PathLike) -> list[CaptionSample]:
     """Return what a file of captions in COCO's format holds."""
     captions: dict[Any, list[str]] = {}
-    for where, entry in _entries(content, "annotations", annotations) if "annotations" in content else ():
-        image_id = _field(entry, "image_id", where, check_id)
-        captions.setdefault(image_id, []).append(_field(entry, "caption", where, check_text))
-    pictures = _Pictures(images)
+    for where, entry in entries_of(content, "annotations", annotations) if "annotations" in content else ():
+        image_id = field_of(entry, "image_id", where, check_id)
+        captions.setdefault(image_id, []).append(field_of(entry, "caption", where, check_text))
+    pictures = PictureFolder(images)
     samples = []
-    for where, entry in _entries(content, "images", annotations):
-        image_id = _field(entry, "id", where, check_id)
-        path = pictures.find(*_coco_places(_field(entry, "file_name", where, check_text)))
+    for where, entry in entries_of(content, "images", annotations):
+        image_id = field_of(entry, "id", where, check_id)
+        path = pictures.find(*coco_places(field_of(entry, "file_name", where, check_text)))
         samples.append(CaptionSample(path, image_id, captions.get(image_id, []), entry.get("domain"), where))
     if captions and not any(sample.captions for sample in samples):
         raise ValueError(f"{annotations}: no 'image_id' of its annotations is an 'id' of its images.")
@@ -151,7 +158,7 @@ def read_coco_objects(
             given with a split.
         FileNotFoundError: if a file or a picture is not there.
     """
-    content = _read_json(annotations)
+    content = read_object(annotations)
     if "annotations" not in content:
         samples = _karpathy_samples(content, annotations, images, split or "test")
     elif split is None:
@@ -159,12 +166,12 @@ def read_coco_objects(
     else:
         raise ValueError(f"{annotations} is COCO's own file, which has no split {split!r}. Leave the split out.")
     objects: dict[Any, dict[str, None]] = {}
-    for path in _paths(instances):
+    for path in paths_of(instances):
         objects |= _read_instances(path)
     for sample in samples:
         if sample.image_id not in objects:
             raise ValueError(
-                f"{' and '.join(map(str, _paths(instances)))}: there is no picture {sample.image_id!r}, that of "
+                f"{' and '.join(map(str, paths_of(instances)))}: there is no picture {sample.image_id!r}, that of "
                 f"{sample.source}. Give the file of its instances, too."
             )
     return [replace(sample, objects=list(objects[sample.image_id])) for sample in samples]
@@ -172,16 +179,16 @@ def read_coco_objects(
 
 def _read_instances(path: str | os.PathLike) -> dict[Any, dict[str, None]]:
     """Read the names of the objects in each picture, each of them once and in order."""
-    content = _read_json(path)
+    content = read_object(path)
     names = {
-        _field(entry, "id", where, check_id): _field(entry, "name", where, check_text)
-        for where, entry in _entries(content, "categories", path)
+        field_of(entry, "id", where, check_id): field_of(entry, "name", where, check_text)
+        for where, entry in entries_of(content, "categories", path)
     }
     objects: dict[Any, dict[str, None]] = {
-        _field(entry, "id", where, check_id): {} for where, entry in _entries(content, "images", path)
+        field_of(entry, "id", where, check_id): {} for where, entry in entries_of(content, "images", path)
     }
-    for where, entry in _entries(content, "annotations", path):
-        image_id, category = (_field(entry, name, where, check_id) for name in ("image_id", "category_id"))
+    for where, entry in entries_of(content, "annotations", path):
+        image_id, category = (field_of(entry, name, where, check_id) for name in ("image_id", "category_id"))
         if image_id not in objects or category not in names:
             raise ValueError(f"{where}: there is no image {image_id!r}, or no category {category!r}, in the file.")
         objects[image_id][names[category]] = None
@@ -241,20 +248,20 @@ def read_vqa(
             type, or if two entries have the same id.
         FileNotFoundError: if a file or a picture is not there.
     """
-    content = _read_json(questions)
+    content = read_object(questions)
     # Questions of test-dev2015 are about pictures of test2015
-    subtype = _field(content, "data_subtype", questions, check_text).replace("-dev", "")
+    subtype = field_of(content, "data_subtype", questions, check_text).replace("-dev", "")
     answers = {} if annotations is None else _read_answers(annotations)
-    pictures = _Pictures(images)
+    pictures = PictureFolder(images)
     samples = []
-    for where, entry in _entries(content, "questions", questions):
-        question_id, image_id = (_field(entry, name, where, check_id) for name in ("question_id", "image_id"))
+    for where, entry in entries_of(content, "questions", questions):
+        question_id, image_id = (field_of(entry, name, where, check_id) for name in ("question_id", "image_id"))
         if annotations is not None and question_id not in answers:
             raise ValueError(f"{annotations} has no answer to question {question_id!r} of {where}.")
         if not str(image_id).isdecimal():
             raise ValueError(f"{where}: 'image_id' is {shorten(image_id)}; a number was expected, that of the file.")
-        path = pictures.find(*_coco_places(f"COCO_{subtype}_{int(image_id):012d}.jpg"))
-        question = _field(entry, "question", where, check_text)
+        path = pictures.find(*coco_places(f"COCO_{subtype}_{int(image_id):012d}.jpg"))
+        question = field_of(entry, "question", where, check_text)
         texts, group = answers.get(question_id, ([], None))
         samples.append(QuestionSample(path, image_id, question_id, question, texts, group, where))
     pictures.check()
@@ -265,13 +272,13 @@ def read_vqa(
 def _read_answers(annotations: str | os.PathLike) -> dict[Any, tuple[list[str], str | None]]:
     """Read answers and their type, by question."""
     answers: dict[Any, tuple[list[str], str | None]] = {}
-    for where, entry in _entries(_read_json(annotations), "annotations", annotations):
-        question_id = _field(entry, "question_id", where, check_id)
+    for where, entry in entries_of(read_object(annotations), "annotations", annotations):
+        question_id = field_of(entry, "question_id", where, check_id)
         if question_id in answers:
             raise ValueError(f"{where}: another entry has the answers to question {question_id!r}.")
         texts = [
-            _field(answer, "answer", f"{where}.answers[{number}]", check_text)
-            for number, answer in enumerate(_field(entry, "answers", where, check_list))
+            field_of(answer, "answer", f"{where}.answers[{number}]", check_text)
+            for number, answer in enumerate(field_of(entry, "answers", where, check_list))
         ]
         answers[question_id] = (texts, entry.get("answer_type"))
     return answers
@@ -294,15 +301,15 @@ def read_gqa(questions: str | os.PathLike, images: str | os.PathLike) -> list[Qu
         ValueError: if the file is another one, or if a field of an entry is missing or of another type.
         FileNotFoundError: if a file or a picture is not there.
     """
-    pictures = _Pictures(images)
+    pictures = PictureFolder(images)
     samples = []
-    for question_id, entry in _read_json(questions).items():
+    for question_id, entry in read_object(questions).items():
         where = f"{questions}, {question_id!r}"
         if not isinstance(entry, Mapping):
             raise ValueError(f"{where} is {shorten(entry)}; questions by their id were expected.")
-        image_id = _field(entry, "imageId", where, check_id)
-        question = _field(entry, "question", where, check_text)
-        answers = [_field(entry, "answer", where, check_text)] if "answer" in entry else []
+        image_id = field_of(entry, "imageId", where, check_id)
+        question = field_of(entry, "question", where, check_text)
+        answers = [field_of(entry, "answer", where, check_text)] if "answer" in entry else []
         path = pictures.find(f"{image_id}.jpg")
         samples.append(QuestionSample(path, image_id, question_id, question, answers, source=where))
     pictures.check()
@@ -330,24 +337,70 @@ def read_pope(
             two files have the same name, or if a label is neither yes nor no.
         FileNotFoundError: if a file or a picture is not there.
     """
-    pictures = _Pictures(images)
+    pictures = PictureFolder(images)
     samples = []
     groups: dict[str, str | os.PathLike] = {}
-    for path in _paths(questions):
+    for path in paths_of(questions):
         group = Path(path).stem
         if group in groups:
             raise ValueError(f"{groups[group]} and {path} have the same name, and results are told apart by it.")
         groups[group] = path
-        for where, entry in _read_json_lines(path):
-            question_id = f"{group}/{_field(entry, 'question_id', where, check_id)}"
-            filename, question, label = (_field(entry, name, where, check_text) for name in ("image", "text", "label"))
+        for where, entry in read_lines(path):
+            question_id = f"{group}/{field_of(entry, 'question_id', where, check_id)}"
+            filename, question, label = (
+                field_of(entry, name, where, check_text) for name in ("image", "text", "label")
+            )
             if label.lower() not in ("yes", "no"):
                 raise ValueError(f"{where}: 'label' is {shorten(label)}; yes or no was expected.")
-            picture = pictures.find(*_coco_places(filename))
+            picture = pictures.find(*coco_places(filename))
             samples.append(QuestionSample(picture, filename, question_id, question, [label.lower()], group, where))
     pictures.check()
     check_distinct_ids(samples)
     return samples
+
+
+def read_aokvqa(questions: str | os.PathLike, images: str | os.PathLike) -> list[QuestionSample]:
+    r"""
+    Read A-OKVQA: questions with four choices.
+
+    Args:
+        questions (`str` or `os.PathLike`):
+            aokvqa_v1p0_val.json or another of them. That of test has no answers.
+        images (`str` or `os.PathLike`):
+            Folder of COCO's pictures of 2017, which may also lie in its folders such as val2017.
+
+    Returns:
+        `list[QuestionSample]`: with `choices`, and the right one as the answer.
+
+    Raises:
+        ValueError: if the file is another one, if a field of an entry is missing or of another type, if two entries
+            have the same id, or if the number of the right choice is none of a choice.
+        FileNotFoundError: if a file or a picture is not there.
+    """
+    pictures = PictureFolder(images)
+    samples = []
+    for where, entry in read_list(questions):
+        image_id, question_id = (field_of(entry, name, where, check_id) for name in ("image_id", "question_id"))
+        if not str(image_id).isdecimal():
+            raise ValueError(f"{where}: 'image_id' is {shorten(image_id)}; a number was expected, that of the file.")
+        filename = f"{int(image_id):012d}.jpg"
+        path = pictures.find(f"{field_of(entry, 'split', where, check_text)}2017/{filename}", filename)
+        question = field_of(entry, "question", where, check_text)
+        choices, number = field_of(entry, "choices", where, check_list), entry.get("correct_choice_idx")
+        answers = [] if number is None else [_choice(number, choices, where)]
+        samples.append(QuestionSample(path, image_id, question_id, question, answers, None, where, choices))
+    pictures.check()
+    check_distinct_ids(samples)
+    return samples
+
+
+def _choice(answer: Any, choices: list, where: str) -> Any:
+    """Return the choice that an answer is, or whose number it is."""
+    if isinstance(answer, (str, bool)) or not isinstance(answer, int):
+        return answer
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"{where}: the answer is choice {answer}, and there are {len(choices)}, numbered from 0.")
+    return choices[answer]
 
 
 def read_caption_rows(
@@ -400,6 +453,7 @@ def read_question_rows(
     image_id_column: str | None = None,
     group_column: str | None = None,
     allow_urls: bool | Sequence[str] = False,
+    choices_column: str | None = None,
 ) -> list[QuestionSample]:
     r"""
     Read questions in a dataset.
@@ -423,6 +477,8 @@ def read_question_rows(
         allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
             Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
             the hosts in it.
+        choices_column (`str`, *optional*):
+            Column of lists of answers to choose from. The answer is then one of them, or its number, from 0.
 
     Returns:
         `list[QuestionSample]`
@@ -431,13 +487,16 @@ def read_question_rows(
         ValueError: if there is no such column, if a value is missing or of another type, or if two rows have the same
             id.
     """
-    columns = [question_column, answer_column, id_column, image_id_column, group_column]
+    columns = [question_column, answer_column, id_column, image_id_column, group_column, choices_column]
     images: dict[Any, RowImage] = {}
     samples = []
     for image, values in _read_rows(rows, image_column, columns, allow_urls):
         row = image.row
         image_id = row if image_id_column is None else _value(values, image_id_column, row, check_id)
         group = None if group_column is None else _value(values, group_column, row)
+        choices = None if choices_column is None else _value(values, choices_column, row, check_list)
+        if choices is not None:
+            values = {**values, answer_column: _choice(_value(values, answer_column, row), choices, f"row {row}")}
         samples.append(
             QuestionSample(
                 images.setdefault(image_id, image),
@@ -447,6 +506,7 @@ def read_question_rows(
                 _texts(values, answer_column, row),
                 None if group is None else str(group),
                 f"row {row}",
+                choices,
             )
         )
     check_distinct(samples, sample_id, f"have the same id in column {id_column!r}, and each needs its own")
@@ -491,90 +551,8 @@ def _texts(values: Mapping, column: str, row: int) -> list[str]:
     return texts if has_text(texts) else []
 
 
-def _read_json(path: str | os.PathLike) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}). Is it complete, and unpacked?") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: an object was expected, got {type(content).__name__}. Is it the right file?")
-    return content
-
-
-def _read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    """Yield what the lines of a file hold, each with what errors call it."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    advice = "Is it the right file, complete and unpacked?"
-    lines = read_json_lines(path, advice, "an object of JSON", lambda line: isinstance(line, Mapping), is_whole=True)
-    number = 0
-    for number, entry in enumerate(lines, start=1):
-        yield f"{path}, entry {number}", entry
-    if not number:
-        raise ValueError(f"{path} is empty. {advice}")
-
-
-def _paths(given: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str | os.PathLike]:
-    return [given] if isinstance(given, (str, os.PathLike)) else list(given)
-
-
-def _coco_places(filename: str) -> Iterable[str]:
-    """Return where a picture may lie: one of COCO's in the folder of its part, such as val2014, or as others."""
-    part = _COCO_PICTURE.fullmatch(filename)
-    return (f"{part[1]}/{filename}", filename) if part else (filename,)
-
-
-def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON, and refuse one in which a name stands twice: its last field would hide the others."""
-    content = dict(fields)
-    if len(content) < len(fields):
-        name = Counter(name for name, _ in fields).most_common(1)[0][0]
-        raise ValueError(f"{name!r} stands twice in one object")
-    return content
-
-
-def _entries(content: Any, name: str, path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    """Yield the entries of a list, each with what errors call it."""
-    for number, entry in enumerate(_field(content, name, path, check_list)):
-        yield f"{path}, {name}[{number}]", entry
-
-
-def _field(entry: Any, name: str, where: str | os.PathLike, check: Callable[[Any, str], None]) -> Any:
-    if not isinstance(entry, Mapping) or name not in entry:
-        found = sorted(map(str, entry))[:10] if isinstance(entry, Mapping) else shorten(entry)
-        raise ValueError(f"{where} has no {name!r}, but {found}. Is it the right file?")
-    check(entry[name], f"{where}: {name!r}")
-    return entry[name]
-
-
-class _Pictures:
-    """Finds pictures in a folder, and tells of all that are missing at once."""
-
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"There is no folder {folder} with pictures.")
-        self.missing: list[str] = []
-
-    def find(self, *names: str | Path) -> str:
-        """Return the path of the first of some names of a picture that is there."""
-        for name in names:
-            if (self.folder / name).is_file():
-                return str(self.folder / name)
-        self.missing.append(" or ".join(dict.fromkeys(map(str, names))))
-        return ""
-
-    def check(self):
-        if self.missing:
-            raise FileNotFoundError(
-                f"{self.folder} lacks {len(self.missing)} pictures, the first of them {self.missing[0]}. Give the "
-                "folder that holds them."
-            )
-
-
 __all__ = [
+    "read_aokvqa",
     "read_caption_rows",
     "read_coco_objects",
     "read_gqa",

@@ -91,6 +91,8 @@ class QuestionSample:
             What scores are told apart by, such as the type of the answer.
         source (`str`, *optional*):
             What errors call the sample, such as `"questions.json, questions[3]"`.
+        choices (`list[str]`, *optional*):
+            Answers to choose from, for [`evaluate_multiple_choice`]. The right one is among them.
 
     Raises:
         ValueError: if a field is missing, or of another type.
@@ -103,6 +105,7 @@ class QuestionSample:
     answers: list[str]
     group: str | None = None
     source: str | None = None
+    choices: list[str] | None = None
 
     def __post_init__(self):
         name = self.source or f"QuestionSample with question_id={shorten(self.question_id)}"
@@ -112,6 +115,15 @@ class QuestionSample:
         if not self.question.strip():
             raise ValueError(f"{name}: question is {shorten(self.question)}; a question was expected.")
         _check_shared(self, self.answers, name, "answers")
+        if self.choices is not None:
+            self._check_choices(name)
+
+    def _check_choices(self, name: str):
+        _check_texts(self.choices, f"{name}: choices")
+        if len(self.choices) < 2 or not all(choice.strip() for choice in self.choices):
+            raise ValueError(f"{name}: choices is {shorten(self.choices)}; at least two texts were expected.")
+        if missing := [answer for answer in self.answers if answer not in self.choices]:
+            raise ValueError(f"{name}: the answer {shorten(missing[0])} is none of the choices {self.choices}.")
 
 
 Sample = CaptionSample | QuestionSample

@@ -3,6 +3,7 @@ Texts that a model writes about many pictures: in batches as large as the memory
 on the disk as they come.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -12,11 +13,11 @@ from transformers.utils import logging
 
 from ..data.image_size import own_image_size, with_image_size
 from ..jobs.batch_size import BatchSize, first_batch_size
-from ..jobs.fingerprints import model_settings
+from ..jobs.fingerprints import fingerprint, model_settings
 from ..jobs.inference import eval_mode
 from ..jobs.output import share
 from ..jobs.picture_inputs import PictureInputs, load_ahead
-from ..jobs.text_writing import write_texts
+from ..jobs.text_writing import choose_texts, write_texts
 from ..models.generation_presets import GenerationPreset
 from ..models.image_loading import ImageLoadError, check_reads_8_bit
 from .prediction_store import PredictionStore
@@ -34,9 +35,11 @@ def predict_texts(
     batch_size: int | None = None,
     num_workers: int = 0,
     show_progress: bool = True,
+    normalization: str | None = None,
 ) -> tuple[list[str], int]:
     r"""
-    Write a text for each sample. All processes of accelerate call it together, and share the pictures.
+    Write a text for each sample, or choose one of its choices. All processes of accelerate call it together, and share
+    the pictures.
 
     Args:
         model ([`Blip2ForConditionalGeneration`]):
@@ -59,6 +62,8 @@ def predict_texts(
             Processes that load pictures.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        normalization (`str`, *optional*):
+            How choices are scored ([`~Blip2ForConditionalGeneration.score_texts`]). Without it, texts are generated.
 
     Returns:
         `tuple[list[str], int]`: the texts, in all processes, and the size that batches had in the end.
@@ -72,7 +77,11 @@ def predict_texts(
     @torch.no_grad()
     def write(rows: list[tuple[int, torch.Tensor]]) -> list[str]:
         own_prompts, pictures = [prompts[number] for number, _ in rows], [picture for _, picture in rows]
-        return write_texts(model, processor, generate_kwargs, own_prompts, pictures)
+        if normalization is None:
+            return write_texts(model, processor, generate_kwargs, own_prompts, pictures)
+        choices: Any = [samples[number].choices for number, _ in rows]
+        found = choose_texts(model, processor, choices, normalization, own_prompts, pictures)
+        return [own[values.index(max(values))] for own, values in zip(choices, found, strict=True)]
 
     is_shown = show_progress and store.state.is_main_process
     total = sum(map(len, images))
@@ -88,7 +97,12 @@ def predict_texts(
 
 
 def prediction_settings(
-    model: Any, processor: Any, preset: GenerationPreset, samples: Sequence[Sample], image_size: int | None
+    model: Any,
+    processor: Any,
+    preset: GenerationPreset,
+    samples: Sequence[Sample],
+    image_size: int | None,
+    normalization: str | None = None,
 ) -> dict[str, Any]:
     """
     Return what predictions depend on: neither the batch size nor the number of processes, and neither references nor
@@ -97,6 +111,10 @@ def prediction_settings(
     image_processor = with_image_size(processor.image_processor, image_size)
     defaults = model.generation_config.to_diff_dict()
     questions = [sample.question for sample in samples if isinstance(sample, QuestionSample)]
+    choosing: dict[str, Any] = {}
+    if normalization is not None:
+        choices = [json.dumps(sample.choices).encode() for sample in samples if isinstance(sample, QuestionSample)]
+        defaults, choosing = {}, {"normalization": normalization, "choices": fingerprint(choices)}
     return {
         **model_settings(model, image_processor),
         "prompt": preset.prompt,
@@ -105,6 +123,7 @@ def prediction_settings(
         "image_size": own_image_size(image_processor),
         "num_samples": len(samples),
         "samples": samples_fingerprint(samples, questions),
+        **choosing,
     }
 
 

@@ -44,14 +44,20 @@ _BENCHMARKS = {
     "vqav2": ("visual-question-answering", "vqav2", "VQAv2"),
     "okvqa": ("visual-question-answering", "ok-vqa", "OK-VQA"),
     "gqa": ("visual-question-answering", "gqa", "GQA"),
+    "aokvqa": ("visual-question-answering", "aokvqa", "A-OKVQA (multiple choice)"),
     "pope": ("visual-question-answering", "pope", "POPE"),
     "chair": ("image-to-text", "coco", "COCO captions"),
     "coco-retrieval": ("image-text-retrieval", "coco", "COCO captions"),
     "flickr30k-retrieval": ("image-text-retrieval", "flickr30k", "Flickr30K"),
 }
-_TASK_TYPES = {"caption": "image-to-text", "vqa": "visual-question-answering", "retrieval": "image-text-retrieval"}
+_TASK_TYPES = {
+    "caption": "image-to-text",
+    "vqa": "visual-question-answering",
+    "multiple-choice": "visual-question-answering",
+    "retrieval": "image-text-retrieval",
+}
 # Settings that a card does not show: fingerprints, and facts that the repository has anyway
-_SETTINGS_LEFT_OUT = ("weights", "samples", "synonyms", "image_processor", "model")
+_SETTINGS_LEFT_OUT = ("weights", "samples", "choices", "synonyms", "image_processor", "model")
 # Metadata that stay when a card is written again
 _KEPT = ("license", "language", "datasets", "base_model")
 
