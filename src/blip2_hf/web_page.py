@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 
 from .attention_maps import overlay, text_heat_map
-from .captioning import answer_questions
-from .captioning.captions import MAX_NEW_TOKENS
+from .captioning import answer_questions, caption_images
 from .data.image_size import own_image_size, with_image_size
 from .jobs.errors import describe
 from .models.image_loading import load_image
 from .models.modeling_blip2 import Blip2ForConditionalGeneration
 from .models.modeling_image_text import Blip2ImageTextPreTrainedModel
-from .models.processing_blip2 import Blip2Processor, learned_prompt
+from .models.processing_blip2 import Blip2Processor
 from .search import SearchIndex
 
 
@@ -35,7 +34,6 @@ CSS = """
 _TITLE = "# BLIP-2\nGive a picture, or click one, then choose what to do with it."
 
 
-@torch.inference_mode()
 def caption_with_scores(
     model: Blip2ForConditionalGeneration, processor: Blip2Processor, image: Any, num_beams: int, num_captions: int
 ) -> list[tuple[str, float]]:
@@ -56,27 +54,13 @@ def caption_with_scores(
 
     Returns:
         `list[tuple[str, float]]`: each caption, the likeliest first, with the geometric mean of the probabilities of
-        its tokens.
+        its tokens and of its end.
     """
-    inputs = processor(images=image, text=learned_prompt(processor) or "", return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
-    output = model.generate(
-        **inputs,
-        num_beams=num_beams,
-        num_return_sequences=num_captions,
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    # Without beams the scores are logits
-    log_probs = model.compute_transition_scores(
-        output.sequences, output.scores, output.get("beam_indices"), normalize_logits=num_beams == 1
-    )
-    # A beam that ends early is filled up with zeros
-    lengths = log_probs.ne(0).sum(dim=1).clamp(min=1)
-    texts = processor.post_process_image_text_to_text(output.sequences, input_ids=inputs["input_ids"])
-    return list(zip(texts, (log_probs.sum(dim=1) / lengths).exp().tolist(), strict=True))
+    options = {"num_beams": num_beams, "num_captions": num_captions, "do_sample": False}
+    (found,) = caption_images(model, processor, [image], with_confidence=True, **options)
+    if found.error is not None:
+        raise ValueError(found.error)
+    return list(zip(found.texts, found.confidences, strict=True))
 
 
 def look_for(
@@ -232,7 +216,7 @@ def _add_caption(model: Any, processor: Any, picture: gr.Image):
             interactive=False,
             label="Captions",
         )
-        gr.Markdown("Certainty is the mean probability of a caption's tokens.")
+        gr.Markdown("Certainty is the mean probability of a caption's tokens and of its end.")
         _on_click(button, write, [picture, beams, captions], [table], "caption")
 
 

@@ -1,5 +1,6 @@
 """`blip2-hf demo`: the page as a client and as a browser see it, and what it refuses."""
 
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from saved_models import save_captioner, save_stage1
+from scoring import scores_by_forward
 from servers import served
 from tiny import make_image, make_model, make_processor
 from transformers import pipeline
@@ -97,19 +99,11 @@ def test_the_score_is_the_mean_probability_of_a_token(num_beams, language_model)
     torch.manual_seed(0)
     model, processor = make_model(language_model).eval(), make_processor(is_encoder_decoder=language_model == "t5")
     found = caption_with_scores(model, processor, make_image(1), num_beams, 1)
-    inputs = processor(images=make_image(1), return_tensors="pt")
-    options = {"num_beams": num_beams, "max_new_tokens": 30, "do_sample": False}
-    tokens = model.generate(**inputs, **options)[0]
-    if language_model == "t5":
-        logits = model(**inputs, decoder_input_ids=tokens[None, :-1]).logits[0]
-        new = tokens[1:]
-    else:
-        start = inputs["input_ids"].shape[1]
-        mask = torch.ones(1, len(tokens), dtype=torch.long)
-        logits = model(pixel_values=inputs["pixel_values"], input_ids=tokens[None], attention_mask=mask).logits[0]
-        logits, new = logits[start - 1 : -1], tokens[start:]
-    expected = logits.log_softmax(dim=-1).gather(1, new[:, None]).mean().exp().item()
-    assert found[0][1] == pytest.approx(expected, rel=1e-4)
+    (text, confidence), *_ = found
+    inputs = processor(images=make_image(1), candidates=[text], return_tensors="pt")
+    prompt, tokens = inputs["input_ids"].tolist(), inputs["candidate_labels"][0].tolist()
+    expected = scores_by_forward(model, inputs["pixel_values"], prompt, tokens).item() / len(tokens[0])
+    assert confidence == pytest.approx(math.exp(expected), rel=1e-4)
 
 
 def test_answers_of_the_page_are_those_of_ask(client, work, capsys):
