@@ -33,7 +33,7 @@ WAYS = {
     "beams": {"num_beams": NUM_CAPTIONS, "do_sample": False},
     "sampled": {"do_sample": True, "top_p": 0.9},
 }
-NORMALIZATIONS = ("sum", "mean", "relative")
+SCENES = 200  # of each test
 
 
 def write(model, processor, embeds: torch.Tensor, **generate_kwargs) -> list[list[str]]:
@@ -52,14 +52,16 @@ def write(model, processor, embeds: torch.Tensor, **generate_kwargs) -> list[lis
 
 
 def score(model, processor, embeds: torch.Tensor, texts: list[list[str]]) -> dict[str, list[list[float]]]:
-    """Compute how likely the language model finds the texts of each scene."""
-    scores: dict[str, list] = {name: [] for name in NORMALIZATIONS}
+    """Compute how likely the language model finds the texts of each scene, in three ways."""
+    scores: dict[str, list] = {"sum": [], "mean": [], "relative": []}
     for start in range(0, len(texts), 50):
         own = texts[start : start + 50]
         inputs = processor(text=[CAPTION_PROMPT] * len(own), candidates=own, return_tensors="pt")
         features = model.get_image_features(image_embeds=embeds[start : start + 50]).pooler_output
-        for name in NORMALIZATIONS:
-            scores[name] += model.score_texts(**inputs, image_features=features, normalization=name).tolist()
+        likelihood = model.score_texts(**inputs, image_features=features)
+        scores["sum"] += likelihood.tolist()
+        scores["mean"] += (likelihood / inputs["candidate_labels"].ne(-100).sum(dim=-1)).tolist()
+        scores["relative"] += model.score_texts(**inputs, image_features=features, normalization="relative").tolist()
     return scores
 
 
@@ -99,6 +101,7 @@ def main():
         sys.exit(f"{missing[0]} does not exist. Run learn_stage1.py and learn_stage2.py first, with this seed.")
     transformers.set_seed(options.seed)
     _, tests = choose_scenes(options.validate)
+    tests = {name: test.select(range(SCENES)) for name, test in tests.items()}
     models = (
         Blip2ForPreTraining.from_pretrained(parts["stage1"]),
         Blip2ForConditionalGeneration.from_pretrained(parts["stage2"]),
