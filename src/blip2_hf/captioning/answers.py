@@ -1,7 +1,8 @@
-"""Answers to questions about pictures."""
+"""Answers to questions about pictures and videos."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ def answer_questions(
         processor ([`Blip2Processor`]):
             Its processor.
         images (`list`):
-            Anything that [`~image_loading.load_image`] takes.
+            Anything that [`~image_loading.load_image`] takes, and videos: files with the ending of one, and lists of
+            pictures. Of a video the model reads `processor.num_frames` frames.
         questions (`list[str]`):
             The questions.
         prompt (`str`, *optional*):
@@ -88,15 +90,15 @@ def answer_questions(
     generate_kwargs = generate_kwargs or preset.generate_kwargs
     size = first_batch_size(batch_size, model.device)
     current = BatchSize(size)
-    inputs = PictureInputs(images, processor.image_processor, "image")
+    inputs = PictureInputs(images, processor.image_processor, "image", processor.num_frames)
 
     def write(rows: list[tuple[str, torch.Tensor]]) -> list[str]:
-        return write_texts(model, processor, generate_kwargs, *map(list, zip(*rows, strict=True)))
+        batches = [map(list, zip(*same, strict=True)) for _, same in groupby(rows, key=lambda row: row[1].shape)]
+        return [text for batch in batches for text in write_texts(model, processor, generate_kwargs, *batch)]
 
     with eval_mode(model), torch.no_grad():
         for batch in load_ahead(inputs, num_workers, batch_size=max(1, size // len(prompts))):
-            pictures = [] if batch.pixel_values is None else list(batch.pixel_values)
-            rows = [(prompt, picture) for picture in pictures for prompt in prompts]
+            rows = [(prompt, picture) for picture in batch.pictures for prompt in prompts]
             texts = iter([text for _, part in current.run(write, rows) for text in part])
             for number in batch.numbers:
                 error = batch.errors.get(number)

@@ -1,8 +1,9 @@
-"""Captions of pictures, some at a time: the next are decoded while the model writes."""
+"""Captions of pictures and videos, some at a time: the next are decoded while the model writes."""
 
 import random
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ def caption_images(
         processor ([`Blip2Processor`]):
             Its processor.
         images (sequence, `Dataset`, or iterable):
-            Anything that [`~image_loading.load_image`] takes.
+            Anything that [`~image_loading.load_image`] takes, and videos: files with the ending of one, and lists of
+            pictures. Of a video the model reads `processor.num_frames` frames.
         prompt (`str`, *optional*):
             Text that the captions go on from. Without it the processor's `prompt`, if it has one.
         max_new_tokens (`int`, *optional*, defaults to 30):
@@ -108,13 +110,14 @@ def caption_images(
     if num_captions < 1:
         raise ValueError(f"num_captions={num_captions}: at least 1 was expected.")
     is_sequence = isinstance(images, (Sequence, Dataset)) and not isinstance(images, IterableDataset)
-    inputs = (PictureInputs if is_sequence else PictureStream)(images, processor.image_processor, "image")
+    kind = PictureInputs if is_sequence else PictureStream
+    inputs = kind(images, processor.image_processor, "image", processor.num_frames)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     writer = CaptionWriter(model, processor, prompt, generate_kwargs, num_captions)
     with eval_mode(model):
         for batch in load_ahead(inputs, num_workers, batch_size=first_batch_size(batch_size, model.device)):
             with seeded(None if seed is None else seed_of(seed, batch.numbers[0])):
-                found = iter([] if batch.pixel_values is None else writer(batch.pixel_values))
+                found = iter(writer(batch.pictures))
             for number in batch.numbers:
                 error = batch.errors.get(number)
                 texts = [] if error else [with_affixes(text, prefix, suffix) for text in next(found)]
@@ -154,9 +157,10 @@ class CaptionWriter:
         self.prompt = processor(text=prompt, return_tensors="pt").to(model.device)
         self.batch_size = BatchSize()
 
-    def __call__(self, pixel_values: torch.Tensor) -> list[list[str]]:
-        """Return the captions of each picture."""
-        return [texts for _, found in self.batch_size.run(self._write, pixel_values) for texts in found]
+    def __call__(self, pictures: Sequence[torch.Tensor]) -> list[list[str]]:
+        """Return the captions of each picture, or row of frames. Those of one shape are a batch."""
+        batches = [torch.stack(list(same)) for _, same in groupby(pictures, key=lambda picture: picture.shape)]
+        return [texts for batch in batches for _, found in self.batch_size.run(self._write, batch) for texts in found]
 
     def _write(self, pixel_values: torch.Tensor) -> list[list[str]]:
         prompt = {name: value.expand(len(pixel_values), -1) for name, value in self.prompt.items()}

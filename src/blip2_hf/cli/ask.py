@@ -1,4 +1,4 @@
-"""`blip2-hf ask`: answers to questions about pictures."""
+"""`blip2-hf ask`: answers to questions about pictures and videos."""
 
 import argparse
 import json
@@ -18,8 +18,11 @@ _LIKE_A_FILE = re.compile(r"\S*\w\.[A-Za-z]\w{1,4}|[/~.]\S*")  # cat.jgp, ../cat
 
 def add_parser(commands: Any):
     example = "blip2-hf ask cat.jpg 'what colour is the cat?' --model Salesforce/blip2-flan-t5-xl"
-    add = add_command(commands, "ask", _run, "Answer questions about pictures.", example=example)
-    arguments = "pictures (files, 'photos/*.jpg', URLs) and questions, in any order; each question is asked of each"
+    add = add_command(commands, "ask", _run, "Answer questions about pictures and videos.", example=example)
+    arguments = (
+        "pictures and videos (files, 'photos/*.jpg', URLs of pictures) and questions, in any order; each question is "
+        "asked of each"
+    )
     add("arguments", arguments, nargs="+", metavar="PICTURE QUESTION")
     add("--model", required=True)
     add("--prompt", "text with the question at {} (default: that of the model's fine-tuning, or the paper's)")
@@ -27,6 +30,7 @@ def add_parser(commands: Any):
     add("--max-new-tokens", "the most tokens that are written (default: 10)")
     add("--generate")
     add("--image-size")
+    add("--num-frames")
     add("--dtype")
     add("--device")
     add("--json", "print JSON, not a table", action="store_true")
@@ -39,7 +43,7 @@ def _run(options: argparse.Namespace):
     from ..jobs.model_checks import WRITING, check_checkpoint
 
     check_checkpoint(options.model, WRITING)
-    model, processor, kwargs = _load(options, questions)
+    model, processor, kwargs = _load(options, pictures, questions)
     rows, is_broken = [], False
     for answers in answer_questions(model, processor, pictures, questions, options.prompt, **kwargs):
         if answers.error is not None:
@@ -58,13 +62,14 @@ def _run(options: argparse.Namespace):
         raise SystemExit(1)
 
 
-def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, dict[str, Any]]:
+def _load(options: argparse.Namespace, pictures: list[str], questions: list[str]) -> tuple[Any, Any, dict[str, Any]]:
     """Return the model, its processor, and the arguments of `generate`."""
     from ..data import with_image_size
     from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
     from ..models.generation_presets import generation_preset
     from ..models.processing_blip2 import learned_prompt
+    from ..models.video_loading import is_video_name
 
     given = given_generation(options)
     config = Blip2Config.from_pretrained(weights_place(options.model))
@@ -75,7 +80,9 @@ def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, 
     model, processor = load_captioner(options.model, options.dtype, find_device(options.device))
     prompt = options.prompt or learned_prompt(processor, asks=True) or preset.prompt
     prompts = [prompt.replace("{}", question) for question in questions]
-    check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)))
+    processor.num_frames = options.num_frames or processor.num_frames
+    num_images = processor.num_frames if any(map(is_video_name, pictures)) else 1
+    check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)), num_images)
     processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     return model, processor, kwargs
 
@@ -94,7 +101,7 @@ def _sort(arguments: list[str]) -> tuple[list[str], list[str]]:
         elif Path(argument).is_dir():
             raise ValueError(f"{argument} is a folder. Give its pictures, such as '{argument}/*.jpg'.")
         elif _is_like_a_path(argument):
-            raise ValueError(f"{argument} is neither a picture that is there nor a question. Check the path.")
+            raise ValueError(f"{argument} is neither a picture or video that is there nor a question. Check the path.")
         else:
             questions.append(argument)
     if not pictures or not questions:

@@ -52,6 +52,21 @@ def is_video_name(name: str | os.PathLike) -> bool:
     return os.path.splitext(os.fspath(name))[1].lower() in VIDEO_ENDINGS
 
 
+def is_video(value: Any) -> bool:
+    """
+    Tell whether what stands in the place of a picture is a video: a file by its name, or a list of pictures.
+
+    Args:
+        value:
+            Anything that [`~image_loading.load_image`] or [`sample_frames`] takes.
+
+    Returns:
+        `bool`.
+    """
+    path = value.get("path") if isinstance(value, Mapping) else value
+    return isinstance(value, (list, tuple)) or (isinstance(path, (str, os.PathLike)) and is_video_name(path))
+
+
 def frame_numbers(total: int, num_frames: int) -> list[int]:
     """
     Spread frames over a video as LAVIS does: frame `i` of `num_frames` is number `i * total // num_frames`. The first
@@ -200,4 +215,4 @@ def _quarter_turns(path: str) -> int:
         return round(next(container.decode(video=0)).rotation / 90) % 4
 
 
-__all__ = ["Video", "frame_numbers", "is_video_name", "list_videos", "sample_frames"]
+__all__ = ["Video", "frame_numbers", "is_video", "is_video_name", "list_videos", "sample_frames"]
