@@ -16,22 +16,19 @@ def named_pictures(name: str) -> list[str] | None:
     Return the files of pictures and videos that an argument names: a file, those that a wildcard stands for, or a URL.
     `None` if it names something else. A `ValueError` if the ending is that of one, and there is none.
     """
-    from ..jobs.picture_files import is_picture_name
+    from ..jobs.picture_files import is_picture_or_video_name
     from ..models.image_loading import is_url
     from ..models.video_loading import is_video_name
-
-    def is_wanted(name: str) -> bool:
-        return is_picture_name(name) or is_video_name(name)
 
     if is_url(name):
         return None if urlsplit(name).path.lower().endswith(_TABLES) else [name]
     if Path(name).exists():
-        return [name] if Path(name).is_file() and is_wanted(name) else None
+        return [name] if Path(name).is_file() and is_picture_or_video_name(name) else None
     if glob.has_magic(name):
-        found = sorted(path for path in glob.glob(name, recursive=True) if is_wanted(path))
+        found = sorted(path for path in glob.glob(name, recursive=True) if is_picture_or_video_name(path))
         if found:
             return found
-    if is_wanted(name):
+    if is_picture_or_video_name(name):
         raise ValueError(f"There is no {'video' if is_video_name(name) else 'picture'} {name}. Check the path.")
     return None
 

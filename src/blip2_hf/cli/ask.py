@@ -101,7 +101,7 @@ def _sort(arguments: list[str]) -> tuple[list[str], list[str]]:
         elif Path(argument).is_dir():
             raise ValueError(f"{argument} is a folder. Give its pictures, such as '{argument}/*.jpg'.")
         elif _is_like_a_path(argument):
-            raise ValueError(f"{argument} is neither a picture or video that is there nor a question. Check the path.")
+            raise ValueError(f"{argument} is neither a picture that is there nor a question. Check the path.")
         else:
             questions.append(argument)
     if not pictures or not questions:

@@ -25,6 +25,7 @@ def add_parser(commands: Any):
     add("--tower-dtype", "dtype of the tower; without it, that of the checkpoint", choices=DTYPES)
     add("--device")
     add("--size", "side in pixels of the square that pictures are scaled to", type=positive, default=224)
+    add("--num-frames", "frames of a video, spread evenly", default=4)
     add("--views", "versions of each picture: itself, then random crops", type=positive, default=1)
     add("--dtype", "dtype of the features", default="bfloat16")
     add("--batch-size", default=32)
@@ -73,7 +74,7 @@ def _run(options: argparse.Namespace):
         image_processor,
         options.output,
         transform=RandomResizedCropAndFlip(options.size) if options.views > 1 else None,
-        **pick(options, *names, "part_index", "num_parts", "allow_urls"),
+        **pick(options, *names, "part_index", "num_parts", "allow_urls", "num_frames"),
     )
     others = "" if options.num_parts == 1 else ", once the other parts are written"
     print(f"The features are in {options.output}. Next{others}: blip2-hf pretrain {options.output} ...")

@@ -37,10 +37,11 @@ _OF_TASKS: dict[str, tuple[tuple[str, ...], Any]] = {
     "answer_column": (("vqa",), "answer"),
     "prompt": (("caption", "vqa"), None),
     "max_new_tokens": (("caption", "vqa"), None),
+    "num_frames": (("caption", "vqa"), None),
 }
 _BOUND = (  # options that decide what is learned
     *("task", "model", "data", "validation", "held_out", "image_size", "prompt", "image_column", "text_column"),
-    *("question_column", "answer_column", "id_column", "dtype", "load_in_4bit", "load_in_8bit"),
+    *("question_column", "answer_column", "id_column", "dtype", "load_in_4bit", "load_in_8bit", "num_frames"),
 )
 
 
@@ -97,6 +98,7 @@ def add_parser(commands: Any):
     add("--max-new-tokens", "the most tokens that are written, in validation (default: 30; 10 for answers)")
     square = "side in pixels of the square that pictures are scaled to"
     add("--image-size", f"{square}; without it, that of the checkpoint, or 364 for retrieval")
+    add("--num-frames")
     add("--dtype", "dtype of the language model", default="bfloat16")
     add_training_options(add)
     add("--merge", "write the whole model, with the adapters added to its weights", action="store_true")
@@ -219,7 +221,7 @@ def _arguments(options: argparse.Namespace, task: _Task) -> Any:
 
 def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dict[str, Any], int]:
     """Return the pairs to learn from and to validate on, and the size of their pictures."""
-    from ..data import ImageTextPairs, check_feature_size
+    from ..data import ImageTextPairs, check_feature_frames, check_feature_size
     from ..training import training_pairs
 
     rows = open_rows(options)
@@ -234,7 +236,8 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
     if options.task == "retrieval":
         options.image_size = options.image_size or _RETRIEVAL_IMAGE_SIZE
     else:
-        columns["prompt"] = options.prompt
+        columns |= {"prompt": options.prompt, "num_frames": options.num_frames or processor.num_frames}
+        check_feature_frames(columns["num_frames"], options.data, options.validation)
     image_size = find_image_size(options, processor)
     check_feature_size(image_size, options.data, options.validation)
     train, validation = rows["train"], rows["validation"]

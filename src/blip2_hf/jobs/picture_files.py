@@ -38,6 +38,11 @@ def is_picture_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in picture_endings()
 
 
+def is_picture_or_video_name(name: str) -> bool:
+    """Tell whether a file is a picture or a video by the ending of its name."""
+    return is_picture_name(name) or is_video_name(name)
+
+
 def find_beside(picture: Path, ending: str) -> Path:
     """Return the path of the file beside a picture with this ending, which is in upper case if that file is there."""
     stem = os.path.splitext(picture)[0]
@@ -68,7 +73,7 @@ def find_pictures_or_videos(folder: str | os.PathLike) -> list[str]:
 
 def has_pictures_or_videos(folder: str | os.PathLike) -> bool:
     """Tell whether `find_pictures_or_videos` finds any, without a walk through the whole folder."""
-    return any(True for _ in _walk(Path(folder), is_wanted=lambda name: is_picture_name(name) or is_video_name(name)))
+    return any(True for _ in _walk(Path(folder), is_wanted=is_picture_or_video_name))
 
 
 def _walk(
