@@ -503,10 +503,10 @@ class _Shards:
     def _check_frames(self, batch: PictureBatch):
         for row, count in zip(batch.readable, batch.counts, strict=True):
             if count != self.images_each:
-                views = self.pictures.views
+                kinds = ("a picture", "a video") if self.frames else ("a video", "a picture")
                 raise ValueError(
-                    f"Row {row} has {count // views} frames, the first row {self.images_each // views}. Store "
-                    "pictures and videos in folders of their own."
+                    f"Row {row} has {kinds[0]}, the first row {kinds[1]}. Store pictures and videos in folders of "
+                    "their own."
                 )
 
     @torch.no_grad()
