@@ -45,7 +45,7 @@ def test_captions_of_videos_and_pictures_together(language_model, clips):
     assert "image 5 of 6" in found[4].error
     streamed = list(caption_images(model, processor, iter(pictures), "a photo of", max_new_tokens=5))
     assert [caption.texts for caption in streamed] == [caption.texts for caption in found]
-    processor.num_frames = 2
+    processor.frames_per_video = 2
     (two,) = caption_images(model, processor, clips[:1], "a photo of", max_new_tokens=5)
     assert two.text == written(model, processor, clips[0], "a photo of", 2, max_new_tokens=5)
 
@@ -88,10 +88,10 @@ def test_a_folder_of_videos_and_rows(clips, tmp_path):
     expected = [written(model, processor, clip, "", max_new_tokens=5) for clip in clips]
     assert lines == [{"file": clip.name, "caption": text} for clip, text in zip(clips, expected, strict=True)]
     # Another number of frames is another setting
-    processor.num_frames = 2
+    processor.frames_per_video = 2
     with pytest.raises(ValueError, match="num_frames"):
         caption_dataset(model, processor, tmp_path, tmp_path / "captions.jsonl", max_new_tokens=5)
-    processor.num_frames = 4
+    processor.frames_per_video = 4
     rows = datasets.Dataset.from_dict({"image": [str(clip) for clip in clips]})
     caption_dataset(model, processor, rows, tmp_path / "rows.jsonl", max_new_tokens=5)
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]

@@ -187,7 +187,7 @@ def test_from_videos_to_a_fine_tuned_model_that_answers(kind, tmp_path, monkeypa
         data = "features"
     steps = ["--max-steps", "2", "--batch-size", "2", "--held-out", "2", "--num-workers", "0", "--device", "cpu"]
     main(["finetune", data, "--model", "model", "--output", "tuned", *steps, *frames])
-    assert Blip2Processor.from_pretrained("tuned").num_frames == 2
+    assert Blip2Processor.from_pretrained("tuned").frames_per_video == 2
     capsys.readouterr()
     main(["ask", "clips/0.mp4", "what is it?", "--model", "tuned", "--device", "cpu"])
     first = capsys.readouterr().out

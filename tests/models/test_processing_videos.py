@@ -40,6 +40,8 @@ def test_a_video_is_its_frames_in_a_row(text, num_query_tokens):
     two = processor(videos=clip, text=text, num_frames=2, return_tensors="pt")
     assert_same(two, processor(images=[[clip[0], clip[4]]], text=text, return_tensors="pt"))
     assert_same(processor(videos=clip, text=text, videos_kwargs={"num_frames": 2}, return_tensors="pt"), two)
+    every = processor(videos=clip, text=text, do_sample_frames=False, return_tensors="pt")
+    assert_same(every, processor(images=[clip], text=text, return_tensors="pt"))
 
 
 def test_files(processor, tmp_path):
@@ -102,6 +104,8 @@ def test_what_does_not_fit_is_told(processor):
         processor(videos=[clip], text="a", num_frames=-1)
     with pytest.raises(TypeError, match="was given fps, and takes images, text, videos, num_frames"):
         processor(videos=[clip], text="a", fps=2)
+    with pytest.raises(TypeError, match="was given fps"):
+        processor(videos=[clip], text="a", videos_kwargs={"fps": 2})
     # Generic callers give options of videos with pictures
     processor(images=make_image(), text="a", fps=2)
     without = make_processor(num_query_tokens=None)
@@ -111,8 +115,8 @@ def test_what_does_not_fit_is_told(processor):
 
 def test_the_processor_keeps_its_number_of_frames(tmp_path):
     make_processor().save_pretrained(tmp_path / "default")
-    assert "num_frames" not in (tmp_path / "default" / "processor_config.json").read_text()
-    make_processor(num_frames=3).save_pretrained(tmp_path / "three")
+    assert "frames_per_video" not in (tmp_path / "default" / "processor_config.json").read_text()
+    make_processor(frames_per_video=3).save_pretrained(tmp_path / "three")
     processor = Blip2Processor.from_pretrained(tmp_path / "three")
     assert processor(videos=make_clip(), text="a", return_tensors="pt")["pixel_values"].shape[0] == 3
 

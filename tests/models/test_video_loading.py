@@ -34,7 +34,7 @@ def test_files(tmp_path, ending):
         assert np.asarray(frames).shape == (4, HEIGHT, WIDTH, 3)
         assert numbers_of(frames) == [0, 2, 4, 6]
     assert numbers_of(sample_frames(path, 3)) == [0, 2, 5]
-    assert numbers_of(sample_frames(path, 8)) == list(range(8))
+    assert numbers_of(sample_frames(path, 8)) == numbers_of(sample_frames(path, None)) == list(range(8))
     assert numbers_of(sample_frames(write_video(tmp_path / f"short.{ending}", make_frames(2)))) == [0, 0, 1, 1]
 
 

@@ -58,7 +58,7 @@ def answer_questions(
             Its processor.
         images (`list`):
             Anything that [`~image_loading.load_image`] takes, and videos: files with the ending of one, and lists of
-            pictures. Of a video the model reads `processor.num_frames` frames.
+            pictures. Of a video the model reads `processor.frames_per_video` frames.
         questions (`list[str]`):
             The questions.
         prompt (`str`, *optional*):
@@ -90,7 +90,7 @@ def answer_questions(
     generate_kwargs = generate_kwargs or preset.generate_kwargs
     size = first_batch_size(batch_size, model.device)
     current = BatchSize(size)
-    inputs = PictureInputs(images, processor.image_processor, "image", processor.num_frames)
+    inputs = PictureInputs(images, processor.image_processor, "image", processor.frames_per_video)
 
     def write(rows: list[tuple[str, torch.Tensor]]) -> list[str]:
         batches = [map(list, zip(*same, strict=True)) for _, same in groupby(rows, key=lambda row: row[1].shape)]

@@ -72,7 +72,7 @@ def caption_images(
             Its processor.
         images (sequence, `Dataset`, or iterable):
             Anything that [`~image_loading.load_image`] takes, and videos: files with the ending of one, and lists of
-            pictures. Of a video the model reads `processor.num_frames` frames.
+            pictures. Of a video the model reads `processor.frames_per_video` frames.
         prompt (`str`, *optional*):
             Text that the captions go on from. Without it the processor's `prompt`, if it has one.
         max_new_tokens (`int`, *optional*, defaults to 30):
@@ -111,7 +111,7 @@ def caption_images(
         raise ValueError(f"num_captions={num_captions}: at least 1 was expected.")
     is_sequence = isinstance(images, (Sequence, Dataset)) and not isinstance(images, IterableDataset)
     kind = PictureInputs if is_sequence else PictureStream
-    inputs = kind(images, processor.image_processor, "image", processor.num_frames)
+    inputs = kind(images, processor.image_processor, "image", processor.frames_per_video)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     writer = CaptionWriter(model, processor, prompt, generate_kwargs, num_captions)
     with eval_mode(model):

@@ -215,7 +215,7 @@ def _settings(
         "model": model.name_or_path,
         **model_settings(model, processor.image_processor),
         "prompt": prompt,
-        **({} if processor.num_frames == NUM_FRAMES else {"num_frames": processor.num_frames}),
+        **({} if processor.frames_per_video == NUM_FRAMES else {"num_frames": processor.frames_per_video}),
         "generation": generation,
         **{name: value for name, value in texts.items() if value not in (None, "") and (name, value) != _ONE},
     }

@@ -80,8 +80,8 @@ def _load(options: argparse.Namespace, pictures: list[str], questions: list[str]
     model, processor = load_captioner(options.model, options.dtype, find_device(options.device))
     prompt = options.prompt or learned_prompt(processor, asks=True) or preset.prompt
     prompts = [prompt.replace("{}", question) for question in questions]
-    processor.num_frames = options.num_frames or processor.num_frames
-    num_images = processor.num_frames if any(map(is_video_name, pictures)) else 1
+    processor.frames_per_video = options.num_frames or processor.frames_per_video
+    num_images = processor.frames_per_video if any(map(is_video_name, pictures)) else 1
     check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)), num_images)
     processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     return model, processor, kwargs

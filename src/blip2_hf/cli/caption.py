@@ -163,8 +163,8 @@ def _load(options: argparse.Namespace, device: Any, names: list[str]) -> tuple[A
     check_room(config, kwargs)
     model, processor = load_captioner(options.model, options.dtype, device(options.device))
     prompt = learned_prompt(processor) if prompt is None else prompt
-    processor.num_frames = options.num_frames or processor.num_frames
-    num_images = processor.num_frames if any(map(is_video_name, names)) else 1
+    processor.frames_per_video = options.num_frames or processor.frames_per_video
+    num_images = processor.frames_per_video if any(map(is_video_name, names)) else 1
     check_room(model.config, kwargs, len(processor(text=prompt or "").input_ids[0]), num_images)
     if preset is not None:
         tell_image_size(processor, options.image_size, preset.image_size)

@@ -236,7 +236,7 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
     if options.task == "retrieval":
         options.image_size = options.image_size or _RETRIEVAL_IMAGE_SIZE
     else:
-        columns |= {"prompt": options.prompt, "num_frames": options.num_frames or processor.num_frames}
+        columns |= {"prompt": options.prompt, "num_frames": options.num_frames or processor.frames_per_video}
         check_feature_frames(columns["num_frames"], options.data, options.validation)
     image_size = find_image_size(options, processor)
     check_feature_size(image_size, options.data, options.validation)

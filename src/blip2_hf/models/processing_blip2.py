@@ -64,7 +64,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             What the model was fine-tuned to go on from, such as `"a photo of"`, or `"Question: {} Answer:"` with `{}`
             in the place of the question. Pipelines and commands take it if no other prompt is given. The processor
             itself adds nothing to a text.
-        num_frames (`int`, *optional*, defaults to 4):
+        frames_per_video (`int`, *optional*, defaults to 4):
             Frames of a video that the model reads, if a call does not say how many.
 
     Example:
@@ -75,7 +75,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
     >>> batch = processor(images=pictures, text="a photo of", text_target=captions, return_tensors="pt")  # with labels
     ```"""
 
-    valid_kwargs = ["num_query_tokens", "is_encoder_decoder", "end_token_id", "prompt", "num_frames"]
+    valid_kwargs = ["num_query_tokens", "is_encoder_decoder", "end_token_id", "prompt", "frames_per_video"]
     valid_processor_kwargs = Blip2HfProcessorKwargs
 
     def __init__(
@@ -88,7 +88,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         end_token_id: int | None = None,
         chat_template: str | None = None,
         prompt: str | None = None,
-        num_frames: int = NUM_FRAMES,
+        frames_per_video: int = NUM_FRAMES,
         **kwargs,
     ):
         image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
@@ -109,7 +109,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         self.end_token_id = tokenizer.eos_token_id if end_token_id is None else end_token_id
         self.qformer_tokenizer = qformer_tokenizer
         self.prompt = prompt
-        self.num_frames = num_frames
+        self.frames_per_video = frames_per_video
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self._update_chat_template()
 
@@ -144,8 +144,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         output.pop(QFORMER_TOKENIZER, None)
         if self.prompt is None:
             output.pop("prompt", None)
-        if self.num_frames == NUM_FRAMES:
-            output.pop("num_frames", None)
+        if self.frames_per_video == NUM_FRAMES:
+            output.pop("frames_per_video", None)
         if qformer_tokenizer is not None:
             output[QFORMER_TOKENIZER] = QFORMER_TOKENIZER
         return output
@@ -250,7 +250,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
                 Without such marks, each text has the frames of its video in front. Images and videos in one call need
                 a mark each.
             num_frames (`int`, *optional*):
-                Frames of each video, spread evenly. Defaults to the processor's own.
+                Frames of each video, spread evenly. Defaults to `frames_per_video`. `do_sample_frames=False` takes all
+                frames.
             text_target (`str` or `list[str]`, *optional*):
                 Texts to learn after the prompts, returned as `labels`. For a decoder-only language model they are
                 appended to the prompts, with the end token; prompts and images have the label -100.
@@ -290,8 +291,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             text_kwargs["padding_side"] = caller_side
         groups = None if images is None else _group(images)
         if videos is not None:
-            num_frames = output_kwargs["videos_kwargs"].get("num_frames") or self.num_frames
-            text, groups = self._place_frames(list_videos(videos), num_frames, text, groups)
+            frames = self._sample(list_videos(videos), **output_kwargs["videos_kwargs"])
+            text, groups = self._place_frames(frames, text, groups)
         if text is None and self._writes_text:
             text = ""
         data: dict[str, Any] = {}
@@ -316,7 +317,9 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         """Refuse arguments that ProcessorMixin would ignore."""
         # Generic callers give None for what there is none of, and options of videos to all processors
         given = {name for name, value in kwargs.items() if value is not None or name != "audio"}
-        known = {"common_kwargs", "num_frames"}
+        known = {"common_kwargs", "num_frames", "do_sample_frames", "videos_kwargs"}
+        if videos is not None:
+            given |= (kwargs.get("videos_kwargs") or {}).keys()
         options = [TextKwargs, ImagesKwargs, Blip2HfProcessorKwargs, self.image_processor.valid_kwargs]
         for kind in options if videos is not None else [*options, VideosKwargs]:
             known |= kind.__annotations__.keys()
@@ -326,36 +329,44 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
                 "text_target and arguments of its image processor and tokenizer. Leave out what it does not know."
             )
 
-    def _place_frames(
-        self, videos: list, num_frames: int, text: Any, groups: list[list] | None
-    ) -> tuple[Any, list[list]]:
-        """Return texts with a mark of an image for each frame, and the images and frames of each text."""
+    def _sample(
+        self, videos: list, num_frames: int | None = None, do_sample_frames: bool = True, **kwargs
+    ) -> list[list]:
+        """Return the frames of each video."""
         if not self._writes_text:
             raise ValueError(
                 "Videos go with a language model, which reads their frames in a row. Give this processor the frames "
                 "as images: each is compared with texts on its own."
             )
+        count = None if do_sample_frames is False else self.frames_per_video if num_frames is None else num_frames
         names = [f"video {number} of {len(videos)}" for number in range(1, len(videos) + 1)]
-        frames = [sample_frames(video, num_frames, name) for video, name in zip(videos, names, strict=True)]
+        return [sample_frames(video, count, name) for video, name in zip(videos, names, strict=True)]
+
+    def _place_frames(self, frames: list[list], text: Any, groups: list[list] | None) -> tuple[Any, list[list]]:
+        """Return texts with a mark of an image for each frame, and the images and frames of each text."""
         texts = [] if text is None else _as_list(text, "text")
         marks = sum(text.count(VIDEO_TOKEN) for text in texts)
-        if groups is None and (marks == 0 or (self.image_token == VIDEO_TOKEN and marks == len(videos) * num_frames)):
+        if groups is None and (marks == 0 or (self.image_token == VIDEO_TOKEN and marks == sum(map(len, frames)))):
             return text, frames
         images = [image for group in groups or [] for image in group]
         image_marks = 0 if self.image_token == VIDEO_TOKEN else sum(text.count(self.image_token) for text in texts)
-        if (marks, image_marks) != (len(videos), len(images)):
+        if (marks, image_marks) != (len(frames), len(images)):
             raise ValueError(
                 f"The texts have {marks} `{VIDEO_TOKEN}` and {image_marks} `{self.image_token}` marks, but there are "
-                f"{len(videos)} videos and {len(images)} images. Each needs one mark in its text, or, if there are "
+                f"{len(frames)} videos and {len(images)} images. Each needs one mark in its text, or, if there are "
                 "only images or only videos, no text may have one."
             )
         next_video, next_image = iter(frames), iter(images)
-        placed: list[list] = []
+        placed: list[list] = [[] for _ in texts]
         for i, text in enumerate(texts):
-            placed.append([])
-            for mark in re.findall(f"{VIDEO_TOKEN}|{re.escape(self.image_token)}", text):
-                placed[i] += next(next_video) if mark == VIDEO_TOKEN else [next(next_image)]
-        return [text.replace(VIDEO_TOKEN, self.image_token * num_frames) for text in texts], placed
+            pieces = re.split(f"({VIDEO_TOKEN}|{re.escape(self.image_token)})", text)
+            for j, mark in enumerate(pieces):
+                if mark in (VIDEO_TOKEN, self.image_token):
+                    found = next(next_video) if mark == VIDEO_TOKEN else [next(next_image)]
+                    placed[i] += found
+                    pieces[j] = self.image_token * len(found)
+            texts[i] = "".join(pieces)
+        return texts, placed
 
     @property
     def _writes_text(self) -> bool:
@@ -551,7 +562,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         call_names = ("return_tensors", "padding", "padding_side", "truncation", "max_length", "processor_kwargs")
         call_kwargs = {name: kwargs.pop(name) for name in call_names if name in kwargs}
         call_kwargs |= call_kwargs.pop("processor_kwargs", None) or {}
-        num_frames = kwargs.pop("num_frames", None) or call_kwargs.pop("num_frames", None) or self.num_frames
+        num_frames = kwargs.pop("num_frames", None) or call_kwargs.pop("num_frames", None) or self.frames_per_video
         is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if is_batched else [conversation]
         pairs = [messages_to_text(messages, self.image_token, num_frames) for messages in conversations]

@@ -85,7 +85,7 @@ def frame_numbers(total: int, num_frames: int) -> list[int]:
     return [i * total // num_frames for i in range(num_frames)]
 
 
-def sample_frames(video: Any, num_frames: int = NUM_FRAMES, name: str | None = None) -> list:
+def sample_frames(video: Any, num_frames: int | None = NUM_FRAMES, name: str | None = None) -> list:
     """
     Take frames of a video, spread evenly ([`frame_numbers`]), as pictures for [`~image_loading.load_image_for`].
 
@@ -96,19 +96,19 @@ def sample_frames(video: Any, num_frames: int = NUM_FRAMES, name: str | None = N
             that [`~image_loading.load_image`] takes; a `{"bytes": ..., "path": ...}` record as in `datasets`. A URL is
             not fetched.
         num_frames (`int`, *optional*, defaults to 4):
-            Frames to take. There are always as many, also of a shorter video.
+            Frames to take. There are always as many, also of a shorter video. `None` takes all.
         name (`str`, *optional*):
             What an error calls the video, such as `"video 3 of 8"`. The path is always added.
 
     Returns:
-        `list`: `num_frames` pictures, of which those of a file are upright 8-bit RGB.
+        `list`: the pictures, of which those of a file are upright 8-bit RGB.
 
     Raises:
         ValueError: if `num_frames` is less than 1.
         ImageLoadError: if the video can't be read: it is missing, broken, truncated, no video, has no frames, or has
             frames larger than `PIL.Image.MAX_IMAGE_PIXELS`, or neither PyAV nor torchcodec is installed.
     """
-    if num_frames < 1:
+    if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames={num_frames}: at least 1 was expected.")
     try:
         return _sample(video, num_frames)
@@ -139,7 +139,7 @@ def _dims(value: Any) -> int | None:
     return value.ndim if isinstance(value, (np.ndarray, torch.Tensor)) else None
 
 
-def _sample(video: Any, num_frames: int) -> list:
+def _sample(video: Any, num_frames: int | None) -> list:
     if isinstance(video, Mapping):
         video = video.get("path") if video.get("bytes") is None else video["bytes"]
     if isinstance(video, (bytes, bytearray)):
@@ -157,10 +157,10 @@ def _sample(video: Any, num_frames: int) -> list:
         )
     if len(video) == 0:
         raise _Problem("the video has no frames. Give one of at least one frame")
-    return [video[number] for number in frame_numbers(len(video), num_frames)]
+    return [video[number] for number in frame_numbers(len(video), num_frames or len(video))]
 
 
-def _read_file(path: str, num_frames: int) -> list[np.ndarray]:
+def _read_file(path: str, num_frames: int | None) -> list[np.ndarray]:
     if is_url(path):
         raise _Problem("a video is not fetched by its URL. Download the file, and give its path")
     if not os.path.isfile(path):
@@ -180,7 +180,7 @@ def _read_file(path: str, num_frames: int) -> list[np.ndarray]:
         total = metadata.total_num_frames or _count_frames(path)
         if not total:
             raise _Problem("the video has no frames. Record or save it again")
-        wanted.extend(frame_numbers(total, num_frames))
+        wanted.extend(frame_numbers(total, num_frames or total))
         return np.unique(wanted)
 
     try:

@@ -96,7 +96,7 @@ def make_trainer(
         model ([`Blip2PreTrainedModel`]):
             The model.
         processor ([`Blip2Processor`]):
-            Its processor, which is saved with it, and with the prompt and the `num_frames` of the pairs.
+            Its processor, which is saved with it, and with the prompt and the number of frames of the pairs.
         arguments ([`Blip2Arguments`]):
             The settings.
         train, validation ([`~data.ImageTextPairs`]):
@@ -124,7 +124,7 @@ def make_trainer(
     if processor.prompt is not None and processor.chat_template == processor.tokenizer.chat_template:
         processor.chat_template = None
     if train.num_frames is not None:
-        processor.num_frames = train.num_frames
+        processor.frames_per_video = train.num_frames
     trainer = Blip2Trainer(
         model,
         arguments,
