@@ -25,9 +25,9 @@ def test_a_short_video_has_frames_several_times():
 
 
 # Matroska's header does not tell how many frames there are
-@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])
-def test_files(tmp_path, ending):
-    path = write_video(tmp_path / f"clip.{ending}")
+@pytest.mark.parametrize("ending, codec", [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("avi", "mpeg4"), ("webm", "vp8")])
+def test_files(tmp_path, ending, codec):
+    path = write_video(tmp_path / f"clip.{ending}", codec=codec)
     data = path.read_bytes()
     for video in (path, str(path), data, {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}):
         frames = sample_frames(video)
@@ -35,7 +35,15 @@ def test_files(tmp_path, ending):
         assert numbers_of(frames) == [0, 2, 4, 6]
     assert numbers_of(sample_frames(path, 3)) == [0, 2, 5]
     assert numbers_of(sample_frames(path, 8)) == numbers_of(sample_frames(path, None)) == list(range(8))
-    assert numbers_of(sample_frames(write_video(tmp_path / f"short.{ending}", make_frames(2)))) == [0, 0, 1, 1]
+    short = write_video(tmp_path / f"short.{ending}", make_frames(2), codec)
+    assert numbers_of(sample_frames(short)) == [0, 0, 1, 1]
+
+
+def test_a_gif_that_is_given_as_a_video(tmp_path):
+    pytest.importorskip("av", reason="PyAV reads the videos")
+    first, *others = [Image.fromarray(frame) for frame in make_frames()]
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=others)
+    assert numbers_of(sample_frames(tmp_path / "clip.gif")) == [0, 2, 4, 6]
 
 
 def test_arrays_and_lists(tmp_path):

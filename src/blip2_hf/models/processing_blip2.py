@@ -344,7 +344,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
 
     def _place_frames(self, frames: list[list], text: Any, groups: list[list] | None) -> tuple[Any, list[list]]:
         """Return texts with a mark of an image for each frame, and the images and frames of each text."""
-        texts = [] if text is None else _as_list(text, "text")
+        texts = _as_list(text, "text") or []
         marks = sum(text.count(VIDEO_TOKEN) for text in texts)
         if groups is None and (marks == 0 or (self.image_token == VIDEO_TOKEN and marks == sum(map(len, frames)))):
             return text, frames
