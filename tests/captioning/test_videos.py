@@ -2,9 +2,11 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from instructblip_video import save_instructblip_video
+from PIL import Image
 from saved_models import save_captioner
 from tiny import make_image, make_model, make_processor
 from videos import make_frames, write_video
@@ -77,8 +79,6 @@ def test_the_qformer_reads_the_question_with_each_frame(clips, tmp_path):
 
 
 def test_a_folder_of_videos_and_rows(clips, tmp_path):
-    import datasets
-
     torch.manual_seed(0)
     model, processor = make_model(), make_processor()
     (tmp_path / "notes.mp4.txt").write_text("no video")
@@ -92,9 +92,20 @@ def test_a_folder_of_videos_and_rows(clips, tmp_path):
     with pytest.raises(ValueError, match="num_frames"):
         caption_dataset(model, processor, tmp_path, tmp_path / "captions.jsonl", max_new_tokens=5)
     processor.frames_per_video = 4
+    lists = datasets.Features({"video": datasets.List(datasets.Image())})
+    frames = [list(map(Image.fromarray, sample_frames(clip, 8))) for clip in clips]
+    for rows in (
+        datasets.Dataset.from_dict({"video": frames}, features=lists),
+        datasets.Dataset.from_dict(
+            {"video": list(map(str, clips))}, features=datasets.Features({"video": datasets.Video()})
+        ),
+    ):
+        caption_dataset(model, processor, rows, tmp_path / "rows.jsonl", max_new_tokens=5, overwrite=True)
+        lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert lines == [{"row": row, "caption": text} for row, text in enumerate(expected)]
     rows = datasets.Dataset.from_dict({"image": [str(clip) for clip in clips]})
-    caption_dataset(model, processor, rows, tmp_path / "rows.jsonl", max_new_tokens=5)
-    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    caption_dataset(model, processor, rows, tmp_path / "paths.jsonl", max_new_tokens=5)
+    lines = [json.loads(line) for line in (tmp_path / "paths.jsonl").read_text().splitlines()]
     assert lines == [{"row": row, "caption": text} for row, text in enumerate(expected)]
 
 

@@ -221,7 +221,7 @@ def _arguments(options: argparse.Namespace, task: _Task) -> Any:
 
 def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dict[str, Any], int]:
     """Return the pairs to learn from and to validate on, and the size of their pictures."""
-    from ..data import ImageTextPairs, check_feature_frames, check_feature_size
+    from ..data import ImageTextPairs, check_feature_size
     from ..training import training_pairs
 
     rows = open_rows(options)
@@ -237,7 +237,6 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
         options.image_size = options.image_size or _RETRIEVAL_IMAGE_SIZE
     else:
         columns |= {"prompt": options.prompt, "num_frames": options.num_frames or processor.frames_per_video}
-        check_feature_frames(columns["num_frames"], options.data, options.validation)
     image_size = find_image_size(options, processor)
     check_feature_size(image_size, options.data, options.validation)
     train, validation = rows["train"], rows["validation"]
@@ -246,6 +245,11 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
         "train": training_pairs(train, image_size, options.seed, task.flip, **columns, **ids[0]),
         "validation": None if validation is None else ImageTextPairs(validation, train=False, **columns, **ids[1]),
     }
+    if data["train"].has_features and options.num_frames not in (None, data["train"].frames_per_video):
+        raise ValueError(
+            f"--num-frames {options.num_frames}: {options.data} has stored features, of "
+            f"{data['train'].frames_per_video or 1} frames each. Leave --num-frames out, or store features of as many."
+        )
     if data["train"].has_features and options.preset in ("finetune", "everything", "lora_vision_model"):
         preset = "stage1" if options.task == "retrieval" else "lora_language_model"
         raise ValueError(

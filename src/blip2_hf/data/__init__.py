@@ -6,7 +6,6 @@ from .collators import ImageTextCollator, LanguageModelCollator
 from .feature_cache import (
     VisionTower,
     cache_features,
-    check_feature_frames,
     check_feature_settings,
     check_feature_size,
     load_cached_features,
@@ -31,7 +30,6 @@ __all__ = [
     "SetEpochCallback",
     "VisionTower",
     "cache_features",
-    "check_feature_frames",
     "check_feature_settings",
     "check_feature_size",
     "check_held_out",

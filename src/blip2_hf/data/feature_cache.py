@@ -228,28 +228,6 @@ def check_feature_size(image_size: int, *data: str | os.PathLike | None):
             )
 
 
-def check_feature_frames(num_frames: int, *data: str | os.PathLike | None):
-    r"""
-    Refuse features of another number of frames than the processor's, which is saved with the model.
-
-    Args:
-        num_frames (`int`):
-            Frames of a video.
-        data (`str` or `os.PathLike`, *optional*):
-            Data to learn from or to validate on. Only folders that [`cache_features`] wrote are checked.
-
-    Raises:
-        ValueError: if there are features of videos with another number of frames.
-    """
-    for name, description in _descriptions(data):
-        frames = description["features"][:-2]
-        if frames not in ([], [num_frames]):
-            raise ValueError(
-                f"The features in {name} are of {frames[0]} frames a video, but the model reads {num_frames}. Give "
-                f"num_frames={frames[0]} (--num-frames {frames[0]}), or store features of as many with cache_features."
-            )
-
-
 def check_feature_settings(config: Blip2Config, *data: str | os.PathLike | None):
     r"""
     Refuse features of another layer of the tower than the model's, or with position embeddings that the model does not

@@ -101,6 +101,11 @@ class _Pairs:
     def epoch(self) -> int:
         return int(self._epoch)
 
+    @property
+    def frames_per_video(self) -> int | None:
+        """Return `num_frames` or, of stored features, how many there are of each video; `None` if there are none."""
+        return self.num_frames
+
     def set_epoch(self, epoch: int):
         """
         Set the epoch. Each one draws other crops, captions and views.
@@ -256,7 +261,8 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
             the hosts in it.
         num_frames (`int`, *optional*):
-            Frames of each video, spread evenly ([`~video_loading.frame_numbers`]); by default 4.
+            Frames of each video, spread evenly ([`~video_loading.frame_numbers`]); by default 4. Stored features are
+            of as many as there were when they were stored.
 
     Raises:
         BadRowError: if the picture of a row is missing, or a text, any one of several, is missing or empty, or the row
@@ -291,6 +297,13 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         self._kept: np.ndarray | None = None
         # For a part of a dataset, such as one that was held out, the number of each row in the whole
         self._numbers = read_row_numbers(dataset)
+
+    @property
+    def frames_per_video(self) -> int | None:
+        if not self.has_features:
+            return self.num_frames
+        shape = _read_row(self.dataset if self.images is None else self.images, 0)[SHAPE]
+        return shape[1] if len(shape) == 4 else None
 
     def __len__(self) -> int:
         return len(self.dataset) if self._kept is None else len(self._kept)

@@ -123,8 +123,8 @@ def make_trainer(
     processor.prompt = train.prompt or None
     if processor.prompt is not None and processor.chat_template == processor.tokenizer.chat_template:
         processor.chat_template = None
-    if train.num_frames is not None:
-        processor.frames_per_video = train.num_frames
+    if train.frames_per_video is not None:
+        processor.frames_per_video = train.frames_per_video
     trainer = Blip2Trainer(
         model,
         arguments,
