@@ -111,6 +111,9 @@ def test_what_does_not_fit_is_told(processor):
     without = make_processor(num_query_tokens=None)
     with pytest.raises(ValueError, match="has no num_query_tokens"):
         without(videos=[clip], text="<video>")
+    # The model would share the frames out evenly
+    with pytest.raises(ValueError, match=r"The texts have \[8, 3\] images or frames"):
+        without(videos=[clip, clip[:3]], text="a", do_sample_frames=False)
 
 
 def test_the_processor_keeps_its_number_of_frames(tmp_path):

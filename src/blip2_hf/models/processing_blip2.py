@@ -193,7 +193,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         processor_dict = {} if processor_dict is None else processor_dict
-        if (video_processor := processor_dict.pop("video_processor", None)) is None:
+        video_processor = processor_dict.pop("video_processor", None)
+        if video_processor is None or "image_processor" in processor_dict:
             args = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         else:  # of InstructBLIP-Video, which treats a frame as BLIP's treats a picture
             settings = {name: video_processor[name] for name in _OF_FRAMES if name in video_processor}
@@ -405,7 +406,14 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
                 "To ask several questions about an image, compute model.get_image_features(...) once, repeat it, and "
                 "pass it as image_features."
             )
-        return [len(group) for group in groups]
+        sizes = [len(group) for group in groups]
+        if self.num_query_tokens is None and len(set(sizes)) > 1:
+            raise ValueError(
+                f"The texts have {sizes} images or frames. This processor has no num_query_tokens, so that the model "
+                "puts images in front by itself, the same number for each text. Give as many for each, or set "
+                "processor.num_query_tokens, and model.config.image_token_index = processor.image_token_id."
+            )
+        return sizes
 
     def _encode(
         self, texts: list[str], targets: list[str] | None, counts: list[int], text_kwargs: dict[str, Any]
@@ -539,9 +547,9 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
                 Whether to return all inputs of the model instead of `input_ids` alone.
             kwargs (`dict`):
                 Arguments of the tokenizer's `apply_chat_template`, `num_frames`, and, with `tokenize=True`, those of
-                the processor. The
-                latter may also be in a `dict`, `processor_kwargs`. With `return_assistant_tokens_mask=True` the output
-                has `assistant_masks` too, 1 at tokens between `{% generation %}` and `{% endgeneration %}`.
+                the processor, which may also be in a `dict`, `processor_kwargs`. With
+                `return_assistant_tokens_mask=True` the output has `assistant_masks` too, 1 at tokens between
+                `{% generation %}` and `{% endgeneration %}`.
 
         Returns:
             `str`, `list[str]`, `input_ids` or [`BatchFeature`].
