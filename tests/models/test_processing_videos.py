@@ -6,6 +6,7 @@ import torch
 from instructblip_video import save_instructblip_video
 from PIL import Image
 from tiny import NUM_QUERIES, make_image, make_model, make_processor
+from transformers import pipeline
 from videos import make_frames, write_video
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor, ImageLoadError
@@ -145,6 +146,16 @@ def test_chats(processor):
         two = processor.apply_chat_template(chat(video), **options, **place)
         assert_same(two, processor.apply_chat_template(chat(images[1], images[3]), **options))
     assert processor.apply_chat_template(chat({"type": "video"}), num_frames=1).startswith("<image>Question")
+
+
+def test_the_pipeline_of_chats(processor, tmp_path):
+    path, model = write_video(tmp_path / "clip.mp4"), make_model()
+    chat = [{"role": "user", "content": [{"type": "video", "path": str(path)}, {"type": "text", "text": "what?"}]}]
+    pipe = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    (answer,) = pipe(chat, max_new_tokens=4, return_full_text=False)
+    inputs = processor(videos=path, text="Question: what? Answer:", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=4)
+    assert [answer["generated_text"].strip()] == processor.post_process_image_text_to_text(tokens, inputs["input_ids"])
 
 
 def test_chats_with_files(processor, tmp_path):
