@@ -129,5 +129,5 @@ def check_room(config: Any, kwargs: dict[str, Any], num_tokens: int = 1, num_ima
     if used + new - 1 > positions:
         raise ValueError(
             f"--max-new-tokens {new}: the language model has {positions} positions, and {used} are taken before the "
-            f"first new token. Give at most {max(positions - used + 1, 0)}."
+            f"first new token. Give at most {max(positions - used + 1, 0)}{' or fewer --num-frames' * (num_images > 1)}."
         )
