@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from instructblip_video import save_instructblip_video
 from lavis_cases import FIXTURES, NEWLINE, opt_processor
 from lavis_shapes import eva_shapes, linear, of_tower, qformer_shapes, random_state_dict
 from safetensors.torch import load_file, save_file
@@ -478,6 +479,16 @@ def test_commands_take_instructblip_without_a_conversion(tmp_path, capsys):
         main(["ask", str(tmp_path / "a.png"), "what is it?", "--model", model, "--device", "cpu"])
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
+
+
+def test_instructblip_video_becomes_ours_and_does_not_go_back(tmp_path):
+    save_instructblip_video(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    processor = blip2_hf.Blip2Processor.from_pretrained(tmp_path / "ours")
+    assert processor.image_token_id == load_checkpoint(tmp_path / "ours")[0].config.image_token_index
+    with pytest.raises(SystemExit, match="of an InstructBLIP-Video, whose mark of a frame is `<video>`"):
+        convert(tmp_path / "ours", tmp_path / "back", "--transformers")
+    assert not (tmp_path / "back").exists()
 
 
 def test_half_an_instructblip_and_a_blip2_are_refused(tmp_path):

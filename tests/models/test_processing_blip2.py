@@ -362,8 +362,8 @@ def test_chat_template(processor):
     )
     assert both["input_ids"].shape[0] == 2
     assert make_model().generate(**both, max_new_tokens=2).shape[0] == 2
-    with pytest.raises(ValueError, match="'video'"):
-        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "x"}]}])
+    with pytest.raises(ValueError, match="'audio'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}])
     with pytest.raises(TypeError, match="'hello' of type str"):
         processor.apply_chat_template(["hello"])
 
@@ -495,7 +495,7 @@ def test_assistant_masks_of_a_padded_batch(processor):
         processor.apply_chat_template(chats, return_assistant_tokens_mask=True)
 
 
-@pytest.mark.parametrize("name", ["txt", "videos", "images_kwarg"])
+@pytest.mark.parametrize("name", ["txt", "audio", "images_kwarg"])
 def test_arguments_that_would_be_ignored_are_refused_by_name(processor, name):
     with pytest.raises(TypeError, match=f"was given {name}, and takes images, text"):
         processor(images=make_image(), text="a", **{name: "a cat"})

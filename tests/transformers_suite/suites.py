@@ -205,6 +205,8 @@ class ProcessorSuite(ProcessorTesterMixin):
     @classmethod
     def _setup_test_attributes(cls, processor):
         cls.image_token = str(processor.image_token)  # transformers' own keeps an AddedToken there
+        if cls.family is not transformers:
+            cls.video_token = "<video>"
 
     @staticmethod
     def prepare_processor_dict():

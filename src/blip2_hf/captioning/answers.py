@@ -1,7 +1,8 @@
-"""Answers to questions about pictures."""
+"""Answers to questions about pictures and videos."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def answer_questions(
         processor ([`Blip2Processor`]):
             Its processor.
         images (`list`):
-            Anything that [`~image_loading.load_image`] takes.
+            Anything that [`~image_loading.load_image`] takes, and videos: files with the ending of one, and lists of
+            pictures. Of a video the model reads `processor.frames_per_video` frames.
         questions (`list[str]`):
             The questions.
         prompt (`str`, *optional*):
@@ -99,19 +101,18 @@ def answer_questions(
     generate_kwargs = generate_kwargs or preset.generate_kwargs
     size = first_batch_size(batch_size, model.device)
     current = BatchSize(size)
-    inputs = PictureInputs(images, processor.image_processor, "image")
+    inputs = PictureInputs(images, processor.image_processor, "image", processor.frames_per_video)
 
     def answer(rows: list[tuple[str, torch.Tensor]]) -> list[tuple[str, list[float]]]:
-        given = map(list, zip(*rows, strict=True))
+        batches = [map(list, zip(*same, strict=True)) for _, same in groupby(rows, key=lambda row: row[1].shape)]
         if choices is None:
-            return [(text, []) for text in write_texts(model, processor, generate_kwargs, *given)]
-        found = choose_texts(model, processor, choices, normalization, *given)
+            return [(text, []) for batch in batches for text in write_texts(model, processor, generate_kwargs, *batch)]
+        found = [own for batch in batches for own in choose_texts(model, processor, choices, normalization, *batch)]
         return [(choices[own.index(max(own))], own) for own in found]
 
     with eval_mode(model), torch.no_grad():
         for batch in load_ahead(inputs, num_workers, batch_size=max(1, size // len(prompts))):
-            pictures = [] if batch.pixel_values is None else list(batch.pixel_values)
-            rows = [(prompt, picture) for picture in pictures for prompt in prompts]
+            rows = [(prompt, picture) for picture in batch.pictures for prompt in prompts]
             found = iter([pair for _, part in current.run(answer, rows) for pair in part])
             for number in batch.numbers:
                 error = batch.errors.get(number)

@@ -1,8 +1,9 @@
-"""Captions of pictures, some at a time: the next are decoded while the model writes."""
+"""Captions of pictures and videos, some at a time: the next are decoded while the model writes."""
 
 import random
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def caption_images(
         processor ([`Blip2Processor`]):
             Its processor.
         images (sequence, `Dataset`, or iterable):
-            Anything that [`~image_loading.load_image`] takes.
+            Anything that [`~image_loading.load_image`] takes, and videos: files with the ending of one, and lists of
+            pictures. Of a video the model reads `processor.frames_per_video` frames.
         prompt (`str`, *optional*):
             Text that the captions go on from. Without it the processor's `prompt`, if it has one.
         max_new_tokens (`int`, *optional*, defaults to 30):
@@ -115,13 +117,14 @@ def caption_images(
     if num_captions < 1:
         raise ValueError(f"num_captions={num_captions}: at least 1 was expected.")
     is_sequence = isinstance(images, (Sequence, Dataset)) and not isinstance(images, IterableDataset)
-    inputs = (PictureInputs if is_sequence else PictureStream)(images, processor.image_processor, "image")
+    kind = PictureInputs if is_sequence else PictureStream
+    inputs = kind(images, processor.image_processor, "image", processor.frames_per_video)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     writer = CaptionWriter(model, processor, prompt, generate_kwargs, num_captions, with_confidence)
     with eval_mode(model):
         for batch in load_ahead(inputs, num_workers, batch_size=first_batch_size(batch_size, model.device)):
             with seeded(None if seed is None else seed_of(seed, batch.numbers[0])):
-                found = iter([] if batch.pixel_values is None else writer(batch.pixel_values))
+                found = iter(writer(batch.pictures))
             for number in batch.numbers:
                 error = batch.errors.get(number)
                 texts, confidences = ([], None) if error else next(found)
@@ -165,9 +168,13 @@ class CaptionWriter:
         self.prompt = processor(text=self.text, return_tensors="pt").to(model.device)
         self.batch_size = BatchSize()
 
-    def __call__(self, pixel_values: torch.Tensor) -> list[tuple[list[str], list[float] | None]]:
-        """Return the captions of each picture, and how sure the model is of each if that is asked for."""
-        return [pair for _, found in self.batch_size.run(self._write, pixel_values) for pair in found]
+    def __call__(self, pictures: Sequence[torch.Tensor]) -> list[tuple[list[str], list[float] | None]]:
+        """
+        Return the captions of each picture, or row of frames, and how sure the model is of each if that is asked for.
+        Those of one shape are a batch.
+        """
+        batches = [torch.stack(list(same)) for _, same in groupby(pictures, key=lambda picture: picture.shape)]
+        return [pair for batch in batches for _, found in self.batch_size.run(self._write, batch) for pair in found]
 
     @torch.no_grad()
     def _write(self, pixel_values: torch.Tensor) -> list[tuple[list[str], list[float] | None]]:

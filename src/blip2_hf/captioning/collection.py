@@ -22,6 +22,7 @@ from ..jobs.output import only_writer, share, tell_share
 from ..jobs.state_files import as_json
 from ..models.image_loading import check_reads_8_bit
 from ..models.processing_blip2 import learned_prompt
+from ..models.video_loading import NUM_FRAMES
 from .caption_output import CaptionOutput
 from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images, seed_of
 from .formats import open_output
@@ -89,7 +90,8 @@ def caption_dataset(
         processor ([`Blip2Processor`]):
             Its processor.
         pictures (`str`, `os.PathLike`, `datasets.Dataset` or [`Pictures`]):
-            A folder of pictures, a dataset, or one of [`FolderPictures`], [`TarPictures`] and [`RowPictures`].
+            A folder of pictures or of videos, a dataset, or one of [`FolderPictures`], [`TarPictures`] and
+            [`RowPictures`].
         output (`str` or `os.PathLike`, *optional*):
             The file, or the folder of .txt files. Without it, .txt files lie next to the pictures. A file called
             `metadata.jsonl`, `.csv` or `.parquet`, in the folder of the pictures or above it, has the column
@@ -218,6 +220,7 @@ def _settings(
         "model": model.name_or_path,
         **model_settings(model, processor.image_processor),
         "prompt": prompt,
+        **({} if processor.frames_per_video == NUM_FRAMES else {"num_frames": processor.frames_per_video}),
         "generation": generation,
         **{name: value for name, value in texts.items() if value not in (None, "") and (name, value) != _ONE},
     }

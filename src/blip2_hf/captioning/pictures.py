@@ -16,15 +16,18 @@ from ..data.rows import find_image_column, get_column, open_image, picture_bytes
 from ..data.shards import read_members, split_member
 from ..jobs.errors import CollectionError
 from ..jobs.fingerprints import fingerprint, sampled_rows
-from ..jobs.picture_files import find_picture_files, is_picture_name
+from ..jobs.picture_files import find_pictures_or_videos, is_picture_name
 from ..models.image_loading import load_image
+from ..models.video_loading import is_video, is_video_name
 
 
 logger = logging.get_logger(__name__)
 
 
 class Pictures(torch.utils.data.Dataset, ABC):
-    """A collection whose entries are pictures, and what tells each of them from the others in the output."""
+    """
+    A collection whose entries are pictures or videos, and what tells each of them from the others in the output.
+    """
 
     columns: Mapping[str, type]  # of the output, without the caption
 
@@ -32,8 +35,8 @@ class Pictures(torch.utils.data.Dataset, ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Image.Image:
-        """Return the picture, or raise an [`~image_loading.ImageLoadError`] that names it."""
+    def __getitem__(self, index: int) -> Any:
+        """Return the picture, or raise an [`~image_loading.ImageLoadError`] that names it; a video as it is stored."""
 
     @abstractmethod
     def identity(self, index: int) -> dict[str, Any]:
@@ -61,14 +64,14 @@ class _NamedPictures(Pictures):
 
 class FolderPictures(_NamedPictures):
     r"""
-    Every picture in a folder and the folders inside it, by the endings of their names. Names that begin with a dot are
-    passed over, links to folders are not followed.
+    Every picture in a folder and the folders inside it, by the endings of their names, or every video if there are no
+    pictures. Names that begin with a dot are passed over, links to folders are not followed.
 
     Args:
         folder (`str` or `os.PathLike`):
             The folder.
         names (`list[str]`, *optional*):
-            Paths inside the folder, if only these pictures are meant.
+            Paths inside the folder, if only these pictures and videos are meant.
 
     Raises:
         CollectionError: if there is no such folder.
@@ -79,7 +82,7 @@ class FolderPictures(_NamedPictures):
 
     def __init__(self, folder: str | os.PathLike, names: Sequence[str] | None = None):
         self.folder = Path(folder)
-        self.names = list(find_picture_files(self.folder)) if names is None else sorted(set(names))
+        self.names = find_pictures_or_videos(self.folder) if names is None else sorted(set(names))
 
     def named_from(self, folder: Path) -> "FolderPictures":
         """Return the same pictures with the names that `metadata.jsonl` has for them in a folder above them."""
@@ -97,8 +100,9 @@ class FolderPictures(_NamedPictures):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Image.Image:
-        return load_image(self.folder / self.names[index])
+    def __getitem__(self, index: int) -> Image.Image | Path:
+        path = self.folder / self.names[index]
+        return path if is_video_name(path) else load_image(path)
 
     def identity(self, index: int) -> dict[str, Any]:
         return {name: _as_utf8(self._way + self.names[index]) for name in self.columns}
@@ -181,8 +185,9 @@ class RowPictures(Pictures):
         dataset (`datasets.Dataset`):
             The rows.
         column (`str`, *optional*):
-            Column of the pictures; anything that [`~image_loading.load_image`] takes. Without it, the only column
-            whose type is `datasets.Image`, or else `"image"`.
+            Column of the pictures or videos: anything that [`~image_loading.load_image`] takes, files with the ending
+            of a video, lists of pictures. Without it, the only column whose type is `datasets.Image`, or else
+            `"image"`.
         allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
             Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
             the hosts in it.
@@ -208,8 +213,11 @@ class RowPictures(Pictures):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Image.Image:
-        return open_image(get_column(self.rows[index], self.column), f"row {index}", self.allow_urls)
+    def __getitem__(self, index: int) -> Any:
+        value = get_column(self.rows[index], self.column)
+        if isinstance(value, list):  # a video of pictures
+            return [open_image(frame, f"row {index}", self.allow_urls) for frame in value]
+        return value if is_video(value) else open_image(value, f"row {index}", self.allow_urls)
 
     def identity(self, index: int) -> dict[str, Any]:
         return {"row": index}

@@ -62,6 +62,11 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "help": "side in pixels of the square that pictures are scaled to; without it, that of the checkpoint",
         "type": positive,
     },
+    "--num-frames": {
+        "help": "frames of a video that the model reads, spread evenly; without it, as many as its processor says, "
+        "which is 4 for most",
+        "type": positive,
+    },
     "--batch-size": {"help": "pictures at a time, fewer if they don't fit", "type": positive},
     "--num-workers": {"help": "processes that load pictures", "type": at_least_zero, "default": 2},
     "--allow-urls": {
@@ -112,6 +117,7 @@ _GROUPS = {
         --model --vision-model --language-model --text-encoder --tokenizer --captioner --filter --retriever
         --stage1
         --vision-feature-layer --num-query-tokens --query-initialization --image-size --size --max-pixels
+        --num-frames
         --load-in-4bit --load-in-8bit
         --method --layer
     """,

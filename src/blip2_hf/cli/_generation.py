@@ -120,18 +120,20 @@ def check_generation(kwargs: dict[str, Any], model: str, num_texts: int = 1, see
         )
 
 
-def check_room(config: Any, kwargs: dict[str, Any], num_tokens: int = 1):
+def check_room(config: Any, kwargs: dict[str, Any], num_tokens: int = 1, num_images: int = 1):
     """
-    Refuse more new tokens than the language model has positions for, behind the picture and a prompt of some tokens.
+    Refuse more new tokens than the language model has positions for, behind the picture, or the frames of a video, and
+    a prompt of some tokens.
     """
     text_config = config.text_config
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is None or (new := kwargs.get("max_new_tokens")) is None:
         return
-    used = 1 if text_config.is_encoder_decoder else config.num_query_tokens + num_tokens
+    used = 1 if text_config.is_encoder_decoder else config.num_query_tokens * num_images + num_tokens
+    fewer = ", or fewer --num-frames" if num_images > 1 else ""
     # The last token is written, and not read
     if used + new - 1 > positions:
         raise ValueError(
             f"--max-new-tokens {new}: the language model has {positions} positions, and {used} are taken before the "
-            f"first new token. Give at most {max(positions - used + 1, 0)}."
+            f"first new token. Give at most {max(positions - used + 1, 0)}{fewer}."
         )

@@ -1,4 +1,4 @@
-"""Pictures that a user names one by one: files, wildcards, URLs."""
+"""Pictures and videos that a user names one by one: files, wildcards, URLs."""
 
 import glob
 import warnings
@@ -13,22 +13,23 @@ _TABLES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".tsv")  # U
 
 def named_pictures(name: str) -> list[str] | None:
     """
-    Return the picture files that an argument names: a file, those that a wildcard stands for, or a URL. `None` if it
-    names something else. A `ValueError` if the ending is that of a picture, and there is none.
+    Return the files of pictures and videos that an argument names: a file, those that a wildcard stands for, or a URL.
+    `None` if it names something else. A `ValueError` if the ending is that of one, and there is none.
     """
-    from ..jobs.picture_files import is_picture_name
+    from ..jobs.picture_files import is_picture_or_video_name
     from ..models.image_loading import is_url
+    from ..models.video_loading import is_video_name
 
     if is_url(name):
         return None if urlsplit(name).path.lower().endswith(_TABLES) else [name]
     if Path(name).exists():
-        return [name] if Path(name).is_file() and is_picture_name(name) else None
+        return [name] if Path(name).is_file() and is_picture_or_video_name(name) else None
     if glob.has_magic(name):
-        found = sorted(path for path in glob.glob(name, recursive=True) if is_picture_name(path))
+        found = sorted(path for path in glob.glob(name, recursive=True) if is_picture_or_video_name(path))
         if found:
             return found
-    if is_picture_name(name):
-        raise ValueError(f"There is no picture {name}. Check the path.")
+    if is_picture_or_video_name(name):
+        raise ValueError(f"There is no {'video' if is_video_name(name) else 'picture'} {name}. Check the path.")
     return None
 
 

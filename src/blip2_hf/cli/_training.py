@@ -182,7 +182,7 @@ def _check_pictures(data: str, rows: Any, column: str):
 
     if not isinstance(rows, datasets.Dataset) or column not in (column_names(rows) or []):
         return
-    if isinstance(rows.features[column], datasets.Image) and not all(
+    if isinstance(rows.features[column], (datasets.Image, datasets.Video)) and not all(
         chunk.field("bytes").null_count == len(chunk) for chunk in rows.data.column(column).chunks
     ):
         return  # pictures that are in the data would be read, too
@@ -203,10 +203,10 @@ def _check_pictures(data: str, rows: Any, column: str):
 
 def _local_file(picture: Any) -> str | None:
     """Return the path of a picture that is a file here: no URL, no part of an archive, no picture in base64."""
-    from ..jobs.picture_files import is_picture_name
+    from ..jobs.picture_files import is_picture_or_video_name
 
     path = picture.get("path") if isinstance(picture, Mapping) and picture.get("bytes") is None else picture
-    return path if isinstance(path, str) and is_picture_name(path) and "://" not in path else None
+    return path if isinstance(path, str) and is_picture_or_video_name(path) and "://" not in path else None
 
 
 def leave_out_bad_rows(options: argparse.Namespace, data: Mapping[str, Any], collator: Callable) -> dict[str, Any]:

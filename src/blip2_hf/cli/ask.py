@@ -1,4 +1,4 @@
-"""`blip2-hf ask`: answers to questions about pictures."""
+"""`blip2-hf ask`: answers to questions about pictures and videos."""
 
 import argparse
 import json
@@ -19,8 +19,12 @@ _LIKE_A_FILE = re.compile(r"\S*\w\.[A-Za-z]\w{1,4}|[/~.]\S*")  # cat.jgp, ../cat
 
 def add_parser(commands: Any):
     example = "blip2-hf ask cat.jpg 'what colour is the cat?' --model Salesforce/blip2-flan-t5-xl"
-    add = add_command(commands, "ask", _run, "Answer questions about pictures.", check=_check, example=example)
-    arguments = "pictures (files, 'photos/*.jpg', URLs) and questions, in any order; each question is asked of each"
+    text = "Answer questions about pictures and videos."
+    add = add_command(commands, "ask", _run, text, check=_check, example=example)
+    arguments = (
+        "pictures and videos (files, 'photos/*.jpg', URLs of pictures) and questions, in any order; each question is "
+        "asked of each"
+    )
     add("arguments", arguments, nargs="+", metavar="PICTURE QUESTION")
     add("--model", required=True)
     add("--prompt", "text with the question at {} (default: that of the model's fine-tuning, or the paper's)")
@@ -31,6 +35,7 @@ def add_parser(commands: Any):
     add("--normalization", NORMALIZATION_HELP, choices=NORMALIZATIONS)
     add("--generate")
     add("--image-size")
+    add("--num-frames")
     add("--dtype")
     add("--device")
     add("--json", "print JSON, not a table", action="store_true")
@@ -43,7 +48,7 @@ def _run(options: argparse.Namespace):
     from ..jobs.model_checks import WRITING, check_checkpoint
 
     check_checkpoint(options.model, WRITING)
-    model, processor, kwargs = _load(options, questions)
+    model, processor, kwargs = _load(options, pictures, questions)
     rows, is_broken = [], False
     for answers in answer_questions(model, processor, pictures, questions, options.prompt, **kwargs):
         if answers.error is not None:
@@ -86,13 +91,14 @@ def _check(options: argparse.Namespace):
         raise ValueError(f"--choices {' '.join(options.choices)}: at least two different answers were expected.")
 
 
-def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, dict[str, Any]]:
+def _load(options: argparse.Namespace, pictures: list[str], questions: list[str]) -> tuple[Any, Any, dict[str, Any]]:
     """Return the model, its processor, and the arguments of `generate`."""
     from ..data import with_image_size
     from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
     from ..models.generation_presets import generation_preset
     from ..models.processing_blip2 import learned_prompt
+    from ..models.video_loading import is_video_name
 
     given = given_generation(options)
     choices = {"choices": options.choices, "normalization": options.normalization or NORMALIZATIONS[0]}
@@ -104,7 +110,9 @@ def _load(options: argparse.Namespace, questions: list[str]) -> tuple[Any, Any, 
     model, processor = load_captioner(options.model, options.dtype, find_device(options.device))
     prompt = options.prompt or learned_prompt(processor, asks=True) or preset.prompt
     prompts = [prompt.replace("{}", question) for question in questions]
-    check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)))
+    processor.frames_per_video = options.num_frames or processor.frames_per_video
+    num_images = processor.frames_per_video if any(map(is_video_name, pictures)) else 1
+    check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)), num_images)
     processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     return model, processor, kwargs if options.choices is None else choices
 

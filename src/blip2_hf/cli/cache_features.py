@@ -25,6 +25,7 @@ def add_parser(commands: Any):
     add("--tower-dtype", "dtype of the tower; without it, that of the checkpoint", choices=DTYPES)
     add("--device")
     add("--size", "side in pixels of the square that pictures are scaled to", type=positive, default=224)
+    add("--num-frames", "frames of a video that the model reads, spread evenly (default: 4)")
     add("--views", "versions of each picture: itself, then random crops", type=positive, default=1)
     add("--dtype", "dtype of the features", default="bfloat16")
     add("--batch-size", default=32)
@@ -51,6 +52,7 @@ def _run(options: argparse.Namespace):
     from ..jobs.model_checks import check_checkpoint, load_image_processor
     from ..models.backbones import load_tower_config
     from ..models.modeling_base import Blip2Model
+    from ..models.video_loading import NUM_FRAMES
 
     name = options.model or options.vision_model
     if options.model is not None:
@@ -74,6 +76,7 @@ def _run(options: argparse.Namespace):
         options.output,
         transform=RandomResizedCropAndFlip(options.size) if options.views > 1 else None,
         **pick(options, *names, "part_index", "num_parts", "allow_urls"),
+        num_frames=options.num_frames or NUM_FRAMES,
     )
     others = "" if options.num_parts == 1 else ", once the other parts are written"
     print(f"The features are in {options.output}. Next{others}: blip2-hf pretrain {options.output} ...")

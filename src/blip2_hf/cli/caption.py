@@ -1,4 +1,4 @@
-"""`blip2-hf caption`: captions of pictures, printed, or of a whole collection, written."""
+"""`blip2-hf caption`: captions of pictures and videos, printed, or of a whole collection, written."""
 
 import argparse
 import glob
@@ -20,12 +20,13 @@ _WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 
 
 def add_parser(commands: Any):
-    text = "Caption pictures: print captions of files, or write those of a collection. Run again to go on."
+    text = "Caption pictures and videos: print captions of files, or write those of a collection. Run again to go on."
     example = "blip2-hf caption photos --model Salesforce/blip2-opt-2.7b --prefix 'sks style,'"
     add = add_command(commands, "caption", _run, text, check=_check, example=example)
     kinds = (
-        "folder of pictures, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), id on the Hub; or "
-        "pictures: files, 'photos/*.jpg', URLs, whose captions are printed unless --output is given"
+        "folder of pictures or of videos, WebDataset ('shards/*.tar'), file (parquet, json, csv, arrow), id on the "
+        "Hub; or pictures and videos: files, 'photos/*.jpg', URLs of pictures, whose captions are printed unless "
+        "--output is given"
     )
     add("data", kinds, nargs="+", metavar="DATA")
     add("--model", required=True)
@@ -55,6 +56,7 @@ def add_parser(commands: Any):
     add("--seed", "seed of what is sampled", type=seed)
     add("--generate")
     add("--image-size")
+    add("--num-frames")
     add("--max-pixels", "larger pictures are listed as broken (default: about 89 million, as in PIL)", type=positive)
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
@@ -103,7 +105,7 @@ def _print_captions(options: argparse.Namespace, files: list[str]):
     from ..captioning import caption_images
     from ..jobs.errors import printable
 
-    model, processor, prompt, kwargs = _load(options, find_device)
+    model, processor, prompt, kwargs = _load(options, find_device, files)
     kwargs["num_workers"] = min(kwargs["num_workers"], len(files) // 8)  # a process begins slowly
     is_broken = False
     for caption in caption_images(model, processor, files, prompt, **kwargs):
@@ -134,20 +136,26 @@ def _write_captions(options: argparse.Namespace, files: list[str] | None):
         pictures = _open_pictures(options) if files is None else _as_folder(files)
         # What does not fit is told before the model is loaded
         open_output(options.output, options.format, pictures, **output)
-        model, processor, prompt, kwargs = _load(options, lambda device: device or state.device)
+        model, processor, prompt, kwargs = _load(
+            options, lambda device: device or state.device, getattr(pictures, "names", [])
+        )
         counts = caption_dataset(model, processor, pictures, options.output, options.format, prompt, **output | kwargs)
     if counts.broken == counts.pictures:
         raise SystemExit(1)
 
 
-def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | None, dict[str, Any]]:
-    """Return the model, its processor, the prompt, and the other arguments of `caption_images`."""
+def _load(options: argparse.Namespace, device: Any, names: list[str]) -> tuple[Any, Any, str | None, dict[str, Any]]:
+    """
+    Return the model, its processor, the prompt, and the other arguments of `caption_images`. `names` are those of the
+    files, if pictures have any.
+    """
     from ..captioning.captions import MAX_NEW_TOKENS
     from ..data import with_image_size
     from ..jobs.inference import weights_place
     from ..models.configuration_blip2 import Blip2Config
     from ..models.generation_presets import generation_preset
     from ..models.processing_blip2 import learned_prompt
+    from ..models.video_loading import is_video_name
 
     kwargs, prompt = given_generation(options), options.prompt
     config = Blip2Config.from_pretrained(weights_place(options.model))
@@ -160,7 +168,9 @@ def _load(options: argparse.Namespace, device: Any) -> tuple[Any, Any, str | Non
     check_room(config, kwargs)
     model, processor = load_captioner(options.model, options.dtype, device(options.device))
     prompt = learned_prompt(processor) if prompt is None else prompt
-    check_room(model.config, kwargs, len(processor(text=prompt or "").input_ids[0]))
+    processor.frames_per_video = options.num_frames or processor.frames_per_video
+    num_images = processor.frames_per_video if any(map(is_video_name, names)) else 1
+    check_room(model.config, kwargs, len(processor(text=prompt or "").input_ids[0]), num_images)
     if preset is not None:
         tell_image_size(processor, options.image_size, preset.image_size)
     processor.image_processor = with_image_size(processor.image_processor, options.image_size)

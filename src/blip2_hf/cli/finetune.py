@@ -37,10 +37,11 @@ _OF_TASKS: dict[str, tuple[tuple[str, ...], Any]] = {
     "answer_column": (("vqa",), "answer"),
     "prompt": (("caption", "vqa"), None),
     "max_new_tokens": (("caption", "vqa"), None),
+    "num_frames": (("caption", "vqa"), None),
 }
 _BOUND = (  # options that decide what is learned
     *("task", "model", "data", "validation", "held_out", "image_size", "prompt", "image_column", "text_column"),
-    *("question_column", "answer_column", "id_column", "dtype", "load_in_4bit", "load_in_8bit"),
+    *("question_column", "answer_column", "id_column", "dtype", "load_in_4bit", "load_in_8bit", "num_frames"),
 )
 
 
@@ -97,6 +98,7 @@ def add_parser(commands: Any):
     add("--max-new-tokens", "the most tokens that are written, in validation (default: 30; 10 for answers)")
     square = "side in pixels of the square that pictures are scaled to"
     add("--image-size", f"{square}; without it, that of the checkpoint, or 364 for retrieval")
+    add("--num-frames")
     add("--dtype", "dtype of the language model", default="bfloat16")
     add_training_options(add)
     add("--merge", "write the whole model, with the adapters added to its weights", action="store_true")
@@ -234,7 +236,7 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
     if options.task == "retrieval":
         options.image_size = options.image_size or _RETRIEVAL_IMAGE_SIZE
     else:
-        columns["prompt"] = options.prompt
+        columns |= {"prompt": options.prompt, "num_frames": options.num_frames or processor.frames_per_video}
     image_size = find_image_size(options, processor)
     check_feature_size(image_size, options.data, options.validation)
     train, validation = rows["train"], rows["validation"]
@@ -243,6 +245,11 @@ def _read(options: argparse.Namespace, task: _Task, processor: Any) -> tuple[dic
         "train": training_pairs(train, image_size, options.seed, task.flip, **columns, **ids[0]),
         "validation": None if validation is None else ImageTextPairs(validation, train=False, **columns, **ids[1]),
     }
+    if data["train"].has_features and options.num_frames not in (None, data["train"].frames_per_video):
+        raise ValueError(
+            f"--num-frames {options.num_frames}: {options.data} has stored features, of "
+            f"{data['train'].frames_per_video or 1} frames each. Leave --num-frames out, or store features of as many."
+        )
     if data["train"].has_features and options.preset in ("finetune", "everything", "lora_vision_model"):
         preset = "stage1" if options.task == "retrieval" else "lora_language_model"
         raise ValueError(

@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ..jobs.inference import processor_place
 from ..models.configuration_blip2 import Blip2Config
 from ..models.processing_blip2 import QFORMER_TOKENIZER, Blip2Processor
+from ..models.video_loading import VIDEO_TOKEN
 
 
 def lavis_processor(
@@ -68,6 +69,12 @@ def save_for_transformers(processor: Blip2Processor, folder: str | os.PathLike):
     if processor.qformer_tokenizer is None:
         processor.save_pretrained(folder, transformers_compatible=True)
         return
+    if processor.image_token == VIDEO_TOKEN:
+        raise ValueError(
+            f"This processor is of an InstructBLIP-Video, whose mark of a frame is `{VIDEO_TOKEN}`. The processor of "
+            "transformers' InstructBLIP would add another mark, which the model does not know. Take the checkpoint of "
+            "transformers as it is."
+        )
     tokenizers = processor.tokenizer, processor.qformer_tokenizer
     InstructBlipProcessor(
         processor.image_processor, *tokenizers, num_query_tokens=processor.num_query_tokens

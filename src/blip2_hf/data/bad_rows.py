@@ -15,7 +15,7 @@ from ..jobs.atomic_files import atomic_file
 from ..jobs.errors import printable
 from ..jobs.state_files import json_line
 from ..models.image_loading import ImageLoadError
-from .rows import open_image
+from .rows import open_frames, open_image
 
 
 if TYPE_CHECKING:
@@ -206,13 +206,25 @@ def count_kinds(counts: Counter) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
 
 
-def open_row_picture(value: Any, name: RowName, column: str, allow_urls: bool | Sequence[str] = False) -> Image.Image:
-    """Open the picture that a row has in a column. A [`BadPictureError`] names the row and the file."""
+def open_row_picture(
+    value: Any,
+    name: RowName,
+    column: str,
+    allow_urls: bool | Sequence[str] = False,
+    num_frames: int | None = None,
+) -> Any:
+    """
+    Open the picture that a row has in a column or, with `num_frames`, the frames of its video. A [`BadPictureError`]
+    names the row and the file.
+    """
     is_record = isinstance(value, Mapping)
     if value is None or (is_record and value.get("bytes") is None and value.get("path") is None):
         raise BadPictureError(f"{name.at_start} has no picture in column {column!r}.", name, PICTURE_MISSING)
     try:
-        return open_image(value, RowName(name.number, source=name.source), allow_urls)
+        row = RowName(name.number, source=name.source)
+        if num_frames is not None:
+            return open_frames(value, row, num_frames, allow_urls)
+        return open_image(value, row, allow_urls)
     except ImageLoadError as error:
         message = str(error)
         if name.file is not None and repr(name.file) not in message:

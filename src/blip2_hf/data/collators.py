@@ -52,6 +52,8 @@ class ImageTextCollator:
         """
         batch = _stack_images(rows, self.processor)
         _check_names(rows, "text", "image_id")
+        if any(_num_frames(row) is not None for row in rows):
+            raise ValueError("Videos go with a language model, and no frames are compared with texts. Give pictures.")
         texts = self.processor.tokenizer(
             [row["text"] for row in rows],
             padding=True,
@@ -71,7 +73,8 @@ class ImageTextCollator:
 class LanguageModelCollator:
     r"""
     Makes a batch for [`Blip2ForConditionalGeneration`] of the items of [`ImageTextPairs`] or [`ImageTextStream`]. The
-    image stands in front of the prompt, `text` after it, with the end token. Prompts and images have the label -100.
+    image, or the frames of a video, stand in front of the prompt, `text` after it, with the end token. Prompts and
+    images have the label -100.
 
     A prompt or text that spells a special token, such as `<image>` or `</s>`, is text.
 
@@ -119,10 +122,11 @@ class LanguageModelCollator:
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values` of shape `(batch_size, channels, height, width)`, or
-            `image_embeds` of shape `(batch_size, features, width)` in the stored dtype; `input_ids` and
-            `attention_mask` of shape `(batch_size, length)`; `labels` of the same shape or, for an encoder-decoder,
-            of shape `(batch_size, target_length)`; `qformer_input_ids` and `qformer_attention_mask` of shape
-            `(batch_size, instruction_length)`, if the Q-Former reads text.
+            `image_embeds` of shape `(batch_size, features, width)` in the stored dtype, both with an axis of frames
+            after the first if the rows have videos; `input_ids` and `attention_mask` of shape `(batch_size, length)`;
+            `labels` of the same shape or, for an encoder-decoder, of shape `(batch_size, target_length)`;
+            `qformer_input_ids` and `qformer_attention_mask` of shape `(batch_size, instruction_length)`, if the
+            Q-Former reads text.
 
         Raises:
             BadRowError: if a row needs more positions than there are, or is cut until nothing is left to learn.
@@ -150,7 +154,7 @@ class LanguageModelCollator:
         if self.max_length is not None:
             text_kwargs |= {"truncation": True, "max_length": self.max_length}
         batch = self.processor(
-            text=[self._with_placeholder(row.get("prompt", "")) for row in rows],
+            text=[self._with_placeholders(row.get("prompt", ""), _num_frames(row) or 1) for row in rows],
             text_target=[row["text"] for row in rows],
             text_kwargs=text_kwargs,
             return_tensors="pt",
@@ -158,12 +162,12 @@ class LanguageModelCollator:
         self._check_lengths(rows, batch)
         return dict(batch)
 
-    def _with_placeholder(self, prompt: str) -> str:
-        """Return the prompt with the mark of its image in front, because stored features have placeholders too."""
+    def _with_placeholders(self, prompt: str, count: int) -> str:
+        """Return the prompt with the marks of its images in front, because stored features have placeholders too."""
         token = self.processor.image_token
         # The processor would take a mark inside the prompt for the place of an image
         prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
-        return prompt if self.processor.num_query_tokens is None else token + prompt
+        return prompt if self.processor.num_query_tokens is None else token * count + prompt
 
     def _check_lengths(self, rows: Sequence[dict[str, Any]], batch: dict[str, torch.Tensor]):
         num_labels = (batch["labels"] != -100).sum(dim=1)
@@ -204,8 +208,16 @@ def _stack_images(rows: Sequence[dict[str, Any]], processor: Any) -> dict[str, t
         if any("image" not in row for row in rows):
             raise ValueError(f"Some rows have neither 'image' nor 'image_embeds'. {_EXPECTED}")
         check_reads_8_bit(processor.image_processor)
-        inputs = processor.image_processor(images=[row["image"] for row in rows], return_tensors="pt")
-        return {"pixel_values": inputs["pixel_values"]}
+        counts = {_num_frames(row) for row in rows}
+        if len(counts) > 1:
+            found = ", ".join("a picture" if count is None else f"{count} frames" for count in counts)
+            raise ValueError(
+                f"Rows of a batch have {found}. Give pictures and videos as two datasets, and all videos the same "
+                "num_frames."
+            )
+        images = [image for row in rows for image in (row["image"] if None not in counts else [row["image"]])]
+        pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values if None in counts else pixel_values.unflatten(0, (len(rows), -1))}
     if with_features < len(rows):
         raise ValueError(
             f"{with_features} of the {len(rows)} rows of a batch have features, the others images. Store the features "
@@ -217,6 +229,14 @@ def _stack_images(rows: Sequence[dict[str, Any]], processor: Any) -> dict[str, t
         found = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds))
         raise ValueError(f"The features of a batch differ ({found}). Make all with the same tower, size and dtype.")
     return {"image_embeds": torch.stack(features)}
+
+
+def _num_frames(row: dict[str, Any]) -> int | None:
+    """Return the number of frames if a row has a video, or features of one."""
+    if (features := row.get("image_embeds")) is not None:
+        return len(features) if features.dim() == 3 else None
+    image = row.get("image")
+    return len(image) if isinstance(image, list) else None
 
 
 def _check_names(rows: Sequence[dict[str, Any]], *names: str):

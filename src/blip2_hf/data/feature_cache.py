@@ -1,6 +1,7 @@
 """The output of a frozen vision tower, computed once and stored: training then never runs the tower."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -28,7 +29,8 @@ from ..models.backbones import load_tower, measure_width
 from ..models.configuration_blip2 import Blip2Config, Blip2QFormerConfig, is_convolutional, tower_hidden_size
 from ..models.image_loading import ImageLoadError, check_reads_8_bit
 from ..models.modeling_vision import build_vision_model
-from .rows import check_dataset, open_image, seeded_generator, select_columns
+from ..models.video_loading import NUM_FRAMES
+from .rows import check_dataset, open_frames, seeded_generator, select_columns
 
 
 logger = logging.get_logger(__name__)
@@ -102,15 +104,17 @@ def cache_features(
     part_index: int = 0,
     num_parts: int = 1,
     allow_urls: bool | Sequence[str] | None = False,
+    num_frames: int = NUM_FRAMES,
 ) -> Path:
     r"""
-    Store the vision tower's output for each picture, in files that [`load_cached_features`] opens. The job can be
-    stopped, or killed, and run again: finished files are kept, and the result is the same to the byte. Before it
-    begins it tells how much disk space it needs.
+    Store the vision tower's output for each picture, or each frame of a video, in files that [`load_cached_features`]
+    opens. The job can be stopped, or killed, and run again: finished files are kept, and the result is the same to the
+    byte. Before it begins it tells how much disk space it needs.
 
     A row of the result has the other columns of `dataset`, and `image_embeds` (the bytes, little-endian, of an array
-    of shape `image_embeds_shape`, `[views, features, width]`, and type `image_embeds_dtype`), and
-    `image_embeds_row`, the number of the row in `dataset`: another one, once rows before it were left out.
+    of shape `image_embeds_shape`, `[views, features, width]` or, of videos, `[views, num_frames, features, width]`,
+    and type `image_embeds_dtype`), and `image_embeds_row`, the number of the row in `dataset`: another one, once rows
+    before it were left out.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -122,7 +126,8 @@ def cache_features(
         folder (`str` or `os.PathLike`):
             Folder for the files: `shard-00000-of-00012.arrow` and so on, and `cache.json`, which describes them.
         image_column (`str`, *optional*, defaults to `"image"`):
-            Column of the pictures; anything that [`~image_loading.load_image`] takes.
+            Column of the pictures: anything that [`~image_loading.load_image`] takes; or of the videos: files with
+            the ending of one, and lists of pictures.
         views (`int`, *optional*, defaults to 1):
             Versions of each picture. The first is the picture itself, the others are made by `transform`.
         transform (`Callable`, *optional*):
@@ -145,6 +150,8 @@ def cache_features(
         allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
             Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
             the hosts in it.
+        num_frames (`int`, *optional*, defaults to 4):
+            Frames of each video, spread evenly ([`~video_loading.frame_numbers`]).
 
     Returns:
         `Path`: `folder`.
@@ -158,7 +165,8 @@ def cache_features(
     _check_arguments(dataset, views, transform, dtype, rows_per_shard, part_index, num_parts)
     image_processor = processor.image_processor if isinstance(processor, ProcessorMixin) else processor
     check_reads_8_bit(image_processor)
-    pictures = _Views(dataset, image_column, image_processor, views, transform, seed, skip_broken, allow_urls)
+    options = (transform, seed, skip_broken, allow_urls, num_frames)
+    pictures = _Views(dataset, image_column, image_processor, views, *options)
     with eval_mode(model):
         shards = _Shards(Path(folder), pictures, model, dtype, rows_per_shard, batch_size)
         with only_writer(shards.folder / f".part-{part_index}-of-{num_parts}.lock", shards.folder):
@@ -264,14 +272,15 @@ def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:
             Index of the view; 0 is the picture itself.
 
     Returns:
-        `torch.Tensor` of shape `(features, width)`, in the stored dtype.
+        `torch.Tensor` of shape `(features, width)` or, of a video, `(num_frames, features, width)`, in the stored
+        dtype.
 
     Raises:
         ValueError: if there is no such view, or the bytes do not have the size that they should.
     """
-    views, length, width = row[SHAPE]
+    views, *shape = row[SHAPE]
     dtype = DTYPES[row[DTYPE]]
-    size = length * width * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     buffer = pa.py_buffer(row[EMBEDS])
     if buffer.size != views * size:
         raise ValueError(
@@ -281,7 +290,7 @@ def read_cached_features(row: Mapping, view: int = 0) -> torch.Tensor:
         raise ValueError(f"There is no view {view}: the row has {views}.")
     # Not torch.frombuffer, which warns of read-only memory. Other views are not even read from the disk
     array = pa.Array.from_buffers(pa.uint8(), size, [None, buffer.slice(view * size, size)])
-    return torch.from_dlpack(array).view(dtype).view(length, width)
+    return torch.from_dlpack(array).view(dtype).view(shape)
 
 
 def _check_arguments(dataset, views, transform, dtype, rows_per_shard, part_index, num_parts):
@@ -302,7 +311,9 @@ def _check_arguments(dataset, views, transform, dtype, rows_per_shard, part_inde
 class _Views(torch.utils.data.Dataset):
     """The model's input for each row: its picture, and the further views of it."""
 
-    def __init__(self, dataset, image_column, image_processor, views, transform, seed, skip_broken, allow_urls):
+    def __init__(
+        self, dataset, image_column, image_processor, views, transform, seed, skip_broken, allow_urls, num_frames
+    ):
         self.images = select_columns(dataset.with_format(None), [image_column])
         others = [name for name in dataset.column_names if name != image_column]
         self.others = dataset.select_columns(others).with_format("arrow") if others else None
@@ -313,6 +324,7 @@ class _Views(torch.utils.data.Dataset):
         self.seed = seed
         self.skip_broken = skip_broken
         self.allow_urls = allow_urls
+        self.num_frames = num_frames
 
     def __len__(self) -> int:
         return len(self.images)
@@ -324,16 +336,22 @@ class _Views(torch.utils.data.Dataset):
             if not self.skip_broken:
                 raise
             return row, str(error)
-        images = [image]
+        frames = image if isinstance(image, list) else [image]
+        images = list(frames)
         for view in range(1, self.views):
-            images.append(self.transform(image, seeded_generator(self.seed, row, view)))
+            # The same crop of each frame
+            images += [self.transform(frame, seeded_generator(self.seed, row, view)) for frame in frames]
         return row, self.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
     def image(self, row: int):
-        return open_image(self.images[row][self.image_column], f"row {row}", self.allow_urls)
+        """Return the picture of a row, or a list of the frames of its video."""
+        return open_frames(self.images[row][self.image_column], f"row {row}", self.num_frames, self.allow_urls)
 
     def first(self) -> torch.Tensor:
-        """Return the input for the first readable picture, of shape `(views, channels, height, width)`."""
+        """
+        Return the input for the first readable picture, of shape `(views, channels, height, width)`, or video, of
+        shape `(views * num_frames, channels, height, width)`.
+        """
         for row in range(len(self)):
             if isinstance(pixel_values := self[row][1], torch.Tensor):
                 return pixel_values
@@ -348,7 +366,8 @@ class _Views(torch.utils.data.Dataset):
         for row in sampled_rows(len(self)):
             try:
                 image = self.image(row)
-                yield repr((row, image.size)).encode() + image.tobytes()
+                frames = image if isinstance(image, list) else [image]
+                yield repr((row, frames[0].size)).encode() + b"".join(frame.tobytes() for frame in frames)
             except ImageLoadError:
                 if not self.skip_broken:
                     raise
@@ -368,9 +387,12 @@ class _Shards:
         self.model = model
         self.dtype = dtype
         self.batch_size = BatchSize(batch_size)
-        self.rows_at_once = max(1, batch_size // pictures.views)
-        self.shape = list(self._run_tower(pixel_values[:1]).shape[1:])
-        self.row_bytes = pictures.views * self.shape[0] * self.shape[1] * DTYPES[dtype].itemsize
+        self.rows_at_once = max(1, batch_size // len(pixel_values))
+        self.images_each = len(pixel_values)
+        # An axis of frames, if there are several in a view
+        self.frames = [] if self.images_each == pictures.views else [self.images_each // pictures.views]
+        self.shape = [*self.frames, *self._run_tower(pixel_values[:1]).shape[1:]]
+        self.row_bytes = pictures.views * math.prod(self.shape) * DTYPES[dtype].itemsize
         self.rows = split_rows(len(pictures), rows_per_shard)
         self.paths = _shard_paths(folder, len(self.rows))
         features = {} if pictures.others is None else dict(pictures.others.features)
@@ -423,9 +445,9 @@ class _Shards:
     def _check_space(self, missing: list[int]):
         needed = sum(len(self.rows[shard]) for shard in missing) * self.row_bytes
         free = shutil.disk_usage(self.folder).free
-        length, width = self.shape
+        shape = " x ".join(map(str, [self.pictures.views, *self.shape]))
         tqdm.write(
-            f"{len(self.pictures):,} rows of {self.pictures.views} x {length} x {width} {self.dtype} values: "
+            f"{len(self.pictures):,} rows of {shape} {self.dtype} values: "
             f"{format_size(self.row_bytes)} a row, {format_size(len(self.pictures) * self.row_bytes)} in all, "
             f"{format_size(needed)} to be written now; {format_size(free)} are free in {self.folder}.",
             file=sys.stderr,
@@ -451,9 +473,19 @@ class _Shards:
             for error in batch.errors.values():
                 logger.warning(f"Left out: {error}")
             if batch.pixel_values is not None:
+                self._check_frames(batch)
                 features = self._run_tower(batch.pixel_values).to(DTYPES[self.dtype])
-                yield self._table(batch.readable, features.unflatten(0, (-1, self.pictures.views)))
+                yield self._table(batch.readable, features.unflatten(0, (-1, self.pictures.views, *self.frames)))
             progress.update(len(batch.numbers))
+
+    def _check_frames(self, batch: PictureBatch):
+        for row, count in zip(batch.readable, batch.counts, strict=True):
+            if count != self.images_each:
+                kinds = ("a picture", "a video") if self.frames else ("a video", "a picture")
+                raise ValueError(
+                    f"Row {row} has {kinds[0]}, the first row {kinds[1]}. Store pictures and videos in folders of "
+                    "their own."
+                )
 
     @torch.no_grad()
     def _run_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:

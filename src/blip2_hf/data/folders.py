@@ -1,4 +1,4 @@
-"""A folder of pictures as rows: the pictures, and the texts beside them or in a metadata file."""
+"""A folder of pictures or videos as rows: these, and the texts beside them or in a metadata file."""
 
 import os
 import posixpath
@@ -9,7 +9,7 @@ import datasets
 from transformers.utils import logging
 
 from ..jobs.errors import printable
-from ..jobs.picture_files import find_beside, find_picture_files, has_picture_files
+from ..jobs.picture_files import find_beside, find_pictures_or_videos, has_pictures_or_videos
 from .splits import select_split, split_by_folder
 from .tables import concatenate, is_table, load_tables
 
@@ -30,8 +30,9 @@ _FILE = "file_name"
 
 def load_picture_folder(folder: Path, split: str = "train") -> datasets.Dataset:
     """
-    Load the pictures of a folder. Rows have `image`, `file_name`, the path inside the folder, and the columns of the
-    metadata files. If those have no texts, `caption` has the texts beside the pictures.
+    Load the pictures of a folder, or the videos if it has no pictures. Rows have `image`, `file_name`, the path inside
+    the folder, and the columns of the metadata files. If those have no texts, `caption` has the texts beside the
+    pictures.
     """
     names = find_picture_names(folder)
     tables = {str(path): _read_metadata(folder, path, set(names)) for path in _find_metadata(folder, names)}
@@ -45,8 +46,8 @@ def load_picture_folder(folder: Path, split: str = "train") -> datasets.Dataset:
 
 
 def find_picture_names(folder: Path) -> list[str]:
-    """Return the paths of the pictures in a folder, which a table can hold."""
-    names = list(find_picture_files(folder))
+    """Return the paths of the pictures in a folder, or of the videos if it has none, which a table can hold."""
+    names = find_pictures_or_videos(folder)
     for name in names:
         if printable(name) != name:
             raise ValueError(f"{folder}: the name of the file {printable(name)} is not in UTF-8. Rename it.")
@@ -54,10 +55,10 @@ def find_picture_names(folder: Path) -> list[str]:
 
 
 def is_picture_folder(folder: Path) -> bool:
-    """Tell whether a folder has pictures, or metadata about them, and is no dataset that was saved in files."""
+    """Tell whether a folder has pictures or videos, or metadata, and is no dataset that was saved in files."""
     if not folder.is_dir() or any(any(folder.glob(name)) for name in _SAVED):
         return False
-    return any((folder / name).is_file() for name in _METADATA) or has_picture_files(folder)
+    return any((folder / name).is_file() for name in _METADATA) or has_pictures_or_videos(folder)
 
 
 def _find_metadata(folder: Path, names: Iterable[str]) -> list[Path]:

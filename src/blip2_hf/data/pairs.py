@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..jobs.errors import shorten
 from ..jobs.fingerprints import fingerprint, sampled_rows, stable_repr
 from ..models.processing_blip2 import IMAGE_TOKEN
+from ..models.video_loading import NUM_FRAMES
 from .bad_rows import (
     ID_MISSING,
     PICTURE_MISSING,
@@ -67,6 +68,7 @@ class _Pairs:
     prompt_column: str | None = None
     prefix_lm: bool = False
     allow_urls: bool | Sequence[str] = field(default=False, kw_only=True)
+    num_frames: int | None = field(default=None, kw_only=True)
 
     # Fields of ImageTextPairs alone
     images = None
@@ -99,6 +101,11 @@ class _Pairs:
     def epoch(self) -> int:
         return int(self._epoch)
 
+    @property
+    def frames_per_video(self) -> int | None:
+        """Return `num_frames` or, of stored features, how many there are of each video; `None` if there are none."""
+        return self.num_frames
+
     def set_epoch(self, epoch: int):
         """
         Set the epoch. Each one draws other crops, captions and views.
@@ -120,13 +127,21 @@ class _Pairs:
         if EMBEDS in picture_row:
             item["image_embeds"] = self._features(picture_row, generator)
         else:
-            image = open_row_picture(picture, name, self.picture_column, self.allow_urls)
-            item["image"] = image if self.transform is None else self.transform(image, generator)
+            num_frames = self.num_frames or NUM_FRAMES
+            image = open_row_picture(picture, name, self.picture_column, self.allow_urls, num_frames)
+            item["image"] = image if self.transform is None else self._transformed(image, generator)
         item |= self._texts(row, name, generator)
         if self.id_column is not None:
             image_id = self._id(get_column(row, self.id_column), name)
         item["image_id"] = _hash_id(image_id if self.source is None else f"{self.source}/{image_id}", name)
         return item
+
+    def _transformed(self, image: Any, generator: torch.Generator) -> Any:
+        """Return what the transform makes of a picture, or of each frame of a video, which get the same crop."""
+        if not isinstance(image, list):
+            return self.transform(image, generator)
+        state = generator.get_state()
+        return [self.transform(frame, generator.set_state(state)) for frame in image]
 
     def _id(self, value: Any, name: RowName) -> int | str:
         if value is None:
@@ -191,8 +206,9 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
     stored views) follow from `seed`, the epoch and the row. A resumed run, with any number of workers, therefore sees
     the same data as an undisturbed one.
 
-    An item holds `image` (`PIL.Image.Image`, mode RGB) or `image_embeds` (`torch.Tensor` of shape `(features, width)`,
-    in the stored dtype; its memory must not be written to), `text` (`str`), `image_id` (`int`) and `row` (`str`), its
+    An item holds `image` (`PIL.Image.Image`, mode RGB, or a list of the frames of a video) or `image_embeds`
+    (`torch.Tensor` of shape `(features, width)` or `(frames, features, width)`, in the stored dtype; its memory must
+    not be written to), `text` (`str`), `image_id` (`int`) and `row` (`str`), its
     name in errors, such as `row 17 (dogs/17.jpg)`; with a prompt or prefixes also `prompt` (`str`), which stands in
     front of the text.
 
@@ -206,7 +222,8 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
             A function of `with_transform` gets opened pictures or, from a column that has URLs, pictures as they are
             stored, which [`~image_loading.load_image`] opens.
         image_column (`str`, *optional*, defaults to `"image"`):
-            Column of the pictures: anything that [`~image_loading.load_image`] takes.
+            Column of the pictures: anything that [`~image_loading.load_image`] takes; or of the videos: files with
+            the ending of one, and lists of pictures.
         text_column (`str`, *optional*, defaults to `"caption"`):
             Column of the texts: a string, or a list of strings, or of dicts with `answer`, of which one is drawn.
             `json.caption` is the field `caption` of the column `json`.
@@ -243,6 +260,9 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         allow_urls (`bool` or `list[str]`, *optional*, defaults to `False`):
             Which URLs in the rows are fetched: none, with `True` those of public addresses, with a list also those of
             the hosts in it.
+        num_frames (`int`, *optional*):
+            Frames of each video, spread evenly ([`~video_loading.frame_numbers`]); by default 4. Stored features are
+            of as many as there were when they were stored.
 
     Raises:
         BadRowError: if the picture of a row is missing, or a text, any one of several, is missing or empty, or the row
@@ -277,6 +297,13 @@ class ImageTextPairs(_Pairs, torch.utils.data.Dataset):
         self._kept: np.ndarray | None = None
         # For a part of a dataset, such as one that was held out, the number of each row in the whole
         self._numbers = read_row_numbers(dataset)
+
+    @property
+    def frames_per_video(self) -> int | None:
+        if not self.has_features:
+            return self.num_frames
+        shape = _read_row(self.dataset if self.images is None else self.images, 0)[SHAPE]
+        return shape[1] if len(shape) == 4 else None
 
     def __len__(self) -> int:
         return len(self.dataset) if self._kept is None else len(self._kept)
@@ -452,7 +479,7 @@ class ImageTextStream(_Pairs, torch.utils.data.IterableDataset):
         dataset (`datasets.IterableDataset` or iterable of `dict`):
             The rows, which are iterated over once in each epoch.
         image_column, text_column, transform, id_column, clean_text, seed, train, source, prompt, prompt_column, \
-prefix_lm, allow_urls:
+prefix_lm, allow_urls, num_frames:
             As in [`ImageTextPairs`]. Without `id_column`, `image_id` is the running number of the row, which no other
             worker or process uses.
         skip_broken (`bool`, *optional*, defaults to `False`):

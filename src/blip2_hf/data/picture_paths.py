@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import datasets
 
-from ..jobs.picture_files import is_picture_name
-from .rows import select_columns
+from ..jobs.picture_files import is_picture_or_video_name
+from .rows import default_image_column, select_columns
 
 
 _FIRST = 10  # paths of which at least one has to be found
@@ -31,13 +31,14 @@ def find_pictures(
     """
     Replace relative paths in a column of pictures by absolute ones, of files in `folder` or, if they are not there,
     under `image_root`, in the first of `subfolders` there that has them. Other strings, and pictures of other types,
-    stay. Errors call the data `name`. The column is `image` if none is given. Rows without it, and without other
-    pictures, get it from `file_name` or `file`.
+    stay. Errors call the data `name`. The column is `image`, or `video`, if none is given. Rows without it, and
+    without other pictures, get it from `file_name` or `file`.
     """
     if image_root is not None and not Path(image_root).is_dir():
         raise ValueError(f"image_root (--image-root) {image_root}: no such folder. Give the folder of the pictures.")
     if column is None:
-        column, rows = "image", _add_images(rows)
+        rows = _add_images(rows)
+        column = default_image_column(rows)
     if not _has_paths(rows, column):
         return rows
     bases = [base for base in (folder, image_root) if base is not None]
@@ -106,7 +107,7 @@ def _has_paths(rows: Rows, column: str) -> bool:
 
 def _check_first(paths: Sequence[str], places: Sequence[str], name: str):
     """Refuse the first relative paths of pictures if none of them is found."""
-    named = [path for path in paths if is_picture_name(path)]
+    named = [path for path in paths if is_picture_or_video_name(path)]
     if named and not any(os.path.exists(_find(path, places)) for path in paths):
         raise ValueError(
             f"{name} names the picture {named[0]!r}, which is not in {' and not in '.join(places)}. Name the folder "
@@ -129,7 +130,7 @@ def _find(value: Any, places: Sequence[str]) -> Any:
     candidates = [os.path.normpath(os.path.join(place, path)) for place in places]
     found = next(filter(os.path.exists, candidates), None)
     if found is None:
-        if os.path.exists(path) or not is_picture_name(path):
+        if os.path.exists(path) or not is_picture_or_video_name(path):
             return value
         found = candidates[0]  # so that the error about the picture says where it was looked for
     return found if isinstance(value, str) else {"bytes": None, "path": found}

@@ -19,6 +19,7 @@ from ..jobs.errors import CollectionError
 from ..jobs.fingerprints import stable_repr
 from ..models.image_fetching import FetchError, read_at_most
 from ..models.image_loading import as_load_error, is_url, load_image
+from ..models.video_loading import is_video, sample_frames
 
 
 # File systems of fsspec that lead to no other machine, and the Hub
@@ -123,13 +124,19 @@ def _without_decoding(feature: Any) -> Any:
 
 
 def find_image_column(dataset: datasets.Dataset) -> str:
-    """Return the only column of pictures, or else `image`."""
+    """Return the only column of pictures, or else `image` or `video`."""
     found = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, datasets.Image)]
     if len(found) > 1 and "image" not in found:
         raise CollectionError(
             f"The dataset has several columns of pictures, {found}. Say which with image_column (--image-column)."
         )
-    return found[0] if len(found) == 1 else "image"
+    return found[0] if len(found) == 1 else default_image_column(dataset)
+
+
+def default_image_column(dataset: Any) -> str:
+    """Return `image`, or `video` if there is only that."""
+    names = dataset.column_names or []
+    return "video" if "video" in names and "image" not in names else "image"
 
 
 def column_names(dataset: Any) -> list[str] | None:
@@ -173,6 +180,15 @@ def open_image(value: Any, name: str, allow_urls: bool | Sequence[str] | None = 
     except Exception as error:  # each file system of fsspec has errors of its own, and may lack its package
         raise as_load_error(error, value, name) from error
     return load_image({"bytes": data, "path": path}, name)
+
+
+def open_frames(
+    value: Any, name: str, num_frames: int, allow_urls: bool | Sequence[str] | None = False
+) -> Image.Image | list[Image.Image]:
+    """Open a picture of a row as `open_image` does, or, of a video ([`~video_loading.is_video`]), its frames."""
+    if not is_video(value):
+        return open_image(value, name, allow_urls)
+    return [open_image(frame, name, allow_urls) for frame in sample_frames(value, num_frames, name)]
 
 
 def picture_bytes(value: Any) -> bytes:

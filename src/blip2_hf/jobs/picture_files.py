@@ -1,14 +1,15 @@
-"""Which files are pictures: one table of endings, and one walk through a folder."""
+"""Which files are pictures, or videos: one table of endings, and one walk through a folder."""
 
 import functools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
 from transformers.utils import logging
 
+from ..models.video_loading import is_video_name
 from .errors import CollectionError
 
 
@@ -37,6 +38,11 @@ def is_picture_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in picture_endings()
 
 
+def is_picture_or_video_name(name: str) -> bool:
+    """Tell whether a file is a picture or a video by the ending of its name."""
+    return is_picture_name(name) or is_video_name(name)
+
+
 def find_beside(picture: Path, ending: str) -> Path:
     """Return the path of the file beside a picture with this ending, which is in upper case if that file is there."""
     stem = os.path.splitext(picture)[0]
@@ -56,19 +62,32 @@ def find_picture_files(
     return dict(sorted(_walk(Path(folder), left_out)))
 
 
-def has_picture_files(folder: str | os.PathLike) -> bool:
-    """Tell whether `find_picture_files` finds any, without a walk through the whole folder."""
-    return any(True for _ in _walk(Path(folder)))
+def find_pictures_or_videos(folder: str | os.PathLike) -> list[str]:
+    """
+    Return the paths of the pictures in a folder or, if there are none, of the videos. Telephones write short videos
+    beside pictures, under the same names.
+    """
+    videos = (name for name, _ in _walk(Path(folder), is_wanted=is_video_name))
+    return list(find_picture_files(folder)) or sorted(videos)
 
 
-def _walk(folder: Path, left_out: str | os.PathLike | None = None) -> Iterator[tuple[str, os.stat_result]]:
+def has_pictures_or_videos(folder: str | os.PathLike) -> bool:
+    """Tell whether `find_pictures_or_videos` finds any, without a walk through the whole folder."""
+    return any(True for _ in _walk(Path(folder), is_wanted=is_picture_or_video_name))
+
+
+def _walk(
+    folder: Path,
+    left_out: str | os.PathLike | None = None,
+    is_wanted: Callable[[str], bool] = is_picture_name,
+) -> Iterator[tuple[str, os.stat_result]]:
     if not folder.is_dir():
         raise CollectionError(f"{folder}: no such folder. Give a folder of pictures.")
     passed_over = None if left_out is None else Path(left_out).resolve()
     for parent, folders, names in os.walk(folder, onerror=_warn):
         folders[:] = [name for name in folders if name[0] != "." and Path(parent, name).resolve() != passed_over]
         for name in names:
-            if name[0] != "." and is_picture_name(name):
+            if name[0] != "." and is_wanted(name):
                 path = Path(parent, name)
                 try:
                     status = path.stat()

@@ -1,4 +1,4 @@
-"""Pictures for a model, in batches: what can't be read stops nothing."""
+"""Pictures and videos for a model, in batches: what can't be read stops nothing."""
 
 import itertools
 import multiprocessing
@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..models.image_loading import ImageLoadError, load_image_for
+from ..models.video_loading import is_video, sample_frames
 
 
 _BATCHES_AHEAD = 2
@@ -30,20 +31,28 @@ class PictureInputs(Dataset):
     """
     The model's input for each picture, or why it can't be read. A picture is anything that
     [`~image_loading.load_image`] takes; `pictures[i]` may raise an [`~image_loading.ImageLoadError`]. With
-    `name="image"`, an error calls a picture `image 3 of 8`. A path is always told.
+    `name="image"`, an error calls a picture `image 3 of 8`. A path is always told. With `num_frames`, a video (a
+    file with the ending of one, or a list of pictures) is as many of its frames.
     """
 
-    def __init__(self, pictures: Sequence | Dataset, image_processor: Any, name: str | None = None):
+    def __init__(
+        self,
+        pictures: Sequence | Dataset,
+        image_processor: Any,
+        name: str | None = None,
+        num_frames: int | None = None,
+    ):
         self.pictures = pictures
         self.image_processor = image_processor
         self.name = name
+        self.num_frames = num_frames
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, number: int) -> PictureInput:
         name = None if self.name is None else f"{self.name} {number + 1} of {len(self)}"
-        return number, prepare(lambda: self.open_picture(number), self.image_processor, name)
+        return number, prepare(lambda: self.open_picture(number), self.image_processor, name, self.num_frames)
 
     def open_picture(self, number: int) -> Any:
         """Return a picture, or what `load_image` makes one of."""
@@ -53,37 +62,50 @@ class PictureInputs(Dataset):
 class PictureStream(IterableDataset):
     """The same of pictures that come one after the other."""
 
-    def __init__(self, pictures: Iterable, image_processor: Any, name: str | None = None):
+    def __init__(
+        self, pictures: Iterable, image_processor: Any, name: str | None = None, num_frames: int | None = None
+    ):
         self.pictures = pictures
         self.image_processor = image_processor
         self.name = name
+        self.num_frames = num_frames
 
     def __iter__(self) -> Iterator[PictureInput]:
         for number, picture in enumerate(self.pictures):
             name = None if self.name is None else f"{self.name} {number + 1}"
-            yield number, prepare(lambda picture=picture: picture, self.image_processor, name)
+            yield number, prepare(lambda picture=picture: picture, self.image_processor, name, self.num_frames)
 
 
-def prepare(open_picture: Callable[[], Any], image_processor: Any, name: str | None = None) -> torch.Tensor | str:
-    """Return the model's input for a picture, of shape `(1, channels, height, width)`, or why it can't be read."""
+def prepare(
+    open_picture: Callable[[], Any], image_processor: Any, name: str | None = None, num_frames: int | None = None
+) -> torch.Tensor | str:
+    """
+    Return the model's input for a picture, of shape `(1, channels, height, width)`, or for the frames of a video, or
+    why it can't be read.
+    """
     try:
-        picture = load_image_for(image_processor, open_picture(), name)
+        picture = open_picture()
+        is_row = num_frames is not None and is_video(picture)
+        frames = sample_frames(picture, num_frames, name) if is_row else [picture]
+        frames = [load_image_for(image_processor, frame, name) for frame in frames]
     except ImageLoadError as error:
         return str(error)
-    return image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+    return image_processor(images=frames, return_tensors="pt")["pixel_values"]
 
 
 @dataclass
 class PictureBatch:
     """
     Some pictures: their numbers, why some of them can't be read, by their number, and the model's input for the
-    others, in their order, of shape `(num_readable, channels, height, width)`; `None` if there are none.
+    others, in their order, of shape `(num_images, channels, height, width)`; `None` if there are none. `counts` has
+    the number of images of each of them: frames, or views.
     """
 
     numbers: list[int]
     errors: dict[int, str]
     # An array comes through a pipe: a container has often less shared memory than a batch of tensors needs
     arrays: np.ndarray | None
+    counts: list[int]
 
     @property
     def readable(self) -> list[int]:
@@ -94,6 +116,12 @@ class PictureBatch:
     def pixel_values(self) -> torch.Tensor | None:
         """Return `arrays` as a tensor."""
         return None if self.arrays is None else torch.from_numpy(self.arrays)
+
+    @property
+    def pictures(self) -> list[torch.Tensor]:
+        """Return the input for each that can be read: three dimensions for a picture, four for a row of frames."""
+        rows = [] if self.pixel_values is None else self.pixel_values.split(self.counts)
+        return [row[0] if len(row) == 1 else row for row in rows]
 
 
 def collate_pictures(items: Sequence[PictureInput]) -> PictureBatch:
@@ -109,7 +137,8 @@ def collate_pictures(items: Sequence[PictureInput]) -> PictureBatch:
             f"{items[-1][0]}. Let it make them of one size, or take them one at a time with batch_size=1."
         )
     errors = {number: value for number, value in items if isinstance(value, str)}
-    return PictureBatch([number for number, _ in items], errors, torch.cat(readable).numpy() if readable else None)
+    arrays = torch.cat(readable).numpy() if readable else None
+    return PictureBatch([number for number, _ in items], errors, arrays, [len(value) for value in readable])
 
 
 def load_ahead(dataset: Dataset, num_workers: int, **kwargs) -> Iterator:

@@ -1,4 +1,4 @@
-"""Texts that a model writes from prompts about pictures, or chooses from given ones."""
+"""Texts that a model writes from prompts about pictures and videos, or chooses from given ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,8 @@ def write_texts(
     model: Any, processor: Any, generate_kwargs: dict[str, Any], prompts: list[str], pictures: Sequence[torch.Tensor]
 ) -> list[str]:
     """
-    Return a text for each prompt and picture. A picture that stands several times goes through the tower and the
+    Return a text for each prompt and picture, of shape `(channels, height, width)` or, for the frames of a video,
+    `(num_frames, channels, height, width)`. A picture that stands several times goes through the tower and the
     Q-Former once.
     """
     inputs = _inputs(model, processor, prompts, pictures)
@@ -44,7 +45,9 @@ def _inputs(model: Any, processor: Any, prompts: list[str], pictures: Sequence[t
         distinct = {id(picture): picture for picture in pictures}
         row = {key: number for number, key in enumerate(distinct)}
         features = model.get_image_features(_stack(list(distinct.values()), model)).pooler_output
-        inputs["image_features"] = features[[row[id(picture)] for picture in pictures]]
+        # A row of features for each picture, or the rows of the frames of each video
+        features = features.unflatten(0, (len(distinct), -1))
+        inputs["image_features"] = features[[row[id(picture)] for picture in pictures]].flatten(0, 1)
     return inputs
 
 

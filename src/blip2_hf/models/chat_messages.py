@@ -1,12 +1,15 @@
-"""Messages of a chat with images, as text with image tokens and a list of images, and the default chat template."""
+"""Messages of a chat with pictures, as text with image tokens and a list of images, and the default chat template."""
 
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .video_loading import Video
+
 
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+VIDEO_KEYS = ("video", "url", "path")
 # Content is a text, in which images are marked, or a list of parts, whose images the processor puts in front
 _TEMPLATE = """\
 {%- for message in messages -%}
@@ -26,31 +29,39 @@ _TEMPLATE = """\
 {%- endfor -%}"""
 
 
-def messages_to_text(messages: Iterable, image_token: str) -> tuple[list[dict], list]:
+def messages_to_text(messages: Iterable, image_token: str, num_frames: int) -> tuple[list[dict], list]:
     r"""
     Write the parts of each message as one text, because chat templates of language models take text.
 
     Args:
         messages (iterable of `dict`, dataclasses or pydantic models):
             With `role` and `content`: a string, or a list of parts such as `{"type": "text", "text": ...}` and
-            `{"type": "image", "image": ...}` (or `url`, `path`, `base64`, or OpenAI's `image_url`).
+            `{"type": "image", "image": ...}` (or `url`, `path`, `base64`, or OpenAI's `image_url`), or
+            `{"type": "video", "video": ...}` (or `url`, `path`).
         image_token (`str`):
-            The token that stands for an image.
+            The token that stands for an image, or for a frame of a video.
+        num_frames (`int`):
+            Frames of a video.
 
     Returns:
-        `tuple[list[dict], list]`: the messages with text as their content, and the images in their order.
+        `tuple[list[dict], list]`: the messages with text as their content, and the images and
+        [`~video_loading.Video`]s in their order.
 
     Raises:
-        ValueError: if a part is neither text nor an image.
+        ValueError: if a part is neither text nor an image nor a video.
         TypeError: if a message is not a mapping and cannot be converted to one.
     """
-    flat, images = [], []
+    flat: list[dict] = []
+    images: list = []
+    marks = {"image": image_token, "image_url": image_token, "video": image_token * num_frames}
     for message in map(_as_dict, messages):
         content = message.get("content") or ""
         if not isinstance(content, str):
             parts = [_as_dict(part) for part in content]
             images += [image for part in parts for image in _images(part)]
-            content = "".join(part.get("text", "") if part.get("type") == "text" else image_token for part in parts)
+            content = "".join(
+                part.get("text", "") if part["type"] == "text" else marks[part["type"]] for part in parts
+            )
         flat.append(message | {"content": content})
     return flat, images
 
@@ -90,12 +101,16 @@ def is_default_chat_template(template: Any) -> bool:
 
 def _images(part: dict) -> list:
     """Return the image of a part in a list, which is empty if the part leaves it to the `images` of the call."""
-    if part.get("type") not in ("text", "image", "image_url"):
+    kind = part.get("type")
+    if kind not in ("text", "image", "image_url", "video"):
         raise ValueError(
-            f"A message has a part of type {part.get('type')!r}: 'text', 'image' (with 'image', 'url', 'path' or "
-            "'base64') or 'image_url' was expected."
+            f"A message has a part of type {kind!r}: 'text', 'image' (with 'image', 'url', 'path' or 'base64'), "
+            "'image_url' or 'video' (with 'video' or 'path') was expected."
         )
-    found = [part[key] for key in IMAGE_KEYS if part["type"] != "text" and part.get(key) is not None][:1]
+    keys = () if kind == "text" else VIDEO_KEYS if kind == "video" else IMAGE_KEYS
+    found = [part[key] for key in keys if part.get(key) is not None][:1]
+    if kind == "video":
+        return [Video(video) for video in found]
     return [image["url"] if isinstance(image, Mapping) else image for image in found]
 
 

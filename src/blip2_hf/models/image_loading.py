@@ -196,13 +196,13 @@ def _errors_that_name(image: Any, name: str | None) -> Iterator[None]:
         raise as_load_error(error, image, name) from cause
 
 
-def as_load_error(error: Exception, image: Any, name: str | None = None) -> ImageLoadError:
+def as_load_error(error: Exception | str, image: Any, name: str | None = None) -> ImageLoadError:
     """
     Return the error of a picture that names it, whatever was raised while it was fetched or read.
 
     Args:
-        error (`Exception`):
-            What was raised.
+        error (`Exception` or `str`):
+            What was raised, or what is wrong.
         image:
             The picture, as it was given.
         name (`str`, *optional*):
@@ -217,7 +217,7 @@ def as_load_error(error: Exception, image: Any, name: str | None = None) -> Imag
         source = type(image).__name__
     label = source if name is None else f"{name} ({source})"
     problem = str(error)
-    if not isinstance(error, (_Problem, FetchError)):
+    if not isinstance(error, (_Problem, FetchError, str)):
         problem = f"cannot be read ({type(error).__name__}: {error}). Check that the path or URL leads to an image"
     return ImageLoadError(f"{label}: {problem}".encode("utf-8", "backslashreplace").decode("utf-8"))
 

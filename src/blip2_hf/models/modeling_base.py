@@ -343,7 +343,8 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
                 In place of `pixel_values`: what [`~Blip2PreTrainedModel.get_image_embeds`] returned.
             qformer_input_ids, qformer_attention_mask (`torch.Tensor` of shape `(num_images, text_length)`, \
 *optional*):
-                An instruction, if the Q-Former reads text.
+                An instruction, if the Q-Former reads text; or one for each row of images, if these have the shape
+                `(batch_size, images_each, ...)`.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 Whether position embeddings are interpolated to the size of the images.
 
@@ -360,6 +361,9 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
             # Blip2Processor makes them even for images alone, and an image's features do not depend on them
             kwargs.pop(name, None)
         vision_outputs = None
+        given = pixel_values if image_embeds is None else image_embeds
+        # Of shape (batch_size, images_each, ...), such as the frames of videos
+        images_each = given.shape[1] if given.dim() == (5 if image_embeds is None else 4) else 1
         if image_embeds is None:
             vision_outputs = self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs)
             image_embeds = vision_outputs.last_hidden_state
@@ -367,10 +371,10 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
             image_embeds = image_embeds.flatten(0, 1)
         query_embeds, attention_mask, output_length = self.query_tokens(image_embeds.shape[0]), None, None
         if qformer_input_ids is not None:
-            if pixel_values is not None and pixel_values.dim() == 5 and len(qformer_input_ids) == len(pixel_values):
+            if images_each > 1 and len(qformer_input_ids) == len(given):
                 # One instruction for all images of a row
                 qformer_input_ids, qformer_attention_mask = (
-                    None if x is None else x.repeat_interleave(pixel_values.shape[1], dim=0)
+                    None if x is None else x.repeat_interleave(images_each, dim=0)
                     for x in (qformer_input_ids, qformer_attention_mask)
                 )
             query_embeds, attention_mask = self._add_instruction(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, VideosKwargs
 from transformers.tokenization_utils_base import AddedToken
 
@@ -18,10 +20,15 @@ from ._hub_mixin import HubMixin
 from .chat_messages import default_chat_template, is_default_chat_template, messages_to_text
 from .generation_presets import preset_prompt
 from .image_loading import load_image_for
+from .video_loading import NUM_FRAMES, VIDEO_TOKEN, Video, list_videos, sample_frames
 
 
 IMAGE_TOKEN = "<image>"
 QFORMER_TOKENIZER = "qformer_tokenizer"
+_OF_FRAMES = (  # settings that the image processor of a picture has too
+    *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    "do_convert_rgb",
+)
 
 
 class Blip2HfProcessorKwargs(ProcessingKwargs, total=False):
@@ -57,6 +64,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             What the model was fine-tuned to go on from, such as `"a photo of"`, or `"Question: {} Answer:"` with `{}`
             in the place of the question. Pipelines and commands take it if no other prompt is given. The processor
             itself adds nothing to a text.
+        frames_per_video (`int`, *optional*, defaults to 4):
+            Frames of a video that the model reads, if a call does not say how many.
 
     Example:
 
@@ -66,7 +75,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
     >>> batch = processor(images=pictures, text="a photo of", text_target=captions, return_tensors="pt")  # with labels
     ```"""
 
-    valid_kwargs = ["num_query_tokens", "is_encoder_decoder", "end_token_id", "prompt"]
+    valid_kwargs = ["num_query_tokens", "is_encoder_decoder", "end_token_id", "prompt", "frames_per_video"]
     valid_processor_kwargs = Blip2HfProcessorKwargs
 
     def __init__(
@@ -79,9 +88,13 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         end_token_id: int | None = None,
         chat_template: str | None = None,
         prompt: str | None = None,
+        frames_per_video: int = NUM_FRAMES,
         **kwargs,
     ):
         image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
+        if image_token not in tokenizer.get_vocab() and VIDEO_TOKEN in tokenizer.get_vocab():
+            # InstructBLIP-Video marks each query of each frame by this token
+            image_token = VIDEO_TOKEN
         if image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
         if tokenizer.pad_token is None:
@@ -96,6 +109,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         self.end_token_id = tokenizer.eos_token_id if end_token_id is None else end_token_id
         self.qformer_tokenizer = qformer_tokenizer
         self.prompt = prompt
+        self.frames_per_video = frames_per_video
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self._update_chat_template()
 
@@ -130,6 +144,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         output.pop(QFORMER_TOKENIZER, None)
         if self.prompt is None:
             output.pop("prompt", None)
+        if self.frames_per_video == NUM_FRAMES:
+            output.pop("frames_per_video", None)
         if qformer_tokenizer is not None:
             output[QFORMER_TOKENIZER] = QFORMER_TOKENIZER
         return output
@@ -176,8 +192,15 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        args = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         processor_dict = {} if processor_dict is None else processor_dict
+        video_processor = processor_dict.pop("video_processor", None)
+        if video_processor is None or "image_processor" in processor_dict:
+            args = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        else:  # of InstructBLIP-Video, which treats a frame as BLIP's treats a picture
+            settings = {name: video_processor[name] for name in _OF_FRAMES if name in video_processor}
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            args = [BlipImageProcessorPil(**settings), tokenizer]
+            processor_dict.setdefault(QFORMER_TOKENIZER, QFORMER_TOKENIZER)
         if processor_dict.get("is_encoder_decoder") is None:
             # Files of transformers' own processor lack it, but its model's configuration has it
             try:
@@ -208,10 +231,11 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
+        videos: Any = None,
         **kwargs,
     ) -> BatchFeature:
         r"""
-        Prepare images and texts for the models.
+        Prepare images, videos and texts for the models.
 
         Args:
             images (*optional*):
@@ -221,6 +245,14 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             text (`str` or `list[str]`, *optional*):
                 Prompts. `<image>` marks the place of an image. Without such marks, each text has its image (or the
                 images of its list) in front. A single text goes with every image.
+            videos (*optional*):
+                A video, or a list of videos, of any kind that [`~video_loading.sample_frames`] takes: files, arrays,
+                lists of pictures. The frames of a video are images in a row. `<video>` marks their place in a text.
+                Without such marks, each text has the frames of its video in front. Images and videos in one call need
+                a mark each.
+            num_frames (`int`, *optional*):
+                Frames of each video, spread evenly. Defaults to `frames_per_video`. `do_sample_frames=False` takes all
+                frames.
             text_target (`str` or `list[str]`, *optional*):
                 Texts to learn after the prompts, returned as `labels`. For a decoder-only language model they are
                 appended to the prompts, with the end token; prompts and images have the label -100.
@@ -237,27 +269,29 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
                 the text, never the end token.
 
         Returns:
-            [`BatchFeature`]: `pixel_values` of shape `(num_images, channels, height, width)`; `input_ids` and
-            `attention_mask` of shape `(batch_size, length)`; `labels`; `candidate_labels` of shape
+            [`BatchFeature`]: `pixel_values` of shape `(num_images, channels, height, width)`, frames included;
+            `input_ids` and `attention_mask` of shape `(batch_size, length)`; `labels`; `candidate_labels` of shape
             `(batch_size, num_candidates, candidate_length)`, with -100 at padding; `qformer_input_ids` and
-            `qformer_attention_mask`, for a Q-Former that reads text. Images without text have an empty one: the tokens
-            with which the language model's tokenizer begins each text, if there are any. Processors of stage 1 and of
-            retrieval, whose tokenizer is BERT's, then return `pixel_values` alone.
+            `qformer_attention_mask` of shape `(num_images, text_length)`, for a Q-Former that reads text. Images
+            without text have an empty one: the tokens with which the language model's tokenizer begins each text, if
+            there are any. Processors of stage 1 and of retrieval, whose tokenizer is BERT's, then return
+            `pixel_values` alone.
 
         Raises:
-            TypeError: if an argument is not known, or holds videos or audio.
-            ValueError: if there is nothing to process, or images and texts do not match, or `do_rescale=False` with
-                images of 8 bits and a mean for images in [0, 1].
-            ImageLoadError: if an image can't be read; the message names it.
+            TypeError: if an argument is not known, or holds audio.
+            ValueError: if there is nothing to process, or images, videos and texts do not match, or a processor of
+                stage 1 or of retrieval is given videos, or `do_rescale=False` with images of 8 bits and a mean for
+                images in [0, 1].
+            ImageLoadError: if an image or a video can't be read; the message names it.
         """
         text_target = kwargs.pop("text_target", None)
         candidates, end_candidates = kwargs.pop("candidates", None), kwargs.pop("end_candidates", True)
-        if images is None and text is None and text_target is None:
+        if images is None and videos is None and text is None and text_target is None:
             raise ValueError("You have to specify either images or text.")
         if candidates is not None and (text_target is not None or not self._writes_text):
             reason = "text_target was given too" if self._writes_text else "the model of this processor writes no text"
             raise ValueError(f"candidates are scored after a prompt, but {reason}. Leave out one of the two.")
-        self._check_arguments(kwargs)
+        self._check_arguments(kwargs, videos)
         output_kwargs = self._merge_kwargs(
             Blip2HfProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -268,6 +302,9 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         if caller_side is not None:
             text_kwargs["padding_side"] = caller_side
         groups = None if images is None else _group(images)
+        if videos is not None:
+            frames = self._sample(list_videos(videos), **output_kwargs["videos_kwargs"])
+            text, groups = self._place_frames(frames, text, groups)
         if text is None and self._writes_text:
             text = ""
         data: dict[str, Any] = {}
@@ -290,19 +327,61 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             data |= {name: np.zeros((len(rows), 0), dtype=np.int64) for name, rows in data.items() if _is_empty(rows)}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _check_arguments(self, kwargs: dict[str, Any]):
+    def _check_arguments(self, kwargs: dict[str, Any], videos: Any):
         """Refuse arguments that ProcessorMixin would ignore."""
         # Generic callers give None for what there is none of, and options of videos to all processors
-        given = {name for name, value in kwargs.items() if value is not None or name not in ("videos", "audio")}
-        known = {"common_kwargs"}
-        options = (TextKwargs, ImagesKwargs, VideosKwargs, Blip2HfProcessorKwargs, self.image_processor.valid_kwargs)
-        for kind in options:
+        given = {name for name, value in kwargs.items() if value is not None or name != "audio"}
+        known = {"common_kwargs", "num_frames", "do_sample_frames", "videos_kwargs"}
+        if videos is not None:
+            given |= (kwargs.get("videos_kwargs") or {}).keys()
+        options = [TextKwargs, ImagesKwargs, Blip2HfProcessorKwargs, self.image_processor.valid_kwargs]
+        for kind in options if videos is not None else [*options, VideosKwargs]:
             known |= kind.__annotations__.keys()
         if unknown := sorted(given - known):
             raise TypeError(
-                f"Blip2Processor was given {', '.join(unknown)}, and takes images, text, text_target, candidates and "
-                "arguments of its image processor and tokenizer. Leave out what it does not know."
+                f"Blip2Processor was given {', '.join(unknown)}, and takes images, text, videos, num_frames, "
+                "text_target, candidates and arguments of its image processor and tokenizer. Leave out what it does "
+                "not know."
             )
+
+    def _sample(
+        self, videos: list, num_frames: int | None = None, do_sample_frames: bool = True, **kwargs
+    ) -> list[list]:
+        """Return the frames of each video."""
+        if not self._writes_text:
+            raise ValueError(
+                "Videos go with a language model, which reads their frames in a row. Give this processor the frames "
+                "as images: each is compared with texts on its own."
+            )
+        count = None if do_sample_frames is False else self.frames_per_video if num_frames is None else num_frames
+        names = [f"video {number} of {len(videos)}" for number in range(1, len(videos) + 1)]
+        return [sample_frames(video, count, name) for video, name in zip(videos, names, strict=True)]
+
+    def _place_frames(self, frames: list[list], text: Any, groups: list[list] | None) -> tuple[Any, list[list]]:
+        """Return texts with a mark of an image for each frame, and the images and frames of each text."""
+        texts = _as_list(text, "text") or []
+        marks = sum(text.count(VIDEO_TOKEN) for text in texts)
+        if groups is None and (marks == 0 or (self.image_token == VIDEO_TOKEN and marks == sum(map(len, frames)))):
+            return text, frames
+        images = [image for group in groups or [] for image in group]
+        image_marks = 0 if self.image_token == VIDEO_TOKEN else sum(text.count(self.image_token) for text in texts)
+        if (marks, image_marks) != (len(frames), len(images)):
+            raise ValueError(
+                f"The texts have {marks} `{VIDEO_TOKEN}` and {image_marks} `{self.image_token}` marks, but there are "
+                f"{len(frames)} videos and {len(images)} images. Each needs one mark in its text, or, if there are "
+                "only images or only videos, no text may have one."
+            )
+        next_video, next_image = iter(frames), iter(images)
+        placed: list[list] = [[] for _ in texts]
+        for i, text in enumerate(texts):
+            pieces = re.split(f"({VIDEO_TOKEN}|{re.escape(self.image_token)})", text)
+            for j, mark in enumerate(pieces):
+                if mark in (VIDEO_TOKEN, self.image_token):
+                    found = next(next_video) if mark == VIDEO_TOKEN else [next(next_image)]
+                    placed[i] += found
+                    pieces[j] = self.image_token * len(found)
+            texts[i] = "".join(pieces)
+        return texts, placed
 
     @property
     def _writes_text(self) -> bool:
@@ -341,7 +420,14 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
                 "To ask several questions about an image, compute model.get_image_features(...) once, repeat it, and "
                 "pass it as image_features."
             )
-        return [len(group) for group in groups]
+        sizes = [len(group) for group in groups]
+        if self.num_query_tokens is None and len(set(sizes)) > 1:
+            raise ValueError(
+                f"The texts have {sizes} images or frames. This processor has no num_query_tokens, so that the model "
+                "puts images in front by itself, the same number for each text. Give as many for each, or set "
+                "processor.num_query_tokens, and model.config.image_token_index = processor.image_token_id."
+            )
+        return sizes
 
     def _encode(
         self, texts: list[str], targets: list[str] | None, counts: list[int], text_kwargs: dict[str, Any]
@@ -490,21 +576,24 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         self, conversation: list[dict] | list[list[dict]], tokenize: bool = False, return_dict: bool = False, **kwargs
     ) -> str | list[str] | torch.Tensor | BatchFeature:
         r"""
-        Write conversations with the chat template, with `<image>` in the place of each image.
+        Write conversations with the chat template, with `<image>` in the place of each image and of each frame of a
+        video.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
                 Messages with `role` and `content`: a string, or a list of parts such as
                 `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `url`, `path`, `base64`, or
-                OpenAI's `image_url`). Messages and parts may be dataclasses or pydantic models.
+                OpenAI's `image_url`) and `{"type": "video", "video": ...}` (or `path`). Messages and parts may be
+                dataclasses or pydantic models.
             tokenize (`bool`, *optional*, defaults to `False`):
                 Whether to return inputs of the model instead of text.
             return_dict (`bool`, *optional*, defaults to `False`):
                 Whether to return all inputs of the model instead of `input_ids` alone.
             kwargs (`dict`):
-                Arguments of the tokenizer's `apply_chat_template` and, with `tokenize=True`, of the processor. The
-                latter may also be in a `dict`, `processor_kwargs`. With `return_assistant_tokens_mask=True` the output
-                has `assistant_masks` too, 1 at tokens between `{% generation %}` and `{% endgeneration %}`.
+                Arguments of the tokenizer's `apply_chat_template`, `num_frames`, and, with `tokenize=True`, those of
+                the processor, which may also be in a `dict`, `processor_kwargs`. With
+                `return_assistant_tokens_mask=True` the output has `assistant_masks` too, 1 at tokens between
+                `{% generation %}` and `{% endgeneration %}`.
 
         Returns:
             `str`, `list[str]`, `input_ids` or [`BatchFeature`].
@@ -525,16 +614,17 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         call_names = ("return_tensors", "padding", "padding_side", "truncation", "max_length", "processor_kwargs")
         call_kwargs = {name: kwargs.pop(name) for name in call_names if name in kwargs}
         call_kwargs |= call_kwargs.pop("processor_kwargs", None) or {}
+        num_frames = kwargs.pop("num_frames", None) or call_kwargs.pop("num_frames", None) or self.frames_per_video
         is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if is_batched else [conversation]
-        pairs = [messages_to_text(messages, self.image_token) for messages in conversations]
+        pairs = [messages_to_text(messages, self.image_token, num_frames) for messages in conversations]
         texts = [
             self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
             for messages, _ in pairs
         ]
         if not tokenize:
             return texts if is_batched else texts[0]
-        groups = [images for _, images in pairs]
+        groups = [_with_frames(images, num_frames) for _, images in pairs]
         # A language model's template writes its special tokens itself
         call_kwargs["add_special_tokens"] = is_default_chat_template(template)
         inputs = self(images=groups if any(groups) else None, text=texts, **call_kwargs)
@@ -620,6 +710,15 @@ def _group(images: Any) -> list[list]:
         return [list(group) if isinstance(group, (list, tuple)) else [group] for group in images]
     shape = getattr(images, "shape", ())
     return [[image] for image in images] if len(shape) == 4 else [[images]]
+
+
+def _with_frames(images: list, num_frames: int) -> list:
+    """Return images with the frames of each video in its place."""
+    return [
+        one
+        for image in images
+        for one in (sample_frames(image.source, num_frames) if isinstance(image, Video) else [image])
+    ]
 
 
 def _texts(text, text_target, groups: list[list] | None, image_token: str) -> tuple[list[str], list[str] | None]:

@@ -62,9 +62,13 @@ class QueryDiversityLog:
         names = ("pixel_values", "image_embeds", "qformer_input_ids", "qformer_attention_mask")
         given = {name: inputs[name] for name in names if inputs.get(name) is not None}
         for name, dims in (("pixel_values", 4), ("image_embeds", 3)):
-            if name in given:
-                # Several pictures of a row have an axis of their own
+            if name in given and given[name].dim() > dims:
+                # Several pictures of a row have an axis of their own, and an instruction for all of them
+                rows, each = given[name].shape[:2]
                 given[name] = given[name].flatten(0, -dims)
+                for text in names[2:]:
+                    if text in given and len(given[text]) == rows:
+                        given[text] = given[text].repeat_interleave(each, dim=0)
         # Copies, because a view would keep the whole batch in memory
         self.inputs = {name: value[:_PICTURES].clone() for name, value in given.items()}
 

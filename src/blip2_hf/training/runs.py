@@ -96,7 +96,7 @@ def make_trainer(
         model ([`Blip2PreTrainedModel`]):
             The model.
         processor ([`Blip2Processor`]):
-            Its processor, which is saved with it, and with the prompt of the pairs.
+            Its processor, which is saved with it, and with the prompt and the number of frames of the pairs.
         arguments ([`Blip2Arguments`]):
             The settings.
         train, validation ([`~data.ImageTextPairs`]):
@@ -123,6 +123,8 @@ def make_trainer(
     processor.prompt = train.prompt or None
     if processor.prompt is not None and processor.chat_template == processor.tokenizer.chat_template:
         processor.chat_template = None
+    if train.frames_per_video is not None:
+        processor.frames_per_video = train.frames_per_video
     trainer = Blip2Trainer(
         model,
         arguments,
