@@ -6,7 +6,7 @@ OLDEST ?= .venv-oldest
 # with what its tests share.
 PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 10
 
-.PHONY: help demo app test test-slow test-oldest check format clean
+.PHONY: help demo app docs test test-slow test-oldest check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
@@ -18,7 +18,10 @@ app: $(VENV)/.demo $(VENV)/.app ## a web page with the demo's models, which are 
 	test -e outputs/demo/model -a -e outputs/demo/scenes || $(VENV)/bin/python examples/demo.py
 	$(VENV)/bin/blip2-hf demo $(ARGS)
 
-test: $(VENV)/.test $(VENV)/.app ## the test suite
+docs: $(VENV)/.docs ## the documentation in a browser, built anew when a page or a docstring changes
+	$(VENV)/bin/python -m zensical serve $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.app $(VENV)/.docs ## the test suite
 	$(VENV)/bin/python $(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.app ## the tests that take minutes
@@ -27,10 +30,12 @@ test-slow: $(VENV)/.test $(VENV)/.app ## the tests that take minutes
 test-oldest: $(OLDEST)/.test ## the test suite on the oldest versions that setup.cfg admits
 	$(OLDEST)/bin/python $(PYTEST) $(ARGS)
 
-check: $(VENV)/.test $(VENV)/.app ## lint, format and types
+check: $(VENV)/.test $(VENV)/.app $(VENV)/.docs ## lint, format, types, the documentation's links
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m zensical build --strict --clean
+	$(VENV)/bin/python docs_site/check.py site
 
 format: $(VENV)/.test ## put the code into shape
 	$(VENV)/bin/ruff check --fix .

@@ -73,6 +73,16 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     assert any("query_tokens" in name for name, p in namespace["adapted"].named_parameters() if p.requires_grad)
 
 
+def test_the_first_caption_of_the_docs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    use_hub_cache(monkeypatch, tmp_path / "hub")
+    fill_hub_cache(tmp_path / "hub")
+    make_image().save("picture.png")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(), flags=re.DOTALL)
+    exec(compile(snippet, "index.md", "exec"), {})
+    assert "generated_text" in capsys.readouterr().out
+
+
 PAGES = [README, *(path.read_text() for path in sorted(DOCS.glob("*.md")))]
 COMMANDS = re.findall(r"^blip2-hf [a-z].*?[^\\]$", "\n".join(PAGES), flags=re.MULTILINE | re.DOTALL)
 

@@ -335,16 +335,16 @@ class ImageToTextPipeline(_ImageTextPipeline):
     generation config limits the length, `max_new_tokens` is 256.
 
     Args:
-        model ([`PreTrainedModel`]):
+        model ([`~transformers.PreTrainedModel`]):
             A model with `generate`.
-        processor ([`ProcessorMixin`], *optional*):
+        processor ([`~transformers.ProcessorMixin`], *optional*):
             The model's processor. It comes before `tokenizer` and `image_processor`.
-        tokenizer ([`PreTrainedTokenizerBase`], *optional*):
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the language model, if no processor is given.
-        image_processor ([`BaseImageProcessor`], *optional*):
+        image_processor ([`~transformers.BaseImageProcessor`], *optional*):
             Image processor, if no processor is given.
         kwargs (`dict`, *optional*):
-            `device` and the other arguments of [`Pipeline`], and defaults for the arguments of a call.
+            `device` and the other arguments of [`~transformers.Pipeline`], and defaults for the arguments of a call.
 
     Example:
 
@@ -435,16 +435,16 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
     `"Question: {} Short answer:"` if the language model is an encoder-decoder; other models get the bare question.
 
     Args:
-        model ([`PreTrainedModel`]):
+        model ([`~transformers.PreTrainedModel`]):
             A model with `generate`, or one whose logits are over `config.id2label`.
-        processor ([`ProcessorMixin`], *optional*):
+        processor ([`~transformers.ProcessorMixin`], *optional*):
             The model's processor. It comes before `tokenizer` and `image_processor`.
-        tokenizer ([`PreTrainedTokenizerBase`], *optional*):
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the questions, if no processor is given.
-        image_processor ([`BaseImageProcessor`], *optional*):
+        image_processor ([`~transformers.BaseImageProcessor`], *optional*):
             Image processor, if no processor is given.
         kwargs (`dict`, *optional*):
-            `device` and the other arguments of [`Pipeline`], and defaults for the arguments of a call.
+            `device` and the other arguments of [`~transformers.Pipeline`], and defaults for the arguments of a call.
 
     Example:
 

@@ -37,12 +37,12 @@ class ZeroShotImageClassificationPipeline(transformers_pipelines.ZeroShotImageCl
     Args:
         model ([`Blip2ForImageTextRetrieval`], [`Blip2ForPreTraining`], or any that transformers' pipeline takes):
             The model. transformers' own `Blip2ForImageTextRetrieval` becomes ours, with the same weights.
-        tokenizer ([`PreTrainedTokenizerBase`]):
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the labels: the Q-Former's.
-        image_processor ([`BaseImageProcessor`]):
+        image_processor ([`~transformers.BaseImageProcessor`]):
             Image processor.
         kwargs (`dict`, *optional*):
-            `device` and the other arguments of [`Pipeline`], and defaults for the arguments of a call.
+            `device` and the other arguments of [`~transformers.Pipeline`], and defaults for the arguments of a call.
 
     Raises:
         ValueError: if a BLIP-2 has not learned to compare images with texts.

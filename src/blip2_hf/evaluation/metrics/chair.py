@@ -39,7 +39,7 @@ def chair(
 
     Raises:
         `ValueError`: if there is nothing to score, if there is not one list of objects for each prediction, or if an
-        object is none of the synonyms.
+            object is none of the synonyms.
 
     Example:
 

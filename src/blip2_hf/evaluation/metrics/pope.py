@@ -28,7 +28,7 @@ def pope(predictions: Sequence[str], references: Sequence[str]) -> dict[str, flo
 
     Raises:
         `ValueError`: if there is nothing to score, if there is not one reference for each prediction, or if a
-        reference is neither yes nor no.
+            reference is neither yes nor no.
 
     Example:
 

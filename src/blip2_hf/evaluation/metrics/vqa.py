@@ -182,7 +182,7 @@ def vqa_accuracy_scores(
 
     Raises:
         `ValueError`: if there is nothing to score, no such protocol, or a question with fewer than four annotators
-        under another protocol than `"exact"`.
+            under another protocol than `"exact"`.
     """
     check_texts(predictions, references)
     check_annotators(references, protocol)
@@ -219,7 +219,7 @@ def vqa_accuracy(
 
     Raises:
         `ValueError`: if there is nothing to score, no such protocol, a question without a type, or one with fewer than
-        four annotators under another protocol than `"exact"`.
+            four annotators under another protocol than `"exact"`.
 
     Example:
 
