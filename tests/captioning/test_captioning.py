@@ -131,7 +131,8 @@ def test_confidence_is_the_mean_probability_of_tokens_by_forward(language_model)
     for each in found:
         inputs = processor(images=images[each.index], text=prompt, return_tensors="pt")
         for text, confidence in zip(each.texts, each.confidences, strict=True):
-            tokens = processor(text=prompt, candidates=[text])["candidate_labels"][0][0]
+            # Without the end if the caption was cut off
+            tokens = processor(text=prompt, candidates=[text])["candidate_labels"][0][0][:TOKENS]
             own = [inputs["input_ids"][0].tolist()], [tokens]
             mean = scores_by_forward(model, inputs["pixel_values"], *own).item() / len(tokens)
             assert confidence == pytest.approx(math.exp(mean), rel=1e-4)
@@ -168,9 +169,20 @@ def test_confidence_in_files_and_on_the_screen(photos, parts, model_folder, tmp_
     assert capsys.readouterr().out == f"{text}\t{found[0].confidences[0]:.1%}\n"
 
 
+def test_confidence_of_captions_that_were_cut_off(parts):
+    """Such a caption has no end, and fits the positions of the language model as when it was written."""
+    model, processor = parts
+    options = {"with_confidence": True, "prompt": "a photo of"}
+    (found,) = caption_images(*parts, [make_image(0)], max_new_tokens=110, min_new_tokens=110, **options)
+    inputs = processor(images=make_image(0), text="a photo of", candidates=found.texts, return_tensors="pt")
+    tokens = inputs["candidate_labels"][0, :, :110].tolist()
+    mean = scores_by_forward(model, inputs["pixel_values"], inputs["input_ids"].tolist(), tokens).item()
+    assert found.confidences == pytest.approx([math.exp(mean / len(tokens[0]))], rel=1e-4)
+
+
 def test_a_confidence_that_has_no_place(photos, model_folder):
     options = ["--model", model_folder, "--confidence"]
-    with pytest.raises(SystemExit, match="Text files have no place for a confidence"):
+    with pytest.raises(SystemExit, match="Text files, which are written without --output, have no place"):
         run(photos, *options)
     with pytest.raises(SystemExit, match="--existing append joins captions"):
         run(photos, *options, "--output", "captions.jsonl", "--existing", "append")

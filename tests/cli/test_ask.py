@@ -122,6 +122,8 @@ def test_the_command_with_choices(photos, model, capsys):
     assert all(line[3].endswith("%") for line in lines) and len(lines) == 4
     main(["ask", "a.png", QUESTIONS[0], "--json", *options])
     (row,) = json.loads(capsys.readouterr().out)
+    with pytest.raises(SystemExit, match="has 604 tokens|tokens, and image and prompt have .* 128 positions"):
+        main(["ask", "a.png", QUESTIONS[0], *options[:-4], "--choices", "yes", "very long " * 90, *options[-4:]])
     assert row["answer"] == best[0] and row["probabilities"] == pytest.approx(own, abs=1e-4)
 
 

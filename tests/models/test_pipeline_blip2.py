@@ -602,18 +602,23 @@ def test_candidates_have_scores_that_sum_to_1(name, normalization, images):
         dict(zip(candidates, scores.tolist(), strict=True)), abs=1e-5
     )
     assert pipe(images[0], questions[0], top_k=1, **options) == alone[0][:1]
+    fixed = pipeline("visual-question-answering", model=model, processor=processor, device="cpu", **options)
+    assert fixed(images[0], questions[0]) == alone[0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"candidates": "two"}, "a list of strings"),
-        ({"candidates": ["two", "two"]}, "has the same text twice"),
+        ({"candidates": "two"}, "a list of at least two different texts"),
+        ({"candidates": ["two", "two"]}, "a list of at least two different texts"),
+        ({"candidates": ["two"]}, "a list of at least two different texts"),
+        ({"candidates": {"two", "one"}}, "a list of at least two different texts"),
+        ({"candidates": [["two"], ["one"]]}, "a list of at least two different texts"),
         ({"candidates": ["two"], "max_new_tokens": 3}, r"\['max_new_tokens'\] have no effect"),
         ({"candidates": ["two"], "preset": "vqa"}, r"\['preset'\] have no effect"),
         ({"candidates": ["two"], "generate_kwargs": {"num_beams": 2}}, r"\['num_beams'\] have no effect"),
         ({"normalization": "mean"}, "were not given"),
-        ({"candidates": ["two"], "normalization": "max"}, "one of sum, mean, relative"),
+        ({"candidates": ["two", "one"], "normalization": "max"}, "one of sum, mean, relative"),
     ],
 )
 def test_candidates_that_do_not_fit(options, message, images):

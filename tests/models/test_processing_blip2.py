@@ -136,6 +136,22 @@ def test_candidates_are_the_targets_of_their_prompt(processor, prompt):
     assert without_end[1] == found[1][:-1]
 
 
+def test_a_decoders_tokenizer_that_ends_each_text():
+    """As Llama's with `add_eos_token`: a prompt that is to be continued has no end."""
+    tokenizer = make_tokenizer(bos=True, eos=True)
+    processor = Blip2Processor(make_image_processor(), tokenizer, num_query_tokens=4, is_encoder_decoder=False)
+    plain = make_processor()
+    for prompt in ("a photo of", ""):
+        for options in ({}, {"text_target": "a dog"}, {"candidates": ["a dog"]}):
+            found, expected = (p(text=prompt, **options) for p in (processor, plain))
+            assert dict(found) == dict(expected)
+
+
+def test_a_candidate_may_begin_with_a_special_token(processor):
+    found = processor(text="", candidates=["<s> a dog"])["candidate_labels"][0][0]
+    assert found[0] == processor.tokenizer.bos_token_id and len(found) > 2
+
+
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [
@@ -146,6 +162,7 @@ def test_candidates_are_the_targets_of_their_prompt(processor, prompt):
         ([["a dog"]], "1 lists of candidates for 2 texts"),
         (["a dog", ""], "a string that is not empty"),
         (["a dog", 3], "a string that is not empty"),
+        (["a dog", "a <image>"], "'a <image>' has '<image>', which stands for an image"),
     ],
 )
 def test_candidates_that_do_not_fit(processor, candidates, message):

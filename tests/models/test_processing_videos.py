@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_told(processor):
         processor(videos=[clip], images=[make_image()], text="a")
     with pytest.raises(ValueError, match="for 2 texts"):
         processor(videos=[clip], text=["a", "b"])
-    with pytest.raises(ValueError, match="num_frames=-1: at least 1"):
+    with pytest.raises(ValueError, match="num_frames=-1: a whole number of at least 1"):
         processor(videos=[clip], text="a", num_frames=-1)
     with pytest.raises(TypeError, match="was given fps, and takes images, text, videos, num_frames"):
         processor(videos=[clip], text="a", fps=2)
@@ -230,3 +230,22 @@ def test_a_model_writes_about_videos(processor):
     )
     first, second = (model.generate(**inputs, max_new_tokens=4) for inputs in (batch, expected))
     assert torch.equal(first, second)
+
+
+def test_what_a_chat_would_drop_is_refused():
+    processor = make_processor()
+    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}]
+    for options, message in (
+        ({"videos": ["clip.mp4"]}, "videos: put pictures and videos of a chat into its messages"),
+        ({"images": [make_image()]}, "images: put pictures"),
+        ({"do_sample_frames": False}, "do_sample_frames=False: give num_frames"),
+        ({"num_frames": 0}, None),
+    ):
+        options = {"tokenize": True, "return_dict": True, **options}
+        if message is None:
+            chat[0]["content"][0]["video"] = np.zeros((4, 28, 28, 3), dtype=np.uint8)
+            message = "num_frames=0: a whole number"
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(chat, **options)
+    with pytest.raises(ValueError, match="no videos were given"):
+        processor(images=make_image(), text="<video> what?")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scoring import pad_candidates, scores_by_forward
+from stage2 import remove_dropout
 from tiny import (
     LANGUAGE_MODELS,
     NUM_QUERIES,
@@ -114,6 +115,59 @@ def test_adapters_in_the_language_model_count():
     torch.testing.assert_close(adapted, forward, atol=1e-5, rtol=1e-5)
 
 
+def test_a_cache_that_was_not_filled_is_not_used():
+    """GPT-2 of transformers gives its layers no cache in training with gradient checkpointing, and returns one."""
+    torch.manual_seed(0)
+    model, pixel_values, labels = make_model("gpt2"), make_pixel_values(2), pad_candidates(CANDIDATES)
+    expected = model.score_texts(labels, pixel_values, **padded(PROMPTS))
+    model.language_model.requires_grad_(True)
+    model.gradient_checkpointing_enable()
+    remove_dropout(model).train()
+    torch.testing.assert_close(model.score_texts(labels, pixel_values, **padded(PROMPTS)), expected)
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_adapters_around_the_whole_model(name):
+    torch.manual_seed(0)
+    model, pixel_values, labels = make_model(name), make_pixel_values(2), pad_candidates(CANDIDATES)
+    targets = ["q"] if name == "t5" else ["q_proj"]
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
+    forward = scores_by_forward(adapted, pixel_values, PROMPTS, CANDIDATES)
+    actual = adapted.score_texts(labels, pixel_values, **padded(PROMPTS))
+    torch.testing.assert_close(actual, forward, atol=1e-5, rtol=1e-5)
+
+
+def test_virtual_tokens_are_refused_as_in_generate():
+    model = make_model("llama")
+    config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    model.language_model = get_peft_model(model.language_model, config)
+    with pytest.raises(ValueError, match="virtual tokens do not reach the language model in generate and score_texts"):
+        model.score_texts(pad_candidates(CANDIDATES), make_pixel_values(2), **padded(PROMPTS))
+
+
+def test_candidates_in_half_precision_are_those_of_forward():
+    torch.manual_seed(0)
+    model, pixel_values, labels = make_model("llama").bfloat16(), make_pixel_values(2), pad_candidates(CANDIDATES)
+    pixel_values = pixel_values.bfloat16()
+    actual = model.score_texts(labels, pixel_values, **padded(PROMPTS))
+    assert actual.dtype == torch.float32
+    expected = scores_by_forward(model, pixel_values, PROMPTS, CANDIDATES)
+    torch.testing.assert_close(actual, expected, atol=0.1, rtol=0.02)
+
+
+def test_several_images_in_a_prompt():
+    torch.manual_seed(0)
+    model, processor, texts = make_model(), make_processor(), ["a dog", "the sky"]
+    images = [[make_image(0), make_image(1)], [make_image(2), make_image(3)]]
+    inputs = processor(images=images, text="two photos of", candidates=texts, return_tensors="pt")
+    for row, own in enumerate(images):
+        for column, text in enumerate(texts):
+            batch = processor(images=[own], text="two photos of", text_target=text, return_tensors="pt")
+            with torch.no_grad():
+                loss = model(**batch).loss * batch["labels"].ne(-100).sum()
+            torch.testing.assert_close(model.score_texts(**inputs)[row, column], -loss, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["opt", "t5"])
 def test_road_from_the_processor(name):
     """Candidates of each prompt, of differing number; each score is the loss of the same text as text_target."""
@@ -182,8 +236,13 @@ def test_a_qformer_that_reads_the_question():
         ({"chunk_size": 0}, "at least 1 was expected"),
         ({"pixel_values": None, "normalization": "relative"}, "There is no image"),
         ({"pixel_values": None}, "placeholders .* but no image was given"),
-        ({"candidate_labels": torch.tensor([1, 2])}, "shape .2,. for 2 prompts"),
-        ({"candidate_labels": torch.ones(3, 2, 2, dtype=torch.long)}, "shape .3, 2, 2. for 2 prompts"),
+        ({"candidate_labels": torch.tensor([1, 2])}, "shape .2,. and torch.int64 for 2 prompts"),
+        ({"candidate_labels": torch.ones(3, 2, 2, dtype=torch.long)}, "shape .3, 2, 2. and torch.int64 for 2 prompts"),
+        ({"candidate_labels": torch.ones(3, 2)}, "torch.float32 for 2 prompts: torch.int64 of shape"),
+        (
+            {"candidate_labels": torch.ones(3, 200, dtype=torch.long)},
+            "200 tokens, and image and prompt have 8: .* 121",
+        ),
         ({"candidate_labels": torch.tensor([[-100, 5], [6, 7]])}, "padding was expected behind the tokens"),
         ({"input_ids": torch.full((2, NUM_QUERIES), IMAGE), "normalization": "relative"}, "row 0 has no token but"),
     ],

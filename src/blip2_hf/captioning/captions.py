@@ -36,7 +36,7 @@ class PictureCaption:
             Why it can't be read.
         confidences (`list[float]`, *optional*):
             How sure the model is of each caption, if this was asked for: the geometric mean of the probabilities of
-            its tokens and of its end.
+            its tokens, and of its end unless it was cut off.
     """
 
     index: int
@@ -197,6 +197,8 @@ class CaptionWriter:
         # An empty caption has nothing to score, and scores 0
         candidates = [[text or "." for text in texts] for texts in captions]
         inputs = self.processor(text=[self.text] * len(captions), candidates=candidates, return_tensors="pt")
+        # A caption that was cut off has no end
+        inputs["candidate_labels"] = inputs["candidate_labels"][..., : self.generate_kwargs["max_new_tokens"]]
         inputs = {
             name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask", "candidate_labels")
         }

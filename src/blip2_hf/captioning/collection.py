@@ -141,9 +141,10 @@ def caption_dataset(
     files = open_output(output, output_format, pictures, existing, num_captions, extension, with_confidence)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     texts = {"num_captions": num_captions, "prefix": prefix, "suffix": suffix, "seed": seed}
-    texts["with_confidence"] = with_confidence or None
+    named = {**texts, "confidence": with_confidence or None}
+    texts["with_confidence"] = with_confidence
     prompt = learned_prompt(processor) if prompt is None else prompt
-    settings = _settings(model, processor, files.pictures, prompt, generate_kwargs, texts)
+    settings = _settings(model, processor, files.pictures, prompt, generate_kwargs, named)
 
     def caption(indices: list[int]) -> Generator[PictureCaption, None, None]:
         wanted = Subset(pictures, indices)

@@ -46,7 +46,8 @@ def open_output(
         )
     if with_confidence and output_format == "txt":
         raise CollectionError(
-            "Text files have no place for a confidence. Give a .jsonl, .csv or .parquet file as --output."
+            "Text files, which are written without --output, have no place for a confidence. Give a .jsonl, .csv or "
+            ".parquet file as --output."
         )
     if with_confidence and existing in ("append", "prepend"):
         raise CollectionError(

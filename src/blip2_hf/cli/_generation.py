@@ -130,10 +130,12 @@ def check_room(config: Any, kwargs: dict[str, Any], num_tokens: int = 1, num_ima
     if positions is None or (new := kwargs.get("max_new_tokens")) is None:
         return
     used = 1 if text_config.is_encoder_decoder else config.num_query_tokens * num_images + num_tokens
-    fewer = ", or fewer --num-frames" if num_images > 1 else ""
     # The last token is written, and not read
-    if used + new - 1 > positions:
+    room = positions - used + 1
+    if new > room:
+        ways = [f"at most {room}"] if room > 0 else []
+        ways += ["fewer --num-frames"] if num_images > 1 else []
         raise ValueError(
             f"--max-new-tokens {new}: the language model has {positions} positions, and {used} are taken before the "
-            f"first new token. Give at most {max(positions - used + 1, 0)}{fewer}."
+            f"first new token. Give {', or '.join(ways) or 'a shorter prompt'}."
         )

@@ -105,14 +105,16 @@ def _load(options: argparse.Namespace, pictures: list[str], questions: list[str]
     config = Blip2Config.from_pretrained(weights_place(options.model))
     preset = generation_preset("vqa", config)
     kwargs = generation_with_preset(preset, given)
-    check_generation(kwargs, options.model)
-    check_room(config, kwargs)
+    if options.choices is None:
+        check_generation(kwargs, options.model)
+        check_room(config, kwargs)
     model, processor = load_captioner(options.model, options.dtype, find_device(options.device))
     prompt = options.prompt or learned_prompt(processor, asks=True) or preset.prompt
     prompts = [prompt.replace("{}", question) for question in questions]
     processor.frames_per_video = options.num_frames or processor.frames_per_video
     num_images = processor.frames_per_video if any(map(is_video_name, pictures)) else 1
-    check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)), num_images)
+    if options.choices is None:
+        check_room(model.config, kwargs, max(map(len, processor(text=prompts).input_ids)), num_images)
     processor.image_processor = with_image_size(processor.image_processor, options.image_size)
     return model, processor, kwargs if options.choices is None else choices
 

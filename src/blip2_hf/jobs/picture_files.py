@@ -67,8 +67,14 @@ def find_pictures_or_videos(folder: str | os.PathLike) -> list[str]:
     Return the paths of the pictures in a folder or, if there are none, of the videos. Telephones write short videos
     beside pictures, under the same names.
     """
-    videos = (name for name, _ in _walk(Path(folder), is_wanted=is_video_name))
-    return list(find_picture_files(folder)) or sorted(videos)
+    found = sorted(name for name, _ in _walk(Path(folder), is_wanted=is_picture_or_video_name))
+    pictures = [name for name in found if is_picture_name(name)]
+    if pictures and (passed_over := len(found) - len(pictures)):
+        logger.warning(
+            f"{folder}: {passed_over:,} videos are passed over, because there are pictures. Name the videos "
+            "themselves, as in 'folder/*.mp4'."
+        )
+    return pictures or found
 
 
 def has_pictures_or_videos(folder: str | os.PathLike) -> bool:

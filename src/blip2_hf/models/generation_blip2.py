@@ -112,14 +112,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         self, generate_kwargs: dict[str, Any], has_image: bool
     ) -> tuple[Cache | None, dict[str, Any]]:
         """Return the cache and the arguments of the language model's `generate`; refuse what would go wrong there."""
-        # PEFT adds its virtual tokens by replacing this method of the model alone
-        adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
-        for adapter in (getattr(part, "active_peft_config", None) for part in (adapted, self.language_model)):
-            if adapter is not None and adapter.is_prompt_learning:
-                raise ValueError(
-                    f"{type(adapter).__name__}: PEFT's virtual tokens do not reach the language model in generate. "
-                    "Train adapters that change weights, such as LoraConfig."
-                )
+        self._check_adapters()
         caches = [generate_kwargs[name] for name in CACHE_NAMES if generate_kwargs.get(name) is not None]
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if name not in CACHE_NAMES}
         cache = caches[0] if caches else None
@@ -149,6 +142,17 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
             if self._setting("guidance_scale", generate_kwargs) not in (None, 1):
                 raise ValueError("guidance_scale needs a decoder-only language model; this one is an encoder-decoder.")
         return cache, generate_kwargs
+
+    def _check_adapters(self):
+        """Refuse adapters that add virtual tokens, which would not be where they are in training."""
+        # PEFT adds its virtual tokens by replacing this method of the model alone
+        adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        for adapter in (getattr(part, "active_peft_config", None) for part in (adapted, self.language_model)):
+            if adapter is not None and adapter.is_prompt_learning:
+                raise ValueError(
+                    f"{type(adapter).__name__}: PEFT's virtual tokens do not reach the language model in generate and "
+                    "score_texts. Train adapters that change weights, such as LoraConfig."
+                )
 
     def _generate_without_image(
         self, input_ids, inputs_embeds, attention_mask, cache: Cache | None, generate_kwargs: dict[str, Any]

@@ -497,7 +497,7 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         return _given(preprocess_params), forward_params, _given(postprocess_params)
 
     def _check_candidates(self, candidates, max_new_tokens, generate_kwargs, preset, generation_params):
-        if self.model_type != "blip2":
+        if self.model.config.model_type != "blip2":
             raise ValueError(
                 f"{public_class_name(self.model)} scores no candidates: Blip2ForConditionalGeneration of blip2_hf does"
             )
@@ -505,8 +505,9 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         generation += [name for name, value in (("max_new_tokens", max_new_tokens), ("preset", preset)) if value]
         if generation:
             raise ValueError(f"{sorted(generation)} have no effect on `candidates`, because nothing is generated")
-        if len(set(candidates)) < len(candidates):
-            raise ValueError(f"`candidates` has the same text twice: {candidates!r}")
+        is_list = isinstance(candidates, (list, tuple)) and all(isinstance(text, str) for text in candidates)
+        if not is_list or len(set(candidates)) < max(2, len(candidates)):
+            raise ValueError(f"`candidates` is {candidates!r}; a list of at least two different texts was expected")
 
     def __call__(self, image: Any = None, question: str | Sequence[str] | None = None, **kwargs):
         """

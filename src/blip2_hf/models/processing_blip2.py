@@ -102,10 +102,9 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.num_query_tokens = num_query_tokens
-        if is_encoder_decoder is None:
-            # A text that is to be continued does not end with the end token
-            is_encoder_decoder = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-        self.is_encoder_decoder = is_encoder_decoder
+        self._ends_texts = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+        # A text that is to be continued does not end with the end token
+        self.is_encoder_decoder = self._ends_texts if is_encoder_decoder is None else is_encoder_decoder
         self.end_token_id = tokenizer.eos_token_id if end_token_id is None else end_token_id
         self.qformer_tokenizer = qformer_tokenizer
         self.prompt = prompt
@@ -305,6 +304,8 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         if videos is not None:
             frames = self._sample(list_videos(videos), **output_kwargs["videos_kwargs"])
             text, groups = self._place_frames(frames, text, groups)
+        elif self.image_token != VIDEO_TOKEN and any(VIDEO_TOKEN in own for own in _as_list(text, "text") or []):
+            raise ValueError(f"A text has `{VIDEO_TOKEN}`, but no videos were given. Give them, or leave it out.")
         if text is None and self._writes_text:
             text = ""
         data: dict[str, Any] = {}
@@ -461,7 +462,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         if kwargs.get("max_length") is not None:
             kwargs["max_length"] += marks
         if target is None:
-            ids, labels = self.tokenizer(text, **kwargs)["input_ids"], None
+            ids, labels = self._encode_prompt(text, kwargs), None
         else:
             ids, labels = self._encode_with_target(text, target, kwargs)
         if ids.count(self.image_token_id) != marks:
@@ -483,7 +484,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         end = self.end_token_id
         if prompt.endswith(" "):
             # In generation this space is a token of its own, so that the target has none
-            ids = self._without_end(self.tokenizer(prompt, **kwargs)["input_ids"])
+            ids = self._encode_prompt(prompt, kwargs)
             prompt_length = len(ids)
             ids = ids + self.tokenizer(target, **(kwargs | {"add_special_tokens": False}))["input_ids"]
         else:
@@ -494,12 +495,17 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             prompt_length = sum(start < len(prompt) for start in starts)
             if not prompt:
                 # Everything is learned except the tokens that the tokenizer puts in front of any text
-                specials = set(self.tokenizer.all_special_ids)
-                prompt_length = next((i for i, token in enumerate(ids) if token not in specials), len(ids))
+                prompt_length = len(self._encode_prompt("", kwargs))
         if truncation and max_length is not None:
             ids = ids[: max_length - 1]
         labels = [-100] * min(prompt_length, len(ids)) + ids[prompt_length:]
         return [*ids, end], [*labels, end]
+
+    def _encode_prompt(self, text: str, kwargs: dict[str, Any]) -> list[int]:
+        """Encode a text to be continued, without the end token that the tokenizers of some decoders put behind it."""
+        ids = self.tokenizer(text, **kwargs)["input_ids"]
+        is_ended = kwargs.get("add_special_tokens", True) and not self.is_encoder_decoder and self._ends_texts
+        return ids[:-1] if is_ended else ids
 
     def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
@@ -518,7 +524,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         kwargs = {name: text_kwargs[name] for name in names if name in text_kwargs}
         rows = [
             [self._encode_candidate(text, candidate, with_end, kwargs) for candidate in own]
-            for text, own in zip(texts, _candidates_of_each(candidates, len(texts)), strict=True)
+            for text, own in zip(texts, _candidates_of_each(candidates, len(texts), self.image_token), strict=True)
         ]
         most, longest = max(map(len, rows)), max(len(ids) for row in rows for ids in row)
         padded = [[ids + [-100] * (longest - len(ids)) for ids in row] for row in rows]
@@ -533,7 +539,7 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
             prompt = prompt[len(self.image_token) :]
         ids, labels = self._encode_with_target(prompt, candidate, kwargs)
         start = len(labels) - sum(label != -100 for label in labels)
-        if ids[:start] != self._without_end(self.tokenizer(prompt, **kwargs)["input_ids"]) and prompt:
+        if ids[:start] != self._encode_prompt(prompt, kwargs):
             raise ValueError(
                 f"The last token of the prompt {text!r} changes if {candidate!r} follows. End the prompt with a word, "
                 "a punctuation mark or a space."
@@ -614,7 +620,14 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         call_names = ("return_tensors", "padding", "padding_side", "truncation", "max_length", "processor_kwargs")
         call_kwargs = {name: kwargs.pop(name) for name in call_names if name in kwargs}
         call_kwargs |= call_kwargs.pop("processor_kwargs", None) or {}
-        num_frames = kwargs.pop("num_frames", None) or call_kwargs.pop("num_frames", None) or self.frames_per_video
+        if given := sorted({"images", "videos"} & {*kwargs, *call_kwargs}):
+            raise ValueError(f"{' and '.join(given)}: put pictures and videos of a chat into its messages.")
+        # What the processor knows of videos, so that it refuses what it does not know
+        call_kwargs |= {name: kwargs.pop(name) for name in VideosKwargs.__annotations__ if name in kwargs}
+        num_frames = call_kwargs.pop("num_frames", None)
+        num_frames = self.frames_per_video if num_frames is None else num_frames
+        if call_kwargs.pop("do_sample_frames", None) is False:
+            raise ValueError("do_sample_frames=False: give num_frames, which the text of a chat has to make room for.")
         is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if is_batched else [conversation]
         pairs = [messages_to_text(messages, self.image_token, num_frames) for messages in conversations]
@@ -734,7 +747,7 @@ def _texts(text, text_target, groups: list[list] | None, image_token: str) -> tu
     return texts, targets
 
 
-def _candidates_of_each(candidates: Any, num_texts: int) -> list[list[str]]:
+def _candidates_of_each(candidates: Any, num_texts: int, image_token: str) -> list[list[str]]:
     """Return a list of candidates for each prompt."""
     rows = [candidates] * num_texts if candidates and isinstance(candidates[0], str) else candidates
     if isinstance(candidates, str) or not rows or not all(isinstance(row, (list, tuple)) and row for row in rows):
@@ -744,6 +757,8 @@ def _candidates_of_each(candidates: Any, num_texts: int) -> list[list[str]]:
     for text in (text for row in rows for text in row):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"A candidate is {text!r}: a string that is not empty was expected.")
+        if image_token in text:
+            raise ValueError(f"The candidate {text!r} has {image_token!r}, which stands for an image. Leave it out.")
     return rows
 
 

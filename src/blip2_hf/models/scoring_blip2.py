@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
-from ._compat import CACHE_NAME
+from ._compat import CACHE_NAME, cached_length
 from .generation_blip2 import generating_part, pad_left
 from .generation_presets import NORMALIZATIONS
 from .text_inputs import decoder_inputs, text_positions
@@ -87,8 +87,10 @@ qformer_attention_mask, interpolate_pos_encoding:
             raise ValueError("There is no image: give pixel_values, image_embeds or image_features.")
         if input_ids is None:
             input_ids, attention_mask = self._start_tokens(image_features), None
+        self._check_adapters()
         labels = _labels_of_each(candidate_labels, len(input_ids))
         prompt = self._embedded_prompt(image_features, input_ids, attention_mask)
+        self._check_positions(prompt[1], labels)
         scores = _score_in_chunks(self._scorer(*prompt), labels, chunk_size)
         if normalization == "mean":
             scores = scores / labels.ne(-100).sum(dim=-1)
@@ -110,6 +112,18 @@ qformer_attention_mask, interpolate_pos_encoding:
             normalization it is the order of LAVIS's `predict_class`.
         """
         return self.score_texts(candidate_labels, **kwargs).argsort(dim=-1, descending=True, stable=True)
+
+    def _check_positions(self, attention_mask: torch.Tensor, labels: torch.Tensor):
+        """Refuse candidates that are longer than what the language model has positions for."""
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        # The last token is scored, and not read
+        longest = int(labels.ne(-100).sum(dim=-1).max()) - 1
+        used = 1 if self.config.is_encoder_decoder else int(attention_mask.sum(dim=1).max())
+        if limit is not None and used + longest > limit:
+            raise ValueError(
+                f"The longest candidate has {longest + 1} tokens, and image and prompt have {used}: the language "
+                f"model has {limit} positions. Give candidates of at most {max(0, limit - used + 1)} tokens."
+            )
 
     def _embedded_prompt(
         self, image_features: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -169,8 +183,9 @@ qformer_attention_mask, interpolate_pos_encoding:
             last = {"logits_to_keep": 1} if self.accepts_logits_to_keep else {}
             outputs = language_model(**self._text(inputs_embeds, attention_mask), **last, use_cache=True)
             cache, logits = outputs.get(CACHE_NAME), outputs.logits[:, -1:]
-        # A cache of another kind may hold states that can't be copied row by row
-        if type(cache) is not DynamicCache:
+        # A cache of another kind may hold states that can't be copied row by row, and one that is not of the length of
+        # the prompt was not filled, as with gradient checkpointing
+        if type(cache) is not DynamicCache or cached_length(cache) != inputs_embeds.shape[1]:
             return lambda rows, labels: self._score_whole(inputs_embeds[rows], attention_mask[rows], labels)
         return lambda rows, labels: self._score_after_cache(cache, logits, attention_mask, rows, labels)
 
@@ -210,10 +225,11 @@ def _labels_of_each(candidate_labels: torch.Tensor, batch_size: int) -> torch.Te
     """Return labels of shape `(batch_size, num_candidates, candidate_length)`."""
     shape = tuple(candidate_labels.shape)
     labels = candidate_labels.expand(batch_size, *shape) if len(shape) == 2 else candidate_labels
-    if labels.dim() != 3 or len(labels) != batch_size or 0 in shape:
+    if labels.dim() != 3 or len(labels) != batch_size or 0 in shape or labels.dtype != torch.long:
         raise ValueError(
-            f"candidate_labels of shape {shape} for {batch_size} prompts: (num_candidates, candidate_length) or "
-            "(batch_size, num_candidates, candidate_length) was expected. Let Blip2Processor make them of candidates."
+            f"candidate_labels of shape {shape} and {labels.dtype} for {batch_size} prompts: torch.int64 of shape "
+            "(num_candidates, candidate_length) or (batch_size, num_candidates, candidate_length) was expected. Let "
+            "Blip2Processor make them of candidates."
         )
     if bool((labels[..., :-1].eq(-100) & labels[..., 1:].ne(-100)).any()):
         raise ValueError("candidate_labels have -100 before a token: padding was expected behind the tokens.")

@@ -108,8 +108,8 @@ def sample_frames(video: Any, num_frames: int | None = NUM_FRAMES, name: str | N
         ImageLoadError: if the video can't be read: it is missing, broken, truncated, no video, has no frames, or has
             frames larger than `PIL.Image.MAX_IMAGE_PIXELS`, or neither PyAV nor torchcodec is installed.
     """
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames={num_frames}: at least 1 was expected.")
+    if num_frames is not None and (not isinstance(num_frames, int) or num_frames < 1):
+        raise ValueError(f"num_frames={num_frames!r}: a whole number of at least 1 was expected.")
     try:
         return _sample(video, num_frames)
     except _Problem as problem:
@@ -130,8 +130,8 @@ def list_videos(videos: Any) -> list:
         `list`: the videos.
     """
     if isinstance(videos, (list, tuple)):
-        is_video = len(videos) > 0 and all(isinstance(v, Image.Image) or _dims(v) in (2, 3) for v in videos)
-        return [videos] if is_video else list(videos)
+        are_frames = len(videos) > 0 and all(isinstance(v, Image.Image) or _dims(v) in (2, 3) for v in videos)
+        return [videos] if are_frames else list(videos)
     return list(videos) if _dims(videos) == 5 else [videos]
 
 
