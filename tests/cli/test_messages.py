@@ -67,6 +67,7 @@ MORE_LINES = {
         WRITER,
         None,
     ),
+    "reranker": ("caption {data} --model captioner --rerank {model} --output {output}.jsonl", MATCHER, "rows"),
     "retriever": (
         "finetune {data} --task retrieval --model {model} --output {output} --image-size 28",
         MATCHER,

@@ -1,7 +1,7 @@
 """Captions of pictures and videos, some at a time: the next are decoded while the model writes."""
 
 import random
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -14,10 +14,16 @@ from transformers.processing_utils import ProcessorMixin
 from ..jobs.batch_size import BatchSize, first_batch_size
 from ..jobs.inference import eval_mode, seeded
 from ..jobs.picture_inputs import PictureInputs, PictureStream, load_ahead
+from ..models.image_loading import load_image
 from ..models.processing_blip2 import learned_prompt
+from ..models.video_loading import is_video
 
 
 MAX_NEW_TOKENS = 30  # LAVIS's captions have no more
+
+# From pictures, and captions of each, to their scores
+Reranker = Callable[[list, list[list[str]]], Sequence[Sequence[float]]]
+WrittenCaptions = tuple[list[str], list[float] | None]  # of a picture, and how sure the model is of each
 
 _NEEDS_NO_SPACE = (*" \t\n", *",.;:!?")  # at the beginning of what is put behind a caption
 
@@ -63,6 +69,7 @@ def caption_images(
     suffix: str | None = None,
     seed: int | None = None,
     with_confidence: bool = False,
+    rerank: Reranker | None = None,
     **generate_kwargs,
 ) -> Generator[PictureCaption, None, None]:
     r"""
@@ -96,6 +103,10 @@ def caption_images(
             memory suffices for the batches.
         with_confidence (`bool`, *optional*, defaults to `False`):
             Whether to compute how sure the model is of each caption, which takes one more pass over the captions.
+        rerank (`Callable`, *optional*):
+            [`~capfilt.RetrievalFilter`], or any function of a list of pictures, and a list of captions for each, that
+            returns a list of scores for each. Of `num_captions` captions, which are best sampled, the one with the
+            highest score remains. `images` is a sequence then, because pictures are opened a second time.
         generate_kwargs (`dict`):
             Those of [`~Blip2ForConditionalGeneration.generate`], such as `num_beams`. A preset of the paper is given
             as its parts: `prompt=preset.prompt, **preset.generate_kwargs`.
@@ -104,7 +115,8 @@ def caption_images(
         generator of [`PictureCaption`].
 
     Raises:
-        ValueError: if `num_captions` or `batch_size` is less than 1, or arguments of `generate` do not fit.
+        ValueError: if `num_captions` or `batch_size` is less than 1, or arguments of `generate` do not fit, or a video
+            or a stream is to be re-ranked.
 
     Example:
 
@@ -117,20 +129,36 @@ def caption_images(
     if num_captions < 1:
         raise ValueError(f"num_captions={num_captions}: at least 1 was expected.")
     is_sequence = isinstance(images, (Sequence, Dataset)) and not isinstance(images, IterableDataset)
+    if rerank is not None and not is_sequence:
+        raise ValueError("rerank opens each picture a second time: give the images as a list.")
     kind = PictureInputs if is_sequence else PictureStream
-    inputs = kind(images, processor.image_processor, "image", processor.frames_per_video)
+    inputs: Any = kind(images, processor.image_processor, "image", processor.frames_per_video)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     writer = CaptionWriter(model, processor, prompt, generate_kwargs, num_captions, with_confidence)
     with eval_mode(model):
         for batch in load_ahead(inputs, num_workers, batch_size=first_batch_size(batch_size, model.device)):
             with seeded(None if seed is None else seed_of(seed, batch.numbers[0])):
-                found = iter(writer(batch.pictures))
+                written = writer(batch.pictures)
+            if rerank is not None and written:
+                written = _keep_best(rerank, [inputs.open_picture(number) for number in batch.readable], written)
+            found = iter(written)
             for number in batch.numbers:
                 error = batch.errors.get(number)
                 texts, confidences = ([], None) if error else next(found)
                 yield PictureCaption(
                     number, [with_affixes(text, prefix, suffix) for text in texts], error, confidences
                 )
+
+
+def _keep_best(rerank: Reranker, pictures: list, written: list[WrittenCaptions]) -> list[WrittenCaptions]:
+    """Return the caption of each picture that has the highest score, the first of equal ones."""
+    if any(map(is_video, pictures)):
+        raise ValueError("A video can't be re-ranked, because matching reads one picture. Caption videos without.")
+    scores = rerank([load_image(picture) for picture in pictures], [texts for texts, _ in written])
+    best = [list(own).index(max(own)) for own in scores]
+    return [
+        ([texts[i]], confidences and [confidences[i]]) for i, (texts, confidences) in zip(best, written, strict=True)
+    ]
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -168,7 +196,7 @@ class CaptionWriter:
         self.prompt = processor(text=self.text, return_tensors="pt").to(model.device)
         self.batch_size = BatchSize()
 
-    def __call__(self, pictures: Sequence[torch.Tensor]) -> list[tuple[list[str], list[float] | None]]:
+    def __call__(self, pictures: Sequence[torch.Tensor]) -> list[WrittenCaptions]:
         """
         Return the captions of each picture, or row of frames, and how sure the model is of each if that is asked for.
         Those of one shape are a batch.
@@ -177,7 +205,7 @@ class CaptionWriter:
         return [pair for batch in batches for _, found in self.batch_size.run(self._write, batch) for pair in found]
 
     @torch.no_grad()
-    def _write(self, pixel_values: torch.Tensor) -> list[tuple[list[str], list[float] | None]]:
+    def _write(self, pixel_values: torch.Tensor) -> list[WrittenCaptions]:
         prompt = {name: value.expand(len(pixel_values), -1) for name, value in self.prompt.items()}
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         of_qformer = {name: prompt.pop(name) for name in list(prompt) if name.startswith("qformer_")}

@@ -71,6 +71,7 @@ def caption_dataset(
     suffix: str | None = None,
     seed: int | None = None,
     with_confidence: bool = False,
+    rerank: Any = None,
     overwrite: bool = False,
     **generate_kwargs,
 ) -> CaptionCounts:
@@ -109,6 +110,8 @@ def caption_dataset(
         with_confidence (`bool`, *optional*, defaults to `False`):
             Whether the file has a column `confidence` too: how sure the model is of each caption
             ([`PictureCaption`]).
+        rerank ([`~capfilt.RetrievalFilter`], *optional*):
+            Keeps the best of `num_captions` captions of each picture, as in [`caption_images`].
         prompt, max_new_tokens, batch_size, num_workers, prefix, suffix, seed:
             As in [`caption_images`]. What is sampled with a seed also depends on the number of processes, and on
             interruptions.
@@ -138,10 +141,13 @@ def caption_dataset(
     pictures = _as_pictures(pictures)
     check_reads_8_bit(processor.image_processor)
     existing = "overwrite" if overwrite else existing
-    files = open_output(output, output_format, pictures, existing, num_captions, extension, with_confidence)
+    num_written = num_captions if rerank is None else 1
+    files = open_output(output, output_format, pictures, existing, num_written, extension, with_confidence)
     generate_kwargs["max_new_tokens"] = max_new_tokens
     texts = {"num_captions": num_captions, "prefix": prefix, "suffix": suffix, "seed": seed}
     named = {**texts, "confidence": with_confidence or None}
+    if rerank is not None:
+        named["rerank"] = rerank.settings()
     texts["with_confidence"] = with_confidence
     prompt = learned_prompt(processor) if prompt is None else prompt
     settings = _settings(model, processor, files.pictures, prompt, generate_kwargs, named)
@@ -149,6 +155,7 @@ def caption_dataset(
     def caption(indices: list[int]) -> Generator[PictureCaption, None, None]:
         wanted = Subset(pictures, indices)
         options = {"batch_size": batch_size, "num_workers": num_workers, **texts, **generate_kwargs}
+        options["rerank"] = rerank
         if seed is not None and indices:
             options["seed"] = seed_of(seed, indices[0])  # of each process its own
         return caption_images(model, processor, wanted, prompt, **options)

@@ -23,7 +23,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 # Options of any command that are names of what is read
 _FOLDERS, _DATA = ("folder", "images"), ("data", "validation")
 _FILES = ("annotations", "questions", "instances", "synonyms")
-_MODELS = (*("model", "captioner", "filter", "retriever", "vision_model", "language_model", "text_encoder", "stage1"),)
+_MODELS = ("model", "captioner", "filter", "retriever", "reranker", "vision_model", "language_model", "text_encoder")
+_MODELS += ("stage1",)
 
 _LONGEST_WAIT = timedelta(days=30)  # until the other processes have done their share, too
 

@@ -16,6 +16,7 @@ from ._pictures import named_pictures, pixel_limit
 # Options that have no effect on other data
 _OF_ROWS = {"config": None, "split": None, "image_column": None, "image_root": None, "allow_urls": False}
 _OF_FILES = {"output": None, "format": None, "extension": None, "existing": None, "overwrite": False}
+_CANDIDATES, _TOP_P = 5, 0.9  # of --rerank
 _WRITING = {name: _OF_FILES[name] for name in ("output", "format", "extension")}
 
 
@@ -47,7 +48,12 @@ def add_parser(commands: Any):
     )
     add("--prefix", "text to put before each caption, such as a trigger word")
     add("--suffix", "text to put behind each caption")
-    add("--captions-per-image", "captions of each picture, sampled or of as many beams", type=positive, default=1)
+    add("--captions-per-image", "captions of each picture, sampled or of as many beams (default: 1)", type=positive)
+    rerank = (
+        "model of stage 1 or for retrieval, which chooses one of the sampled captions of a picture (5, or "
+        "--captions-per-image)"
+    )
+    add("--rerank", rerank, dest="reranker", metavar="MODEL")
     add("--confidence", "also tell how sure the model is of each caption, from 0 to 1", action="store_true")
     add("--num-beams")
     add("--max-new-tokens", "the most tokens that are written; without it 30, or the preset's")
@@ -72,12 +78,32 @@ def add_parser(commands: Any):
 def _check(options: argparse.Namespace):
     if options.overwrite and options.existing not in (None, "overwrite"):
         raise ValueError(f"--overwrite and --existing {options.existing} were given: give one of them.")
+    if options.captions_per_image is None:
+        options.captions_per_image = 1 if options.reranker is None else _CANDIDATES
+    if options.reranker is not None:
+        _sample(options)
+
+
+def _sample(options: argparse.Namespace):
+    """Let captions be sampled, unless the options say how, because the beams of a search hardly differ."""
+    given = dict(options.generate or ())
+    if (options.num_beams or given.get("num_beams") or 1) > 1 or given.get("do_sample") is False:
+        raise ValueError(
+            "--rerank chooses among sampled captions, and the beams of a search hardly differ. Leave them out."
+        )
+    if options.captions_per_image < 2:
+        raise ValueError("--rerank chooses among several captions. Give --captions-per-image 2 or more.")
+    options.num_beams = 1
+    if options.top_p is None and options.temperature is None and "top_k" not in given:
+        options.top_p = _TOP_P
 
 
 def _run(options: argparse.Namespace):
-    from ..jobs.model_checks import WRITING, check_checkpoint
+    from ..jobs.model_checks import MATCHING, WRITING, check_checkpoint
 
     check_checkpoint(options.model, WRITING)
+    if options.reranker is not None:
+        check_checkpoint(options.reranker, MATCHING)
     files = _named_files(options.data)
     with pixel_limit(options.max_pixels):
         if files is not None and not _given(options, _WRITING):
@@ -128,7 +154,7 @@ def _write_captions(options: argparse.Namespace, files: list[str] | None):
 
     output = {
         "existing": "overwrite" if options.overwrite else options.existing or "skip",
-        "num_captions": options.captions_per_image,
+        "num_captions": options.captions_per_image if options.reranker is None else 1,
         "extension": _ending(options.extension),
         "with_confidence": options.confidence,
     }
@@ -166,7 +192,10 @@ def _load(options: argparse.Namespace, device: Any, names: list[str]) -> tuple[A
     kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **kwargs}
     check_generation(kwargs, options.model, options.captions_per_image, options.seed)
     check_room(config, kwargs)
-    model, processor = load_captioner(options.model, options.dtype, device(options.device))
+    place = device(options.device)
+    if options.reranker is not None:
+        kwargs["rerank"] = _open_reranker(options, place)
+    model, processor = load_captioner(options.model, options.dtype, place)
     prompt = learned_prompt(processor) if prompt is None else prompt
     processor.frames_per_video = options.num_frames or processor.frames_per_video
     num_images = processor.frames_per_video if any(map(is_video_name, names)) else 1
@@ -177,6 +206,13 @@ def _load(options: argparse.Namespace, device: Any, names: list[str]) -> tuple[A
     kwargs |= pick(options, "batch_size", "num_workers", "prefix", "suffix", "seed")
     options_of_captions = {"num_captions": options.captions_per_image, "with_confidence": options.confidence}
     return model, processor, prompt, {**kwargs, **options_of_captions}
+
+
+def _open_reranker(options: argparse.Namespace, device: Any) -> Any:
+    from ..capfilt import RetrievalFilter
+    from ..retrieval.loading import load_retrieval_model
+
+    return RetrievalFilter(*load_retrieval_model(options.reranker, device, options.dtype))
 
 
 def _as_folder(files: list[str]) -> Any:
