@@ -101,7 +101,7 @@ def main():
         sys.exit(f"{missing[0]} does not exist. Run learn_stage1.py and learn_stage2.py first, with this seed.")
     transformers.set_seed(options.seed)
     _, tests = choose_scenes(options.validate)
-    tests = {name: test.select(range(SCENES)) for name, test in tests.items()}
+    tests = {name: test.select(range(min(SCENES, len(test)))) for name, test in tests.items()}
     models = (
         Blip2ForPreTraining.from_pretrained(parts["stage1"]),
         Blip2ForConditionalGeneration.from_pretrained(parts["stage2"]),

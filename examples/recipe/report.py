@@ -73,6 +73,31 @@ def diversity_table() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def choice_table() -> str:
+    """Make the table of captions that are chosen among several ones."""
+    records = runs("choose", "full")
+    columns = of_all_sets(CAPTIONS)
+    lines = [["captions chosen among five, %", *columns], ["---"] * (1 + len(columns))]
+    names = (
+        [key.removesuffix(": exact") for key in records[0]["results"][SETS[0]] if key.endswith(": exact")]
+        if records
+        else []
+    )
+    for name in names:
+        lines.append([name, *(spread(records, scenes, f"{name}: {key}") for scenes, key in columns.values())])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def told_table() -> str:
+    """Make the table of true captions that the language model finds likelier than swapped ones."""
+    records, ways = runs("choose", "full"), ("sum", "mean", "relative")
+    columns = {f"{kind}, {way}": f"{kind} told, {way}" for kind in ("relation", "count") for way in ways}
+    lines = [["told by the language model, %", *columns], ["---"] * (1 + len(columns))]
+    for scenes in SETS if records else ():
+        lines.append([scenes, *(spread(records, scenes, key) for key in columns.values())])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def probe_table() -> str:
     """Make the table of the things that a linear probe of the tower's features names."""
     file = FOLDER / "probe.json"
@@ -122,6 +147,8 @@ def tables() -> list[str]:
         table(
             "questions", "answers, seen styles, %", QUESTIONS, of_set(SETS[0], dict(zip(kinds, kinds, strict=True)))
         ),
+        choice_table(),
+        told_table(),
         diversity_table(),
         probe_table(),
         minutes(),

@@ -51,6 +51,7 @@ def stages(seeds: list[int]) -> Iterator[list[tuple[Path, list[str]]]]:
     yield runs("stage1", START)
     yield runs("stage1", STAGE1)
     yield runs("stage2", STAGE2)
+    yield [job("choose_captions.py", f"choose/full-seed{seed}/results.json", "--seed", str(seed)) for seed in seeds]
     yield runs("questions", QUESTIONS)
     # No step writes this result, so that it runs each time: there may be new results to show
     yield [job("report.py", "report")]

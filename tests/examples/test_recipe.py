@@ -436,6 +436,43 @@ def test_answers_are_scored_by_the_kind_of_question(scenes, monkeypatch):
     }
 
 
+def test_captions_are_chosen_by_the_highest_score(folder, tmp_path, monkeypatch):
+    import choose_captions
+    from evaluate_stage1 import score_captions
+    from features import choose_scenes
+
+    captions = [["a lion", "two lions"], ["a fox", "a fox"]]
+    assert choose_captions.choose(captions, [[0.1, 0.2], [0.3, 0.3]]) == ["two lions", "a fox"]
+    written = {}
+    monkeypatch.setattr(choose_captions, "write", lambda *args, **kwargs: written["captions"])
+    scenes = choose_scenes(False)[1]["new style"]
+    right = [own[0] for own in scenes["captions"]]
+    # Of a true and a wrong caption, each way chooses one of the two
+    written["captions"] = [[text, "nothing"] for text in right]
+    parts = [(Blip2ForPreTraining, "stage1"), (Blip2ForConditionalGeneration, "stage2")]
+    models = [
+        part
+        for kind, stage in parts
+        for part in (
+            kind.from_pretrained(folder / stage / "full-seed0" / "model").eval(),
+            Blip2Processor.from_pretrained(folder / stage / "full-seed0" / "model"),
+        )
+    ]
+    results = choose_captions.evaluate(*models, scenes)
+    assert results["beams, first: exact"] == score_captions(right, scenes)["exact"] == 1
+    model, processor = models[2:]
+    embeds = choose_captions.stack_features(scenes)
+    scores = choose_captions.score(model, processor, embeds, written["captions"])
+    for way in ("sum", "mean", "relative"):
+        chosen = choose_captions.choose(written["captions"], scores[way])
+        assert results[f"sampled, language model, {way}: exact"] == score_captions(chosen, scenes)["exact"]
+    inputs = processor(text=[choose_captions.CAPTION_PROMPT], candidates=[written["captions"][0]], return_tensors="pt")
+    with torch.no_grad():
+        mean = model.score_texts(**inputs, image_embeds=embeds[:1], normalization="mean")[0]
+    assert scores["mean"][0] == pytest.approx(mean.tolist(), abs=1e-4)
+    assert {key for key in results if "told" in key} >= {"relation told, sum", "count told, relative"}
+
+
 def test_a_probe_names_as_many_things_as_there_are(folder):
     from probe import named
 
@@ -512,12 +549,12 @@ def test_each_step_of_the_recipe_is_a_command_after_those_that_it_needs(capsys):
     assert all(Path(script).is_file() for script, *_ in commands)
     variants = [("stage1", START), ("stage1", STAGE1), ("stage2", STAGE2), ("questions", QUESTIONS)]
     expected = [["features.py"], ["probe.py"]]
-    expected += [
-        [f"learn_{stage}.py", "--variant", variant, "--seed", seed]
-        for stage, own in variants
-        for seed in ("0", "4")
-        for variant in own
-    ]
+    for stage, own in variants:
+        if stage == "questions":
+            expected += [["choose_captions.py", "--seed", seed] for seed in ("0", "4")]
+        expected += [
+            [f"learn_{stage}.py", "--variant", variant, "--seed", seed] for seed in ("0", "4") for variant in own
+        ]
     assert [[Path(script).name, *rest] for script, *rest in commands] == [*expected, ["report.py"]]
 
 
