@@ -236,8 +236,8 @@ def test_what_a_chat_would_drop_is_refused():
     processor = make_processor()
     chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}]
     for options, message in (
-        ({"videos": ["clip.mp4"]}, "videos: put pictures and videos of a chat into its messages"),
-        ({"images": [make_image()]}, "images: put pictures"),
+        ({"videos": ["clip.mp4"]}, "images or videos were given beside a chat"),
+        ({"images": [make_image()]}, "images or videos were given beside a chat"),
         ({"do_sample_frames": False}, "do_sample_frames=False: give num_frames"),
         ({"num_frames": 0}, None),
     ):

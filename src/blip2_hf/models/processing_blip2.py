@@ -620,8 +620,9 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         call_names = ("return_tensors", "padding", "padding_side", "truncation", "max_length", "processor_kwargs")
         call_kwargs = {name: kwargs.pop(name) for name in call_names if name in kwargs}
         call_kwargs |= call_kwargs.pop("processor_kwargs", None) or {}
-        if given := sorted({"images", "videos"} & {*kwargs, *call_kwargs}):
-            raise ValueError(f"{' and '.join(given)}: put pictures and videos of a chat into its messages.")
+        given = [kwargs.pop(name, None) or call_kwargs.pop(name, None) for name in ("images", "videos")]
+        if any(value is not None for value in given):
+            raise ValueError("images or videos were given beside a chat: put them into its messages.")
         # What the processor knows of videos, so that it refuses what it does not know
         call_kwargs |= {name: kwargs.pop(name) for name in VideosKwargs.__annotations__ if name in kwargs}
         num_frames = call_kwargs.pop("num_frames", None)
