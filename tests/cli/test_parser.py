@@ -20,7 +20,7 @@ TRAININGS = ("finetune", "pretrain")
 # Options that are another thing in each command, and those whose defaults differ
 OTHER_IN_EACH = {
     *("--output", "--overwrite", "--model", "--index", "--prompt", "--preset", "--seed", "--text-column"),
-    *("--vision-model", "--language-model", "--vision-feature-layer", "--id-column", "--dtype"),
+    *("--vision-model", "--language-model", "--vision-feature-layer", "--id-column", "--dtype", "--rerank"),
 }
 OTHER_DEFAULTS = {
     *("--batch-size", "--rows-per-shard", "--top-p", "--max-new-tokens", "--held-out", "--num-workers"),

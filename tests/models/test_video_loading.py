@@ -115,7 +115,7 @@ def test_errors_name_the_file_and_say_what_to_do(tmp_path, monkeypatch):
     with monkeypatch.context() as limited:
         limited.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         assert "64x48 pixels, the limit is 1000" in told(whole)
-    with pytest.raises(ValueError, match="num_frames=0: at least 1"):
+    with pytest.raises(ValueError, match="num_frames=0: a whole number of at least 1"):
         sample_frames(whole, 0)
 
 

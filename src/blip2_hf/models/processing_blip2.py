@@ -304,8 +304,6 @@ class Blip2HfProcessor(HubMixin, ProcessorMixin):
         if videos is not None:
             frames = self._sample(list_videos(videos), **output_kwargs["videos_kwargs"])
             text, groups = self._place_frames(frames, text, groups)
-        elif self.image_token != VIDEO_TOKEN and any(VIDEO_TOKEN in own for own in _as_list(text, "text") or []):
-            raise ValueError(f"A text has `{VIDEO_TOKEN}`, but no videos were given. Give them, or leave it out.")
         if text is None and self._writes_text:
             text = ""
         data: dict[str, Any] = {}
