@@ -29,6 +29,17 @@ def write_video(path: Path, frames: np.ndarray | None = None, codec: str = "mpeg
     return path
 
 
+def write_sound(path: Path) -> Path:
+    """Write a file of a tenth of a second of silence, without video."""
+    av = pytest.importorskip("av", reason="PyAV writes and reads the videos")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4410), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return path
+
+
 def numbers_of(pictures) -> list[int]:
     """Which of the frames of `make_frames` each picture is, by how light its lightest pixels are."""
     return [round((float(np.quantile(np.asarray(picture), 0.75)) - 40) / 25) for picture in pictures]

@@ -6,7 +6,7 @@ import torch
 import transformers.utils
 from PIL import Image
 from tiny import encode, make_image
-from videos import HEIGHT, WIDTH, make_frames, numbers_of, write_video
+from videos import HEIGHT, WIDTH, make_frames, numbers_of, write_sound, write_video
 
 from blip2_hf import ImageLoadError
 from blip2_hf.models import video_loading
@@ -108,6 +108,7 @@ def test_errors_name_the_file_and_say_what_to_do(tmp_path, monkeypatch):
     cut = write_video(tmp_path / "cut.avi", np.random.default_rng(0).integers(0, 256, (30, 48, 64, 3), np.uint8))
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     assert "truncated" in told(cut)
+    assert "the file has no video, only sound or other streams" in told(write_sound(tmp_path / "sound.mp4"))
     assert "not fetched by its URL. Download the file" in told("https://example.com/a.mp4")
     assert "no frames" in told([])
     assert "cannot make a video of a ndarray of 3 dimensions" in told(make_frames()[0])

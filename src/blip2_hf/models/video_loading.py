@@ -184,6 +184,8 @@ def _read_file(path: str, num_frames: int | None) -> list[np.ndarray]:
         return np.unique(wanted)
 
     try:
+        if backend == "pyav" and not _has_video(path):
+            raise _Problem("the file has no video, only sound or other streams. Give a video file")
         frames, _ = load_video(path, backend=backend, sample_indices_fn=choose)
         turns = _quarter_turns(path) if backend == "pyav" else 0
     except (_Problem, MemoryError):
@@ -200,9 +202,15 @@ def _read_file(path: str, num_frames: int | None) -> list[np.ndarray]:
     return [frames[place] for place in np.searchsorted(numbers, wanted)]
 
 
+def _has_video(path: str) -> bool:
+    # Not `import av`, which remote code would be taken to need
+    av: Any = importlib.import_module("av")
+    with av.open(path) as container:
+        return len(container.streams.video) > 0
+
+
 def _count_frames(path: str) -> int:
     """Count the frames of a file whose header does not tell, such as Matroska's, without decoding them."""
-    # Not `import av`, which remote code would be taken to need
     av: Any = importlib.import_module("av")
     with av.open(path) as container:
         return sum(packet.size > 0 for packet in container.demux(video=0))
