@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from saved_models import save_captioner, save_stage1
@@ -68,6 +69,34 @@ def test_a_collection_by_the_command(parts, matching, folders, tmp_path, monkeyp
     main(["caption", "photos/0.png", "photos/1.png", *options, "--captions-per-image", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[0] for line in lines] == ["photos/0.png", "photos/1.png"]
+
+
+def test_road_from_pictures_to_a_model_that_chooses(folders, tmp_path, monkeypatch, capsys):
+    """Caption, keep what the model is sure of, learn from it, choose among answers, and score the choice."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "photos").mkdir()
+    for seed in range(6):
+        make_image(seed).save(tmp_path / "photos" / f"{seed}.png")
+    device = ["--device", "cpu", "--num-workers", "0"]
+    options = ["--model", folders[0], "--rerank", folders[1], "--confidence", "--max-new-tokens", "6", "--seed", "3"]
+    main(["caption", "photos", *options, *device, "--output", "photos/metadata.jsonl"])
+    path = tmp_path / "photos" / "metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    surest = sorted(rows, key=lambda row: -row["confidence"])[:4]
+    path.write_text("".join(json.dumps(row) + "\n" for row in surest))
+    steps = ["--max-steps", "2", "--batch-size", "2", "--held-out", "2", "--skip-bad-rows"]
+    main(["finetune", "photos", "--model", folders[0], "--output", "tuned", *steps, *device])
+    capsys.readouterr()
+    choices = ["a dog", "the sky"]
+    main(["ask", "photos/0.png", "what is it?", "--model", "tuned", "--choices", *choices, "--json", *device[:2]])
+    (answer,) = json.loads(capsys.readouterr().out)
+    row = {"image": "photos/0.png", "question": "what is it?", "choices": choices, "answer": answer["answer"]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    main(
+        ["evaluate", "multiple-choice", "--data", "questions.jsonl", "--model", "tuned", "--output", "scores", *device]
+    )
+    assert "| overall | 1 | 100.00 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,11 @@ class _Pairs:
         """Return what the transform makes of a picture, or of each frame of a video, which get the same crop."""
         if not isinstance(image, list):
             return self.transform(image, generator)
-        state = generator.get_state()
-        return [self.transform(frame, generator.set_state(state)) for frame in image]
+        state, frames = generator.get_state(), []
+        for frame in image:
+            generator.set_state(state)
+            frames.append(self.transform(frame, generator))
+        return frames
 
     def _id(self, value: Any, name: RowName) -> int | str:
         if value is None:

@@ -10,7 +10,7 @@ def write_texts(
     model: Any, processor: Any, generate_kwargs: dict[str, Any], prompts: list[str], pictures: Sequence[torch.Tensor]
 ) -> list[str]:
     """
-    Return a text for each prompt and picture, of shape `(channels, height, width)` or, for the frames of a video,
+    Return a text for each prompt and picture. A picture has the shape `(channels, height, width)`, and a video
     `(num_frames, channels, height, width)`. A picture that stands several times goes through the tower and the
     Q-Former once.
     """

@@ -34,7 +34,7 @@ class Video:
 
 
 class _Problem(Exception):
-    """What is wrong with a video; `sample_frames` adds which video it is."""
+    """Says what is wrong with a video, and `sample_frames` adds the video's name."""
 
 
 def is_video_name(name: str | os.PathLike) -> bool:
@@ -167,7 +167,7 @@ def _read_file(path: str, num_frames: int | None) -> list[np.ndarray]:
         raise _Problem("no such file. Give the path of a video" if not os.path.exists(path) else "this is no file")
     kind = mimetypes.guess_type(path)[0] or ""
     if kind.startswith("image/") and kind != "image/gif":
-        raise _Problem("this is a picture. Give a video or, for a video of pictures, a list of them in the list")
+        raise _Problem("this is a picture, not a video. Several pictures that are one video are given as a list")
     backend = "pyav" if is_av_available() else "torchcodec" if is_torchcodec_available() else None
     if backend is None:
         raise _Problem("videos are read by PyAV, which is not installed: pip install av (or blip2-hf[video])")
@@ -184,10 +184,8 @@ def _read_file(path: str, num_frames: int | None) -> list[np.ndarray]:
         return np.unique(wanted)
 
     try:
-        if backend == "pyav" and not _has_video(path):
-            raise _Problem("the file has no video, only sound or other streams. Give a video file")
-        frames, _ = load_video(path, backend=backend, sample_indices_fn=choose)
         turns = _quarter_turns(path) if backend == "pyav" else 0
+        frames, _ = load_video(path, backend=backend, sample_indices_fn=choose)
     except (_Problem, MemoryError):
         raise
     except Exception as error:  # decoders raise whatever they like
@@ -202,15 +200,9 @@ def _read_file(path: str, num_frames: int | None) -> list[np.ndarray]:
     return [frames[place] for place in np.searchsorted(numbers, wanted)]
 
 
-def _has_video(path: str) -> bool:
-    # Not `import av`, which remote code would be taken to need
-    av: Any = importlib.import_module("av")
-    with av.open(path) as container:
-        return len(container.streams.video) > 0
-
-
 def _count_frames(path: str) -> int:
     """Count the frames of a file whose header does not tell, such as Matroska's, without decoding them."""
+    # Not `import av`, which remote code would be taken to need
     av: Any = importlib.import_module("av")
     with av.open(path) as container:
         return sum(packet.size > 0 for packet in container.demux(video=0))
@@ -220,7 +212,10 @@ def _quarter_turns(path: str) -> int:
     """Return how often the frames are to be turned left by 90 degrees, as telephones write it into the file."""
     av: Any = importlib.import_module("av")
     with av.open(path) as container:
-        return round(next(container.decode(video=0)).rotation / 90) % 4
+        if not container.streams.video:
+            raise _Problem("the file has no video, only sound or other streams. Give a video file")
+        first = next(container.decode(video=0), None)
+        return 0 if first is None else round(first.rotation / 90) % 4
 
 
 __all__ = ["Video", "frame_numbers", "is_video", "is_video_name", "list_videos", "sample_frames"]

@@ -129,7 +129,7 @@ class ObjectWords:
 
     @cached_property
     def _phrases(self) -> dict[tuple[str, ...], str]:
-        """What stands for a word although it is several."""
+        """Return phrases of several words, and the word that each stands for."""
         return _SINGLE_WORDS | {tuple(word.split()): word for word in self.names if " " in word}
 
     @cached_property
