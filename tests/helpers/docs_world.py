@@ -1,0 +1,91 @@
+"""What the snippets of the README and of the docs find: tiny models under published names, and files of all kinds."""
+
+import re
+from pathlib import Path
+
+import datasets
+import transformers
+from hub_cache import add_to_hub_cache
+from paths import DOCS, REPOSITORY
+from saved_models import save_stage1
+from stage1 import Processor
+from tiny import (
+    LANGUAGE_MODELS,
+    make_cropping_image_processor,
+    make_image,
+    make_image_processor,
+    make_model,
+    make_processor,
+    make_tokenizer,
+)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+CAPTIONS = ["a dog", "a red bus"]
+
+
+def fill_hub_cache(cache: Path):
+    """Write models under the names that the docs use."""
+    for name in ("Salesforce/blip2-opt-2.7b", "Salesforce/blip2-opt-2.7b-coco"):
+        blip2 = add_to_hub_cache(cache, name)
+        make_model("opt").save_pretrained(blip2, transformers_compatible=True)
+        theirs = transformers.Blip2Processor(make_image_processor(), make_tokenizer(), num_query_tokens=4)
+        theirs.save_pretrained(blip2)
+
+    flan_t5 = add_to_hub_cache(cache, "Salesforce/blip2-flan-t5-xl")
+    make_model("t5").save_pretrained(flan_t5)
+    make_processor(is_encoder_decoder=True).save_pretrained(flan_t5)
+    save_stage1(add_to_hub_cache(cache, "Salesforce/blip2-itm-vit-g"))
+
+    tower = add_to_hub_cache(cache, "facebook/dinov2-small")
+    transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, image_size=28)).save_pretrained(tower)
+    make_cropping_image_processor().save_pretrained(tower)
+
+    bert = add_to_hub_cache(cache, "google-bert/bert-base-uncased")
+    transformers.BertModel(transformers.BertConfig(**SIZES, vocab_size=64)).save_pretrained(bert)
+    Processor().tokenizer.save_pretrained(bert)
+
+    language_model = add_to_hub_cache(cache, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    transformers.LlamaForCausalLM(LANGUAGE_MODELS["llama"]()).save_pretrained(language_model)
+    make_tokenizer().save_pretrained(language_model)
+
+
+def write_table(path: Path, **columns: list):
+    """Write pictures and texts as Parquet."""
+    rows = {"image": [make_image(0), make_image(1)], **columns}
+    features = {"image": datasets.Image()} | {name: datasets.Value("string") for name in columns}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(path)
+
+
+def fill_folder(folder: Path):
+    """Write the pictures, tables and models that the docs name."""
+    for name in ("captioner", "outputs/demo/model", "stage2"):
+        make_model("llama").save_pretrained(folder / name)
+        make_processor().save_pretrained(folder / name)
+    for name in ("stage1", "retriever", "outputs/demo/retriever"):
+        save_stage1(folder / name)
+    for seed, name in enumerate(["picture", "cat", "dog", "bus"]):
+        for ending in ("png", "jpg"):
+            make_image(seed).save(folder / f"{name}.{ending}")
+    for name in ("photos", "holidays"):
+        (folder / name).mkdir()
+        for seed, text in enumerate(CAPTIONS):
+            make_image(seed).save(folder / name / f"{seed}.png")
+            (folder / name / f"{seed}.txt").write_text(text)
+    for name in ("pictures", "train", "val"):
+        write_table(folder / f"{name}.parquet", caption=CAPTIONS)
+    write_table(folder / "questions.parquet", question=["what is it?"] * 2, answer=CAPTIONS)
+
+
+def snippets(page: str) -> list[str]:
+    """Return the Python of a page of the docs, or of README.md."""
+    path = REPOSITORY / page if page == "README.md" else DOCS / page
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def run_snippets(page: str) -> dict:
+    """Run the Python of a page in the current folder, and return the names that it leaves."""
+    namespace: dict = {}
+    for number, snippet in enumerate(snippets(page), 1):
+        exec(compile(snippet, f"{page}, snippet {number}", "exec"), namespace)
+    return namespace
