@@ -21,7 +21,15 @@ import datasets
 import efficientnet_lite
 import torch
 import transformers
-from demo_report import draw_sheet, nearest_neighbours, print_table, score_captions, score_retrieval, write_table
+from demo_report import (
+    draw_sheet,
+    find_scenes,
+    nearest_neighbours,
+    print_table,
+    score_captions,
+    score_retrieval,
+    write_table,
+)
 from precision import fast_dtype
 from real_assets import cache_folder, real_assets
 from scene_training import (
@@ -212,7 +220,8 @@ def main():
     rows["nearest neighbour in the frozen tower"] = score_captions(nearest_neighbours(features, test_features), test)
     print_table(rows)
     write_table(rows, arguments.output / "table.md")
-    draw_sheet(test, captions, arguments.output / "captions.png")
+    found = find_scenes(retriever, tokenizer, test_features)
+    draw_sheet(test, captions, found, arguments.output / "captions.png")
     print(f"\nThe table and the sheet: {arguments.output}/table.md, {arguments.output}/captions.png")
     print(f"{time.time() - start:.0f} seconds in all. Next, with the scenes in {save_scenes(test, arguments.output)}:")
     first = test[0]

@@ -14,7 +14,8 @@ from blip2_hf.evaluation import TwoStageRetrieval
 
 
 COLUMNS = ("exactly right", "precision", "recall", "image->text R@1", "text->image R@1")
-SHOWN = 24  # pictures on the sheet
+SHOWN = 16  # captions on the sheet
+FOUND = 8  # texts on the sheet
 
 
 def score_captions(captions: list[str], scenes: datasets.Dataset) -> dict[str, float]:
@@ -66,14 +67,40 @@ def write_table(rows: dict[str, dict[str, float]], file: Path):
     file.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
-def draw_sheet(scenes: datasets.Dataset, captions: list[str], file: Path):
-    """Draw the first scenes with their captions. A wrong caption stands beside a true one."""
-    cards = [
+@torch.no_grad()
+def find_scenes(model, tokenizer, scenes: datasets.Dataset) -> list[int]:
+    """Return the number of the scene that contrast finds first for the first caption of each scene."""
+    retrieval = TwoStageRetrieval(model, tokenizer, k=0, show_progress=False)
+    texts = [captions[0] for captions in scenes["captions"]]
+    return retrieval(stack_features(scenes), texts).text_to_image.index[:, 0].tolist()
+
+
+def draw_sheet(scenes: datasets.Dataset, captions: list[str], found: list[int], file: Path):
+    """
+    Draw the first scenes with their captions, and then what texts about the next ones find. If a caption or a picture
+    is wrong, what is in the picture stands beside it.
+    """
+    written = [
         Card(row["image"], caption, caption if caption in row["captions"] else row["captions"][0])
         for row, caption in zip(scenes, captions, strict=True)
     ]
-    right = sum(card.right for card in cards)
-    note = f"{right} of {len(cards)} captions are exactly right; the first {SHOWN} are here"
-    section = Section("Scenes that it has not seen", note, cards[:SHOWN])
-    title = "What is in the picture?"
-    draw_contact_sheet(title, "EfficientNet-lite2, a Q-Former trained in minutes, SmolLM2-135M", [section]).save(file)
+    texts = [row["captions"][0] for row in scenes]
+    searched = [
+        Card(row["image"], text, text if text in row["captions"] else row["captions"][0])
+        for row, text in zip(scenes.select(found), texts, strict=True)
+    ]
+    right = [sum(card.right for card in cards) for cards in (written, searched)]
+    sections = [
+        Section(
+            "Described",
+            f"{right[0]} of {len(written)} captions are exactly right; the first {SHOWN} are here",
+            written[:SHOWN],
+        ),
+        Section(
+            "Found by a text",
+            f"for {right[1]} of {len(searched)} texts the first picture is right; {FOUND} of them are here",
+            searched[SHOWN : SHOWN + FOUND],
+        ),
+    ]
+    subtitle = "Scenes that it has not seen. EfficientNet-lite2, a Q-Former trained in minutes, SmolLM2-135M"
+    draw_contact_sheet("What is in the picture?", subtitle, sections).save(file)
