@@ -17,10 +17,8 @@ NOT_YET = {
     "compatibility.md",
     "data.md",
     "evaluation.md",
-    "finetuning.md",
     "guide.md",
     "metrics.md",
-    "pretraining.md",
     "retrieval.md",
     "sharing.md",
 }
