@@ -86,7 +86,8 @@ def snippets(page: str) -> list[str]:
 
 def commands(page: str) -> list[str]:
     """Return the lines of the shell of a page of the docs, each with its continuations."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     return "".join(blocks).replace("\\\n", " ").splitlines()
 
 
