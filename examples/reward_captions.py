@@ -7,7 +7,7 @@ That is self-critical training (Rennie et al. 2017), with the mean of several ca
     pip install "trl>=1.16"
     python examples/reward_captions.py     # a table: reward, held-out CIDEr-D, and captions that are right
 
-The scenes are drawn in a style that the demo never saw. docs/finetuning.md has the table.
+The scenes are drawn in a style that the demo never saw. docs/results.md has the table.
 """
 
 import argparse

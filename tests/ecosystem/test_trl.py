@@ -1,8 +1,5 @@
 """TRL's trainers train two steps, and their losses and log-probabilities are the model's own."""
 
-import re
-import shutil
-
 import datasets
 import numpy as np
 import peft
@@ -10,7 +7,6 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from paths import DOCS
 from PIL import Image
 from tiny import CAPTIONS, DECODER_ONLY, NUM_QUERIES, make_image_processor, make_model, make_tokenizer
 
@@ -193,22 +189,6 @@ def test_grpo_rewards_what_the_model_writes_and_trains(beta, saved, tmp_path):
     assert all("rewards/cider_d/mean" in entry for entry in trainer.state.log_history[:2])
     assert len(seen) == 4 and {caption for _, caption in seen} <= set(CAPTIONS)
     assert lengths[0] == pytest.approx(np.mean([len(text) for text, _ in seen[:2]]))
-
-
-def test_the_page_runs_as_written(saved, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(saved, "captioner")
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    table = datasets.Dataset.from_dict({"image": pictures(), "caption": CAPTIONS}, features=features)
-    table.to_parquet("pictures.parquet")
-    page = (DOCS / "finetuning.md").read_text()
-    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "import GRPO" in code]
-    namespace: dict = {}
-    exec(compile(snippet, "finetuning.md", "exec"), namespace)
-    assert any("rewards/cider_d/mean" in entry for entry in namespace["trainer"].state.log_history)
-    Blip2ForConditionalGeneration.from_pretrained("rewarded")
-    chat = Blip2Processor.from_pretrained("rewarded").apply_chat_template(said("user", "why?"))
-    assert chat == Blip2Processor.from_pretrained(saved).apply_chat_template(said("user", "why?"))
 
 
 @pytest.mark.parametrize("in_front", [False, True], ids=["placeholders", "images in front"])

@@ -17,6 +17,7 @@ from tiny import (
     make_model,
     make_processor,
     make_tokenizer,
+    randomize,
 )
 
 
@@ -46,7 +47,7 @@ def fill_hub_cache(cache: Path):
     Processor().tokenizer.save_pretrained(bert)
 
     language_model = add_to_hub_cache(cache, "HuggingFaceTB/SmolLM2-135M-Instruct")
-    transformers.LlamaForCausalLM(LANGUAGE_MODELS["llama"]()).save_pretrained(language_model)
+    randomize(transformers.LlamaForCausalLM(LANGUAGE_MODELS["llama"]())).save_pretrained(language_model)
     make_tokenizer().save_pretrained(language_model)
 
 
@@ -81,6 +82,13 @@ def snippets(page: str) -> list[str]:
     """Return the Python of a page of the docs, or of README.md."""
     path = REPOSITORY / page if page == "README.md" else DOCS / page
     return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[str]:
+    """Return the lines of the shell of a page of the docs, each with its continuations."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(blocks).replace("\\\n", " ").splitlines()
 
 
 def run_snippets(page: str) -> dict:
