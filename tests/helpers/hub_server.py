@@ -7,6 +7,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -74,6 +75,14 @@ class HubServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """A client that hangs up is no error here."""
+
+    def add(self, repo_id: str, folder: Path):
+        """Add a repository of a model with the files of a folder."""
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        self.repositories[repo_id] = Repository("model", private=False)
+        self.repositories[repo_id].commit("main", "Upload", files, sorted(files))
 
     def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
         return self.repositories[repo_id].branches[branch][-1]["files"]
