@@ -1,8 +1,10 @@
 """What the snippets of the README and of the docs find: tiny models under published names, and files of all kinds."""
 
+import json
 import re
 from pathlib import Path
 
+import benchmark_files
 import datasets
 import transformers
 from hub_cache import add_to_hub_cache
@@ -11,6 +13,7 @@ from saved_models import save_stage1
 from stage1 import Processor
 from tiny import (
     LANGUAGE_MODELS,
+    VOCAB_SIZE,
     make_cropping_image_processor,
     make_image,
     make_image_processor,
@@ -19,6 +22,10 @@ from tiny import (
     make_tokenizer,
     randomize,
 )
+
+from blip2_hf import Blip2ForPreTraining, Blip2Processor
+from blip2_hf.capfilt import capfilt_dataset
+from blip2_hf.data import cache_features, load_rows
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -37,6 +44,7 @@ def fill_hub_cache(cache: Path):
     make_model("t5").save_pretrained(flan_t5)
     make_processor(is_encoder_decoder=True).save_pretrained(flan_t5)
     save_stage1(add_to_hub_cache(cache, "Salesforce/blip2-itm-vit-g"))
+    save_clip(add_to_hub_cache(cache, "openai/clip-vit-large-patch14"))
 
     tower = add_to_hub_cache(cache, "facebook/dinov2-small")
     transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, image_size=28)).save_pretrained(tower)
@@ -49,6 +57,16 @@ def fill_hub_cache(cache: Path):
     language_model = add_to_hub_cache(cache, "HuggingFaceTB/SmolLM2-135M-Instruct")
     randomize(transformers.LlamaForCausalLM(LANGUAGE_MODELS["llama"]())).save_pretrained(language_model)
     make_tokenizer().save_pretrained(language_model)
+
+
+def save_clip(folder: Path):
+    """Write a CLIP of random weights, with its processor."""
+    special = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    text_config = {**SIZES, **special, "vocab_size": VOCAB_SIZE}
+    vision_config = {**SIZES, "image_size": 28, "patch_size": 14}
+    config = transformers.CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=16)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    transformers.CLIPProcessor(make_image_processor(), make_tokenizer(eos=True)).save_pretrained(folder)
 
 
 def write_table(path: Path, **columns: list):
@@ -76,6 +94,40 @@ def fill_folder(folder: Path):
     for name in ("pictures", "train", "val"):
         write_table(folder / f"{name}.parquet", caption=CAPTIONS)
     write_table(folder / "questions.parquet", question=["what is it?"] * 2, answer=CAPTIONS)
+    write_results(folder)
+    write_benchmarks(folder)
+
+
+def write_results(folder: Path):
+    """Write what the commands make of pictures.parquet: captions, captions ranked by CapFilt, features."""
+    rows = load_rows(folder / "pictures.parquet")
+    lines = [json.dumps({"row": number, "caption": f"caption {number}"}) for number in (1, 0)]
+    (folder / "row_captions.jsonl").write_text("\n".join(lines) + "\n")
+
+    # The original caption is clearly better than all others in the first row, and clearly worse in the second
+    def propose(pictures):
+        return [["a cat on a mat", "two dogs", "clouds"]] * len(pictures)
+
+    def score(pictures, captions):
+        return [[{"a dog": 3.0, "a red bus": -2.0, "clouds": -1.0}.get(text, 1.0) for text in own] for own in captions]
+
+    capfilt_dataset(rows, propose, score, folder / "filtered")
+    capfilt_dataset(rows, None, score, folder / "scored")
+    model, processor = (each.from_pretrained(folder / "stage1") for each in (Blip2ForPreTraining, Blip2Processor))
+    cache_features(rows, model, processor, folder / "features")
+
+
+def write_benchmarks(folder: Path):
+    """Write files of benchmarks, and the pictures of COCO that they name."""
+    names = [f"val2014/COCO_val2014_{number:012d}.jpg" for number in (7, 9, 42)]
+    benchmark_files.make_pictures(folder / "coco", *names)
+    entries = [benchmark_files.karpathy_entry(number, "test") for number in (7, 9)]
+    benchmark_files.write(folder / "dataset_coco.json", {"images": entries})
+    benchmark_files.vqa_files(folder)
+    benchmark_files.coco_files(folder)
+    benchmark_files.synonyms_file(folder / "synonyms.txt")
+    for kind in ("random", "popular", "adversarial"):
+        benchmark_files.pope_file(folder / f"coco_pope_{kind}.json", {}, {})
 
 
 def snippets(page: str) -> list[str]:
