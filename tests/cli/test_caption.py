@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from picture_server import picture_server
 from PIL import Image
 from saved_models import save_captioner
-from tiny import make_image
+from tiny import make_image, make_model, make_processor
 
 from blip2_hf import Blip2ForConditionalGeneration, Blip2Processor
 from blip2_hf.captioning import caption_images
@@ -87,6 +88,24 @@ def test_a_broken_picture_among_others(photos, model, capsys):
     assert stopped.value.code == 1
     assert printed.out.splitlines() == [f"photos/a.png\t{texts(model, ['photos/a.png'])[0]}"]
     assert "('photos/b.png'): not an image" in printed.err and "Traceback" not in printed.err
+    assert "Empty captions" not in printed.err
+
+
+def test_empty_captions_are_counted(photos, tmp_path, capsys):
+    """Those of a model that ends each text at once."""
+    model = make_model("opt")
+    head = model.language_model
+    with torch.no_grad():
+        head.model.decoder.final_layer_norm.bias.copy_(20 * head.get_input_embeddings().weight[2])
+    model.save_pretrained(tmp_path / "silent")
+    make_processor().save_pretrained(tmp_path / "silent")
+    rest = ["--model", "silent", "--max-new-tokens", "4", "--num-workers", "0", "--device", "cpu"]
+    main(["caption", "photos/a.png", "photos/b.png", *rest])
+    printed = capsys.readouterr()
+    assert printed.out == "photos/a.png\t\nphotos/b.png\t\n"
+    assert 'Empty captions: 2. Another prompt may help, such as "a photo of" (--prompt).' in printed.err
+    main(["caption", "photos", "--output", "captions.jsonl", *rest])
+    assert "Captions written: 3. Empty captions: 3." in capsys.readouterr().err
 
 
 def test_a_collection_of_broken_pictures(photos, model, run):

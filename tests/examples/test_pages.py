@@ -23,7 +23,7 @@ from blip2_hf.cli import main
 
 
 # Pages with a test file of their own
-ELSEWHERE = {"share.md", "video.md", "works_with.md"}
+ELSEWHERE = {"faq.md", "share.md", "video.md", "works_with.md"}
 NOT_YET = {"data.md", "guide.md"}
 # What users install besides, for some snippets
 NEEDED = {"finetuning.md": ("bitsandbytes", "trl")}

@@ -56,6 +56,12 @@ def test_loaded_models_are_frozen_too(tmp_path):
     assert all(n.startswith(TRAINED) for n, p in model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("name", ["load_in_8bit", "load_in_4bit"])
+def test_arguments_of_earlier_transformers(tmp_path, name):
+    with pytest.raises(TypeError, match=rf"{name} was given.*quantization_config=.*BitsAndBytesConfig\({name}=True\)"):
+        Blip2ForConditionalGeneration.from_pretrained(tmp_path, **{name: True})
+
+
 def test_loss_by_hand():
     model = make_model("llama")
     pixel_values = make_pixel_values()

@@ -55,6 +55,16 @@ class PictureCaption:
         """Return the first caption; `None` if the picture can't be read."""
         return self.texts[0] if self.texts else None
 
+    @property
+    def is_empty(self) -> bool:
+        """Return whether the model wrote nothing but white space."""
+        return bool(self.texts) and not any(text.strip() for text in self.texts)
+
+
+def tell_empty(count: int) -> str:
+    """Say how many pictures have empty captions, and what may help."""
+    return f'Empty captions: {count:,}. Another prompt may help, such as "a photo of" (--prompt).'
+
 
 def caption_images(
     model: PreTrainedModel,
@@ -237,4 +247,4 @@ class CaptionWriter:
         ]
 
 
-__all__ = ["PictureCaption", "caption_images"]
+__all__ = ["PictureCaption", "caption_images", "tell_empty"]

@@ -24,7 +24,7 @@ from ..models.image_loading import check_reads_8_bit
 from ..models.processing_blip2 import learned_prompt
 from ..models.video_loading import NUM_FRAMES
 from .caption_output import CaptionOutput
-from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images, seed_of
+from .captions import MAX_NEW_TOKENS, PictureCaption, caption_images, seed_of, tell_empty
 from .formats import open_output
 from .pictures import FolderPictures, Pictures, RowPictures
 
@@ -185,8 +185,8 @@ def _caption_missing(
         to_do = f"{num_pictures:,} pictures, {len(done):,} done already, {len(missing):,} to caption"
         tqdm.write(f"{to_do}{tell_share(state)}: {files.place}", file=sys.stderr)
     own = share(missing, state)
-    captioned, broken = _write(caption(own), own, files, part, is_shown=state.is_main_process)
-    captioned, broken = map(sum, zip(*gather_object([(captioned, broken)]), strict=True))
+    own_counts = _write(caption(own), own, files, part, is_shown=state.is_main_process)
+    captioned, broken, empty = map(sum, zip(*gather_object([own_counts]), strict=True))
     counts = CaptionCounts(num_pictures, len(done), captioned, broken)
     if state.is_main_process:
         files.finish(settings)
@@ -194,6 +194,8 @@ def _caption_missing(
         message = f"Captions written: {captioned:,}."
         if broken:
             message += f" Pictures that can't be read: {broken:,}; {files.broken} says why."
+        if empty:
+            message += f" {tell_empty(empty)}"
         tqdm.write(message, file=sys.stderr)
     state.wait_for_everyone()
     return counts
@@ -241,11 +243,11 @@ def _write(
     files: CaptionOutput,
     part: int,
     is_shown: bool,
-) -> tuple[int, int]:
-    """Write captions as they come. Return how many, and how many pictures have none because they can't be read."""
+) -> tuple[int, int, int]:
+    """Write captions as they come. Return the numbers of captioned, of unreadable and of pictures without a word."""
     if not indices:
-        return 0, 0
-    written = 0
+        return 0, 0, 0
+    written = empty = 0
     with (
         closing(captions),
         files.open_part(part) as add,
@@ -253,8 +255,9 @@ def _write(
     ):
         for caption in captions:
             written += files.write(add, replace(caption, index=indices[caption.index]))
+            empty += caption.is_empty
             progress.update()
-    return written, len(indices) - written
+    return written, len(indices) - written, empty
 
 
 __all__ = ["CaptionCounts", "caption_dataset"]

@@ -129,11 +129,12 @@ def _named_files(data: list[str]) -> list[str] | None:
 
 def _print_captions(options: argparse.Namespace, files: list[str]):
     from ..captioning import caption_images
+    from ..captioning.captions import tell_empty
     from ..jobs.errors import printable
 
     model, processor, prompt, kwargs = _load(options, find_device, files)
     kwargs["num_workers"] = min(kwargs["num_workers"], len(files) // 8)  # a process begins slowly
-    is_broken = False
+    is_broken, empty = False, 0
     for caption in caption_images(model, processor, files, prompt, **kwargs):
         if caption.error is not None:
             is_broken = True
@@ -144,6 +145,9 @@ def _print_captions(options: argparse.Namespace, files: list[str]):
             if caption.confidences is not None:
                 cells.append(f"{caption.confidences[number]:.1%}")
             print(printable("\t".join(cells)), flush=True)
+        empty += caption.is_empty
+    if empty:
+        print(f"blip2-hf: {tell_empty(empty)}", file=sys.stderr)
     if is_broken:
         raise SystemExit(1)
 

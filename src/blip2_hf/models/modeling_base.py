@@ -113,7 +113,16 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
         Load a checkpoint of this library, or of transformers' own BLIP-2 (model_type `blip-2`) or InstructBLIP, and
         freeze the parts that [`~Blip2PreTrainedModel.freeze`] names. Arguments are those of
         [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Raises:
+            TypeError: if `load_in_8bit` or `load_in_4bit` is given, as in examples for earlier transformers.
         """
+        for name in ("load_in_8bit", "load_in_4bit"):
+            if name in kwargs:
+                raise TypeError(
+                    f"{name} was given, which transformers 5 no longer takes: give "
+                    f"quantization_config=transformers.BitsAndBytesConfig({name}=True)."
+                )
         if isinstance(config, tuple(TRANSFORMERS_CONFIGS.values())):
             config = Blip2Config.from_transformers(config)
         key_mapping = NAMES_IN_TRANSFORMERS | (kwargs.pop("key_mapping", None) or {})

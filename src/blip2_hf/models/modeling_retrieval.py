@@ -90,8 +90,9 @@ class Blip2HfForImageTextRetrieval(Blip2ImageTextPreTrainedModel):
     def __init__(self, config: Blip2Config, vision_model: PreTrainedModel | None = None):
         if not config.qformer_config.use_qformer_text_input:
             raise ValueError(
-                "Blip2ForImageTextRetrieval reads text with the Q-Former: make its configuration with "
-                "Blip2QFormerConfig(use_qformer_text_input=True)."
+                "Blip2ForImageTextRetrieval reads text with the Q-Former, and this Q-Former reads none. Load a model "
+                "of stage 1 or for retrieval, such as Salesforce/blip2-itm-vit-g, because a captioner has not learned "
+                "to match. For a new model, give Blip2QFormerConfig(use_qformer_text_input=True)."
             )
         super().__init__(config)
         self._build_image_side(config, vision_model)
