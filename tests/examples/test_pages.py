@@ -2,8 +2,10 @@
 
 import shutil
 
+import datasets
 import pytest
-from docs_world import fill_folder, fill_hub_cache, run_snippets, snippets
+import torch
+from docs_world import CAPTIONS, fill_folder, fill_hub_cache, run_snippets, snippets
 from hub_cache import use_hub_cache
 from paths import DOCS
 
@@ -15,10 +17,8 @@ NOT_YET = {
     "captioning.md",
     "checkpoints.md",
     "compatibility.md",
-    "data.md",
     "evaluation.md",
     "finetuning.md",
-    "guide.md",
     "metrics.md",
     "pretraining.md",
     "retrieval.md",
@@ -49,7 +49,44 @@ def check_scoring(names: dict):
     assert names["probabilities"].sum(dim=-1).tolist() == pytest.approx([1, 1])
 
 
-CHECKS = {"scoring.md": check_scoring}
+def check_python(names: dict):
+    model, text = names["model"], names["text"]
+    assert names["loss"].isfinite()
+    assert names["features"].shape == (1, 4, 32) and len(names["answers"]) == 2
+    assert names["pixel_values"].shape == (2, 3, 364, 364) and len(names["captions"]) == 3
+    assert torch.equal(names["second"][:, : text.shape[1]], text) and names["second"].shape[1] > text.shape[1]
+    assert not any(p.requires_grad for p in model.language_model.parameters())
+    assert any(p.requires_grad for p in model.qformer.parameters())
+
+
+def check_performance(names: dict):
+    assert {p.dtype for p in names["half"].parameters()} == {torch.bfloat16}
+    quantized = [name for name, module in names["small"].named_modules() if type(module).__name__ == "Linear4bit"]
+    assert {name.partition(".")[0] for name in quantized} == {"vision_model", "language_model"}
+    mixed = names["mixed"]
+    parts = (mixed.vision_model, mixed.qformer, mixed.language_model)
+    assert [part.config._attn_implementation for part in parts] == ["sdpa", "sdpa", "eager"]
+    dtypes = {name: {p.dtype for p in part.parameters()} for name, part in mixed.named_children()}
+    assert dtypes.pop("language_model") == {torch.bfloat16} and set.union(*dtypes.values()) == {torch.float32}
+    processor = names["processor"]
+    inputs = processor(images=["cat.png", "dog.png"], text=["a photo of"] * 2, return_tensors="pt")
+    expected = names["model"].generate(**inputs, max_new_tokens=20)
+    assert names["captions"] == processor.post_process_image_text_to_text(expected, inputs["input_ids"])
+
+
+def check_data(names: dict):
+    assert names["rows"]["caption"][:] == names["few"]["caption"][:] == CAPTIONS
+    assert [row["caption"] for row in names["coco"]] == [[text] for text in CAPTIONS]
+    assert isinstance(names["stream"], datasets.IterableDataset)
+    assert [row["txt"] for row in names["stream"]] == CAPTIONS
+
+
+CHECKS = {
+    "data.md": check_data,
+    "performance.md": check_performance,
+    "python.md": check_python,
+    "scoring.md": check_scoring,
+}
 
 
 @pytest.mark.parametrize("page", sorted(set(PAGES) - ELSEWHERE - NOT_YET))

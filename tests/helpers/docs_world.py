@@ -1,6 +1,8 @@
 """What the snippets of the README and of the docs find: tiny models under published names, and files of all kinds."""
 
+import json
 import re
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -57,6 +59,26 @@ def write_table(path: Path, **columns: list):
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(path)
 
 
+def write_coco(folder: Path):
+    """Write pictures and their captions as COCO has them."""
+    for name in ("annotations", "val2017"):
+        (folder / name).mkdir(parents=True)
+    images = [{"id": number, "file_name": f"{number:012}.jpg"} for number in range(len(CAPTIONS))]
+    for image in images:
+        make_image(image["id"]).save(folder / "val2017" / image["file_name"])
+    annotations = [{"id": number, "image_id": number, "caption": text} for number, text in enumerate(CAPTIONS)]
+    content = json.dumps({"images": images, "annotations": annotations})
+    (folder / "annotations" / "captions_val2017.json").write_text(content)
+
+
+def write_shard(path: Path, photos: Path):
+    """Write the files of a folder, a picture and a text for each key, as WebDataset."""
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(photos.iterdir()):
+            tar.add(file, file.name)
+
+
 def fill_folder(folder: Path):
     """Write the pictures, tables and models that the docs name."""
     for name in ("captioner", "outputs/demo/model", "stage2"):
@@ -75,6 +97,8 @@ def fill_folder(folder: Path):
     for name in ("pictures", "train", "val"):
         write_table(folder / f"{name}.parquet", caption=CAPTIONS)
     write_table(folder / "questions.parquet", question=["what is it?"] * 2, answer=CAPTIONS)
+    write_coco(folder / "coco")
+    write_shard(folder / "shards" / "00000.tar", folder / "photos")
 
 
 def snippets(page: str) -> list[str]:
