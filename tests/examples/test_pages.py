@@ -53,7 +53,7 @@ def check_python(names: dict):
     model, text = names["model"], names["text"]
     assert names["loss"].isfinite()
     assert names["features"].shape == (1, 4, 32) and len(names["answers"]) == 2
-    assert names["pixel_values"].shape == (2, 3, 364, 364) and len(names["captions"]) == 3
+    assert names["pixel_values"].shape == (2, 3, 364, 364) and len(names["samples"]) == 3
     assert torch.equal(names["second"][:, : text.shape[1]], text) and names["second"].shape[1] > text.shape[1]
     assert not any(p.requires_grad for p in model.language_model.parameters())
     assert any(p.requires_grad for p in model.qformer.parameters())
