@@ -35,15 +35,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed; the median counts")
     parser.add_argument("--compile", action="store_true", help="compile both")
+    parser.add_argument("--chunk-size", type=int, help="of gradient caching, in the two passes")
     parser.add_argument("--memory-of", choices=["two_pass", "four_pass"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def make_model(device: str) -> Blip2ForPreTraining:
+def make_model(device: str, chunk_size: int | None) -> Blip2ForPreTraining:
     """Make a BERT-base Q-Former that reads the features of EVA-CLIP ViT-g, without the tower."""
     torch.manual_seed(0)
     config = Blip2Config(qformer_config=Blip2QFormerConfig(use_qformer_text_input=True), has_vision_tower=False)
-    return Blip2ForPreTraining(config).to(device).train()
+    model = Blip2ForPreTraining(config)
+    if chunk_size is not None:
+        model.gradient_caching_enable(chunk_size)
+    return model.to(device).train()
 
 
 def make_batch(batch_size: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -121,7 +125,8 @@ def main():
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    model, batch = make_model(arguments.device), make_batch(arguments.batch_size, arguments.device, dtype)
+    model = make_model(arguments.device, arguments.chunk_size)
+    batch = make_batch(arguments.batch_size, arguments.device, dtype)
     if arguments.memory_of:
         print(peak_memory_of(Step(model, batch, arguments, naive=arguments.memory_of == "four_pass")))
         return
@@ -152,6 +157,7 @@ def main():
                 "batch_size": arguments.batch_size,
                 "dtype": arguments.dtype,
                 "compiled": arguments.compile,
+                "chunk_size": arguments.chunk_size,
                 "matmul_peak_gflops": round(peak / 1e9, 1),
                 **results,
                 "speed_ratio": round(four["seconds"] / two["seconds"], 3),

@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed; the median counts")
     parser.add_argument("--tower", action="store_true", help="transformers runs the tower at each step")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in both")
     parser.add_argument("--memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -109,6 +110,8 @@ def make_models(arguments: argparse.Namespace) -> dict[str, nn.Module]:
     for model in models.values():
         model.to(arguments.device).train()
         model.language_model.eval()
+        if arguments.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
     return models
 
 
@@ -239,6 +242,7 @@ def main():
         "tower_runs_in_theirs": arguments.tower,
         "batch_size": arguments.batch_size,
         "dtype": arguments.dtype,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
         **results,
         "speed_ratio": round(theirs["seconds"] / ours["seconds"], 3),
         "memory_ratio": round(ours["peak_memory_mib"] / theirs["peak_memory_mib"], 3),

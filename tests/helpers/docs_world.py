@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import benchmark_files
@@ -74,6 +75,26 @@ def write_table(path: Path, **columns: list):
     rows = {"image": [make_image(0), make_image(1)], **columns}
     features = {"image": datasets.Image()} | {name: datasets.Value("string") for name in columns}
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(path)
+
+
+def write_coco(folder: Path):
+    """Write pictures and their captions as COCO has them."""
+    for name in ("annotations", "val2017"):
+        (folder / name).mkdir(parents=True)
+    images = [{"id": number, "file_name": f"{number:012}.jpg"} for number in range(len(CAPTIONS))]
+    for image in images:
+        make_image(image["id"]).save(folder / "val2017" / image["file_name"])
+    annotations = [{"id": number, "image_id": number, "caption": text} for number, text in enumerate(CAPTIONS)]
+    content = json.dumps({"images": images, "annotations": annotations})
+    (folder / "annotations" / "captions_val2017.json").write_text(content)
+
+
+def write_shard(path: Path, photos: Path):
+    """Write the files of a folder, a picture and a text for each key, as WebDataset."""
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(photos.iterdir()):
+            tar.add(file, file.name)
 
 
 def fill_folder(folder: Path):

@@ -22,7 +22,7 @@ IMAGE = VOCAB_SIZE  # beyond the vocabulary, so that no model writes it
 ROWS = [[IMAGE] * NUM_QUERIES + [0, 5, 6, 7, 8, 9], [IMAGE] * NUM_QUERIES + [0, 30, 31]]
 NEW = 6
 CANDIDATES = [[10, 11, 12, 13], [20], [30, 31, 32]]
-# What docs/guide.md says of them: an error, because they read token ids alone, or no padding
+# What docs/python.md says of them: an error, because they read token ids alone, or no padding
 REFUSED = {
     "cpmant",
     "deepseek_v4",
@@ -157,7 +157,7 @@ def test_hooks_of_language_models_are_asked(model_type):
     assert_scores_are_those_of_forward(model)
 
 
-def test_the_guide_lists_what_does_not_work():
-    guide = (DOCS / "guide.md").read_text(encoding="utf-8")
-    section = guide.partition("### Language models")[2].partition("\n## ")[0]
+def test_the_docs_list_what_does_not_work():
+    page = (DOCS / "python.md").read_text(encoding="utf-8")
+    section = page.partition("### Language models")[2].partition("\n## ")[0]
     assert set(re.findall("`([a-z0-9_-]+)`", section)) >= REFUSED | READ_PADDING

@@ -321,7 +321,7 @@ def _with_embedded_text(language_model: PreTrainedModel) -> PreTrainedModel:
         if is_first_iteration and inputs.get("inputs_embeds") is None:
             raise ValueError(
                 f"{type(part).__name__} does not generate from embedded text, which holds the image. Choose another "
-                "language model (docs/guide.md lists those that do not work)."
+                "language model (docs/python.md lists those that do not work)."
             )
         return inputs
 
