@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from docs_world import commands, fill_folder, fill_hub_cache, run_snippets, snippets
+from docs_world import CAPTIONS, commands, fill_folder, fill_hub_cache, run_snippets, snippets
 from hub_cache import use_hub_cache
 from paths import DOCS
 from picture_server import picture_server
@@ -24,9 +24,8 @@ from blip2_hf.cli import main
 
 # Pages with a test file of their own
 ELSEWHERE = {"faq.md", "share.md", "video.md", "works_with.md"}
-NOT_YET = {"data.md", "guide.md"}
 # What users install besides, for some snippets
-NEEDED = {"finetuning.md": ("bitsandbytes", "trl")}
+NEEDED = {"finetuning.md": ("bitsandbytes", "trl"), "performance.md": ("bitsandbytes",)}
 PAGES = [name for name in sorted(path.name for path in DOCS.glob("*.md")) if snippets(name)]
 
 
@@ -146,19 +145,54 @@ def check_metrics(names: dict):
         assert scores["exact_match"] == 1 and score in scores
 
 
+def check_python(names: dict):
+    model, text = names["model"], names["text"]
+    assert names["loss"].isfinite()
+    assert names["features"].shape == (1, 4, 32) and len(names["answers"]) == 2
+    assert names["pixel_values"].shape == (2, 3, 364, 364) and len(names["samples"]) == 3
+    assert torch.equal(names["second"][:, : text.shape[1]], text) and names["second"].shape[1] > text.shape[1]
+    assert not any(p.requires_grad for p in model.language_model.parameters())
+    assert any(p.requires_grad for p in model.qformer.parameters())
+
+
+def check_performance(names: dict):
+    assert {p.dtype for p in names["half"].parameters()} == {torch.bfloat16}
+    quantized = [name for name, module in names["small"].named_modules() if type(module).__name__ == "Linear4bit"]
+    assert {name.partition(".")[0] for name in quantized} == {"vision_model", "language_model"}
+    mixed = names["mixed"]
+    parts = (mixed.vision_model, mixed.qformer, mixed.language_model)
+    assert [part.config._attn_implementation for part in parts] == ["sdpa", "sdpa", "eager"]
+    dtypes = {name: {p.dtype for p in part.parameters()} for name, part in mixed.named_children()}
+    assert dtypes.pop("language_model") == {torch.bfloat16} and set.union(*dtypes.values()) == {torch.float32}
+    processor = names["processor"]
+    inputs = processor(images=["cat.png", "dog.png"], text=["a photo of"] * 2, return_tensors="pt")
+    expected = names["model"].generate(**inputs, max_new_tokens=20)
+    assert names["captions"] == processor.post_process_image_text_to_text(expected, inputs["input_ids"])
+
+
+def check_data(names: dict):
+    assert names["rows"]["caption"][:] == names["few"]["caption"][:] == CAPTIONS
+    assert [row["caption"] for row in names["coco"]] == [[text] for text in CAPTIONS]
+    assert isinstance(names["stream"], datasets.IterableDataset)
+    assert [row["txt"] for row in names["stream"]] == CAPTIONS
+
+
 CHECKS = {
     "capfilt.md": check_capfilt,
     "captioning.md": check_captioning,
+    "data.md": check_data,
     "evaluation.md": check_evaluation,
     "finetuning.md": check_finetuning,
     "metrics.md": check_metrics,
+    "performance.md": check_performance,
     "pretraining.md": check_pretraining,
+    "python.md": check_python,
     "scoring.md": check_scoring,
     "search.md": check_search,
 }
 
 
-@pytest.mark.parametrize("page", sorted(set(PAGES) - ELSEWHERE - NOT_YET))
+@pytest.mark.parametrize("page", sorted(set(PAGES) - ELSEWHERE))
 def test_snippets_run_as_written(page, work):
     for package in NEEDED.get(page, ()):
         pytest.importorskip(package)

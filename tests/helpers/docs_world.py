@@ -115,6 +115,8 @@ def fill_folder(folder: Path):
     for name in ("pictures", "train", "val"):
         write_table(folder / f"{name}.parquet", caption=CAPTIONS)
     write_table(folder / "questions.parquet", question=["what is it?"] * 2, answer=CAPTIONS)
+    write_coco(folder / "coco")
+    write_shard(folder / "shards" / "00000.tar", folder / "photos")
     write_results(folder)
     write_benchmarks(folder)
 
