@@ -1,7 +1,10 @@
 """Registration of this library with the Auto classes and the pipelines of transformers."""
 
 import functools
+import json
 from collections.abc import Collection
+from contextvars import ContextVar
+from pathlib import Path
 
 
 def register_configs():
@@ -86,6 +89,55 @@ def register_pipelines():
     if tasks[zero_shot]["impl"] is not ZeroShotImageClassificationPipeline:
         tasks[zero_shot] = tasks[zero_shot] | {"impl": ZeroShotImageClassificationPipeline}
     _keep_task_names(new_tasks)
+    _keep_processors_of_adapters()
+
+
+def _keep_processors_of_adapters():
+    """
+    Let a pipeline of adapters use the processor that was saved with them, with its prompt and its size of pictures.
+    transformers takes that of the base model.
+    """
+    from transformers import pipelines
+
+    from .models.modeling_blip2 import Blip2ForConditionalGeneration
+
+    load_model, resolve_processor = pipelines.load_model, pipelines._resolve_processor
+    if getattr(load_model, "keeps_processors", False):
+        return
+    # Set when a model is loaded by its name, and read after it in the same call of `pipeline`
+    place: ContextVar[str | None] = ContextVar("place", default=None)
+
+    @functools.wraps(load_model)
+    def load(model, *args, **kwargs):
+        is_ours = _has_adapters_and_processor(model, kwargs.get("token"))
+        place.set(model if is_ours else None)
+        if is_ours and kwargs["config"].model_type == "blip-2":
+            # A published base model would be of transformers' own class
+            kwargs["model_classes"] = (Blip2ForConditionalGeneration,)
+        return load_model(model, *args, **kwargs)
+
+    @functools.wraps(resolve_processor)
+    def resolve(*, model_name, hub_kwargs, **kwargs):
+        if model_name is not None and place.get() is not None:
+            # The revision is that of the base model
+            model_name, hub_kwargs = place.get(), hub_kwargs | {"revision": None, "_commit_hash": None}
+        return resolve_processor(model_name=model_name, hub_kwargs=hub_kwargs, **kwargs)
+
+    load.keeps_processors = True
+    pipelines.load_model, pipelines._resolve_processor = load, resolve
+
+
+def _has_adapters_and_processor(name: str, token: str | bool | None) -> bool:
+    """Return whether a folder or repository has adapters of PEFT with a processor of this library."""
+    from transformers.utils import PROCESSOR_NAME, cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    from .models.processing_blip2 import Blip2Processor
+
+    if find_adapter_config_file(name, token=token) is None:
+        return False
+    file = cached_file(name, PROCESSOR_NAME, token=token, _raise_exceptions_for_missing_entries=False)
+    return file is not None and json.loads(Path(file).read_text()).get("processor_class") == Blip2Processor.__name__
 
 
 def _keep_task_names(tasks: Collection[str]):

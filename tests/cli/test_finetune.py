@@ -174,6 +174,31 @@ def test_python_takes_adapters(shared, work):
     torch.testing.assert_close(pipe.model(**inputs).logits, expected)
 
 
+@pytest.mark.parametrize("of_transformers", [False, True], ids=["ours", "published"])
+def test_a_pipeline_of_adapters_has_their_prompt_and_their_size_of_pictures(of_transformers, work, capsys):
+    """transformers' `pipeline` takes the processor of the base model, and for a published one its own class."""
+    base, tuned, sized = work / "base", work / "tuned", ["--prompt", "the", "--image-size", "42"]
+    save_captioner(base, transformers_compatible=of_transformers)
+    finetune(Path(), "rows.parquet", base, tuned, *FAST, *sized, "--held-out", "4")
+    capsys.readouterr()
+    main(["caption", "photos/0.png", "--model", str(tuned), *CAPTION])
+    printed = capsys.readouterr().out.split()
+
+    captioner = transformers.pipeline("image-to-text", model=str(tuned), device="cpu")
+    assert isinstance(captioner.model, Blip2ForConditionalGeneration)
+    assert captioner.processor.prompt == "the"
+    assert_sees_the_whole(captioner.image_processor, 42)
+    (caption,) = captioner("photos/0.png", max_new_tokens=4)
+    assert caption["generated_text"].split() == printed
+    # A processor that is given is kept, and other models are loaded as before
+    given = transformers.pipeline("image-to-text", model=str(tuned), processor=str(base), device="cpu")
+    alone = transformers.pipeline("image-to-text", model=str(base), device="cpu")
+    assert [getattr(pipe.processor, "prompt", None) for pipe in (given, alone)] == [None, None]
+    assert isinstance(alone.model, Blip2ForConditionalGeneration) is not of_transformers
+    chat = transformers.pipeline("image-text-to-text", model=str(tuned), device="cpu")
+    assert chat.processor.prompt == "the"
+
+
 def test_answers(work):
     output = work / "vqa"
     finetune(
