@@ -464,7 +464,7 @@ def test_mistakes_are_told_in_a_line(mistake, work, capsys, monkeypatch):
     options, expected = MISTAKES[mistake]
     if not Path("vit").exists():
         transformers.ViTModel(transformers.ViTConfig(**VISION, patch_size=14)).save_pretrained("vit")
-    for module in ("_trainer_options", "finetune"):
+    for module in ("_trainer_options", "_quantization"):
         monkeypatch.setattr(
             f"blip2_hf.cli.{module}.find_spec", lambda name: mistake == "4 bits of a narrow model" or None
         )

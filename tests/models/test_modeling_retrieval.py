@@ -284,3 +284,23 @@ def test_gradients_reach_what_is_trained(model):
 def test_arguments_that_would_be_ignored_are_refused_by_name(model):
     with pytest.raises(TypeError, match="was given txt, and takes pixel_values or image_embeds, input_ids"):
         model(torch.zeros(1, 3, 28, 28), torch.tensor([[2, 3]]), txt="a cat")
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (make_retrieval, {}),
+        (make_retrieval, {"use_image_text_matching_head": True}),
+        (make_stage1, {"return_loss": False}),
+    ],
+)
+@torch.no_grad()
+def test_all_that_the_tokenizer_of_bert_returns_is_taken(make, options):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog"]
+    tokenizer = transformers.BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    texts = tokenizer(["a cat", "dog"], padding=True, return_tensors="pt")
+    assert texts["token_type_ids"].shape == (2, 4)
+    model, pixel_values = make().eval(), make_pixel_values(2)
+    expected = model(pixel_values, **{name: texts[name] for name in TEXT_NAMES}, **options).logits_per_image
+    assert torch.equal(model(pixel_values, **texts, **options).logits_per_image, expected)
+    assert model.get_text_features(**texts).pooler_output.shape == (2, 16)

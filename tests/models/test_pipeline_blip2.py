@@ -604,6 +604,8 @@ def test_candidates_have_scores_that_sum_to_1(name, normalization, images):
     assert pipe(images[0], questions[0], top_k=1, **options) == alone[0][:1]
     fixed = pipeline("visual-question-answering", model=model, processor=processor, device="cpu", **options)
     assert fixed(images[0], questions[0]) == alone[0]
+    writer = pipeline("visual-question-answering", model=model, processor=processor, device="cpu", **FIVE_WORDS)
+    assert writer(images[0], questions[0], **options) == alone[0]
 
 
 @pytest.mark.parametrize(
@@ -633,6 +635,13 @@ def test_other_models_have_no_candidates(images):
     pipe = pipeline("visual-question-answering", model=model, processor=processor, device="cpu")
     with pytest.raises(ValueError, match="scores no candidates"):
         pipe(images[0], "how many ?", candidates=["two"])
+
+
+def test_a_blip2_of_transformers_has_no_candidates(images):
+    model, processor = make(make_blip2_of_transformers)
+    pipe = pipeline("visual-question-answering", model=model, processor=processor, device="cpu")
+    with pytest.raises(ValueError, match=r"of transformers scores no candidates: give .* of blip2_hf"):
+        pipe(images[0], "how many ?", candidates=["two", "one"])
 
 
 def test_wrong_questions_are_refused(blip2_oracle, images):

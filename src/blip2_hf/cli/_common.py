@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._parser import Parser, above_zero, at_least_zero, folder_to_write, number, positive, probability
+from ._quantization import check_width
 
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -100,6 +101,8 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "default": "127.0.0.1",
     },
     "--port": {"help": "port to listen at", "type": number(int, least=1, most=65535)},
+    "--load-in-4bit": {"help": "quantise linear layers, so that the model needs less memory", "action": "store_true"},
+    "--load-in-8bit": {"help": "as --load-in-4bit, more exactly", "action": "store_true"},
     "--dtype": {"help": "dtype of the model; without it, that of the checkpoint", "choices": DTYPES},
     "--device": {"help": "such as cuda:1 or cpu; without it, a GPU if there is one, its own for each process"},
 }
@@ -391,10 +394,16 @@ def find_device(given: str | None) -> Any:
     return given or torch.accelerator.current_accelerator(check_available=True) or "cpu"
 
 
-def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = False) -> tuple[Any, Any]:
-    """Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor."""
-    from ..jobs.inference import load_model
+def load_captioner(
+    name: str, dtype: str | None, device: Any, is_stage1: bool = False, bits: int | None = None
+) -> tuple[Any, Any]:
+    """
+    Load a model that writes, with its language model or, in stage 1, with its Q-Former, and its processor. With `bits`
+    the linear layers of its tower and of its language model are quantised.
+    """
+    from ..jobs.inference import load_model, quantization, weights_place
     from ..jobs.model_checks import WRITING, WRITING_ALONE, check_checkpoint, load_processor
+    from ..models.configuration_blip2 import Blip2Config
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
 
@@ -402,4 +411,13 @@ def load_captioner(name: str, dtype: str | None, device: Any, is_stage1: bool = 
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
     expected = f"A model that writes text, of {model_class.__name__},"
     processor = load_processor(name)
-    return load_model(model_class, name, expected, dtype=dtype or "auto").to(device), processor
+    if bits is None:
+        return load_model(model_class, name, expected, dtype=dtype or "auto").to(device), processor
+    import torch
+
+    config = Blip2Config.from_pretrained(weights_place(name))
+    check_width(bits, vision_tower=config.vision_config, language_model=config.text_config)
+    dtype = dtype or "bfloat16"
+    # A quantised model is not moved after it is loaded
+    place = {"quantization_config": quantization(bits, getattr(torch, dtype)), "device_map": {"": str(device)}}
+    return load_model(model_class, name, expected, dtype=dtype, **place), processor

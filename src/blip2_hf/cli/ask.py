@@ -12,6 +12,7 @@ from ..models.generation_presets import NORMALIZATIONS
 from ._common import add_command, find_device, load_captioner
 from ._generation import NORMALIZATION_HELP, check_generation, check_room, generation_with_preset, given_generation
 from ._pictures import named_pictures
+from ._quantization import quantization_bits
 
 
 _LIKE_A_FILE = re.compile(r"\S*\w\.[A-Za-z]\w{1,4}|[/~.]\S*")  # cat.jgp, ../cat
@@ -37,6 +38,8 @@ def add_parser(commands: Any):
     add("--image-size")
     add("--num-frames")
     add("--dtype")
+    add("--load-in-4bit")
+    add("--load-in-8bit")
     add("--device")
     add("--json", "print JSON, not a table", action="store_true")
 
@@ -81,6 +84,7 @@ def _lines(row: dict[str, Any], is_only: bool) -> list[str]:
 
 
 def _check(options: argparse.Namespace):
+    quantization_bits(options)
     generation = ("num_beams", "max_new_tokens", "generate")
     if options.choices is None:
         if options.normalization is not None:
@@ -108,7 +112,8 @@ def _load(options: argparse.Namespace, pictures: list[str], questions: list[str]
     if options.choices is None:
         check_generation(kwargs, options.model)
         check_room(config, kwargs)
-    model, processor = load_captioner(options.model, options.dtype, find_device(options.device))
+    device = find_device(options.device)
+    model, processor = load_captioner(options.model, options.dtype, device, bits=quantization_bits(options))
     prompt = options.prompt or learned_prompt(processor, asks=True) or preset.prompt
     prompts = [prompt.replace("{}", question) for question in questions]
     processor.frames_per_video = options.num_frames or processor.frames_per_video

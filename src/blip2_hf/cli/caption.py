@@ -11,6 +11,7 @@ from ._common import add_command, find_device, load_captioner, load_dataset, pic
 from ._generation import check_generation, check_room, generation_with_preset, given_generation
 from ._parser import positive, seed, to_write
 from ._pictures import named_pictures, pixel_limit
+from ._quantization import quantization_bits
 
 
 # Options that have no effect on other data
@@ -66,6 +67,8 @@ def add_parser(commands: Any):
     add("--max-pixels", "larger pictures are listed as broken (default: about 89 million, as in PIL)", type=positive)
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
+    add("--load-in-4bit")
+    add("--load-in-8bit")
     add("--device")
     add("--num-workers")
     add("--image-column")
@@ -76,6 +79,7 @@ def add_parser(commands: Any):
 
 
 def _check(options: argparse.Namespace):
+    quantization_bits(options)
     if options.overwrite and options.existing not in (None, "overwrite"):
         raise ValueError(f"--overwrite and --existing {options.existing} were given: give one of them.")
     if options.captions_per_image is None:
@@ -199,7 +203,7 @@ def _load(options: argparse.Namespace, device: Any, names: list[str]) -> tuple[A
     place = device(options.device)
     if options.reranker is not None:
         kwargs["rerank"] = _open_reranker(options, place)
-    model, processor = load_captioner(options.model, options.dtype, place)
+    model, processor = load_captioner(options.model, options.dtype, place, bits=quantization_bits(options))
     prompt = learned_prompt(processor) if prompt is None else prompt
     processor.frames_per_video = options.num_frames or processor.frames_per_video
     num_images = processor.frames_per_video if any(map(is_video_name, names)) else 1

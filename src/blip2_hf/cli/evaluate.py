@@ -20,6 +20,7 @@ from ._common import (
 )
 from ._generation import NORMALIZATION_HELP, check_generation, check_room, generation_with_preset, given_generation
 from ._parser import at_least_zero, positive
+from ._quantization import quantization_bits
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def add_parser(commands: Any):
     add("--image-size")
     add("--batch-size", "pictures at a time, fewer if they don't fit; without it 128, or 16 on a CPU")
     add("--dtype")
+    add("--load-in-4bit")
+    add("--load-in-8bit")
     add("--device")
     add("--limit", "how many of the first samples count", type=positive)
     add("--num-workers")
@@ -123,6 +126,7 @@ def _run(options: argparse.Namespace):
 def _check(options: argparse.Namespace):
     check_output_apart(options)
     task = _TASKS[options.task]
+    bits = quantization_bits(options)
     if missing := [f"--{name}" for name in task.needs if getattr(options, name) is None]:
         raise ValueError(f"{options.task} needs {' and '.join(missing)}.")
     if len(options.questions or ()) > 1 and options.task != "pope":
@@ -154,6 +158,8 @@ def _check(options: argparse.Namespace):
         names |= {"image_id_column", "group_column"}
     if unused := [f"--{name.replace('_', '-')}" for name in sorted(names) if getattr(options, name) is not None]:
         raise ValueError(f"{options.task} has no use for {' and '.join(unused)}.")
+    if bits is not None and task.kind == "retrieval":
+        raise ValueError(f"{options.task} has no use for --load-in-{bits}bit.")
     if options.protocol not in (None, *task.protocols):
         expected = ", ".join(task.protocols)
         raise ValueError(f"--protocol {options.protocol}: {options.task} is scored by one of {expected}.")
@@ -246,7 +252,7 @@ def _evaluate_texts(options: argparse.Namespace, task: _Task, samples: Sequence[
     elif task.kind == "chair":
         evaluate, scoring = evaluate_chair, {"synonyms": read_synonyms(options.synonyms)}
         check_objects(samples, scoring["synonyms"])
-    model, processor = load_captioner(options.model, options.dtype, device)
+    model, processor = load_captioner(options.model, options.dtype, device, bits=quantization_bits(options))
     learned = learned_prompt(processor, asks=preset.asks)
     if learned is not None and options.prompt is None and options.preset is None:
         preset = replace(preset, prompt=learned)

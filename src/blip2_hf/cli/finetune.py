@@ -3,11 +3,11 @@
 import argparse
 import shlex
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from ._common import add_command, check_whole_model, pick
 from ._generation import check_room
+from ._quantization import check_width, quantization_bits
 from ._trainer_options import training_arguments
 from ._training import (
     add_data_options,
@@ -29,7 +29,6 @@ _ADAPTERS = ("lora_language_model", "lora_qformer", "lora_vision_model")
 _PRESETS = (*_ADAPTERS, "finetune", "stage1", "stage2", "qformer", "projection", "everything")
 _RATE_OF_ADAPTERS = 1e-4
 _RETRIEVAL_IMAGE_SIZE = 364
-_NARROWEST_IN_4_BITS = 64
 # Options of some tasks alone, with what they are if they are not given
 _OF_TASKS: dict[str, tuple[tuple[str, ...], Any]] = {
     "text_column": (("caption", "retrieval"), None),
@@ -88,8 +87,8 @@ def add_parser(commands: Any):
     add("--task", "what is learned", choices=[*_TASKS], default="caption")
     preset = "which parts are trained (default: adapters in the language model; for retrieval, finetune)"
     add("--preset", preset, group="training", choices=_PRESETS)
-    add("--load-in-4bit", "quantise the language model, under adapters", action="store_true")
-    add("--load-in-8bit", "as --load-in-4bit, more exactly", action="store_true")
+    add("--load-in-4bit")
+    add("--load-in-8bit")
     add(
         "--prompt",
         "text in front of a caption, or with {} for the question (default: that which the model has learned with, or "
@@ -161,12 +160,7 @@ def _check_language_model(options: argparse.Namespace, task: _Task, config: Any,
     """Refuse more new tokens than the language model has room for, and 4 bits of one that is too narrow for them."""
     new = {"max_new_tokens": options.max_new_tokens or task.max_new_tokens}
     check_room(config, new, len(processor.tokenizer(options.prompt).input_ids))
-    width = config.text_config.hidden_size
-    if options.load_in_4bit and width < _NARROWEST_IN_4_BITS:
-        raise ValueError(
-            f"--load-in-4bit: the language model is {width} wide, and {_NARROWEST_IN_4_BITS} are needed. Leave the "
-            "option out: so small a model fits as it is."
-        )
+    check_width(quantization_bits(options), language_model=config.text_config)
 
 
 def _check(options: argparse.Namespace):
@@ -185,8 +179,6 @@ def _check(options: argparse.Namespace):
     options.preset = options.preset or task.preset
     is_retrieval, has_adapters = options.task == "retrieval", options.preset in _ADAPTERS
     is_quantized = options.load_in_4bit or options.load_in_8bit
-    if options.load_in_4bit and options.load_in_8bit:
-        raise ValueError("--load-in-4bit and --load-in-8bit: give one of the two.")
     if is_quantized and (is_retrieval or not has_adapters):
         raise ValueError(
             "--load-in-4bit and --load-in-8bit go with adapters, because nothing else of such a model is saved: give "
@@ -200,8 +192,7 @@ def _check(options: argparse.Namespace):
     without = ("stage2", "qformer", "projection", "lora_language_model") if is_retrieval else ("stage1",)
     if options.preset in without:
         raise ValueError(f"--preset {options.preset} is not for the task {options.task}.")
-    if is_quantized and find_spec("bitsandbytes") is None:
-        raise ImportError('--load-in-4bit and --load-in-8bit need bitsandbytes: pip install "blip2-hf[quantization]".')
+    quantization_bits(options)
     check_output(options)
 
 
@@ -263,7 +254,7 @@ def _load_writer(options: argparse.Namespace, task: _Task, config: Any, image_si
     from ..data import LanguageModelCollator
     from ..training import load_writer
 
-    bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
+    bits = quantization_bits(options)
     max_new_tokens = options.max_new_tokens or task.max_new_tokens
     model, processor = load_writer(options.model, image_size, options.dtype, max_new_tokens, bits)
     collator = LanguageModelCollator(

@@ -28,6 +28,28 @@ def load_model(model_class: Any, name: str | os.PathLike, expected: str, **kwarg
     return model
 
 
+def quantization(bits: int, dtype: torch.dtype, kept: list[str] | None = None) -> Any:
+    """
+    Return the configuration with which bitsandbytes quantises linear layers to 4 or 8 bits.
+
+    Args:
+        bits (`int`):
+            4 or 8.
+        dtype (`torch.dtype`):
+            Dtype in which layers of 4 bits compute.
+        kept (`list[str]`, *optional*):
+            Names of the modules that stay as they are. Without it, those that transformers keeps: heads, and what the
+            model names.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+    )
+
+
 def merge_adapters(model: torch.nn.Module, name: str | os.PathLike) -> Any:
     """Return the base model of the adapters in `name` with their weights added to its own."""
     from peft import PeftModel

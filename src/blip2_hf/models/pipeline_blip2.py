@@ -229,7 +229,9 @@ class _ImageTextPipeline(HubMixin, Pipeline):
                 )
             return {"logits": self.model(**self._merge(encodings)).logits}
         if "candidate_labels" in encodings[0]:
-            return {"scores": self.model.score_texts(**self._merge(encodings), **generate_kwargs)}
+            # Settings of generation that the pipeline was made with have no effect
+            kwargs = {name: value for name, value in generate_kwargs.items() if name == "normalization"}
+            return {"scores": self.model.score_texts(**self._merge(encodings), **kwargs)}
         lengths = {encoding["input_ids"].shape[1] for encoding in encodings if "input_ids" in encoding}
         # other models than BLIP-2 read the padding of a prompt as if it were text
         together = self.model_type in _BLIP2 or len(lengths) <= 1
@@ -498,8 +500,11 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
 
     def _check_candidates(self, candidates, max_new_tokens, generate_kwargs, preset, generation_params):
         if self.model.config.model_type != "blip2":
+            name, theirs = public_class_name(self.model), self.model.config.model_type == "blip-2"
             raise ValueError(
-                f"{public_class_name(self.model)} scores no candidates: Blip2ForConditionalGeneration of blip2_hf does"
+                f"{name}{' of transformers' if theirs else ''} scores no candidates: give the pipeline a model of "
+                "blip2_hf and its processor, model=Blip2ForConditionalGeneration.from_pretrained(...) and "
+                "processor=Blip2Processor.from_pretrained(...)"
             )
         generation = [*(generate_kwargs or {}), *generation_params]
         generation += [name for name, value in (("max_new_tokens", max_new_tokens), ("preset", preset)) if value]

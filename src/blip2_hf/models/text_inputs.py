@@ -16,7 +16,11 @@ def check_one_image_input(pixel_values: torch.Tensor | None, image_embeds: torch
 
 
 def check_options(options: dict[str, Any], takes: str):
-    """Refuse options that are not those of `TransformersKwargs`, because a model would ignore them."""
+    """
+    Refuse options that are not those of `TransformersKwargs`, because a model would ignore them. Take out
+    `token_type_ids`, which BERT's tokenizer returns with each text, and of which the Q-Former has no embeddings.
+    """
+    options.pop("token_type_ids", None)
     if unknown := sorted(options.keys() - TransformersKwargs.__annotations__.keys() - {"return_dict"}):
         raise TypeError(
             f"The model was given {', '.join(unknown)}, and takes {takes}. Leave out what it does not know."

@@ -1,19 +1,23 @@
 """Models to train, and their processors: made of parts, or loaded to go on from."""
 
 import os
-from typing import Any
 
 import torch
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from ..data.image_size import with_image_size
+from ..jobs.inference import quantization
 from ..jobs.model_checks import MATCHING, WRITING, check_checkpoint, load_processor
 from ..models.backbones import load_whole
 from ..models.frozen import cast_parameters
 from ..models.modeling_blip2 import Blip2ForConditionalGeneration
 from ..models.modeling_pretraining import Blip2ForPreTraining
 from ..models.processing_blip2 import Blip2Processor
+
+
+# All but the language model without its head
+_NOT_QUANTIZED = ["vision_model", "query_tokens", "embeddings", "qformer", "language_projection", "lm_head"]
 
 
 def load_writer(
@@ -50,7 +54,7 @@ def load_writer(
     """
     processor = _load_processor(name, WRITING, image_size)
     dtype = getattr(torch, language_model_dtype)
-    kwargs = {} if bits is None else {"quantization_config": _quantization(bits, dtype)}
+    kwargs = {} if bits is None else {"quantization_config": quantization(bits, dtype, kept=_NOT_QUANTIZED)}
     model = load_whole(
         Blip2ForConditionalGeneration,
         name,
@@ -166,21 +170,6 @@ def _limit_generation(model: Blip2ForConditionalGeneration, max_new_tokens: int)
     # One limit, because transformers warns of two at each batch
     model.generation_config.max_length = None
     model.generation_config.max_new_tokens = max_new_tokens
-
-
-def _quantization(bits: int, dtype: torch.dtype) -> Any:
-    """Return the configuration that quantises the language model alone, without its head."""
-    from transformers import BitsAndBytesConfig
-
-    kept = ["vision_model", "query_tokens", "embeddings", "qformer", "language_projection", "lm_head"]
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=kept,
-    )
 
 
 __all__ = ["load_stage1", "load_writer", "make_stage1", "make_stage2"]
