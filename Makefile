@@ -6,7 +6,7 @@ OLDEST ?= .venv-oldest
 # with what its tests share.
 PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 10
 
-.PHONY: help demo app docs test test-slow test-oldest check format clean
+.PHONY: help demo app docs test test-slow test-oldest check wheel format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
@@ -36,6 +36,11 @@ check: $(VENV)/.test $(VENV)/.app $(VENV)/.docs ## lint, format, types, the docu
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m zensical build --strict --clean
 	$(VENV)/bin/python docs_site/check.py site
+
+wheel: $(VENV)/.test ## build the package into dist/, and try the wheel in a new environment
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/python tests/wheel/check.py dist
 
 format: $(VENV)/.test ## put the code into shape
 	$(VENV)/bin/ruff check --fix .

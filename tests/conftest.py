@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 
@@ -14,8 +15,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 import transformers
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
+# Without torchvision, transformers 5.17 has the class by its own module alone, which snippets need not know
+sys.modules["transformers"].AutoImageProcessor = AutoImageProcessor  # it also replaces itself when that is imported
 # A shell lets what it starts in the background ignore Ctrl-C, which tests send
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)

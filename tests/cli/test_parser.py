@@ -1,11 +1,15 @@
 """The face of the command: help, groups, guesses, spellings, exit codes."""
 
+import configparser
+import platform
 import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
+from paths import REPOSITORY
 
 import blip2_hf
 from blip2_hf.cli import main, make_parser
@@ -105,7 +109,21 @@ def test_a_help_imports_nothing_heavy(command):
 def test_the_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
-    assert stopped.value.code == 0 and capsys.readouterr().out == f"blip2-hf {blip2_hf.__version__}\n"
+    program, python, packages = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0 and program == f"blip2-hf {blip2_hf.__version__}"
+    assert python == f"Python {platform.python_version()} on {platform.platform()}"
+    settings = configparser.ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    required = {line.partition(">=")[0] for line in settings["options"]["install_requires"].split()}
+    assert dict(package.split() for package in packages.split(", ")) == {name: version(name) for name in required}
+
+
+def test_the_version_tells_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr("blip2_hf.cli._version.PACKAGES", ("torch", "nothing-of-this-name"))
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    (*_, packages) = capsys.readouterr().out.splitlines()
+    assert packages == f"torch {version('torch')}, nothing-of-this-name is not installed"
 
 
 @pytest.mark.parametrize(

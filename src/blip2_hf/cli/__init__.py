@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from .. import __version__
 from . import (
     ask,
     cache_features,
@@ -20,6 +19,7 @@ from . import (
     serve,
 )
 from ._parser import Parser
+from ._version import ShowVersion
 
 
 COMMANDS = (
@@ -31,7 +31,7 @@ COMMANDS = (
 def make_parser() -> Parser:
     """Return the parser of all commands; `run` of what it returns is the function that runs one."""
     parser = Parser(prog="blip2-hf", description="BLIP-2 for the Hugging Face stack.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action=ShowVersion)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
