@@ -322,7 +322,9 @@ def test_a_picture_that_is_none(told, name, data):
 
 
 def test_a_folder_without_an_index(told):
-    assert "photos has no index. Build one: blip2-hf index" in told("search")
+    assert "photos has no index. Name the folder of one (--index FOLDER), or build one: blip2-hf index" in told(
+        "search"
+    )
 
 
 # --- options ---

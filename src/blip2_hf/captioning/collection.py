@@ -192,6 +192,8 @@ def _caption_missing(
         files.finish(settings)
         files.check_complete()
         message = f"Captions written: {captioned:,}."
+        if not missing:
+            message = 'Nothing is left to caption. existing="overwrite" (--overwrite) writes all captions anew.'
         if broken:
             message += f" Pictures that can't be read: {broken:,}; {files.broken} says why."
         if empty:

@@ -263,7 +263,9 @@ class SearchIndex:
         if rerank and image is not None:
             raise ValueError("rerank goes with a text: an image is not matched with images.")
         if 0 < rerank < top:
-            raise ValueError(f"rerank={rerank} with top={top}: rerank as many as are to be found, or more.")
+            raise ValueError(
+                f"rerank={rerank} with top={top}: rerank (--rerank) as many as are to be found (--top), or more."
+            )
         tokens = None if text is None else self._tokens(text)
         queries = self._image_queries(image) if tokens is None else self.model.get_text_features(*tokens).pooler_output
         rows, scores = self._compare(queries, max(top, rerank), exact)

@@ -37,7 +37,10 @@ def read_description(directory: Path) -> dict[str, Any]:
     """Return what made an index. Refuse a folder that has none, or one of another version."""
     path = directory / DESCRIPTION
     if not path.exists():
-        raise FileNotFoundError(f"{directory} has no index. Build one: blip2-hf index FOLDER --model MODEL.")
+        raise FileNotFoundError(
+            f"{directory} has no index. Name the folder of one (--index FOLDER), or build one: "
+            "blip2-hf index FOLDER --model MODEL."
+        )
     description = _read(path)
     if (found := description.get("version")) != _VERSION:
         raise ValueError(
