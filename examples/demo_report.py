@@ -84,12 +84,12 @@ def draw_sheet(scenes: datasets.Dataset, captions: list[str], found: list[int], 
         Card(row["image"], caption, caption if caption in row["captions"] else row["captions"][0])
         for row, caption in zip(scenes, captions, strict=True)
     ]
-    texts = [row["captions"][0] for row in scenes]
-    searched = [
-        Card(row["image"], text, text if text in row["captions"] else row["captions"][0])
-        for row, text in zip(scenes.select(found), texts, strict=True)
-    ]
-    right = [sum(card.right for card in cards) for cards in (written, searched)]
+    searched = {}  # by text, because two scenes may have the same
+    for first, row in zip(scenes.select(found), scenes, strict=True):
+        text = row["captions"][0]
+        searched[text] = Card(first["image"], text, text if text in first["captions"] else first["captions"][0])
+    cards = list(searched.values())
+    right = [sum(card.right for card in row) for row in (written, cards)]
     sections = [
         Section(
             "Described",
@@ -98,8 +98,8 @@ def draw_sheet(scenes: datasets.Dataset, captions: list[str], found: list[int], 
         ),
         Section(
             "Found by a text",
-            f"for {right[1]} of {len(searched)} texts the first picture is right; {FOUND} of them are here",
-            searched[SHOWN : SHOWN + FOUND],
+            f"for {right[1]} of {len(cards)} texts the first picture is right; {FOUND} of them are here",
+            cards[SHOWN : SHOWN + FOUND],
         ),
     ]
     subtitle = "Scenes that it has not seen. EfficientNet-lite2, a Q-Former trained in minutes, SmolLM2-135M"

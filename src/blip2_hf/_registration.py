@@ -5,6 +5,7 @@ import json
 from collections.abc import Collection
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 
 def register_configs():
@@ -94,49 +95,66 @@ def register_pipelines():
 
 def _keep_processors_of_adapters():
     """
-    Let a pipeline of adapters use the processor that was saved with them, with its prompt and its size of pictures.
-    transformers takes that of the base model.
+    Let a pipeline of adapters use the processor that was saved with them, with its prompt and its size of pictures,
+    and the class of this library. transformers takes the processor of the base model and its own class.
     """
     from transformers import pipelines
 
     from .models.modeling_blip2 import Blip2ForConditionalGeneration
+    from .models.modeling_retrieval import Blip2ForImageTextRetrieval
 
-    load_model, resolve_processor = pipelines.load_model, pipelines._resolve_processor
-    if getattr(load_model, "keeps_processors", False):
+    load_model = getattr(pipelines, "load_model", None)
+    names = [f"_resolve_{part}" for part in ("processor", "tokenizer", "image_processor")]
+    if not all(hasattr(pipelines, name) for name in ("load_model", *names)) or hasattr(load_model, "keeps_processors"):
         return
+    writers = ("image-to-text", "visual-question-answering", "image-text-to-text")
+    classes = dict.fromkeys(writers, Blip2ForConditionalGeneration)
+    classes["zero-shot-image-classification"] = Blip2ForImageTextRetrieval
     # Set when a model is loaded by its name, and read after it in the same call of `pipeline`
     place: ContextVar[str | None] = ContextVar("place", default=None)
 
     @functools.wraps(load_model)
     def load(model, *args, **kwargs):
-        is_ours = _has_adapters_and_processor(model, kwargs.get("token"))
+        task, config = kwargs.get("task"), kwargs.get("config")
+        # The configuration of adapters is that of their base model
+        has_adapters = task in classes and getattr(config, "name_or_path", model) != model
+        is_ours = has_adapters and _has_own_processor(model, _of_adapters(kwargs))
         place.set(model if is_ours else None)
-        if is_ours and kwargs["config"].model_type == "blip-2":
-            # A published base model would be of transformers' own class
-            kwargs["model_classes"] = (Blip2ForConditionalGeneration,)
+        if is_ours and config.model_type == "blip-2":
+            kwargs["model_classes"] = (classes[task],)
         return load_model(model, *args, **kwargs)
 
-    @functools.wraps(resolve_processor)
-    def resolve(*, model_name, hub_kwargs, **kwargs):
-        if model_name is not None and place.get() is not None:
-            # The revision is that of the base model
-            model_name, hub_kwargs = place.get(), hub_kwargs | {"revision": None, "_commit_hash": None}
-        return resolve_processor(model_name=model_name, hub_kwargs=hub_kwargs, **kwargs)
+    def keep(resolve):
+        @functools.wraps(resolve)
+        def resolve_part(*, model_name, hub_kwargs, **kwargs):
+            if model_name is not None and place.get() is not None:
+                model_name, hub_kwargs = place.get(), hub_kwargs | _of_adapters(hub_kwargs)
+            return resolve(model_name=model_name, hub_kwargs=hub_kwargs, **kwargs)
+
+        return resolve_part
 
     load.keeps_processors = True
-    pipelines.load_model, pipelines._resolve_processor = load, resolve
+    pipelines.load_model = load
+    for name in names:
+        setattr(pipelines, name, keep(getattr(pipelines, name)))
 
 
-def _has_adapters_and_processor(name: str, token: str | bool | None) -> bool:
+def _of_adapters(hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which adapters are found: their revision is what was asked for, if anything was."""
+    kept = {name: hub_kwargs[name] for name in ("token", "local_files_only") if name in hub_kwargs}
+    return kept | {"revision": getattr(hub_kwargs.get("revision"), "initial", None), "_commit_hash": None}
+
+
+def _has_own_processor(name: str, hub_kwargs: dict[str, Any]) -> bool:
     """Return whether a folder or repository has adapters of PEFT with a processor of this library."""
     from transformers.utils import PROCESSOR_NAME, cached_file
-    from transformers.utils.peft_utils import find_adapter_config_file
 
     from .models.processing_blip2 import Blip2Processor
 
-    if find_adapter_config_file(name, token=token) is None:
+    try:
+        file = cached_file(name, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    except OSError:
         return False
-    file = cached_file(name, PROCESSOR_NAME, token=token, _raise_exceptions_for_missing_entries=False)
     return file is not None and json.loads(Path(file).read_text()).get("processor_class") == Blip2Processor.__name__
 
 

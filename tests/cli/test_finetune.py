@@ -29,6 +29,7 @@ from blip2_hf import (
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
     Blip2ForPreTraining,
+    Blip2Model,
     Blip2Processor,
     training,
 )
@@ -197,6 +198,17 @@ def test_a_pipeline_of_adapters_has_their_prompt_and_their_size_of_pictures(of_t
     assert isinstance(alone.model, Blip2ForConditionalGeneration) is not of_transformers
     chat = transformers.pipeline("image-text-to-text", model=str(tuned), device="cpu")
     assert chat.processor.prompt == "the"
+
+
+def test_a_pipeline_that_compares_has_the_size_of_pictures_of_its_adapters(work):
+    options = ["--task", "retrieval", "--preset", "lora_qformer", "--image-size", "42", "--held-out", "4"]
+    finetune(Path(), "rows.parquet", "stage1", work / "tuned", *FAST, *options)
+    classifier = transformers.pipeline("zero-shot-image-classification", model=str(work / "tuned"), device="cpu")
+    assert_sees_the_whole(classifier.image_processor, 42)
+    labels = classifier("photos/0.png", candidate_labels=["a dog", "a bus"])
+    assert {row["label"] for row in labels} == {"a dog", "a bus"}
+    features = transformers.pipeline("image-feature-extraction", model=str(work / "tuned"), device="cpu")
+    assert isinstance(features.model, Blip2Model)
 
 
 def test_answers(work):

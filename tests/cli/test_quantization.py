@@ -63,6 +63,25 @@ def test_an_evaluation_in_8_bits(quantized):
     assert json.loads(Path("results/results.json").read_text())["num_scored"] == {"overall": 1}
 
 
+def test_a_quantized_folder_is_a_model_for_what_reads_it(quantized, capsys):
+    for part in quantized:
+        part.save_pretrained("small")
+    main(["caption", "cat.png", "--model", "small", *FAST[2:6]])
+    (caption,) = caption_images(*quantized, ["cat.png"], max_new_tokens=4)
+    assert capsys.readouterr().out.split() == caption.text.split()
+    for line, message in (
+        ("caption cat.png --model small --load-in-8bit", "small was saved in 4 or 8 bits. It keeps its precision"),
+        ("ask cat.png what? --model small --dtype float32", "small was saved in 4 or 8 bits. It keeps its precision"),
+        ("finetune photos --model small --output tuned", "Give the model that it was made of"),
+        ("export small --output small.pt2", "Give the model that it was made of"),
+    ):
+        Path("photos").mkdir(exist_ok=True)
+        make_image().save("photos/a.png")
+        Path("photos/a.txt").write_text("a dog")
+        with pytest.raises(SystemExit, match=message):
+            main(line.split())
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -247,4 +247,4 @@ class CaptionWriter:
         ]
 
 
-__all__ = ["PictureCaption", "caption_images", "tell_empty"]
+__all__ = ["PictureCaption", "caption_images"]

@@ -101,7 +101,7 @@ _SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "default": "127.0.0.1",
     },
     "--port": {"help": "port to listen at", "type": number(int, least=1, most=65535)},
-    "--load-in-4bit": {"help": "quantise linear layers, so that the model needs less memory", "action": "store_true"},
+    "--load-in-4bit": {"help": "quantise linear layers; the rest is bfloat16 without --dtype", "action": "store_true"},
     "--load-in-8bit": {"help": "as --load-in-4bit, more exactly", "action": "store_true"},
     "--dtype": {"help": "dtype of the model; without it, that of the checkpoint", "choices": DTYPES},
     "--device": {"help": "such as cuda:1 or cpu; without it, a GPU if there is one, its own for each process"},
@@ -252,7 +252,7 @@ def check_names(options: argparse.Namespace):
 def check_whole_model(name: str, need: str, advice: str = "") -> tuple[Any, Any]:
     """Return the configuration and the processor of a model, once it is whole and of the class that is needed."""
     from ..jobs.inference import adapter_base
-    from ..jobs.model_checks import check_checkpoint, load_processor
+    from ..jobs.model_checks import check_checkpoint, check_not_quantized, load_processor
     from ..models.configuration_blip2 import Blip2Config
 
     if adapter_base(name) is not None:
@@ -260,6 +260,7 @@ def check_whole_model(name: str, need: str, advice: str = "") -> tuple[Any, Any]
             f"{name} holds adapters, and a whole model is needed. Merge them: blip2-hf convert {name} --output FOLDER"
         )
     check_checkpoint(name, need, advice)
+    check_not_quantized(name, "Give the model that it was made of, whose weights are whole.")
     return Blip2Config.from_pretrained(name), load_processor(name)
 
 
@@ -402,12 +403,14 @@ def load_captioner(
     the linear layers of its tower and of its language model are quantised.
     """
     from ..jobs.inference import load_model, quantization, weights_place
-    from ..jobs.model_checks import WRITING, WRITING_ALONE, check_checkpoint, load_processor
+    from ..jobs.model_checks import WRITING, WRITING_ALONE, check_checkpoint, check_not_quantized, load_processor
     from ..models.configuration_blip2 import Blip2Config
     from ..models.modeling_blip2 import Blip2ForConditionalGeneration
     from ..models.modeling_pretraining import Blip2ForPreTraining
 
     check_checkpoint(name, WRITING_ALONE if is_stage1 else WRITING)
+    if bits is not None or dtype is not None:
+        check_not_quantized(name, "It keeps its precision: leave out --load-in-4bit, --load-in-8bit and --dtype.")
     model_class = Blip2ForPreTraining if is_stage1 else Blip2ForConditionalGeneration
     expected = f"A model that writes text, of {model_class.__name__},"
     processor = load_processor(name)

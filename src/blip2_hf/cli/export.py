@@ -39,7 +39,9 @@ def _run(options: argparse.Namespace):
 
     from ..convert.folders import load_checkpoint
     from ..export import export_image_encoder
+    from ..jobs.model_checks import check_not_quantized
 
+    check_not_quantized(options.model, "Give the model that it was made of, whose weights are whole.")
     model, _ = load_checkpoint(options.model)
     if options.dtype is not None:
         model.to(getattr(torch, options.dtype))

@@ -68,6 +68,13 @@ def check_checkpoint(name: str | os.PathLike, need: str | None = None, advice: s
         raise ValueError(f"{name} is a {kind} ({architecture}), which {lack}. {expected}{advice}.")
 
 
+def check_not_quantized(name: str | os.PathLike, advice: str):
+    """Refuse a checkpoint whose weights were saved in 4 or 8 bits. `advice` says what to give instead."""
+    content, _ = PreTrainedConfig.get_config_dict(weights_place(name))
+    if content.get("quantization_config"):
+        raise ValueError(f"{name} was saved in 4 or 8 bits. {advice}")
+
+
 def read_class(name: str | os.PathLike) -> tuple[str | None, str | None]:
     """Return type and class of a checkpoint, or of the model that adapters belong to, as config.json has them."""
     content, _ = PreTrainedConfig.get_config_dict(weights_place(name))
@@ -104,6 +111,7 @@ __all__ = [
     "WRITING",
     "WRITING_ALONE",
     "check_checkpoint",
+    "check_not_quantized",
     "load_image_processor",
     "load_processor",
     "read_class",
