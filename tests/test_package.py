@@ -78,8 +78,8 @@ def test_auto_classes_know_ours_whatever_is_imported_first():
 
 
 # Packages of the extras, by which none of the modules must be stopped
-EXTRAS = "bitsandbytes evaluate faiss fastapi gguf onnx onnxruntime onnxscript openai pillow_heif scipy selenium sklearn"
-EXTRAS += " spacy tensorboard trl uvicorn"
+EXTRAS = "bitsandbytes evaluate faiss fastapi gguf onnx onnxruntime onnxscript openai pillow_heif scipy selenium"
+EXTRAS += " sklearn spacy tensorboard trl uvicorn"
 # Those of which a module is a part
 FRAMEWORKS = {"multi_vector": "sentence_transformers", "web_page": "gradio"}
 
