@@ -79,7 +79,7 @@ def test_auto_classes_know_ours_whatever_is_imported_first():
 
 # Packages of the extras, by which none of the modules must be stopped
 EXTRAS = "bitsandbytes evaluate faiss fastapi gguf onnx onnxruntime onnxscript openai pillow_heif scipy selenium"
-EXTRAS += " spacy tensorboard trl uvicorn"
+EXTRAS += " sklearn spacy tensorboard trl uvicorn"
 # Those of which a module is a part
 FRAMEWORKS = {"multi_vector": "sentence_transformers", "web_page": "gradio"}
 

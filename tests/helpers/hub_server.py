@@ -29,8 +29,10 @@ class Repository:
     def __post_init__(self):
         self.branches["main"] = [{"id": hashlib.sha1(b"first").hexdigest(), "message": "first", "files": {}}]
 
-    def commit(self, branch: str, message: str, files: dict[str, bytes], changed: list[str]) -> dict:
-        commits = self.branches[branch]
+    def commit(self, branch: str, message: str, files: dict[str, bytes]) -> dict:
+        commits, before = self.branches[branch], self.branches[branch][-1]["files"]
+        # As git sees it: older clients also send small files that are there already
+        changed = sorted(path for path in files.keys() | before.keys() if files.get(path) != before.get(path))
         content = repr((commits[-1]["id"], message, sorted(files.items()))).encode()
         commits.append(
             {"id": hashlib.sha1(content).hexdigest(), "message": message, "files": files, "changed": changed}
@@ -257,10 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
             found = self.revision(repo_id, revision)
             if found is None:
                 return None
-            files, changed = dict(found["files"]), []
+            files = dict(found["files"])
             header = next(line["value"] for line in lines if line["key"] == "header")
             for key, value in ((line["key"], line["value"]) for line in lines if line["key"] != "header"):
-                changed.append(value["path"])
                 if key == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif key == "lfsFile" and value["oid"] in self.server.large_files:
@@ -271,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
                     files = {path: files[path] for path in files if not path.startswith(value["path"])}
                 else:
                     return self.send(400, {"error": f"{value['path']} was not uploaded"})
-            done = self.server.repositories[repo_id].commit(revision, header["summary"], files, sorted(changed))
+            done = self.server.repositories[repo_id].commit(revision, header["summary"], files)
         oid = done["id"]
         return self.send(200, {"commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}", "commitOid": oid})
 

@@ -97,7 +97,7 @@ def is_there(pid: int) -> bool:
         return False
 
 
-def wait_until(holds, seconds: float = 30):
+def wait_until(holds, seconds: float = 120):
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
