@@ -84,7 +84,7 @@ class HubServer(ThreadingHTTPServer):
             path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
         }
         self.repositories[repo_id] = Repository("model", private=False)
-        self.repositories[repo_id].commit("main", "Upload", files, sorted(files))
+        self.repositories[repo_id].commit("main", "Upload", files)
 
     def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
         return self.repositories[repo_id].branches[branch][-1]["files"]
