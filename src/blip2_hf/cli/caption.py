@@ -201,9 +201,9 @@ def _load(options: argparse.Namespace, device: Any, names: list[str]) -> tuple[A
     check_generation(kwargs, options.model, options.captions_per_image, options.seed)
     check_room(config, kwargs)
     place = device(options.device)
-    model, processor = load_captioner(options.model, options.dtype, place, bits=quantization_bits(options))
     if options.reranker is not None:
         kwargs["rerank"] = _open_reranker(options, place)
+    model, processor = load_captioner(options.model, options.dtype, place, bits=quantization_bits(options))
     prompt = learned_prompt(processor) if prompt is None else prompt
     processor.frames_per_video = options.num_frames or processor.frames_per_video
     num_images = processor.frames_per_video if any(map(is_video_name, names)) else 1
