@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,7 @@ def test_the_page_runs_as_written(hub, tmp_path):
     work, page = tmp_path / "work", tmp_path / "page.py"
     work.mkdir()
     fill_folder(work)
+    shutil.rmtree(work / "features")  # which the page makes
     write_lavis_files(work)
     page.write_text(program())
     environment = {
