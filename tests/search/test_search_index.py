@@ -453,7 +453,7 @@ def test_approximate_search_finds_what_exact_search_finds(tmp_path):
     torch.testing.assert_close(scores[0][0], scores[1][0])
 
 
-def test_the_approximate_index_lags_behind(tmp_path):
+def test_the_approximate_index_lags_behind(tmp_path, monkeypatch):
     """Pictures that are gone are not found, new ones are: before the approximate index has them, and after."""
     pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
     index, texts = clustered_index(tmp_path)
@@ -463,6 +463,7 @@ def test_the_approximate_index_lags_behind(tmp_path):
     index._store.drop({index._store.name(shard, row) for shard, row in best.tolist()})
     features = texts[0].half().numpy()[None, None].repeat(4, axis=1)
     index._store.add(["new.png"], [[0, 0]], [{"features": features}])
+    monkeypatch.setattr("blip2_hf.search.approximate._LAG", 3000)
     for _ in range(2):
         assert len(index) == 2992
         assert recall(index, texts[:10]) >= 0.95
@@ -492,6 +493,37 @@ def test_an_approximate_index_that_is_up_to_date_is_left(tmp_path):
     before = path.stat().st_mtime_ns
     index._approximate.update(True, show_progress=False)
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_few_new_pictures_do_not_write_the_approximate_index_anew(tmp_path):
+    """Adding a picture would otherwise cost a copy of all others."""
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    index, texts = clustered_index(tmp_path, num_pictures=999)
+    index._approximate.update(True, show_progress=False)
+    path, covered = index._store.approximate_file()
+    before = path.stat().st_mtime_ns
+    features = texts[0].half().numpy()[None, None].repeat(4, axis=1)
+    for number in range(10):
+        index._store.add([f"new{number}.png"], [[0, 0]], [{"features": features}])
+        index._approximate.update(None, show_progress=False)
+    assert path.stat().st_mtime_ns == before
+    found = {index._store.name(*row) for row in index._compare(texts[:1], 10, exact=False)[0].tolist()}
+    assert found == {f"new{number}.png" for number in range(10)}
+    index._store.add(["one more.png"], [[0, 0]], [{"features": features}])
+    index._approximate.update(None, show_progress=False)
+    assert index._store.approximate_file()[1] == covered + 11
+
+
+def test_clusters_of_the_approximate_index_do_not_become_ever_more(tmp_path, monkeypatch):
+    """Each vector is compared with each of them."""
+    faiss = pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    monkeypatch.setattr("blip2_hf.search.approximate._MOST_CLUSTERS", 40)
+    found = []
+    for count in (100, 400, 900):
+        (tmp_path / str(count)).mkdir()
+        index, _ = clustered_index(tmp_path / str(count), num_pictures=count)
+        found.append(index._approximate._train(faiss).nlist)
+    assert found == [20, 40, 40]
 
 
 def test_no_approximate_index_where_all_pictures_are_broken(build, pictures):

@@ -18,6 +18,10 @@ logger = logging.get_logger(__name__)
 APPROXIMATE_FROM = 100_000  # pictures; reading all features for a query then takes more than a second
 
 _CANDIDATES = 100  # pictures, at least, that are proposed
+_MOST_CLUSTERS = (
+    1024  # each vector is compared with all of them, so more would make the work grow faster than the index
+)
+_LAG = 100  # new pictures are one of so many before they are added, which reads and writes the whole index
 
 
 def import_faiss() -> Any:
@@ -44,7 +48,7 @@ class ApproximateIndex:
         self.store = store
 
     def update(self, wanted: bool | None, show_progress: bool):
-        """Add the pictures that it does not have. If many are gone, or many have come, begin anew."""
+        """Add the pictures that it does not have, once they are many. If many are gone, or many have come, begin anew."""
         path, covered = self.store.approximate_file()
         count = len(self.store.rows)
         if not count or wanted is False or (wanted is None and path is None and count < APPROXIMATE_FROM):
@@ -53,7 +57,7 @@ class ApproximateIndex:
             return
         if path is None or self._fits_no_more(faiss, path, covered):
             index, covered = self._train(faiss), 0
-        elif self.store.rows[:, 0].max() < covered:
+        elif (self.store.rows[:, 0] >= covered).sum() <= count // _LAG:
             return
         else:
             index = _read_index(faiss, path)
@@ -71,9 +75,9 @@ class ApproximateIndex:
         return stored - kept > kept // 4 or len(self.store.rows) > 2 * stored
 
     def _add(self, index: Any, new: np.ndarray, show_progress: bool):
-        shards = np.unique(new[:, 1])
-        for shard in logging.tqdm(shards, desc="Approximate index", unit="shard", disable=not show_progress):
-            ids, _, rows = new[new[:, 1] == shard].T
+        shards = np.split(new, np.unique(new[:, 1], return_index=True)[1][1:])
+        for part in logging.tqdm(shards, desc="Approximate index", unit="shard", disable=not show_progress):
+            ids, (shard, *_), rows = part.T
             vectors = self._vectors(shard, rows)
             index.add_with_ids(vectors, np.repeat(ids, len(vectors) // len(ids)))
 
@@ -81,7 +85,7 @@ class ApproximateIndex:
         """Make clusters of vectors (IVF), each value in 8 bits, because candidates are compared in full afterwards."""
         num_queries, dim = self.store.description["num_query_tokens"], self.store.description["image_text_hidden_size"]
         total = len(self.store.rows) * num_queries
-        clusters = max(1, int(total**0.5))
+        clusters = min(max(1, int(total**0.5)), _MOST_CLUSTERS)
         index = faiss.index_factory(dim, f"IVF{clusters},SQ8", faiss.METRIC_INNER_PRODUCT)
         index.cp.min_points_per_centroid, index.cp.max_points_per_centroid, index.cp.niter = 1, 64, 10
         generator, share = np.random.default_rng(0), min(1.0, 64 * clusters / total)
@@ -108,7 +112,9 @@ class ApproximateIndex:
             return None
         index = _map_index(faiss, path)
         parameters = faiss.SearchParametersIVF(nprobe=min(index.nlist, max(32, index.nlist // 8)))
-        gone = np.setdiff1d(np.arange(covered), self.store.rows[:, 0])
+        is_gone = np.ones(self.store.next_id(), bool)
+        is_gone[self.store.rows[:, 0]] = False
+        gone = np.flatnonzero(is_gone[:covered])
         if len(gone):
             selector = faiss.IDSelectorBatch(gone)
             parameters.sel = faiss.IDSelectorNot(selector)

@@ -78,7 +78,7 @@ def _map_rows(path: Path, count: int) -> np.ndarray:
     return array
 
 
-@dataclass
+@dataclass(eq=False)  # the same object, which lists of shards find without a look at the paths
 class Shard:
     """Pictures whose features lie in one file: row by row their number, their path (`None`: gone), size and mtime."""
 
@@ -100,6 +100,7 @@ class Store:
         self.has_embeds: bool = self.description["store_embeds"]
         self._arrays = ("features", "embeds") if self.has_embeds else ("features",)
         self.shards = self._read_shards()
+        self._next_id = max([self.approximate_file()[1], *(max(shard.ids) + 1 for shard in self.shards)])
         self._rows: np.ndarray | None = None
 
     def _read_shards(self) -> list[Shard]:
@@ -120,8 +121,11 @@ class Store:
     def rows(self) -> np.ndarray:
         """Return number, shard and row of each picture, of shape `(num_pictures, 3)`, in the order of shards."""
         if self._rows is None:
-            rows = [(shard.ids[row], i, row) for i, shard in enumerate(self.shards) for row in shard.alive()]
-            self._rows = np.array(rows, np.int64).reshape(-1, 3)
+            parts = [np.empty((0, 3), np.int64)]
+            for number, shard in enumerate(self.shards):
+                alive = np.array(shard.alive(), np.int64)
+                parts.append(np.stack([np.array(shard.ids)[alive], np.full_like(alive, number), alive], axis=1))
+            self._rows = np.concatenate(parts)
         return self._rows
 
     def name(self, shard: int, row: int) -> str:
@@ -144,7 +148,8 @@ class Store:
 
     def add(self, paths: list[str], stats: list[list[int]], parts: list[dict[str, np.ndarray]]):
         """Add a shard of new pictures."""
-        first = self.next_id()
+        first = self._next_id
+        self._next_id += len(paths)
         shard = Shard(self._next_number(), list(range(first, first + len(paths))), list(paths), stats)
         self._write_shard(shard, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
@@ -182,8 +187,9 @@ class Store:
         """Make larger shards of those of which less than half is left, or that began small."""
         small = [shard for shard in self.shards if len(shard.alive()) <= rows_per_shard // 2]
         while len(small) > 1:
-            group: list[Shard] = []
-            while small and sum(len(shard.alive()) for shard in [*group, small[0]]) <= rows_per_shard:
+            group, room = [], rows_per_shard
+            while small and len(small[0].alive()) <= room:
+                room -= len(small[0].alive())
                 group.append(small.pop(0))
             self._gather(group)
 
@@ -216,11 +222,10 @@ class Store:
 
     def next_id(self) -> int:
         """Return the number of the next picture."""
-        _, covered = self.approximate_file()
-        return max([covered, *(max(shard.ids) + 1 for shard in self.shards)])
+        return self._next_id
 
     def _next_number(self) -> int:
-        return max((shard.number for shard in self.shards), default=-1) + 1
+        return self.shards[-1].number + 1 if self.shards else 0
 
     def _path(self, name: str, number: int) -> Path:
         return self.directory / f"{name}-{number:06d}.{'json' if name == 'pictures' else 'npy'}"

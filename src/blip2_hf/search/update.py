@@ -85,12 +85,17 @@ class Updater:
             return
         paths = list(stats)
         broken, is_space_checked = self.store.read_broken(), False
+        told = len(broken)
         rows: list[str] = []
         parts: list[dict[str, np.ndarray]] = []
         inputs = PictureInputs([self.folder / path for path in paths], self.image_processor)
 
-        def add():
-            self.store.write_broken(broken)
+        def add(is_last: bool = False):
+            nonlocal told
+            # The list is written whole, and so not each time that a long one has grown a little
+            if is_last or len(broken) > told + told // 8:
+                self.store.write_broken(broken)
+                told = len(broken)
             if rows:
                 self.store.add(rows, [stats[path] for path in rows], parts)
 
@@ -109,7 +114,7 @@ class Updater:
                     add()
                     rows, parts = [], []
                 bar.update(len(batch.numbers))
-        add()
+        add(is_last=True)
 
     @torch.inference_mode()
     def _features(self, paths: list[str], items: Sequence[tuple[int, torch.Tensor]]) -> dict[str, np.ndarray]:
