@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from blip2_hf.cli import search as search_command
 from blip2_hf.evaluation import TwoStageRetrieval
 from blip2_hf.jobs.errors import StateFileError
 from blip2_hf.models.image_loading import load_image
+from blip2_hf.models.losses import image_text_similarity
 from blip2_hf.search import SearchIndex, SearchResult, find_pictures, load_retrieval_model
 from blip2_hf.search.approximate import logger
 
@@ -107,6 +109,26 @@ def test_a_text_finds_what_all_pairs_find(build, loaded, pictures):
     assert_ranked(index.search(TEXT), expected, 10)
     assert list(index.broken()) == ["broken.JPG"]
     assert "not an image" in index.broken()["broken.JPG"]
+
+
+def test_nothing_of_a_shard_stays_in_memory_when_the_next_is_read(build, monkeypatch):
+    """A small tensor among the large ones of a shard keeps malloc from using their memory again."""
+    index, _ = build(rows_per_shard=2)
+    kept, num_kept = [], []
+
+    class Similarity(torch.Tensor):
+        def mean(self, *args, **kwargs):
+            found = self.as_subclass(torch.Tensor).mean(*args, **kwargs)
+            kept.append(weakref.ref(found))
+            return found
+
+    def compare(*features):
+        num_kept.append(sum(ref() is not None for ref in kept))
+        return image_text_similarity(*features).as_subclass(Similarity)
+
+    monkeypatch.setattr("blip2_hf.search.index.image_text_similarity", compare)
+    assert len(index.search(TEXT)) == 10
+    assert len(num_kept) >= 3 and sum(num_kept) == 0
 
 
 @torch.no_grad()

@@ -18,9 +18,7 @@ logger = logging.get_logger(__name__)
 APPROXIMATE_FROM = 100_000  # pictures; reading all features for a query then takes more than a second
 
 _CANDIDATES = 100  # pictures, at least, that are proposed
-_MOST_CLUSTERS = (
-    1024  # each vector is compared with all of them, so more would make the work grow faster than the index
-)
+_MOST_CLUSTERS = 1024  # each vector is compared with all of them; with ever more, work would outgrow the index
 _LAG = 100  # new pictures are one of so many before they are added, which reads and writes the whole index
 
 
@@ -48,7 +46,7 @@ class ApproximateIndex:
         self.store = store
 
     def update(self, wanted: bool | None, show_progress: bool):
-        """Add the pictures that it does not have, once they are many. If many are gone, or many have come, begin anew."""
+        """Add the pictures that it does not have, if they are many. If most are new, or many are gone, begin anew."""
         path, covered = self.store.approximate_file()
         count = len(self.store.rows)
         if not count or wanted is False or (wanted is None and path is None and count < APPROXIMATE_FROM):

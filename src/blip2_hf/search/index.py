@@ -302,11 +302,14 @@ class SearchIndex:
         if not len(rows):
             return rows, torch.empty(0)
         shards, starts = np.unique(rows[:, 0], return_index=True)
-        parts = zip(shards.tolist(), np.split(rows[:, 1], starts[1:]), strict=True)
-        features = (torch.from_numpy(self._store.read("features", *part)) for part in parts)
-        # The mean over the queries of the highest cosine of each with those of a picture
-        scores = [image_text_similarity(x.to(queries.device).float(), queries).mean(dim=1) for x in features]
-        best = torch.cat(scores).topk(min(count, len(rows)))
+        parts = zip(shards.tolist(), starts.tolist(), np.split(rows[:, 1], starts[1:]), strict=True)
+        # Made first: a small tensor for each shard would lie between the large ones, whose memory could not be reused
+        scores = torch.empty(len(rows), device=queries.device)
+        for shard, start, own in parts:
+            features = torch.from_numpy(self._store.read("features", shard, own)).to(queries.device).float()
+            # The mean over the queries of the highest cosine of each with those of a picture
+            scores[start : start + len(own)] = image_text_similarity(features, queries).mean(dim=1)
+        best = scores.topk(min(count, len(rows)))
         return rows[best.indices.cpu().numpy()], best.values.cpu()
 
     def _rerank(
