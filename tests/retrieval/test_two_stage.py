@@ -14,6 +14,7 @@ from tiny import (
 from blip2_hf import Blip2ForPreTraining
 from blip2_hf.data import cache_features, load_cached_features
 from blip2_hf.evaluation import TwoStageRetrieval, retrieval_recall
+from blip2_hf.retrieval import two_stage
 
 
 TEXTS = ["a red bus", "two", "a photo of a cat on a bench", "a dog", "one bus of many colours", "the cat sat", "x y z"]
@@ -133,6 +134,37 @@ def test_recall(model, collection):
     assert rankings.recall(is_match) == {
         name: value for name, value in expected.items() if name != "image_to_text_r10"
     }
+
+
+def test_recall_by_the_number_of_each_text_s_image(model, collection):
+    """That is a number a text, in place of a row of the matrix; image 3 has no text."""
+    image_embeds, tokenizer, *_ = collection
+    owners = torch.tensor([0, 2, 1, 1, 4, 2, 0])
+    is_match = torch.arange(5)[:, None] == owners
+    for k in (1, 3, 0):
+        rankings = TwoStageRetrieval(model, tokenizer, k=k, show_progress=False)(image_embeds, TEXTS)
+        recall = rankings.recall(owners, (1, 2, 3, 5, 7))
+        assert recall == rankings.recall(is_match, (1, 2, 3, 5, 7))
+    assert len(recall) == 10 and 0 < recall["image_to_text_r2"] < 1
+
+
+def test_contrast_does_not_hold_all_cosines(model, collection, monkeypatch):
+    """The best of blocks of images are the best of all, and a block is as large as memory allows."""
+    retrieval = TwoStageRetrieval(model, collection[1], k=3, batch_size=4, show_progress=False)
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(100, 2, 16, generator=generator), torch.randn(20, 16, generator=generator)
+    cosines = (images @ texts.T).amax(dim=1)
+    best, sizes = two_stage._best, []
+    monkeypatch.setattr(two_stage, "_best", lambda scores, count: sizes.append(scores.numel()) or best(scores, count))
+    for limit, largest in ((2**25, 2000), (160, 160), (1, 120)):
+        monkeypatch.setattr(two_stage, "_COSINES", limit)
+        sizes.clear()
+        found = retrieval.compare(images, texts)
+        assert max(sizes) == largest
+        for ranking, scores in ((found.image_to_text, cosines), (found.text_to_image, cosines.T)):
+            expected = scores.topk(3, dim=1)
+            assert torch.equal(ranking.index, expected.indices)
+            close(ranking.scores, expected.values)
 
 
 def test_the_model_is_left_as_it_was(model, collection):

@@ -123,7 +123,7 @@ def evaluate_retrieval(
                 model,
                 {**settings, "k": k},
                 _first_ten(rankings, samples, texts),
-                {OVERALL: rankings.recall(_matches(samples), _RECALL_AT)},
+                {OVERALL: rankings.recall(_owners(samples), _RECALL_AT)},
                 {OVERALL: len(samples)},
                 {OVERALL: len(samples) - len(without)},
                 without,
@@ -257,12 +257,9 @@ class _SharedRetrieval(TwoStageRetrieval):
         return self.store.folder / f"pairs-{int(block[0, 0]):06d}-{digest}.npy"
 
 
-def _matches(samples: Sequence[CaptionSample]) -> torch.Tensor:
-    """Return which pictures and captions belong together."""
-    owners = [number for number, sample in enumerate(samples) for _ in sample.captions]
-    is_match = torch.zeros(len(samples), len(owners), dtype=torch.bool)
-    is_match[owners, range(len(owners))] = True
-    return is_match
+def _owners(samples: Sequence[CaptionSample]) -> torch.Tensor:
+    """Return the number of each caption's picture."""
+    return torch.tensor([number for number, sample in enumerate(samples) for _ in sample.captions])
 
 
 def _first_ten(rankings: TwoStageRankings, samples: Sequence[CaptionSample], texts: list[str]) -> dict[str, list]:

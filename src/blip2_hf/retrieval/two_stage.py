@@ -22,6 +22,9 @@ from ..models.losses import image_text_similarity
 from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
 
 
+_COSINES = 2**25  # that are in memory at a time
+
+
 @dataclass
 class Ranking:
     r"""
@@ -66,8 +69,10 @@ class TwoStageRankings:
         Compute recall at k, both ways: the share of images with a text of theirs among the first k, and of texts.
 
         Args:
-            is_match (`torch.BoolTensor` of shape `(num_images, num_texts)`):
-                Which belong together. Images without any text, and texts without any image, do not count.
+            is_match (`torch.BoolTensor` of shape `(num_images, num_texts)`, or `torch.LongTensor` of shape \
+`(num_texts,)`):
+                Which belong together, or the number of each text's image. Images without any text, and texts without
+                any image, do not count.
             k (`tuple[int, ...]`, *optional*, defaults to `(1, 5, 10)`):
                 How many of the first count. A number is left out where fewer were ranked, unless these are all.
 
@@ -75,14 +80,20 @@ class TwoStageRankings:
             `dict[str, float]`: `image_to_text_r1`, `text_to_image_r1` and so on, between 0 and 1.
         """
         recall = {}
-        directions = {
-            "image_to_text": (self.image_to_text, is_match),
-            "text_to_image": (self.text_to_image, is_match.T),
-        }
-        for name, (ranking, right) in directions.items():
-            found = right.gather(1, ranking.index)[right.any(dim=1)]
+        texts, images = self.image_to_text.index, self.text_to_image.index
+        if is_match.dim() == 2:
+            right = {
+                "image_to_text": is_match.gather(1, texts)[is_match.any(dim=1)],
+                "text_to_image": is_match.T.gather(1, images)[is_match.any(dim=0)],
+            }
+        else:
+            right = {
+                "image_to_text": (is_match[texts] == torch.arange(len(texts))[:, None])[is_match.unique()],
+                "text_to_image": images == is_match[:, None],
+            }
+        for (name, found), num_candidates in zip(right.items(), (len(images), len(texts)), strict=True):
             for count in k:
-                if count <= found.shape[1] or found.shape[1] == right.shape[1]:
+                if count <= found.shape[1] or found.shape[1] == num_candidates:
                     recall[f"{name}_r{count}"] = found[:, :count].any(dim=1).double().mean().item()
         return recall
 
@@ -286,16 +297,22 @@ sequence of `torch.Tensor`):
             [`TwoStageRankings`]: the first `k` of each, by the cosine.
         """
         k = self.k if k is None else k
-        device = self.model.device
+        device, num_images, num_texts = self.model.device, len(image_features), len(text_features)
         text_features = text_features.to(device)
-        chunks = image_features.split(self.batch_size)
-        similarity = torch.cat([image_text_similarity(chunk.to(device), text_features).cpu() for chunk in chunks])
-        rankings = []
-        for scores in (similarity, similarity.T):
-            count = min(k, scores.shape[1]) if k else scores.shape[1]
-            best = scores.topk(count, dim=1)
-            rankings.append(Ranking(best.indices, best.values))
-        return TwoStageRankings(*rankings)
+        of_image, of_text = (min(k or count, count) for count in (num_texts, num_images))
+        # Cosines of some images at a time. These are no fewer than a text keeps, so that merging costs little
+        block = max(of_text, _COSINES // num_texts)
+        found: list[Ranking] = []
+        best = Ranking(
+            torch.empty(num_texts, 0, dtype=torch.long), torch.empty(num_texts, 0, dtype=text_features.dtype)
+        )
+        for start in range(0, num_images, block):
+            chunks = image_features[start : start + block].split(self.batch_size)
+            similarity = torch.cat([image_text_similarity(chunk.to(device), text_features).cpu() for chunk in chunks])
+            found.append(_best(similarity, of_image))
+            best = _merged(best, _best(similarity.T, of_text), start, of_text)
+        index, scores = (torch.cat([getattr(part, name) for part in found]) for name in ("index", "scores"))
+        return TwoStageRankings(Ranking(index, scores), best)
 
     @_in_eval_mode
     def match(
@@ -382,6 +399,18 @@ sequence of `torch.Tensor`):
 
     def _bar(self, total: int, name: str, unit: str):
         return logging.tqdm(total=total, desc=name, unit=unit, disable=not self.show_progress)
+
+
+def _best(scores: torch.Tensor, count: int) -> Ranking:
+    values, index = scores.topk(min(count, scores.shape[1]), dim=1)
+    return Ranking(index, values)
+
+
+def _merged(first: Ranking, second: Ranking, start: int, count: int) -> Ranking:
+    """Return the best of two rankings. The numbers of the second begin at `start`."""
+    index = torch.cat([first.index, second.index + start], dim=1)
+    best = _best(torch.cat([first.scores, second.scores], dim=1), count)
+    return Ranking(index.gather(1, best.index), best.scores)
 
 
 def _check_finite(values: torch.Tensor, what: str):
