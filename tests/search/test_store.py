@@ -1,5 +1,6 @@
 """The store of an index: what a step costs does not depend on how many pictures are there already."""
 
+import gc
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,16 @@ def test_the_table_of_rows_is_small(tmp_path):
     expected = [(n * size + row, n, row) for n in range(40) for row in range(size) if row % 5]
     np.testing.assert_array_equal(rows, expected)
     assert peak < 3 * rows.nbytes
+
+
+def test_an_open_index_has_no_object_for_each_picture_that_garbage_collection_looks_at(tmp_path):
+    store = make_store(tmp_path / "index")
+    for number in range(5):
+        add(store, [f"{number}/{row}" for row in range(200)])
+    before = len(gc.get_objects())
+    again = Store(tmp_path / "index")
+    assert len(gc.get_objects()) - before < 200
+    assert again.stats() == store.stats() == {f"{number}/{row}": [0, 0] for number in range(5) for row in range(200)}
 
 
 def test_small_shards_are_counted_once(tmp_path, monkeypatch):

@@ -78,6 +78,10 @@ def _map_rows(path: Path, count: int) -> np.ndarray:
     return array
 
 
+def _as_array(stats: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array(stats, np.int64).reshape(-1, 2)
+
+
 @dataclass(eq=False)  # the same object, which lists of shards find without a look at the paths
 class Shard:
     """Pictures whose features lie in one file: row by row their number, their path (`None`: gone), size and mtime."""
@@ -85,7 +89,7 @@ class Shard:
     number: int
     ids: list[int]
     paths: list[str | None]
-    stats: list[list[int]]
+    stats: np.ndarray  # not lists, of which millions make Python's garbage collection slow
 
     def alive(self) -> list[int]:
         return [row for row, path in enumerate(self.paths) if path is not None]
@@ -112,7 +116,7 @@ class Store:
                 columns = _read(self._path("pictures", number), ("ids", "paths", "stats"))
                 paths = [None if picture in seen else picture for picture in columns["paths"]]
                 seen.update(paths)
-                shards.append(Shard(number, columns["ids"], paths, columns["stats"]))
+                shards.append(Shard(number, columns["ids"], paths, _as_array(columns["stats"])))
                 for name in self._arrays:
                     read_whole(self._path(name, number), partial(_map_rows, count=len(paths)), UNREADABLE)
         return [shard for shard in reversed(shards) if shard.alive()]
@@ -134,7 +138,8 @@ class Store:
 
     def stats(self) -> dict[str, list[int]]:
         """Return size and mtime of each picture."""
-        return {str(shard.paths[row]): shard.stats[row] for shard in self.shards for row in shard.alive()}
+        rows = ((shard, row, stats) for shard in self.shards for row, stats in enumerate(shard.stats.tolist()))
+        return {path: stats for shard, row, stats in rows if (path := shard.paths[row]) is not None}
 
     def read(self, name: str, shard: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Read features or embeds of rows of a shard, in rising order."""
@@ -150,7 +155,7 @@ class Store:
         """Add a shard of new pictures."""
         first = self._next_id
         self._next_id += len(paths)
-        shard = Shard(self._next_number(), list(range(first, first + len(paths))), list(paths), stats)
+        shard = Shard(self._next_number(), list(range(first, first + len(paths))), list(paths), _as_array(stats))
         self._write_shard(shard, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
     def _write_shard(self, shard: Shard, arrays: dict[str, np.ndarray]):
@@ -163,7 +168,7 @@ class Store:
         self._rows = None
 
     def _write_pictures(self, shard: Shard):
-        columns = {"ids": shard.ids, "paths": shard.paths, "stats": shard.stats}
+        columns = {"ids": shard.ids, "paths": shard.paths, "stats": shard.stats.tolist()}
         write_json(self._path("pictures", shard.number), columns, indent=None)
 
     def drop(self, paths: set[str]):
@@ -196,10 +201,10 @@ class Store:
     def _gather(self, group: list[Shard]):
         """Put one shard in place of several. It counts as soon as it is there, by its number, which is the highest."""
         rows = [(shard, row) for shard in group for row in shard.alive()]
-        columns = [[getattr(shard, name)[row] for shard, row in rows] for name in ("ids", "paths", "stats")]
+        ids, paths, stats = ([getattr(shard, name)[row] for shard, row in rows] for name in ("ids", "paths", "stats"))
         places = [(self.shards.index(shard), shard.alive()) for shard in group]
         arrays = {name: np.concatenate([self.read(name, *place) for place in places]) for name in self._arrays}
-        gathered = Shard(self._next_number(), *columns)
+        gathered = Shard(self._next_number(), ids, paths, _as_array(stats))
         self._write_shard(gathered, arrays)
         for shard in group:
             self._remove_shard(shard)
