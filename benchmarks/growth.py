@@ -214,7 +214,7 @@ def measure_run(run: Callable[[Any], Any], count: int) -> dict[str, str]:
         again = time.process_time()
         run(model)
         end = time.process_time()
-    if stub.rows + rest.rows != count:
+    if not rest.rows or stub.rows + rest.rows != count:
         raise SystemExit(f"{stub.rows} and then {rest.rows} rows were written, of {count}.")
     marks = ", ".join(f"{mark:.0%}" for mark in MARKS)
     return {
