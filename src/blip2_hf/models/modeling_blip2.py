@@ -387,6 +387,7 @@ class Blip2HfForConditionalGeneration(
         # Values of the text are read before the tower runs, because reading waits for all that a GPU has to do
         images, past_length = self._images_given(image_features, pixel_values, image_embeds), cached_length(cache) or 0
         text, labels = self._place_text(images, input_ids, inputs_embeds, attention_mask, labels, past_length)
+        self._check_padding(text["attention_mask"])
         if skip_logits is None:
             skip_logits = self.training and num_items_in_batch is not None
         if labels is not None:
@@ -404,7 +405,6 @@ class Blip2HfForConditionalGeneration(
         if image_features is not None:
             text = self._fill_in(text, image_features) | {"input_ids": None}
         text = {name: text[name] for name in ("input_ids", "inputs_embeds", "attention_mask")}
-        self._check_padding(text["attention_mask"])
         if self.config.is_encoder_decoder:
             if labels is not None and decoder_input_ids is None:
                 decoder_input_ids = decoder_inputs(self.language_model, labels)
@@ -415,7 +415,8 @@ class Blip2HfForConditionalGeneration(
             }
         elif self.accepts_position_ids:
             kwargs["position_ids"] = text_positions(**text) if position_ids is None else position_ids
-        outputs, loss = self.language_model(**text, **kwargs, return_dict=True), None
+        outputs = self.language_model(**text, **kwargs, return_dict=True)
+        loss = None
         if labels is not None:
             logits = outputs.logits[:, -shift_labels.shape[1] :]
             loss = language_modeling_loss(logits, shift_labels, num_items_in_batch)
