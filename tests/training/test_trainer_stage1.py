@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 import transformers
+from device_reads import DeviceReads
 from processes import run, start
 from stage1 import Processor, gradients, make_inputs, make_pairs, make_stage1
 from train_stage1 import train_stage1
@@ -62,6 +63,25 @@ def test_weights_that_are_nan_are_told_by_the_loss(chunk_size, tmp_path):
     trainer.model.query_tokens.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="The loss of step 1 is nan: the training has diverged"):
         trainer.train()
+
+
+def test_a_step_waits_for_its_device_at_its_beginning_and_at_its_end(tmp_path, monkeypatch):
+    records, training_step = [], Blip2Trainer.training_step
+
+    def recorded(*args, **kwargs) -> torch.Tensor:
+        with DeviceReads() as record:
+            loss = training_step(*args, **kwargs)
+        records.append(record)
+        return loss
+
+    monkeypatch.setattr(Blip2Trainer, "training_step", recorded)
+    make_trainer(tmp_path).train()
+    assert len(records) == 3
+    for record in records:
+        (read,) = record.late()
+        assert "training_step" in read.place
+        # After the backward pass
+        assert read.products_before == record.products > 100
 
 
 def test_losses_are_logged_apart(tmp_path):

@@ -95,7 +95,9 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
         if image_features is None:
             return self._generate_without_image(input_ids, inputs_embeds, attention_mask, cache, generate_kwargs)
         if input_ids is None and inputs_embeds is None:
-            input_ids, attention_mask = self._start_tokens(image_features), None
+            num_images, image_length, _ = image_features.shape
+            input_ids = self._start_tokens(num_images, image_length, image_features.device)
+            attention_mask = None
         elif labels is not None and input_ids is not None and not self.config.is_encoder_decoder:
             is_prompt = self._match_labels(labels, input_ids) == -100
             attention_mask = is_prompt.long() if attention_mask is None else attention_mask * is_prompt
@@ -260,7 +262,7 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
     def _is_assisted(self, generate_kwargs: dict[str, Any]) -> bool:
         return any(self._setting(name, generate_kwargs) for name in _ASSISTED_DECODING)
 
-    def _start_tokens(self, image_features: torch.Tensor) -> torch.Tensor:
+    def _start_tokens(self, num_images: int, image_length: int, device: torch.device) -> torch.Tensor:
         """Return `input_ids` for images without text: placeholders, if there is such a token, and a first token."""
         start = self.config.bos_token_id
         if start is None and self.config.is_encoder_decoder:
@@ -269,8 +271,8 @@ qformer_attention_mask, interpolate_pos_encoding, inputs_embeds:
             start = eos[0] if isinstance(eos, list) else eos
         tokens = [] if start is None else [start]
         if self.config.image_token_index is not None:
-            tokens = [self.config.image_token_index] * image_features.shape[1] + tokens
-        return torch.tensor([tokens] * image_features.shape[0], dtype=torch.long, device=image_features.device)
+            tokens = [self.config.image_token_index] * image_length + tokens
+        return torch.tensor([tokens] * num_images, dtype=torch.long, device=device)
 
     def _readable_prompt(self, prompt: dict[str, Any]) -> torch.Tensor:
         """

@@ -39,6 +39,11 @@ class GradientCachingMixin:
         """Undo [`~Blip2ForPreTraining.gradient_caching_enable`]."""
         self.gradient_caching_chunk_size = None
 
+    def _chunks(self, num_pairs: int) -> list[slice]:
+        """Return the rows that have a graph at the same time."""
+        size = self.gradient_caching_chunk_size or num_pairs
+        return [slice(start, start + size) for start in range(0, num_pairs, size)]
+
     def _image_embeds_by_chunks(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
         run = partial(self.get_image_embeds, interpolate_pos_encoding=interpolate_pos_encoding)
         if self.gradient_caching_chunk_size is None:
@@ -46,26 +51,32 @@ class GradientCachingMixin:
         chunks = pixel_values.split(self.gradient_caching_chunk_size)
         return torch.cat([checkpoint(run, chunk, use_reentrant=False) for chunk in chunks])
 
-    def _losses_by_chunks(self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs) -> dict[str, Any]:
+    def _losses_by_chunks(
+        self, batch, image_embeds, input_ids, attention_mask, label_positions, is_match, **kwargs
+    ) -> dict[str, Any]:
         """Compute what `_losses` computes, with the passes of each chunk under a checkpoint."""
         run = partial(checkpoint, use_reentrant=False)
-        size: int = self.gradient_caching_chunk_size
-        chunks = [slice(start, start + size) for start in range(0, len(input_ids), size)]
+        chunks = self._chunks(len(input_ids))
 
-        def encode(image_embeds, input_ids, attention_mask):
-            texts = self._embed_texts(input_ids, attention_mask)
+        def encode(image_embeds, input_ids, attention_mask, row, position):
+            texts = self._embed_texts(input_ids, attention_mask, row, position)
             images = self.get_image_key_values(image_embeds)
             image_features, text_features, itg_logits, _ = self._first_pass(images, texts)
             # Over 1, so a sum: it is divided by the labels of all chunks
             loss_sum = image_grounded_text_generation_loss(itg_logits, texts.labels, num_items=1)
             return image_features, text_features, loss_sum
 
-        encoded = [run(encode, image_embeds[rows], input_ids[rows], attention_mask[rows]) for rows in chunks]
+        encoded = [
+            run(encode, image_embeds[rows], input_ids[rows], attention_mask[rows], *positions)
+            for rows, positions in zip(chunks, label_positions, strict=True)
+        ]
         image_features, text_features = (torch.cat([chunk[i] for chunk in encoded]) for i in (0, 1))
         compared = self._compare(batch, image_features, text_features)
         negatives = self._draw_negatives(compared, is_match)
-        drawn, image_index = negatives["negative_image_index"].unique(return_inverse=True)
-        drawn_embeds = batch.fetch(image_embeds, drawn)
+        drawn_embeds, image_index = image_embeds, negatives["negative_image_index"]
+        if batch.world_size > 1:
+            drawn, image_index = image_index.unique(return_inverse=True)
+            drawn_embeds = batch.fetch(image_embeds, drawn)
         all_ids, all_masks = self._gather_texts(batch, input_ids, attention_mask)
         negative_ids, negative_mask = (tensor[negatives["negative_text_index"]] for tensor in (all_ids, all_masks))
 

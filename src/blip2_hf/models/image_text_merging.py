@@ -15,17 +15,31 @@ class Blip2ImageTextMergingMixin:
         image_features: torch.Tensor,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Return what [`_place_images`] returns, with the image features in `inputs_embeds`."""
+        num_images, image_length = image_features.shape[:2]
+        prompt = self._place_images(num_images, image_length, input_ids, attention_mask, inputs_embeds=inputs_embeds)
+        return self._fill_in(prompt, image_features)
+
+    def _place_images(
+        self,
+        num_images: int,
+        image_length: int,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         past_length: int = 0,
     ) -> dict[str, Any]:
         """
-        Put the image features at their `<image>` placeholders, or in front of the text if there are none.
+        Find the places of images of `image_length` features: at their `<image>` placeholders, or in front of the text
+        if there are none. All values are read here, so that this can come before the device has work.
 
         Returns:
-            `dict`: `inputs_embeds` of shape `(batch_size, length, hidden_size)`; `input_ids` (`None` if only
-            `inputs_embeds` were given), `attention_mask`, `labels` of shape `(batch_size, length)`; `is_image`,
-            boolean, of the same shape; `num_added`, the number of positions that were put in front.
+            `dict`: `input_ids` and `inputs_embeds` (`None` if they were not given), `attention_mask` and `labels`, all
+            with these places; `is_image`, boolean, of shape `(batch_size, length)`; `num_added`, the number of
+            positions that were put in front.
         """
         text: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
         if input_ids is not None and input_ids.shape[:2] != text.shape[:2]:
@@ -37,29 +51,21 @@ class Blip2ImageTextMergingMixin:
         if attention_mask is None:
             attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
         is_image, num_added = self._placeholders(input_ids, inputs_embeds), 0
-        if inputs_embeds is None:
-            ids = input_ids if is_image is None else input_ids.masked_fill(is_image, 0)
-            inputs_embeds = self.get_input_embeddings()(ids)
-        if is_image is None:
-            num_added = self._num_in_front(image_features, len(text))
+        if is_image is not None:
+            self._check_placeholders(is_image, num_images, image_length)
+        else:
+            num_added = self._num_in_front(num_images, image_length, len(text))
             index = self.config.image_token_index
             # A mask may also cover a cache, which comes first
             num_cached = attention_mask.shape[1] - text.shape[1]
             is_image = _put_in_front(torch.zeros_like(attention_mask[:, num_cached:]).bool(), num_added, True)
             attention_mask = _put_in_front(attention_mask, num_added, 1, num_cached)
-            inputs_embeds = _put_in_front(inputs_embeds, num_added, 0.0)
+            if inputs_embeds is not None:
+                inputs_embeds = _put_in_front(inputs_embeds, num_added, 0.0)
             if input_ids is not None:
                 input_ids = _put_in_front(input_ids, num_added, -1 if index is None else index)
             if labels is not None and not self.config.is_encoder_decoder:
                 labels = _put_in_front(labels, num_added, -100)
-        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        self._check_placeholders(is_image, image_features, inputs_embeds.shape[2])
-        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
-        if self.config.is_encoder_decoder:
-            # Positions are relative, and padding between image and text would move them apart
-            order = (attention_mask == 0).int().argsort(dim=1, stable=True)
-            attention_mask = attention_mask.gather(1, order)
-            inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds).to(inputs_embeds.device))
         return {
             "inputs_embeds": inputs_embeds,
             "input_ids": input_ids,
@@ -69,15 +75,37 @@ class Blip2ImageTextMergingMixin:
             "num_added": num_added,
         }
 
-    def _num_in_front(self, image_features: torch.Tensor, batch_size: int) -> int:
+    def _fill_in(self, prompt: dict[str, Any], image_features: torch.Tensor) -> dict[str, Any]:
+        """Embed the text of [`_place_images`], with the image features at their places."""
+        is_image, inputs_embeds = prompt["is_image"], prompt["inputs_embeds"]
+        if inputs_embeds is None:
+            # A placeholder may have no embedding
+            inputs_embeds = self.get_input_embeddings()(prompt["input_ids"].masked_fill(is_image, 0))
+        if image_features.shape[2] != inputs_embeds.shape[2]:
+            raise ValueError(
+                f"image_features are {image_features.shape[2]} wide, the language model's embeddings "
+                f"{inputs_embeds.shape[2]}: give what get_image_features(...).pooler_output returned."
+            )
+        attention_mask, image_features = (
+            prompt["attention_mask"],
+            image_features.to(inputs_embeds.device, inputs_embeds.dtype),
+        )
+        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
+        if self.config.is_encoder_decoder:
+            # Positions are relative, and padding between image and text would move them apart
+            order = (attention_mask == 0).int().argsort(dim=1, stable=True)
+            attention_mask = attention_mask.gather(1, order)
+            inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds).to(inputs_embeds.device))
+        return prompt | {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+
+    def _num_in_front(self, num_images: int, image_length: int, batch_size: int) -> int:
         """Return the number of positions that the images of each text take in front of it."""
-        num_images = image_features.shape[0]
         if num_images % batch_size:
             raise ValueError(
                 f"{num_images} images for {batch_size} texts without `<image>` placeholders: the same number for each "
                 "text was expected. Let Blip2Processor make input_ids, or give one image for each text."
             )
-        return num_images // batch_size * image_features.shape[1]
+        return num_images // batch_size * image_length
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
         """Return where the text has `<image>`, boolean, of shape `(batch_size, length)`, or `None` if it has none."""
@@ -142,13 +170,8 @@ class Blip2ImageTextMergingMixin:
                 "made them, set model.config.image_token_index = processor.image_token_id."
             )
 
-    def _check_placeholders(self, is_image: torch.Tensor, image_features: torch.Tensor, width: int):
-        expected = image_features.shape[0] * image_features.shape[1]
-        if image_features.shape[2] != width:
-            raise ValueError(
-                f"image_features are {image_features.shape[2]} wide, the language model's embeddings {width}: "
-                "give what get_image_features(...).pooler_output returned."
-            )
+    def _check_placeholders(self, is_image: torch.Tensor, num_images: int, image_length: int):
+        expected = num_images * image_length
         if torch.compiler.is_compiling():
             torch._assert_async(is_image.sum() == expected, "as many `<image>` placeholders as image features")
             return
@@ -156,9 +179,8 @@ class Blip2ImageTextMergingMixin:
         if found != expected:
             raise ValueError(
                 f"The text has {found} `<image>` placeholders (token id {self.config.image_token_index}), but "
-                f"{image_features.shape[0]} images give {image_features.shape[1]} features each, {expected} in all. "
-                "Each image needs one `<image>` in the text given to Blip2Processor, whose num_query_tokens must be "
-                f"{image_features.shape[1]}."
+                f"{num_images} images give {image_length} features each, {expected} in all. Each image needs one "
+                f"`<image>` in the text given to Blip2Processor, whose num_query_tokens must be {image_length}."
             )
 
 

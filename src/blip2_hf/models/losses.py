@@ -26,7 +26,7 @@ def language_modeling_loss(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
     count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
-    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+    return total / (count.to(total.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
 
 def image_text_similarity(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from .configuration_blip2 import (
 from .frozen import is_frozen, keep_weights
 from .modeling_qformer import Blip2QFormerModel, Blip2TextEmbeddings, ImageKeyValues
 from .modeling_vision import build_vision_model
-from .text_inputs import check_one_image_input, check_options, check_texts, pad_right
+from .text_inputs import check_one_image_input, check_options, check_texts, count_images, pad_right
 
 
 # What transformers calls otherwise: its queries are a bare parameter, and in InstructBLIP the embeddings belong to the
@@ -369,21 +369,15 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
         for name in ("input_ids", "attention_mask"):
             # Blip2Processor makes them even for images alone, and an image's features do not depend on them
             kwargs.pop(name, None)
-        vision_outputs = None
-        given = pixel_values if image_embeds is None else image_embeds
-        # Of shape (batch_size, images_each, ...), such as the frames of videos
-        images_each = given.shape[1] if given.dim() == (5 if image_embeds is None else 4) else 1
-        if image_embeds is None:
-            vision_outputs = self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs)
-            image_embeds = vision_outputs.last_hidden_state
-        elif image_embeds.dim() == 4:
-            image_embeds = image_embeds.flatten(0, 1)
-        query_embeds, attention_mask, output_length = self.query_tokens(image_embeds.shape[0]), None, None
+        num_images = count_images(pixel_values, image_embeds)
+        query_embeds, attention_mask, output_length = self.query_tokens(num_images), None, None
         if qformer_input_ids is not None:
-            if images_each > 1 and len(qformer_input_ids) == len(given):
+            # Before the tower, because the checks read values, which waits for all that a GPU has to do
+            num_rows = len(pixel_values if image_embeds is None else image_embeds)
+            if num_images > num_rows == len(qformer_input_ids):
                 # One instruction for all images of a row
                 qformer_input_ids, qformer_attention_mask = (
-                    None if x is None else x.repeat_interleave(images_each, dim=0)
+                    None if x is None else x.repeat_interleave(num_images // num_rows, dim=0)
                     for x in (qformer_input_ids, qformer_attention_mask)
                 )
             query_embeds, attention_mask = self._add_instruction(
@@ -391,6 +385,12 @@ class Blip2PreTrainedModel(HubMixin, PreTrainedModel):
             )
             # The outputs at the instruction are not used
             output_length = self.config.num_query_tokens
+        vision_outputs = None
+        if image_embeds is None:
+            vision_outputs = self._run_tower(pixel_values, interpolate_pos_encoding, **kwargs)
+            image_embeds = vision_outputs.last_hidden_state
+        elif image_embeds.dim() == 4:
+            image_embeds = image_embeds.flatten(0, 1)
         qformer_outputs = self.qformer(
             query_embeds=query_embeds,
             query_length=self.config.num_query_tokens,

@@ -25,7 +25,7 @@ from .losses import language_modeling_loss
 from .modeling_base import Blip2Model, Blip2PreTrainedModel, image_side_from_parts
 from .modeling_qformer import Blip2TextEmbeddings
 from .scoring_blip2 import Blip2ScoringMixin
-from .text_inputs import decoder_inputs, text_positions
+from .text_inputs import count_images, decoder_inputs, text_positions
 
 
 logger = logging.get_logger(__name__)
@@ -282,20 +282,28 @@ class Blip2HfForConditionalGeneration(
         weight = self.language_projection.weight
         return self.language_projection(queries.to(weight.dtype) if weight.is_floating_point() else queries)
 
+    def _images_given(self, image_features, pixel_values, image_embeds) -> tuple[int, int, torch.device] | None:
+        """Return the number of images, the number of features of each in the text, and their device, if any."""
+        given = [x for x in (image_features, pixel_values, image_embeds) if x is not None]
+        if len(given) > 1:
+            raise ValueError("Give only one of pixel_values, image_embeds and image_features.")
+        if not given:
+            return None
+        if image_features is None:
+            return count_images(pixel_values, image_embeds), self.config.num_query_tokens, given[0].device
+        if image_features.dim() < 3:
+            raise ValueError(
+                f"image_features of shape {tuple(image_features.shape)} were given; (num_images, num_query_tokens, "
+                "hidden_size) was expected, as get_image_features(...).pooler_output has."
+            )
+        return image_features.shape[:-2].numel(), image_features.shape[-2], image_features.device
+
     def _image_features(self, image_features, pixel_values, image_embeds, **kwargs):
         """Return `(image_features, outputs of the parts)`, given or computed; `(None, None)` without an image."""
-        given = [x is not None for x in (image_features, pixel_values, image_embeds)]
-        if sum(given) > 1:
-            raise ValueError("Give only one of pixel_values, image_embeds and image_features.")
-        if image_features is not None:
-            if image_features.dim() < 3:
-                raise ValueError(
-                    f"image_features of shape {tuple(image_features.shape)} were given; (num_images, "
-                    "num_query_tokens, hidden_size) was expected, as get_image_features(...).pooler_output has."
-                )
-            return image_features.flatten(0, -3), None
-        if not any(given):
+        if self._images_given(image_features, pixel_values, image_embeds) is None:
             return None, None
+        if image_features is not None:
+            return image_features.flatten(0, -3), None
         self._check_instruction(kwargs.get("qformer_input_ids"))
         outputs = self.get_image_features(pixel_values=pixel_values, image_embeds=image_embeds, **kwargs)
         return outputs.pooler_output, outputs
@@ -374,6 +382,18 @@ class Blip2HfForConditionalGeneration(
         Raises:
             ValueError: if images and placeholders do not match, or there are labels but no text.
         """
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        num_items_in_batch, shift_labels = (kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels"))
+        # Values of the text are read before the tower runs, because reading waits for all that a GPU has to do
+        images, past_length = self._images_given(image_features, pixel_values, image_embeds), cached_length(cache) or 0
+        text, labels = self._place_text(images, input_ids, inputs_embeds, attention_mask, labels, past_length)
+        self._check_padding(text["attention_mask"])
+        if skip_logits is None:
+            skip_logits = self.training and num_items_in_batch is not None
+        if labels is not None:
+            shift_labels, of_head = self._shift_labels(labels, shift_labels, skip_logits)
+            # The cache is for generation
+            kwargs = {"use_cache": False, **kwargs, **of_head}
         image_features, image_outputs = self._image_features(
             image_features,
             pixel_values,
@@ -382,10 +402,9 @@ class Blip2HfForConditionalGeneration(
             qformer_attention_mask=qformer_attention_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        past_length = cached_length(cache) or 0
-        text, labels = self._merge(image_features, input_ids, inputs_embeds, attention_mask, labels, past_length)
-        self._check_padding(text["attention_mask"])
+        if image_features is not None:
+            text = self._fill_in(text, image_features) | {"input_ids": None}
+        text = {name: text[name] for name in ("input_ids", "inputs_embeds", "attention_mask")}
         if self.config.is_encoder_decoder:
             if labels is not None and decoder_input_ids is None:
                 decoder_input_ids = decoder_inputs(self.language_model, labels)
@@ -396,18 +415,13 @@ class Blip2HfForConditionalGeneration(
             }
         elif self.accepts_position_ids:
             kwargs["position_ids"] = text_positions(**text) if position_ids is None else position_ids
-        num_items_in_batch, shift_labels = (kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels"))
-        if labels is None:
-            loss, outputs = None, self.language_model(**text, **kwargs, return_dict=True)
-        else:
-            if shift_labels is None:
-                # A decoder-only model predicts the label of the next position
-                shift_labels = labels if self.config.is_encoder_decoder else _shift(labels)
-            if skip_logits is None:
-                skip_logits = self.training and num_items_in_batch is not None
-            # The cache is for generation
-            inputs = {"use_cache": False, **text, **kwargs}
-            loss, outputs = self._loss(inputs, shift_labels, num_items_in_batch, skip_logits)
+        outputs = self.language_model(**text, **kwargs, return_dict=True)
+        loss = None
+        if labels is not None:
+            logits = outputs.logits[:, -shift_labels.shape[1] :]
+            loss = language_modeling_loss(logits, shift_labels, num_items_in_batch)
+            if skip_logits:
+                outputs["logits"] = None
         return Blip2ForConditionalGenerationModelOutput(
             loss=loss,
             **{name: outputs.get(name) for name in LANGUAGE_MODEL_OUTPUTS},
@@ -416,14 +430,14 @@ class Blip2HfForConditionalGeneration(
             language_model_outputs=outputs,
         )
 
-    def _merge(
-        self, image_features, input_ids, inputs_embeds, attention_mask, labels, past_length: int
-    ) -> tuple[dict[str, torch.Tensor | None], torch.Tensor | None]:
-        """Return the text inputs of the language model, with the image in them, and labels of the same shape."""
+    def _place_text(
+        self, images, input_ids, inputs_embeds, attention_mask, labels, past_length: int
+    ) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """Return the text, with places for the images if there are any, and labels of the same shape."""
         labels = self._match_labels(labels, input_ids)
         if labels is not None and input_ids is None and inputs_embeds is not None:
             self._check_labels_of_embeddings(labels, inputs_embeds)
-        if image_features is None:
+        if images is None:
             if input_ids is not None:
                 self._check_text_without_image(input_ids)
             return {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}, labels
@@ -433,12 +447,31 @@ class Blip2HfForConditionalGeneration(
                     f"labels of shape {tuple(labels.shape)} were given without input_ids, from which a decoder-only "
                     "language model learns. Blip2Processor(images, text_target=...) makes both."
                 )
-            input_ids = self._start_tokens(image_features)
-        merged = self._insert_image_features(
-            image_features, input_ids, attention_mask, labels, inputs_embeds, past_length
+            input_ids = self._start_tokens(*images)
+        num_images, image_length, _ = images
+        text = self._place_images(
+            num_images, image_length, input_ids, attention_mask, labels, inputs_embeds, past_length
         )
-        text = {name: merged[name] for name in ("inputs_embeds", "attention_mask")}
-        return {"input_ids": None, **text}, merged["labels"]
+        return text, text["labels"]
+
+    def _shift_labels(
+        self, labels: torch.Tensor, shift_labels: torch.Tensor | None, skip_logits: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Return the label that each position predicts. With `skip_logits`, only positions at which some row has a label
+        are kept, and the language model is told to run its head, as wide as the vocabulary, at these alone.
+        """
+        if shift_labels is None:
+            shift_labels = labels if self.config.is_encoder_decoder else _shift(labels)
+        if not skip_logits or not self.accepts_logits_to_keep or torch.compiler.is_compiling():
+            return shift_labels, {}
+        positions = shift_labels.ne(-100).any(dim=0).nonzero().squeeze(1)
+        # Counted from the end, because images and a cache may come first
+        from_end = positions - shift_labels.shape[1]
+        if self.get_output_embeddings().weight.device != shift_labels.device:
+            # An index on the CPU serves hidden states on any device
+            from_end = from_end.cpu()
+        return shift_labels[:, positions], {"logits_to_keep": from_end}
 
     def attach_text_networks(
         self, stage1: "str | os.PathLike | Blip2PreTrainedModel"
@@ -480,27 +513,6 @@ class Blip2HfForConditionalGeneration(
             self._modules[name] = self._modules.pop(name)
         self.freeze_unused_parameters()
         return self
-
-    def _loss(
-        self,
-        inputs: dict[str, Any],
-        shift_labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None,
-        skip_logits: bool,
-    ) -> tuple[torch.Tensor, ModelOutput]:
-        """Return the loss and the language model's outputs. `shift_labels` are what each position predicts."""
-        if skip_logits and self.accepts_logits_to_keep and not torch.compiler.is_compiling():
-            # The head, as wide as the vocabulary, runs only at positions at which some row has a label: counted from
-            # the end, and on the CPU because the head may be on another device than the labels
-            positions = shift_labels.ne(-100).any(dim=0).nonzero().squeeze(1)
-            inputs = inputs | {"logits_to_keep": (positions - shift_labels.shape[1]).cpu()}
-            shift_labels = shift_labels[:, positions]
-        outputs = self.language_model(**inputs, return_dict=True)
-        logits = outputs.logits[:, -shift_labels.shape[1] :]
-        loss = language_modeling_loss(logits, shift_labels, num_items_in_batch)
-        if skip_logits:
-            outputs["logits"] = None
-        return loss, outputs
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -15,7 +15,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .configuration_blip2 import Blip2Config
 from .modeling_base import Blip2PreTrainedModel
 from .modeling_qformer import ImageKeyValues
-from .text_inputs import check_texts, pad_right
+from .text_inputs import check_texts, count_images, pad_right
 
 
 # What sentence-transformers opens a folder by, as a model whose vectors are compared by late interaction
@@ -179,17 +179,22 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
         """Return `(logits, outputs of the Q-Former)`."""
         if sum(given is not None for given in (image_key_values, image_embeds, pixel_values)) != 1:
             raise ValueError("Give exactly one of image_key_values, image_embeds and pixel_values.")
-        if pixel_values is not None:
-            image_embeds = self.get_image_embeds(pixel_values)
         if image_key_values is None:
-            image_key_values = self.get_image_key_values(image_embeds)
-        num_images = len(image_key_values[0][0])
+            num_images = count_images(pixel_values, image_embeds)
+        else:
+            num_images = len(image_key_values[0][0])
         if len(input_ids) % num_images:
             raise ValueError(
                 f"There are {len(input_ids)} texts for {num_images} images: the same number of texts for each image "
                 "was expected. For all pairs, call the model itself; for others, repeat the texts."
             )
+        # Values of the text are read before the tower runs, because reading waits for all that a GPU has to do
         input_ids, attention_mask = self._prepare_texts(input_ids, attention_mask)
+        has_padding = not bool(attention_mask.all())
+        if pixel_values is not None:
+            image_embeds = self.get_image_embeds(pixel_values)
+        if image_key_values is None:
+            image_key_values = self.get_image_key_values(image_embeds)
         query_length = self.config.num_query_tokens
         embeds = self.embeddings(input_ids=input_ids, query_embeds=self.query_tokens(len(input_ids)))
         mask = torch.cat([attention_mask.new_ones(len(attention_mask), query_length), attention_mask], dim=1)
@@ -197,7 +202,7 @@ class Blip2ImageTextPreTrainedModel(Blip2PreTrainedModel):
             query_embeds=embeds,
             query_length=query_length,
             # Without padding, everything attends to everything
-            attention_mask=None if bool(mask.all()) else mask,
+            attention_mask=mask if has_padding else None,
             encoder_key_values=image_key_values,
             output_length=query_length,
             **kwargs,

@@ -29,7 +29,7 @@ from .losses import (
 from .modeling_base import Blip2PreTrainedModel, image_side_from_parts
 from .modeling_image_text import Blip2ImageTextPreTrainedModel, l2_normalize, upcast_to_float32
 from .modeling_qformer import ImageKeyValues, block_attention_mask
-from .text_inputs import check_one_image_input, check_options
+from .text_inputs import check_one_image_input, check_options, count_images
 
 
 @dataclass
@@ -232,21 +232,24 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         """
         check_options(kwargs, "pixel_values or image_embeds, input_ids, attention_mask, image_ids and return_loss")
         check_one_image_input(pixel_values, image_embeds)
-        if image_embeds is None:
-            image_embeds = self._image_embeds_by_chunks(pixel_values, interpolate_pos_encoding)
-        if input_ids is None or len(input_ids) != len(image_embeds):
+        num_images = count_images(pixel_values, image_embeds)
+        if input_ids is None or len(input_ids) != num_images:
             given = "no" if input_ids is None else len(input_ids)
             raise ValueError(
-                f"There are {len(image_embeds)} images and {given} texts: give input_ids with one text for each image."
+                f"There are {num_images} images and {given} texts: give input_ids with one text for each image."
             )
         if not return_loss:
+            if image_embeds is None:
+                image_embeds = self._image_embeds_by_chunks(pixel_values, interpolate_pos_encoding)
             # Of this process alone, because others may be doing something else
             image_features = self.get_image_features(image_embeds=image_embeds, return_dict=True).pooler_output
             text_features = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
             own = GlobalBatch([len(input_ids)], rank=0, length=input_ids.shape[1])
             return Blip2ForPreTrainingOutput(**self._compare(own, image_features, text_features))
-        # ITG predicts the tokens after the first
+        # Values of the text are read before the tower runs, because reading waits for all that a GPU has to do. ITG
+        # predicts the tokens after the first
         input_ids, attention_mask = self._prepare_texts(input_ids, attention_mask, min_length=2)
+        label_positions = [attention_mask[rows, 1:].nonzero(as_tuple=True) for rows in self._chunks(len(input_ids))]
         batch = GlobalBatch.of(len(input_ids), input_ids.shape[1], input_ids.device)
         is_match = self._matches(batch, image_ids, input_ids.device)
         if batch.size == 1:
@@ -254,9 +257,11 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
                 "Stage 1 contrasts each pair with the others of the batch, and the batch has one pair: give at least "
                 "two. (An incomplete last batch is left out by dataloader_drop_last=True.)"
             )
+        if image_embeds is None:
+            image_embeds = self._image_embeds_by_chunks(pixel_values, interpolate_pos_encoding)
         compute = self._losses if self.gradient_caching_chunk_size is None else self._losses_by_chunks
         outputs = Blip2ForPreTrainingOutput(
-            **compute(batch, image_embeds, input_ids, attention_mask, is_match, **kwargs)
+            **compute(batch, image_embeds, input_ids, attention_mask, label_positions, is_match, **kwargs)
         )
         outputs.loss = outputs.loss_itc + outputs.loss_itm + outputs.loss_itg
         return outputs
@@ -270,9 +275,11 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         image_ids = torch.as_tensor(image_ids, device=device)
         return image_ids[:, None] == batch.gather(image_ids)
 
-    def _losses(self, batch, image_embeds, input_ids, attention_mask, is_match, **kwargs) -> dict[str, Any]:
+    def _losses(
+        self, batch, image_embeds, input_ids, attention_mask, label_positions, is_match, **kwargs
+    ) -> dict[str, Any]:
         """Compute all fields of the output except the sum of the losses."""
-        texts = self._embed_texts(input_ids, attention_mask)
+        texts = self._embed_texts(input_ids, attention_mask, *label_positions[0])
         images = self.get_image_key_values(image_embeds)
         image_features, text_features, itg_logits, passed = self._first_pass(images, texts, **kwargs)
         compared = self._compare(batch, image_features, text_features)
@@ -285,7 +292,7 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             negative_images = self._fetch_images(batch, image_embeds, negatives["negative_image_index"])
             negative_texts = self._fetch_texts(batch, input_ids, attention_mask, negatives["negative_text_index"])
         itm_logits = self._second_pass(images, negative_images, texts.embeds, texts.mask, *negative_texts)
-        num_items = batch.mean_share(torch.tensor(len(texts.labels), device=itg_logits.device))
+        num_items = batch.mean_share(attention_mask[:, 1:].ne(0).sum())
         return {
             "loss_itg": image_grounded_text_generation_loss(itg_logits, texts.labels, num_items=num_items),
             "itg_logits": itg_logits,
@@ -297,8 +304,13 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
             **negatives,
         }
 
-    def _embed_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Texts:
-        """Embed both copies of the texts in one look-up, because the gradient of the vocabulary is large."""
+    def _embed_texts(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, row: torch.Tensor, position: torch.Tensor
+    ) -> _Texts:
+        """
+        Embed both copies of the texts in one look-up, because the gradient of the vocabulary is large. `row` and
+        `position`, of shape `(num_labels,)`, tell after which tokens there is one to predict.
+        """
         length = input_ids.shape[1]
         dec = torch.full_like(input_ids[:, :1], self.config.qformer_config.bos_token_id)
         # [DEC], behind the text, has the position of [CLS]
@@ -306,7 +318,6 @@ class Blip2HfForPreTraining(Blip2ImageTextPreTrainedModel, Blip2QFormerGeneratio
         embeds = self.embeddings(input_ids=torch.cat([input_ids, dec], dim=1), position_ids=positions[None])
         embeds, dec_embeds = embeds[:, :length], embeds[:, length:]
         decoder_embeds = torch.cat([dec_embeds, embeds[:, 1:]], dim=1)
-        row, position = attention_mask[:, 1:].nonzero(as_tuple=True)
         labels = input_ids[row, position + 1]
         return _Texts(embeds, decoder_embeds, attention_mask, labels, row * length + position)
 

@@ -86,7 +86,9 @@ qformer_attention_mask, interpolate_pos_encoding:
         if image_features is None and (input_ids is None or normalization == "relative"):
             raise ValueError("There is no image: give pixel_values, image_embeds or image_features.")
         if input_ids is None:
-            input_ids, attention_mask = self._start_tokens(image_features), None
+            num_images, image_length, _ = image_features.shape
+            input_ids = self._start_tokens(num_images, image_length, image_features.device)
+            attention_mask = None
         self._check_adapters()
         labels = _labels_of_each(candidate_labels, len(input_ids))
         prompt = self._embedded_prompt(image_features, input_ids, attention_mask)

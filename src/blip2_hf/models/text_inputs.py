@@ -15,6 +15,12 @@ def check_one_image_input(pixel_values: torch.Tensor | None, image_embeds: torch
         raise ValueError(f"Give either pixel_values or image_embeds (the tower's output); {given} of them was given.")
 
 
+def count_images(pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None) -> int:
+    """Return the number of images, of which a row of a batch may have several, such as the frames of a video."""
+    given, of_one = (pixel_values, 3) if image_embeds is None else (image_embeds, 2)
+    return given.shape[:-of_one].numel()
+
+
 def check_options(options: dict[str, Any], takes: str):
     """
     Refuse options that are not those of `TransformersKwargs`, because a model would ignore them. Take out

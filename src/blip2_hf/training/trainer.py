@@ -242,12 +242,17 @@ class Blip2Trainer(Seq2SeqTrainer):
         finally:
             model.generation_config = own
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Read after the backward pass, because reading waits for all that a GPU has to do. A scaler skips steps of
+        # which the loss is not finite, and looks for a scale without them
+        is_scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled
+        if not is_scaled and not bool(loss.isfinite().all()):
+            raise diverged(self, f"The loss of step {self.state.global_step + 1:,} is {loss.mean().item()}")
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # A scaler skips such steps, and looks for a scale without them
-        is_scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled
-        if model.training and not is_scaled and not loss.isfinite().all():
-            raise diverged(self, f"The loss of step {self.state.global_step + 1:,} is {loss.mean().item()}")
         losses = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
         self._losses["train" if model.training else "eval"].add(losses, rows=len(next(iter(inputs.values()))))
         if model.training:
