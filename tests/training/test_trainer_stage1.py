@@ -230,6 +230,19 @@ def test_recall_with_several_texts_of_an_image():
     assert metrics["text_to_image_r1"] == pytest.approx(1.0)
 
 
+def test_recall_of_a_trainer_is_that_of_all_similarities():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(60, 4, 16, generator=generator), torch.randn(60, 16, generator=generator)
+    ids = torch.randint(40, (60,), generator=generator)
+    images = images[[ids.tolist().index(number) for number in ids.tolist()]]  # an image has one set of features
+    prediction = transformers.EvalPrediction((images.numpy(), texts.numpy()), ids.numpy())
+    metrics = contrastive_retrieval_metrics(prediction)
+    own, first = ids.unique(), [ids.tolist().index(number) for number in ids.unique().tolist()]
+    expected = retrieval_recall((images[first] @ texts.T).amax(dim=1), own[:, None] == ids)
+    assert metrics == pytest.approx(expected | {"mean_recall": sum(expected.values()) / 6})
+    assert 0 < metrics["image_to_text_r10"] < 1
+
+
 def test_incomplete_checkpoints_are_passed_over(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     for step in (5, 10, 15, 20):

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import EvalPrediction
 
-from ..models.losses import image_text_similarity
-from ..retrieval.two_stage import Ranking, TwoStageRankings
+from ..retrieval.two_stage import Ranking, TwoStageRankings, rank_by_contrast
 
 
 def retrieval_recall(similarity: torch.Tensor, is_match: torch.Tensor, k: tuple[int, ...] = (1, 5, 10)) -> dict:
@@ -42,10 +41,10 @@ def contrastive_retrieval_metrics(prediction: EvalPrediction) -> dict[str, float
     """
     image_features, text_features = (torch.from_numpy(features) for features in prediction.predictions[-2:])
     text_ids = np.asarray(prediction.label_ids)
-    image_ids, first = np.unique(text_ids, return_index=True)
-    parts = [image_text_similarity(chunk, text_features) for chunk in image_features[first].split(256)]
-    is_match = torch.from_numpy(image_ids[:, None] == text_ids[None, :])
-    recall = retrieval_recall(torch.cat(parts), is_match)
+    _, first, owners = np.unique(text_ids, return_index=True, return_inverse=True)
+    # Not all similarities, which are too many for memory if tens of thousands of images are held out
+    rankings = rank_by_contrast(image_features[first], text_features, k=10, batch_size=256)
+    recall = rankings.recall(torch.from_numpy(owners))
     return recall | {"mean_recall": sum(recall.values()) / len(recall)}
 
 

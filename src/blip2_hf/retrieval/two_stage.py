@@ -297,22 +297,7 @@ sequence of `torch.Tensor`):
             [`TwoStageRankings`]: the first `k` of each, by the cosine.
         """
         k = self.k if k is None else k
-        device, num_images, num_texts = self.model.device, len(image_features), len(text_features)
-        text_features = text_features.to(device)
-        of_image, of_text = (min(k or count, count) for count in (num_texts, num_images))
-        # Cosines of some images at a time. These are no fewer than a text keeps, so that merging costs little
-        block = max(of_text, _COSINES // num_texts)
-        found: list[Ranking] = []
-        best = Ranking(
-            torch.empty(num_texts, 0, dtype=torch.long), torch.empty(num_texts, 0, dtype=text_features.dtype)
-        )
-        for start in range(0, num_images, block):
-            chunks = image_features[start : start + block].split(self.batch_size)
-            similarity = torch.cat([image_text_similarity(chunk.to(device), text_features).cpu() for chunk in chunks])
-            found.append(_best(similarity, of_image))
-            best = _merged(best, _best(similarity.T, of_text), start, of_text)
-        index, scores = (torch.cat([getattr(part, name) for part in found]) for name in ("index", "scores"))
-        return TwoStageRankings(Ranking(index, scores), best)
+        return rank_by_contrast(image_features, text_features.to(self.model.device), k, self.batch_size)
 
     @_in_eval_mode
     def match(
@@ -399,6 +384,25 @@ sequence of `torch.Tensor`):
 
     def _bar(self, total: int, name: str, unit: str):
         return logging.tqdm(total=total, desc=name, unit=unit, disable=not self.show_progress)
+
+
+def rank_by_contrast(
+    image_features: torch.Tensor, text_features: torch.Tensor, k: int, batch_size: int
+) -> TwoStageRankings:
+    """Return the first `k` of each (0: all) by the cosine, of which only some are in memory at a time."""
+    num_images, num_texts = len(image_features), len(text_features)
+    of_image, of_text = (min(k or count, count) for count in (num_texts, num_images))
+    # Cosines of some images at a time. These are no fewer than a text keeps, so that merging costs little
+    block = max(of_text, _COSINES // num_texts)
+    found: list[Ranking] = []
+    best = Ranking(torch.empty(num_texts, 0, dtype=torch.long), torch.empty(num_texts, 0, dtype=text_features.dtype))
+    for start in range(0, num_images, block):
+        chunks = [chunk.to(text_features.device) for chunk in image_features[start : start + block].split(batch_size)]
+        similarity = torch.cat([image_text_similarity(chunk, text_features).cpu() for chunk in chunks])
+        found.append(_best(similarity, of_image))
+        best = _merged(best, _best(similarity.T, of_text), start, of_text)
+    index, scores = (torch.cat([getattr(part, name) for part in found]) for name in ("index", "scores"))
+    return TwoStageRankings(Ranking(index, scores), best)
 
 
 def _best(scores: torch.Tensor, count: int) -> Ranking:
