@@ -131,7 +131,9 @@ class _Pretend(TorchDispatchMode):
         waits = moves or function in WAITING
         if function.overloadpacket in INDEXING:
             index = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
-            waits = any(leaf.dtype in (torch.bool, torch.uint8) or not isinstance(leaf, PretendTensor) for leaf in index)
+            waits = any(
+                leaf.dtype in (torch.bool, torch.uint8) or not isinstance(leaf, PretendTensor) for leaf in index
+            )
         if waits:
             self.waits.append(str(function.overloadpacket).removeprefix("aten."))
 
