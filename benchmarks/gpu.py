@@ -2,7 +2,7 @@
 Check this library on a GPU, and measure it there, in one command that ends within eight minutes.
 
     python benchmarks/gpu.py                                # on a GPU at full size, without one at tiny sizes
-    python benchmarks/gpu.py --parts attention stage1       # some of the parts
+    python benchmarks/gpu.py --parts stage1 tests --add     # some of the parts, into the same table
     python benchmarks/gpu.py --small --output small         # tiny sizes, into small.json and small.md
 
 Nothing is downloaded: all weights are random. Correctness comes first, then speed and memory against the baselines of
@@ -35,7 +35,7 @@ from gpu_rows import Row, Setting, failed, free_memory  # noqa: E402
 # Each part, and the most seconds that it may take at full size
 PARTS: dict[str, tuple[Callable[[Setting], Iterator[Row]], float]] = {
     "tests": (gpu_correctness.tests, 90),
-    "attention": (gpu_correctness.attention, 60),
+    "attention": (gpu_correctness.attention, 90),
     "precision": (gpu_correctness.precision, 40),
     "waiting": (gpu_correctness.waiting, 40),
     "pinned": (gpu_correctness.pinned, 20),
@@ -46,9 +46,9 @@ PARTS: dict[str, tuple[Callable[[Setting], Iterator[Row]], float]] = {
     "captions": (gpu_speed.captions, 140),
     "reranking": (gpu_speed.reranking, 30),
     "cache": (gpu_speed.feature_cache, 40),
-    "stage1": (gpu_speed.stage1_steps, 120),
-    "compiling": (gpu_correctness.compiling, 120),
     "large_batch": (gpu_speed.large_batch, 90),
+    "stage1": (gpu_speed.stage1_steps, 150),
+    "compiling": (gpu_correctness.compiling, 150),
 }
 
 
@@ -58,14 +58,13 @@ class OutOfTime(BaseException):
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS)
-    )
+    names = ", ".join(PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=names)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny models and batches; always on a CPU")
     parser.add_argument("--seconds", type=float, default=480, help="after which no part begins or goes on")
     parser.add_argument("--output", type=Path, default=Path("gpu"), help="name of the files, without .json and .md")
-    parser.add_argument("--go-on", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--add", action="store_true", help="keep the other parts that the files have already")
     return parser.parse_args()
 
 
@@ -94,11 +93,12 @@ def run_part(name: str, setting: Setting, seconds: float) -> list[Row]:
             for row in function(setting):
                 rows.append(row)
                 print(f"  {as_line(row)}", flush=True)
+        return rows
     except OutOfTime:
         rows.append(Row(name, note="skipped: out of time"))
     except Exception as error:
         rows.append(failed(name, error))
-        print(f"  {as_line(rows[-1])}", flush=True)
+    print(f"  {as_line(rows[-1])}", flush=True)
     return rows
 
 
@@ -148,7 +148,7 @@ def is_broken(setting: Setting) -> bool:
 
 
 def go_on_in_new_process(parts: list[str], arguments: argparse.Namespace, seconds: float):
-    command = [sys.executable, __file__, "--go-on", "--device", arguments.device, "--output", str(arguments.output)]
+    command = [sys.executable, __file__, "--add", "--device", arguments.device, "--output", str(arguments.output)]
     command += ["--seconds", str(seconds), *(["--small"] if arguments.small else []), "--parts", *parts]
     os.execv(sys.executable, command)
 
@@ -160,8 +160,12 @@ def main():
         torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     report = {"environment": environment(setting), "parts": {}}
-    if arguments.go_on:
-        report = json.loads(arguments.output.with_name(arguments.output.name + ".json").read_text())
+    if arguments.add:
+        path = arguments.output.with_name(arguments.output.name + ".json")
+        before = json.loads(path.read_text())
+        if before["environment"] != report["environment"]:
+            sys.exit(f"{path} was made with {before['environment']}, and this is {report['environment']}.")
+        report = before
     for index, name in enumerate(arguments.parts):
         print(name, flush=True)
         begun = time.monotonic()

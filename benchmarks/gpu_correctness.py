@@ -9,6 +9,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -136,20 +137,21 @@ def attention(setting: Setting) -> Iterator[Row]:
 
     rounding = difference("eager")
     yield Row("attention: eager in bfloat16", rounding, note="the difference from eager in float32")
+
+    def compare(name: str, label: str, at_most: float, low: bool = True) -> Iterator[Row]:
+        yield check(label, difference(name, low), at_most)
+
+    label = "attention: sdpa in float32"
+    yield from attempt(label, partial(compare, "sdpa", label, 1e-3, low=False))
+    # Flex attention last, because it is compiled
     for name in ("sdpa", "flash_attention_2", "flex_attention"):
         label = f"attention: {name} in bfloat16"
-        if name == "flash_attention_2" and find_spec("flash_attn") is None:
-            yield Row(label, note="flash_attn is not installed" if setting.is_cuda else "needs a GPU")
-        elif name == "flex_attention" and not setting.is_cuda:
+        if name != "sdpa" and not setting.is_cuda:
             yield needs_gpu(label)
+        elif name == "flash_attention_2" and find_spec("flash_attn") is None:
+            yield Row(label, note="flash_attn is not installed")
         else:
-            yield from attempt(
-                label, lambda name=name, label=label: iter([check(label, difference(name), 2 * rounding)])
-            )
-    yield from attempt(
-        "attention: sdpa in float32",
-        lambda: iter([check("attention: sdpa in float32", difference("sdpa", low=False), 1e-3)]),
-    )
+            yield from attempt(label, partial(compare, name, label, 2 * rounding))
 
 
 def precision(setting: Setting) -> Iterator[Row]:
@@ -157,11 +159,9 @@ def precision(setting: Setting) -> Iterator[Row]:
     for dtype in ("bfloat16", "float16"):
         for stage in (1, 2):
             name = f"{dtype}: stage {stage}, five steps with AdamW"
-            yield from attempt(
-                name, lambda name=name, stage=stage, dtype=dtype: _train_in_half(setting, name, stage, dtype)
-            )
+            yield from attempt(name, partial(_train_in_half, setting, name, stage, dtype))
         name = f"{dtype}: writing"
-        yield from attempt(name, lambda name=name, dtype=dtype: _write_in_half(setting, name, dtype))
+        yield from attempt(name, partial(_write_in_half, setting, name, dtype))
 
 
 def _train_in_half(setting: Setting, name: str, stage: int, dtype: str) -> Iterator[Row]:
@@ -202,17 +202,16 @@ def _write_in_half(setting: Setting, name: str, dtype: str) -> Iterator[Row]:
 
 def waiting(setting: Setting) -> Iterator[Row]:
     """Tell whether a training step or a step of writing makes the CPU wait for the device."""
+    find_waits = _waits_of_gpu if setting.is_cuda else _waits_of_pretended
+
+    def count(label: str, make: Callable) -> Iterator[Row]:
+        waits = find_waits(*make())
+        places = ", ".join(f"{waits.count(place)} x {place}" for place in dict.fromkeys(waits))
+        yield Row(label, len(waits), passed=not waits, note=places)
+
     for name, make in _steps(setting).items():
-        label = f"never waits for the device: {name}"
-        waits = _waits_of_gpu if setting.is_cuda else _waits_of_pretended
-        yield from attempt(
-            label, lambda label=label, make=make, waits=waits: iter([_row_of_waits(label, waits(*make()))])
-        )
-
-
-def _row_of_waits(label: str, waits: list[str]) -> Row:
-    places = ", ".join(f"{waits.count(place)} x {place}" for place in dict.fromkeys(waits))
-    return Row(label, len(waits), passed=not waits, note=places)
+        label = f"never waits for {'the' if setting.is_cuda else 'a pretended'} device: {name}"
+        yield from attempt(label, partial(count, label, make))
 
 
 def _steps(setting: Setting) -> dict[str, Callable[[], tuple[nn.Module, Callable, dict]]]:
@@ -305,11 +304,11 @@ def _waits_of_pretended(model: nn.Module, step: Callable, inputs: dict) -> list[
 
 def compiling(setting: Setting) -> Iterator[Row]:
     """Compare compiled steps with eager ones, and count what is compiled again for batches of equal shapes."""
-    yield from attempt("compiled forward", lambda: _compile_forward(setting))
+    yield from attempt("compiled forward", partial(_compile_forward, setting))
     for stage in (1, 2):
         name = f"compiled training step, stage {stage}"
-        yield from attempt(name, lambda name=name, stage=stage: _compile_training(setting, name, stage))
-    yield from attempt("compiled writing, static cache", lambda: _compile_writing(setting))
+        yield from attempt(name, partial(_compile_training, setting, name, stage))
+    yield from attempt("compiled writing, static cache", partial(_compile_writing, setting))
 
 
 def _without_recompiling(name: str, call: Callable, batches: list[dict]) -> Iterator[Row]:
@@ -329,7 +328,7 @@ def _compile_forward(setting: Setting) -> Iterator[Row]:
     yield check(name, float((actual - expected).norm() / expected.norm()), 1e-3, setting.compiler)
     others = [inputs | {"pixel_values": torch.randn_like(inputs["pixel_values"])} for _ in range(2)]
     again = f"{name}: nothing is compiled again"
-    yield from attempt(again, lambda: _without_recompiling(name, compiled, others))
+    yield from attempt(again, partial(_without_recompiling, name, compiled, others))
 
 
 def _compile_training(setting: Setting, name: str, stage: int) -> Iterator[Row]:
@@ -349,7 +348,7 @@ def _compile_training(setting: Setting, name: str, stage: int) -> Iterator[Row]:
         learn(model, batch, compiled)
 
     again = f"{name}: nothing is compiled again"
-    yield from attempt(again, lambda: _without_recompiling(name, train, [inputs, other]))
+    yield from attempt(again, partial(_without_recompiling, name, train, [inputs, other]))
 
 
 @torch.no_grad()
@@ -364,12 +363,8 @@ def _compile_writing(setting: Setting) -> Iterator[Row]:
     options |= {"cache_implementation": "static", "compile_config": compiled}
     actual = model.generate(**inputs, **options)
     equal = int((actual == expected).all(dim=1).sum())
-    yield Row(
-        "compiled writing, static cache",
-        f"{equal} of {len(actual)} equal",
-        passed=equal == len(actual),
-        note="float32",
-    )
+    name = "compiled writing, static cache"
+    yield Row(name, f"{equal} of {len(actual)} equal", passed=equal == len(actual), note=setting.compiler)
 
 
 def quantized(setting: Setting) -> Iterator[Row]:
@@ -386,14 +381,12 @@ def quantized(setting: Setting) -> Iterator[Row]:
             if bits == 4 and not setting.is_cuda:
                 yield needs_gpu(name)
             else:
-                yield from attempt(
-                    name, lambda bits=bits, name=name, least=least: _quantize(setting, name, folder, bits, least)
-                )
+                yield from attempt(name, partial(_quantize, setting, name, folder, bits, least))
 
 
 def _quantize(setting: Setting, name: str, folder: str, bits: int, least: float) -> Iterator[Row]:
     config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.bfloat16)
-    options = {"dtype": torch.bfloat16, "device_map": {"": setting.device}}
+    options = {"dtype": torch.bfloat16, "device_map": {"": setting.number if setting.is_cuda else "cpu"}}
     plain = Blip2ForConditionalGeneration.from_pretrained(folder, **options).eval()
     model = Blip2ForConditionalGeneration.from_pretrained(folder, **options, quantization_config=config).eval()
     kinds = {type(module).__name__ for module in model.language_model.modules()}
@@ -415,7 +408,7 @@ def _quantize(setting: Setting, name: str, folder: str, bits: int, least: float)
 @torch.no_grad()
 def offloading(setting: Setting) -> Iterator[Row]:
     """Compare tokens with those of a model whose language model, and whose tower, is kept elsewhere."""
-    device, elsewhere = (setting.device, "cpu") if setting.is_cuda else ("cpu", "disk")
+    device, elsewhere = (setting.number, "cpu") if setting.is_cuda else ("cpu", "disk")
     inputs = make_prompts(setting, 4)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with tempfile.TemporaryDirectory() as folder:
@@ -425,7 +418,7 @@ def offloading(setting: Setting) -> Iterator[Row]:
         parts = [name for name, _ in model.named_children()]
         del model
 
-        def compare(name: str, device_map: str | dict[str, str]) -> Iterator[Row]:
+        def compare(name: str, device_map: str | dict[str, str | int]) -> Iterator[Row]:
             offload = Path(folder, "offload")
             loaded = Blip2ForConditionalGeneration.from_pretrained(
                 folder, device_map=device_map, dtype=torch.float32, offload_folder=offload
@@ -435,12 +428,12 @@ def offloading(setting: Setting) -> Iterator[Row]:
             note = f"computes on {loaded.device}; {_count_offloaded(loaded)} weights elsewhere"
             yield Row(name, f"{equal} of {len(actual)} equal", passed=equal == len(actual), note=note)
 
-        maps: dict[str, str | dict[str, str]] = {
+        maps: dict[str, str | dict[str, str | int]] = {
             f"offloading: {part} on the {elsewhere}": {name: elsewhere if name == part else device for name in parts}
             for part in ("language_model", "vision_model")
         }
         for name, device_map in (maps | {'device_map="auto"': "auto"}).items():
-            yield from attempt(name, lambda name=name, device_map=device_map: compare(name, device_map))
+            yield from attempt(name, partial(compare, name, device_map))
 
 
 def _count_offloaded(model: nn.Module) -> int:
@@ -448,7 +441,7 @@ def _count_offloaded(model: nn.Module) -> int:
 
 
 def pinned(setting: Setting) -> Iterator[Row]:
-    """Compare a loss with that of a batch that a loader has put in pinned memory, and that is copied without waiting."""
+    """Compare the loss of batches in pinned memory, which are copied without waiting, with that of other batches."""
     model = stage1.make_model(setting.device, shapes=setting.shapes).eval()
     features = torch.randn(16, *setting.shapes.features)
     texts = [" ".join(f"word{20 * i + k}" for k in range(5 + i % 4)) for i in range(len(features))]

@@ -37,6 +37,11 @@ class Setting:
         return self.device.startswith("cuda")
 
     @property
+    def number(self) -> int:
+        """Return the GPU's number, for maps of devices."""
+        return torch.device(self.device).index or 0
+
+    @property
     def shapes(self) -> Shapes:
         return TINY if self.is_small else PAPER
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -159,30 +159,27 @@ def captions(setting: Setting) -> Iterator[Row]:
             each.mkdir()
             captioning.write_pictures(each, number, (640, 480))
         runs = _Captioning(models, tools, setting, batch_size, Path(folder, "captions.jsonl"))
+        few, all_files = folders[batch_size], folders[count]
         for way, options in {"greedy": {}, "beam 5": {"num_beams": 5}}.items():
-            for run in (runs.ours, runs.theirs):
-                run(folders[batch_size], **options)
-            pair = {
-                run.__name__: lambda run=run, options=options: run(folders[count], **options)
-                for run in (runs.ours, runs.theirs)
+            runs.ours(few, **options)
+            runs.theirs(few, **options)
+            both = {
+                "ours": partial(runs.ours, all_files, **options),
+                "theirs": partial(runs.theirs, all_files, **options),
             }
-            yield faster(
-                f"captions, {way}: pictures", seconds_in_turn(pair, setting.device, 1), count, note=runs.compare()
-            )
-        # Only a GPU makes generate compile by itself
+            times = seconds_in_turn(both, setting.device, 1)
+            yield faster(f"captions, {way}: pictures", times, count, note=runs.compare())
+        # On a GPU, generate compiles by itself what reads a static cache
         static = {"cache_implementation": "static"}
-        yield from attempt(
-            "captions, greedy, compiled", lambda: _compiled_captions(setting, runs, folders, batch_size, count, static)
-        )
 
+        def compare() -> Iterator[Row]:
+            for _ in range(2):
+                runs.ours(few, **static)
+            both = {"static": partial(runs.ours, all_files, **static), "dynamic": partial(runs.ours, all_files)}
+            name = "captions, greedy, static cache and dynamic: pictures"
+            yield faster(name, seconds_in_turn(both, setting.device, 1), count, note="compiled on a GPU")
 
-def _compiled_captions(setting, runs, folders, batch_size, count, options) -> Iterator[Row]:
-    for _ in range(2):
-        runs.ours(folders[batch_size], **options)
-    plain = seconds(lambda: runs.ours(folders[count]), setting.device)
-    times = {"compiled": seconds(lambda: runs.ours(folders[count], **options), setting.device), "plain": plain}
-    name = "captions, greedy, static cache (compiled on a GPU) and dynamic: pictures"
-    yield faster(name, times, count)
+        yield from attempt("captions, greedy, static cache", compare)
 
 
 class _Captioning:

@@ -1,4 +1,4 @@
-"""Shapes of the models that the benchmarks measure: those of the paper, and tiny ones, to see that a benchmark runs."""
+"""Shapes of the models that benchmarks measure: those of the paper, and tiny ones, to see that a benchmark runs."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -2,7 +2,8 @@
 A device on the CPU: what a GPU would do with tensors of both devices, and when the CPU would wait for it.
 
 Tensors on the device `pretend` hold a tensor of the CPU, with which they compute. An operation on tensors of both
-devices is an error, as on a GPU. Operations that would make the CPU wait for a GPU are counted.
+devices is an error, as on a GPU. Operations that would make the CPU wait for a GPU are counted. Not all is possible
+there: `parameter.data = ...`, storages (saving a model needs them) and `torch.inference_mode` are not.
 """
 
 from collections.abc import Iterator
@@ -131,9 +132,7 @@ class _Pretend(TorchDispatchMode):
         waits = moves or function in WAITING
         if function.overloadpacket in INDEXING:
             index = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
-            waits = any(
-                leaf.dtype in (torch.bool, torch.uint8) or not isinstance(leaf, PretendTensor) for leaf in index
-            )
+            waits = any(leaf.dtype == torch.bool or not isinstance(leaf, PretendTensor) for leaf in index)
         if waits:
             self.waits.append(str(function.overloadpacket).removeprefix("aten."))
 
