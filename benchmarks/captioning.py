@@ -52,10 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(words: int = WORDS) -> transformers.PreTrainedTokenizerFast:
     """Make a tokenizer of words that can be distinguished in a caption."""
     vocab = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", *PROMPT.split()])}
-    vocab |= {f"word{i}": i for i in range(len(vocab), WORDS)}
+    vocab |= {f"word{i}": i for i in range(len(vocab), words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -86,30 +86,33 @@ def make_config() -> Blip2Config:
     )
 
 
-def make_models(arguments: argparse.Namespace) -> dict[str, torch.nn.Module]:
+def make_models(arguments: argparse.Namespace, config: Blip2Config | None = None) -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
-    config = make_config()
-    ours = Blip2ForConditionalGeneration(config)
+    config = config or make_config()
+    with torch.device(arguments.device):
+        ours = Blip2ForConditionalGeneration(config)
+        theirs = transformers.Blip2ForConditionalGeneration(config.to_transformers())
+    # Large enough that pictures have different captions
+    std = 0.1 * (384 / config.vision_config.hidden_size) ** 0.5
     with torch.no_grad():
         for parameter in ours.parameters():
-            # Large enough that pictures have different captions
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.1)
-    theirs = transformers.Blip2ForConditionalGeneration(config.to_transformers())
+                parameter.normal_(0, std)
     weights = ours.state_dict()
     theirs.load_state_dict({name.replace("query_tokens.weight", "query_tokens"): w for name, w in weights.items()})
     found = {"ours": ours, "theirs": theirs}
     return {name: model.to(arguments.device, getattr(torch, arguments.dtype)).eval() for name, model in found.items()}
 
 
-def make_processors() -> dict[str, transformers.ProcessorMixin]:
+def make_processors(words: int = WORDS, image_size: int = 224) -> dict[str, transformers.ProcessorMixin]:
     # This one needs no torchvision
     image_processor = transformers.models.blip.image_processing_pil_blip.BlipImageProcessorPil(
-        size={"height": 224, "width": 224}
+        size={"height": image_size, "width": image_size}
     )
+    ours, theirs = make_tokenizer(words), make_tokenizer(words)
     return {
-        "ours": Blip2Processor(image_processor, make_tokenizer(), num_query_tokens=QUERIES, is_encoder_decoder=False),
-        "theirs": transformers.Blip2Processor(image_processor, make_tokenizer(), num_query_tokens=QUERIES),
+        "ours": Blip2Processor(image_processor, ours, num_query_tokens=QUERIES, is_encoder_decoder=False),
+        "theirs": transformers.Blip2Processor(image_processor, theirs, num_query_tokens=QUERIES),
     }
 
 

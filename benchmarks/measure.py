@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -115,3 +116,40 @@ def flops(run: Callable) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+def fits(step: Callable) -> bool:
+    """Run a step, and tell whether the device's memory has sufficed."""
+    try:
+        step()
+        torch.cuda.synchronize()
+        return True
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+    # Only here, where the error is gone, does nothing hold the tensors of the step
+    gc.collect()
+    torch.cuda.empty_cache()
+    return False
+
+
+def largest(fits: Callable[[int], bool], start: int, probes: int = 3) -> int:
+    """
+    Find a number that fits, so large that hardly a larger one does: doubled until one does not, then bisected.
+
+    Returns 0 if `start` does not fit.
+    """
+    if not fits(start):
+        return 0
+    low, high = start, 2 * start
+    while fits(high):
+        low, high = high, 2 * high
+    for _ in range(probes):
+        middle = (low + high) // 2
+        if middle in (low, high):
+            break
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low

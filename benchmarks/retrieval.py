@@ -22,6 +22,7 @@ import json
 import torch
 import transformers
 from measure import seconds_in_turn
+from shapes import PAPER, Shapes
 from stage2 import StoredTower
 
 from blip2_hf import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig, Blip2VisionConfig
@@ -41,12 +42,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_models(arguments: argparse.Namespace):
+def make_models(arguments: argparse.Namespace, shapes: Shapes = PAPER):
     torch.manual_seed(0)
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
     config = Blip2Config(
-        vision_config=Blip2VisionConfig(**vision if arguments.tower else {"num_hidden_layers": 0}),
-        qformer_config=Blip2QFormerConfig(use_qformer_text_input=True),
+        vision_config=Blip2VisionConfig(**vision if arguments.tower else shapes.vision | {"num_hidden_layers": 0}),
+        qformer_config=Blip2QFormerConfig(**shapes.qformer, use_qformer_text_input=True),
     )
     config.vision_config.post_layernorm_eps = config.vision_config.layer_norm_eps
     ours = Blip2ForImageTextRetrieval(config)

@@ -14,16 +14,19 @@ passes are better.
 import argparse
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from measure import flops, matmul_peak, peak_memory, peak_memory_of_fresh_process, seconds_in_turn
+from shapes import PAPER, Shapes
 
-from blip2_hf import Blip2Config, Blip2ForPreTraining, Blip2QFormerConfig
+from blip2_hf import Blip2Config, Blip2ForPreTraining, Blip2QFormerConfig, Blip2VisionConfig
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+# Behind this folder, because files there have the same names
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from naive_stage1 import naive_stage1  # noqa: E402
 
 
@@ -40,17 +43,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_model(device: str, chunk_size: int | None) -> Blip2ForPreTraining:
-    """Make a BERT-base Q-Former that reads the features of EVA-CLIP ViT-g, without the tower."""
+def make_model(
+    device: str, chunk_size: int | None = None, shapes: Shapes = PAPER, with_tower: bool = False
+) -> Blip2ForPreTraining:
+    """Make a BERT-base Q-Former that reads EVA-CLIP ViT-g, or the stored features of one."""
     torch.manual_seed(0)
-    config = Blip2Config(qformer_config=Blip2QFormerConfig(use_qformer_text_input=True), has_vision_tower=False)
-    model = Blip2ForPreTraining(config)
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(**shapes.vision),
+        qformer_config=Blip2QFormerConfig(**shapes.qformer, use_qformer_text_input=True),
+        has_vision_tower=with_tower,
+    )
+    with torch.device(device):
+        model = Blip2ForPreTraining(config)
     if chunk_size is not None:
         model.gradient_caching_enable(chunk_size)
     return model.to(device).train()
 
 
-def make_batch(batch_size: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def make_batch(batch_size: int, device: str, dtype: torch.dtype, shapes: Shapes = PAPER) -> dict[str, torch.Tensor]:
     """Make captions of 9 to 15 tokens, 12 on average, [CLS] and [SEP] included, and features."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.arange(batch_size) * 6 // max(batch_size - 1, 1) + 9
@@ -59,13 +69,12 @@ def make_batch(batch_size: int, device: str, dtype: torch.dtype) -> dict[str, to
     attention_mask = (torch.arange(length) < lengths[:, None]).long()
     input_ids[:, 0] = 101
     input_ids[torch.arange(batch_size), lengths - 1] = 102
-    batch = {
-        "image_embeds": torch.randn(batch_size, 257, 1408, generator=generator),
-        "input_ids": input_ids * attention_mask,
-        "attention_mask": attention_mask,
-    }
-    batch["image_embeds"] = batch["image_embeds"].to(dtype)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    image_embeds = torch.empty(batch_size, *shapes.features, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for rows in image_embeds.split(1024):
+        rows.normal_(generator=generator)
+    texts = {"input_ids": input_ids * attention_mask, "attention_mask": attention_mask}
+    return {"image_embeds": image_embeds} | {name: tensor.to(device) for name, tensor in texts.items()}
 
 
 class Step:
@@ -98,6 +107,20 @@ def peak_memory_of(step: Step) -> int:
     return peak_memory(lambda: step(set_to_none=False), step.device)
 
 
+def _take_likeliest(weights: torch.Tensor, *args) -> torch.Tensor:
+    return weights.argmax(-1, keepdim=True)
+
+
+@contextmanager
+def likeliest_negatives() -> Iterator[None]:
+    """Draw hard negatives without chance: the likeliest is taken."""
+    draw, torch.multinomial = torch.multinomial, _take_likeliest
+    try:
+        yield
+    finally:
+        torch.multinomial = draw
+
+
 def largest_difference(two: Step, four: Step) -> dict[str, float]:
     """
     Compute the largest relative difference of losses, and of gradients by their norms.
@@ -105,15 +128,14 @@ def largest_difference(two: Step, four: Step) -> dict[str, float]:
     Without dropout, and with the most likely negatives. The gradient of a key's bias is left out because it is zero
     but for rounding.
     """
-    model, draw = two.model.eval(), torch.multinomial
-    torch.multinomial = lambda weights, *args: weights.argmax(-1, keepdim=True)
+    model = two.model.eval()
     losses, gradients = [], []
-    for step in (two, four):
-        step.optimizer.zero_grad()
-        losses.append(step.loss())
-        losses[-1].backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    torch.multinomial = draw
+    with likeliest_negatives():
+        for step in (two, four):
+            step.optimizer.zero_grad()
+            losses.append(step.loss())
+            losses[-1].backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     model.train()
     names = [name for name in gradients[1] if not name.endswith("key.bias")]
     worst = max((gradients[0][name] - gradients[1][name]).norm() / gradients[1][name].norm() for name in names)

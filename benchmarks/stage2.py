@@ -15,21 +15,18 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import transformers
 from measure import flops, matmul_peak, peak_memory, peak_memory_of_fresh_process, seconds_in_turn
+from shapes import LANGUAGE_MODELS, PAPER, Shapes
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blip2_hf import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
 
 
-LANGUAGE_MODELS = {
-    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12},
-    "opt-2.7b": {"hidden_size": 2560, "num_hidden_layers": 32, "ffn_dim": 10240, "num_attention_heads": 32},
-}
 IMAGE_TOKEN, QUERIES = 50265, 32
 
 
@@ -38,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--language-model", choices=LANGUAGE_MODELS, default="opt-125m", help="whose shape")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen parts")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the frozen parts"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind that are timed; the median counts")
     parser.add_argument("--tower", action="store_true", help="transformers runs the tower at each step")
@@ -59,15 +58,15 @@ class StoredTower(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=states[:, 0])
 
 
-def make_config(arguments: argparse.Namespace) -> Blip2Config:
+def make_config(arguments: argparse.Namespace, shapes: Shapes = PAPER) -> Blip2Config:
     sizes = LANGUAGE_MODELS[arguments.language_model]
     # Without dropout because it is frozen
     text_config = transformers.OPTConfig(
         **sizes, vocab_size=50272, word_embed_proj_dim=sizes["hidden_size"], dropout=0.0, attention_dropout=0.0
     )
     return Blip2Config(
-        vision_config=Blip2VisionConfig(post_layernorm_eps=1e-6),
-        qformer_config=Blip2QFormerConfig(),
+        vision_config=Blip2VisionConfig(**shapes.vision, post_layernorm_eps=1e-6),
+        qformer_config=Blip2QFormerConfig(**shapes.qformer),
         text_config=text_config,
         num_query_tokens=QUERIES,
         image_token_index=IMAGE_TOKEN,
@@ -95,11 +94,12 @@ def make_theirs(config: Blip2Config, with_tower: bool, language_model: nn.Module
     return model
 
 
-def make_models(arguments: argparse.Namespace) -> dict[str, nn.Module]:
+def make_models(arguments: argparse.Namespace, shapes: Shapes = PAPER) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    config = make_config(arguments)
-    ours = make_ours(config, getattr(torch, arguments.dtype))
-    theirs = make_theirs(config, arguments.tower, ours.language_model)
+    config = make_config(arguments, shapes)
+    with torch.device(arguments.device):
+        ours = make_ours(config, getattr(torch, arguments.dtype))
+        theirs = make_theirs(config, arguments.tower, ours.language_model)
     weights = {name.replace("query_tokens.weight", "query_tokens"): w for name, w in ours.state_dict().items()}
     assert not theirs.load_state_dict(weights, strict=False).unexpected_keys
     theirs.vision_model.requires_grad_(False)
@@ -115,7 +115,7 @@ def make_models(arguments: argparse.Namespace) -> dict[str, nn.Module]:
     return models
 
 
-def make_batch(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
+def make_batch(arguments: argparse.Namespace, shapes: Shapes = PAPER) -> dict[str, torch.Tensor]:
     """Make captions of 9 to 15 tokens, 12 on average, with start and end token, behind their images."""
     generator = torch.Generator().manual_seed(0)
     size = arguments.batch_size
@@ -129,28 +129,36 @@ def make_batch(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
         "input_ids": torch.cat([queries, text.masked_fill(~is_text, 1)], dim=1),
         "attention_mask": torch.cat([torch.ones_like(queries), is_text.long()], dim=1),
         "labels": labels,
-        "image_embeds": torch.randn(size, 257, 1408, generator=generator),
-        "pixel_values": torch.randn(size, 3, 224, 224, generator=generator),
     }
-    return {name: tensor.to(arguments.device) for name, tensor in batch.items()}
+    generator = torch.Generator(arguments.device).manual_seed(0)
+    images = {"image_embeds": shapes.features, "pixel_values": (3, shapes.image_size, shapes.image_size)}
+    return {name: tensor.to(arguments.device) for name, tensor in batch.items()} | {
+        name: torch.randn(size, *shape, generator=generator, device=arguments.device) for name, shape in images.items()
+    }
 
 
 class Step:
     """Forward, backward and AdamW of one of the two."""
 
     def __init__(self, name: str, model: nn.Module, batch: dict[str, torch.Tensor], arguments: argparse.Namespace):
-        self.model, self.device, self.is_low = model, arguments.device, arguments.dtype != "float32"
-        image, other = ("image_embeds", "pixel_values") if name == "ours" else ("pixel_values", "image_embeds")
-        self.batch = {key: value for key, value in batch.items() if key != other}
-        if name == "ours":
-            self.batch["skip_logits"] = True
-        elif not arguments.tower:
-            self.batch[image] = batch["image_embeds"]
+        self.model, self.device, self.dtype = model, arguments.device, getattr(torch, arguments.dtype)
+        self.name, self.tower = name, arguments.tower
+        self.take(batch)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
+    def take(self, batch: dict[str, torch.Tensor]):
+        """Set what the model reads of a batch."""
+        image, other = ("image_embeds", "pixel_values") if self.name == "ours" else ("pixel_values", "image_embeds")
+        self.batch = {key: value for key, value in batch.items() if key != other}
+        if self.name == "ours":
+            self.batch["skip_logits"] = True
+        elif not self.tower:
+            self.batch[image] = batch["image_embeds"]
+
     def loss(self) -> torch.Tensor:
-        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.is_low):
+        low = self.dtype != torch.float32
+        with torch.autocast(self.device.split(":")[0], self.dtype) if low else nullcontext():
             return self.model(**self.batch).loss
 
     def __call__(self):
