@@ -6,12 +6,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import captioning
 import stage1
@@ -201,17 +201,38 @@ def _write_in_half(setting: Setting, name: str, dtype: str) -> Iterator[Row]:
 
 
 def waiting(setting: Setting) -> Iterator[Row]:
-    """Tell whether a training step or a step of writing makes the CPU wait for the device."""
-    find_waits = _waits_of_gpu if setting.is_cuda else _waits_of_pretended
+    """Tell whether a training step or a step of writing waits for the device while that has work."""
+    sys.path.insert(0, HELPERS)
+    from device_reads import DeviceReads
+    from pretend_device import NAME, pretend_device
 
     def count(label: str, make: Callable) -> Iterator[Row]:
-        waits = find_waits(*make())
-        places = ", ".join(f"{waits.count(place)} x {place}" for place in dict.fromkeys(waits))
-        yield Row(label, len(waits), passed=not waits, note=places)
+        model, step, inputs = make()
+        with nullcontext() if setting.is_cuda else pretend_device():
+            if not setting.is_cuda:
+                model, inputs = model.to(NAME), {name: _move(value, NAME) for name, value in inputs.items()}
+            # The first step allocates memory
+            step(model, inputs)
+            with DeviceReads() as record:
+                step(model, inputs)
+        places = [f"{read.operation} in {read.place}" for read in record.late()]
+        note = ", ".join(f"{places.count(place)} x {place}" for place in dict.fromkeys(places))
+        early = len(record.reads) - len(places)
+        yield Row(
+            label, len(places), passed=not places, note=note or f"{early} reads at the beginning or by transformers"
+        )
 
     for name, make in _steps(setting).items():
-        label = f"never waits for {'the' if setting.is_cuda else 'a pretended'} device: {name}"
+        label = f"does not wait for {'the' if setting.is_cuda else 'a pretended'} device: {name}"
         yield from attempt(label, partial(count, label, make))
+
+
+def _move(value: Any, device: str) -> Any:
+    """Move a tensor, or what a cache holds of a prompt."""
+    if isinstance(value, transformers.Cache):
+        for layer in value.layers:
+            layer.keys, layer.values, layer.device = layer.keys.to(device), layer.values.to(device), device
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _steps(setting: Setting) -> dict[str, Callable[[], tuple[nn.Module, Callable, dict]]]:
@@ -220,8 +241,9 @@ def _steps(setting: Setting) -> dict[str, Callable[[], tuple[nn.Module, Callable
     def train(model, inputs):
         model(**inputs).loss.backward()
 
+    @torch.no_grad()
     def write(model, inputs):
-        """One token more, after a prompt that is in the cache."""
+        """Compute one token more, after a prompt that is in the cache."""
         model(**inputs)
 
     def pairs(pixels: bool):
@@ -250,60 +272,8 @@ def _steps(setting: Setting) -> dict[str, Callable[[], tuple[nn.Module, Callable
     }
 
 
-def _waits_of_gpu(model: nn.Module, step: Callable, inputs: dict) -> list[str]:
-    step(model, inputs)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(model, inputs)
-        return []
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        first = _place(traceback.extract_tb(error.__traceback__))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    # Once more, to find all places
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step(model, inputs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    places = [f"{Path(each.filename).name}:{each.lineno}" for each in found if "synchronizing" in str(each.message)]
-    return places or [first]
-
-
-def _place(frames: traceback.StackSummary) -> str:
-    """Return the last place in this library, or else the last of all."""
-    own = [frame for frame in frames if "blip2_hf" in frame.filename]
-    frame = (own or list(frames))[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
-
-
-def _waits_of_pretended(model: nn.Module, step: Callable, inputs: dict) -> list[str]:
-    """Return the operations for which a CPU would wait for a GPU. What transformers has in a cache stays behind."""
-    sys.path.insert(0, HELPERS)
-    from pretend_device import NAME, pretend_device
-
-    def move(value):
-        if isinstance(value, torch.Tensor):
-            return value.to(NAME)
-        if isinstance(value, transformers.Cache):
-            for layer in value.layers:
-                layer.keys, layer.values, layer.device = layer.keys.to(NAME), layer.values.to(NAME), NAME
-        return value
-
-    with pretend_device() as waits:
-        model, inputs = model.to(NAME), {name: move(value) for name, value in inputs.items()}
-        waits.clear()
-        step(model, inputs)
-    return list(waits)
-
-
 def compiling(setting: Setting) -> Iterator[Row]:
-    """Compare compiled steps with eager ones, and count what is compiled again for batches of equal shapes."""
+    """Compare compiled steps with eager ones, and tell whether more batches of equal shapes are compiled again."""
     yield from attempt("compiled forward", partial(_compile_forward, setting))
     for stage in (1, 2):
         name = f"compiled training step, stage {stage}"
@@ -341,14 +311,20 @@ def _compile_training(setting: Setting, name: str, stage: int) -> Iterator[Row]:
     expected = learn(model, inputs)
     compiled = torch.compile(model, backend=setting.compiler)
     yield check(name, largest_difference(learn(model, inputs, compiled), expected), 1e-3, setting.compiler)
-    # Texts of other lengths, in a batch of the same shape
-    other = inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
+    # Texts of other lengths, in batches of the same shape
+    masks = [inputs["attention_mask"].clone() for _ in range(3)]
+    for row, mask in enumerate(masks):
+        mask[row, -2:] = 0
+        mask[-1] = 1
+    batches = [inputs | {"attention_mask": mask} for mask in masks]
 
     def train(**batch):
         learn(model, batch, compiled)
 
     again = f"{name}: nothing is compiled again"
-    yield from attempt(again, partial(_without_recompiling, name, train, [inputs, other]))
+    # The first batch with another number of labels is compiled for all numbers
+    train(**inputs | {"attention_mask": torch.ones_like(masks[0])})
+    yield from attempt(again, partial(_without_recompiling, name, train, batches))
 
 
 @torch.no_grad()

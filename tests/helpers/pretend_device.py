@@ -1,9 +1,8 @@
 """
-A device on the CPU: what a GPU would do with tensors of both devices, and when the CPU would wait for it.
+A device on the CPU, on which an operation on tensors of both devices is an error, as on a GPU.
 
-Tensors on the device `pretend` hold a tensor of the CPU, with which they compute. An operation on tensors of both
-devices is an error, as on a GPU. Operations that would make the CPU wait for a GPU are counted. Not all is possible
-there: `parameter.data = ...`, storages (saving a model needs them) and `torch.inference_mode` are not.
+Tensors on the device `pretend` hold a tensor of the CPU, with which they compute. Not all is possible there:
+`parameter.data = ...`, storages (saving a model needs them) and `torch.inference_mode` are not.
 """
 
 from collections.abc import Iterator
@@ -22,18 +21,6 @@ from torch.utils.backend_registration import (
 
 NAME = "pretend"
 aten = torch.ops.aten
-# Their result is a number for Python, or its shape depends on values
-WAITING = {
-    aten._local_scalar_dense.default,
-    aten._unique2.default,
-    aten.equal.default,
-    aten.masked_scatter_backward.default,
-    aten.masked_select.default,
-    aten.nonzero.default,
-    aten.repeat_interleave.Tensor,
-    aten.unique_consecutive.default,
-    aten.unique_dim.default,
-}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
@@ -86,10 +73,6 @@ class PretendTensor(torch.Tensor):
 
 
 class _Pretend(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.waits: list[str] = []
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -100,11 +83,8 @@ class _Pretend(TorchDispatchMode):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         if function is aten.copy_.default:
             goes_there = isinstance(args[0], PretendTensor)
-            is_there = isinstance(args[1], PretendTensor)
         elif is_there and function is not aten._to_copy.default:
             self._check_devices(function, args, tensors)
-        if is_there or goes_there:
-            self._count(function, args, is_there != goes_there and bool(tensors))
         result = function(*tree_map(_held, args), **tree_map(_held, kwargs))
         if not goes_there:
             return result
@@ -128,30 +108,21 @@ class _Pretend(TorchDispatchMode):
             shapes = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
             raise RuntimeError(f"{function} expected all tensors to be on the same device: {shapes}.")
 
-    def _count(self, function, args, moves: bool):
-        waits = moves or function in WAITING
-        if function.overloadpacket in INDEXING:
-            index = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
-            waits = any(leaf.dtype == torch.bool or not isinstance(leaf, PretendTensor) for leaf in index)
-        if waits:
-            self.waits.append(str(function.overloadpacket).removeprefix("aten."))
-
 
 def _held(value: Any) -> Any:
     return value.held if isinstance(value, PretendTensor) else value
 
 
 @contextmanager
-def pretend_device() -> Iterator[list[str]]:
-    """Let tensors be on the device `pretend`, and yield the operations that have waited for it so far."""
+def pretend_device() -> Iterator[None]:
+    """Let tensors be on the device `pretend`."""
     if torch._C._get_privateuse1_backend_name() != NAME:
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend(), hook=_Hook())
-    mode = _Pretend()
     # torch.tensor(..., device=NAME) makes a tensor of the CPU first, of which the mode sees the copy
     torch._C._set_only_lift_cpu_tensors(True)
     try:
         # Gradients in this thread, because the mode is not in others
-        with mode, torch.autograd.set_multithreading_enabled(False):
-            yield mode.waits
+        with _Pretend(), torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         torch._C._set_only_lift_cpu_tensors(False)

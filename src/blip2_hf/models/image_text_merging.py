@@ -86,11 +86,13 @@ class Blip2ImageTextMergingMixin:
                 f"image_features are {image_features.shape[2]} wide, the language model's embeddings "
                 f"{inputs_embeds.shape[2]}: give what get_image_features(...).pooler_output returned."
             )
-        attention_mask, image_features = (
-            prompt["attention_mask"],
-            image_features.to(inputs_embeds.device, inputs_embeds.dtype),
-        )
-        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_features)
+        attention_mask = prompt["attention_mask"]
+        # The feature of each place by its number, because the backward pass of masked_scatter reads the mask
+        is_image = is_image.to(inputs_embeds.device)
+        number = (is_image.flatten().cumsum(0) - 1).clamp(min=0)
+        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype).flatten(0, 1)
+        image_features = image_features.index_select(0, number).view_as(inputs_embeds)
+        inputs_embeds = torch.where(is_image[..., None], image_features, inputs_embeds)
         if self.config.is_encoder_decoder:
             # Positions are relative, and padding between image and text would move them apart
             order = (attention_mask == 0).int().argsort(dim=1, stable=True)
