@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -181,7 +181,6 @@ class Machines:
                     env={**os.environ, **own},
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
                 )
             self.started.append(process)
 
@@ -189,7 +188,10 @@ class Machines:
         return [process.wait(timeout) for process in self.started]
 
     def kill(self, rank: int):
-        os.killpg(self.started[rank].pid, signal.SIGKILL)
+        """Kill all processes of a machine. torchrun starts its own in sessions of their own."""
+        launcher = psutil.Process(self.started[rank].pid)
+        for process in [*launcher.children(recursive=True), launcher]:
+            process.kill()
 
     def printed(self) -> list[str]:
         return [file.read_text() for file in self.files]
