@@ -30,16 +30,30 @@ def start(function: Callable, *arguments, folder: Path, rank: int = 0, **environ
     return process
 
 
-def run(function: Callable, *arguments, folder: Path, processes: int = 1, fails: bool = False) -> list[Printed]:
-    """Call a function in processes that torch.distributed can join, as with `torchrun`; return what each printed."""
+def run(
+    function: Callable,
+    *arguments,
+    folder: Path,
+    processes: int = 1,
+    machines: int = 1,
+    fails: bool = False,
+    **environment: str,
+) -> list[Printed]:
+    """
+    Call a function in processes that torch.distributed can join, as with `torchrun`; return what each printed. Each of
+    several machines counts its processes from 0, and has a home, a folder of temporary files and a current one.
+    """
     # Holds a port of its own, as torchrun does
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    on_one = processes // machines
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(on_one), **environment}
     started = []
     for rank in range(processes):
-        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        started.append(start(function, *arguments, folder=folder, rank=rank, **environment))
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % on_one)} if processes > 1 else {}
+        if machines > 1:
+            own |= make_machine(folder / f"machine-{rank // on_one}")
+        started.append(start(function, *arguments, folder=folder, rank=rank, **own))
     # Until all have ended, or one has failed, which others may be waiting for
     while alive := [process.sentinel for process in started if process.is_alive()]:
         if any(process.exitcode for process in started) or not wait(alive, TIMEOUT):
@@ -50,6 +64,14 @@ def run(function: Callable, *arguments, folder: Path, processes: int = 1, fails:
     printed = [Printed(*(file.read_text() for file in _files(folder, rank))) for rank in range(processes)]
     assert [process.exitcode for process in started] == [int(fails)] * processes, printed
     return printed
+
+
+def make_machine(folder: Path) -> dict[str, str]:
+    """Make the folders that a machine has for itself, and return the environment that names them."""
+    places = {"HOME": "home", "TMPDIR": "tmp", "HF_HOME": "hf", "PWD": "work"}
+    for name in places.values():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return {variable: str(folder / name) for variable, name in places.items()}
 
 
 def run_script(script: Path, *options: str, folder: Path, fails: bool = False) -> Printed:
@@ -73,6 +95,8 @@ def _call(function: Callable, arguments: tuple, files: list[Path], environment: 
         with path.open("w") as file:
             os.dup2(file.fileno(), number)
     os.environ.update(environment)
+    if "PWD" in environment:
+        os.chdir(environment["PWD"])
     function(*arguments)
     # gloo's threads abort a process now and then that ends by way of the interpreter (pytorch/pytorch#179291)
     sys.stdout.flush()

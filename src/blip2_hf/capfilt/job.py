@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..data.rows import check_dataset, stable_hash
 from ..jobs.fingerprints import stable_repr
-from ..jobs.output import only_writer, share, tell_share
+from ..jobs.output import of_first, only_writer, share, tell_share
 from ..jobs.picture_inputs import load_shards
 from .captioned_pictures import CaptionedPicture, CaptionedPictures
 from .captioners import Captioner, ModelCaptioner, PipelineCaptioner, propose_captions
@@ -154,10 +154,12 @@ def capfilt_dataset(
 
 def _rank_missing(files: ResultFiles, ranking: "_Ranking", batch_size: int, num_workers: int, state: PartialState):
     """Write the files that are not there yet, each process a share of them, and make them a dataset."""
-    files.check()
-    missing = files.missing()
-    # All are to see the same files before the first of them changes one
-    state.wait_for_everyone()
+
+    def look() -> list[int]:
+        files.check()
+        return files.missing()
+
+    missing = of_first(look, state)
     if state.is_main_process:
         files.prepare()
         to_write = f"files to write: {len(missing):,} of {len(files.names):,}"

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..jobs.errors import CollectionError
 from ..jobs.fingerprints import model_settings
-from ..jobs.output import only_writer, share, tell_share
+from ..jobs.output import of_first, only_writer, share, tell_share
 from ..jobs.state_files import as_json
 from ..models.image_loading import check_reads_8_bit
 from ..models.processing_blip2 import learned_prompt
@@ -171,16 +171,15 @@ def _caption_missing(
     state: PartialState,
 ) -> CaptionCounts:
     """Caption the pictures that have no caption yet, each process a share of them, and make the result."""
-    # All are to see the same files before the first of them changes one
-    files.check(settings)
-    state.wait_for_everyone()
-    if state.is_main_process:
+
+    def look() -> tuple[str, set[int], int]:
+        files.check(settings)
         files.prepare(settings)
-    state.wait_for_everyone()
-    num_pictures, done = len(files.pictures), files.done()
+        return files.existing, files.done(), files.next_part()
+
+    num_pictures, (files.existing, done, part) = len(files.pictures), of_first(look, state)
     missing = [index for index in range(num_pictures) if index not in done]
-    part = files.next_part() + state.process_index
-    state.wait_for_everyone()
+    part += state.process_index
     if state.is_main_process:
         to_do = f"{num_pictures:,} pictures, {len(done):,} done already, {len(missing):,} to caption"
         tqdm.write(f"{to_do}{tell_share(state)}: {files.place}", file=sys.stderr)

@@ -351,7 +351,8 @@ def processes(device: str | None) -> Iterator[Any]:
         yield state
     except KeyboardInterrupt:
         end_workers()
-        state.print("\nInterrupted. What is finished is kept: the same command goes on with the rest.")
+        if state.is_main_process:
+            print("\nInterrupted. What is finished is kept: the same command goes on with the rest.")
         raise SystemExit(130) from None
     state.destroy_process_group()
 

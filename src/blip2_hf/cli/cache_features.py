@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ._common import DTYPES, add_command, check_output_apart, find_device, load_dataset, option_group, pick
+from ._common import DTYPES, add_command, check_output_apart, load_dataset, option_group, pick, processes
 from ._parser import at_least_zero, positive
 
 
@@ -34,8 +34,8 @@ def add_parser(commands: Any):
     add("--num-workers")
     add("--skip-broken", "leave out pictures that can't be read", action="store_true")
     add("--allow-urls")
-    add("--part-index", "number of this process, if several share the work", type=at_least_zero, default=0)
-    add("--num-parts", "number of processes that share the work", type=positive, default=1)
+    add("--part-index", "number of this command, if several share the work", type=at_least_zero, default=0)
+    add("--num-parts", "number of commands that share the work", type=positive, default=1)
 
 
 def _check(options: argparse.Namespace):
@@ -45,6 +45,15 @@ def _check(options: argparse.Namespace):
 
 
 def _run(options: argparse.Namespace):
+    with processes(options.device) as state:
+        _cache(options, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            others = "" if options.num_parts == 1 else ", once the other parts are written"
+            print(f"The features are in {options.output}. Next{others}: blip2-hf pretrain {options.output} ...")
+
+
+def _cache(options: argparse.Namespace, state: Any):
     import torch
 
     from ..data import RandomResizedCropAndFlip, VisionTower, cache_features, with_image_size, with_picture_ids
@@ -67,7 +76,7 @@ def _run(options: argparse.Namespace):
     else:
         model = VisionTower(name, options.vision_feature_layer)
         check_finite(model, name)
-    model.to(find_device(options.device), options.tower_dtype and getattr(torch, options.tower_dtype))
+    model.to(options.device or state.device, options.tower_dtype and getattr(torch, options.tower_dtype))
     names = ("image_column", "views", "dtype", "batch_size", "rows_per_shard", "seed", "num_workers", "skip_broken")
     cache_features(
         dataset,
@@ -75,8 +84,9 @@ def _run(options: argparse.Namespace):
         image_processor,
         options.output,
         transform=RandomResizedCropAndFlip(options.size) if options.views > 1 else None,
-        **pick(options, *names, "part_index", "num_parts", "allow_urls"),
+        **pick(options, *names, "allow_urls"),
         num_frames=options.num_frames or NUM_FRAMES,
+        # Each process takes a share of the part of this command
+        part_index=options.part_index * state.num_processes + state.process_index,
+        num_parts=options.num_parts * state.num_processes,
     )
-    others = "" if options.num_parts == 1 else ", once the other parts are written"
-    print(f"The features are in {options.output}. Next{others}: blip2-hf pretrain {options.output} ...")

@@ -112,10 +112,13 @@ def _run(options: argparse.Namespace):
         _check_language_model(options, task, config, processor)
     data, image_size = _read(options, task, processor)
     load = _load_retriever if options.task == "retrieval" else _load_writer
-    model, processor, collator = load(options, task, config, image_size)
 
     from ..data import check_feature_settings
     from ..training import make_trainer, save_result, train_from_last_checkpoint
+    from ..training.sharding import made_whole
+
+    with made_whole(arguments):
+        model, processor, collator = load(options, task, config, image_size)
 
     check_feature_settings(model.config, options.data, options.validation)
     if options.skip_bad_rows:

@@ -1,6 +1,7 @@
 """`blip2-hf index`: features of the pictures of a folder, for `blip2-hf search`."""
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -34,6 +35,8 @@ def _run(options: argparse.Namespace):
     from ..jobs.errors import printable
     from ..search import SearchIndex
 
+    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"index was started in {count} processes, and runs in one: start it without accelerate.")
     kwargs = pick(options, "store_embeds", "rebuild", "batch_size", "rows_per_shard", "num_workers", "device", "dtype")
     kwargs |= {"directory": options.index, "approximate": options.approximate or None}
     try:

@@ -99,10 +99,13 @@ def _run(options: argparse.Namespace):
     rows = prepare_rows(options, rows, needed, text_column, options.stage == 1)
     data = _make_pairs(options, rows, text_column)
     set_seed(options.seed)
-    model, processor, collator = (_make_stage1 if options.stage == 1 else _make_stage2)(options, data)
 
     from ..data import check_feature_settings
     from ..training import make_trainer, save_result, train_from_last_checkpoint
+    from ..training.sharding import made_whole
+
+    with made_whole(arguments):
+        model, processor, collator = (_make_stage1 if options.stage == 1 else _make_stage2)(options, data)
 
     check_feature_settings(model.config, options.data, options.validation)
     if options.skip_bad_rows:

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from ..data.text import clean_question
 from ..jobs.fingerprints import fingerprint
-from ..jobs.output import only_writer
+from ..jobs.output import of_first, only_writer
 from ..jobs.text_writing import special_token_in
 from ..models.generation_presets import GenerationPreset, generation_preset
 from .answer_protocols import ANSWER_PROTOCOLS, answer_scorer, check_protocol
@@ -364,8 +364,7 @@ def _evaluate(
                 [sample_id(sample) for sample, own in zip(samples, references, strict=True) if not own],
                 {"num_processes": state.num_processes, "batch_size": batch_size},
             )
-        state.wait_for_everyone()
-        return read_results(output)
+        return of_first(lambda: read_results(output), state)
 
 
 def _check_prompts(samples: Sequence[Sample], prompts: Sequence[str], template: str, tokenizer: Any):

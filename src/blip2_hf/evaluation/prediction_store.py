@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from ..jobs.atomic_files import remove_leftovers, write_json
 from ..jobs.fingerprints import check_settings_file
-from ..jobs.output import raise_lost
+from ..jobs.output import of_first, raise_lost
 from ..jobs.state_files import appended_lines, read_json_lines
 
 
@@ -31,23 +31,26 @@ class PredictionStore:
         self.folder = Path(folder)
         self.state = state
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "settings.json"
-        if state.is_main_process:
+
+        def check():
             remove_leftovers(self.folder)
+            path = self.folder / "settings.json"
             if not any(file.stat().st_size for pattern in results for file in self.folder.glob(pattern)):
                 write_json(path, settings)
-        state.wait_for_everyone()
-        advice = "Give the same settings to go on with the predictions in it, or another folder."
-        check_settings_file(path, settings, self.folder, advice)
-        state.wait_for_everyone()
+            advice = "Give the same settings to go on with the predictions in it, or another folder."
+            check_settings_file(path, settings, self.folder, advice)
+
+        of_first(check, state)
 
     def read(self) -> dict[int, Any]:
         """Return all predictions that are there, by number; no process writes before all have read."""
+        return of_first(self._read, self.state)
+
+    def _read(self) -> dict[int, Any]:
         found: dict[int, Any] = {}
         for path in sorted(self.folder.glob("part-*.jsonl")):
             advice = "Delete the file: what it holds is predicted again."
             found.update(read_json_lines(path, advice, "[number, prediction]", _is_prediction))
-        self.state.wait_for_everyone()
         return found
 
     def read_all(self, count: int) -> list[Any]:

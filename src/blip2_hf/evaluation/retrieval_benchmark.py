@@ -18,7 +18,7 @@ from ..data.text import clean_caption
 from ..jobs.atomic_files import atomic_file
 from ..jobs.batch_size import first_batch_size
 from ..jobs.fingerprints import model_settings
-from ..jobs.output import check_still_there, only_writer, share
+from ..jobs.output import check_still_there, of_first, only_writer, share
 from ..jobs.state_files import read_whole
 from ..retrieval.two_stage import EncodedTexts, TwoStageRankings, TwoStageRetrieval
 from .prediction_store import PredictionStore
@@ -129,8 +129,7 @@ def evaluate_retrieval(
                 without,
                 {"num_processes": state.num_processes, "batch_size": retrieval.batch_size},
             )
-        state.wait_for_everyone()
-        return read_results(output)
+        return of_first(lambda: read_results(output), state)
 
 
 def _texts(samples: Sequence[CaptionSample], image_token: str) -> list[str]:

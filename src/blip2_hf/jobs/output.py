@@ -3,9 +3,9 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import BaseFileLock, FileLock, Timeout
 from transformers.utils import logging
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 logger = logging.get_logger(__name__)
+
+_Result = TypeVar("_Result")
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # of some network file systems
 
@@ -31,35 +33,51 @@ def only_writer(
     processes of `state` all call this, and the first one locks. `wait` is how many seconds to wait for another run.
     """
     file = FileLock(lock)
-    errors = [_acquire(file, output, wait) if state is None or state.is_main_process else None]
-    if state is not None and state.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        # The other processes would wait for ever
-        errors = broadcast_object_list(errors)
-    if errors[0] is not None:
-        raise errors[0]
+    if state is None:
+        _acquire(file, output, wait)
+    else:
+        of_first(lambda: _acquire(file, output, wait), state)
     try:
         yield
     finally:
         file.release()
 
 
-def _acquire(file: BaseFileLock, output: Any, wait: float) -> Exception | None:
-    """Lock an output, and return the error if that fails."""
+def of_first(function: Callable[[], _Result], state: "PartialState") -> _Result:
+    """
+    Call a function in the first process, and return its result, or raise its error, in all. What is found in an output
+    may differ between machines, because a network file system shows new files some seconds later to others.
+    """
+    answer: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            answer[0] = function()
+        except Exception as error:
+            # The other processes would wait for ever
+            answer[1] = error
+    if state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        answer = broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def _acquire(file: BaseFileLock, output: Any, wait: float):
+    """Lock an output."""
     try:
         Path(file.lock_file).parent.mkdir(parents=True, exist_ok=True)
         file.acquire(timeout=wait)
     except Timeout:
-        return OutputInUseError(
+        raise OutputInUseError(
             f"Another run is writing to {output}: it holds {file.lock_file}. Wait until it has ended, or give another "
             "output."
-        )
+        ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            return error
+            raise
         logger.warning(f"The file system of {file.lock_file} has no locks: let no other run write to {output}.")
-    return None
 
 
 def format_size(size: float) -> str:

@@ -121,7 +121,9 @@ class Blip2HfForConditionalGeneration(
         else:
             language_model = language_model_class(config.text_config).from_config(config.text_config)
         # Width of the embeddings, which in some models (OPT-350m) are narrower than the hidden states
-        width: int = tuple(language_model.get_input_embeddings().weight.shape)[1]
+        embeddings = language_model.get_input_embeddings().weight
+        # Under ZeRO-3 the weight itself is empty
+        width: int = tuple(getattr(embeddings, "ds_shape", embeddings.shape))[1]
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.language_model = language_model
         # PEFT asks the whole model whether its layers are quantised

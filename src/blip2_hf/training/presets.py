@@ -160,7 +160,9 @@ def without_adapters(model: nn.Module) -> nn.Module:
 def _describe(name: str, parameters: list[nn.Parameter]) -> str:
     if not parameters:
         return ""
-    total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    # ZeRO-3 leaves nothing in the weight itself
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
     return f"{name:24} {total:>15,} {trained:>15,} {total - trained:>15,}  {dtypes}"
 

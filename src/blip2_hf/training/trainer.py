@@ -36,6 +36,7 @@ from .diversity import QueryDiversityLog
 from .early_stopping import EarlyStopping, is_as_good_as_the_best
 from .layer_decay import split_by_scale, vision_layer_scales
 from .presets import describe_trained_parts, train_only, without_adapters
+from .sharding import shared_weights_in_one_group
 
 
 logger = logging.get_logger(__name__)
@@ -151,6 +152,10 @@ class Blip2Trainer(Seq2SeqTrainer):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _prepare_for_training(self, *args, **kwargs):
+        with shared_weights_in_one_group(self._bare_model()) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
         if super()._determine_best_metric(metrics=metrics, trial=trial):
