@@ -52,6 +52,10 @@ PARTS: dict[str, tuple[Callable[[Setting], Iterator[Row]], float]] = {
 }
 
 
+# A signal is lost if Python is in a callback that drops exceptions, so it comes again after these seconds
+AGAIN = 10.0
+
+
 class OutOfTime(BaseException):
     """Ends a part. Not an `Exception`, which a part would take for a failure of its own."""
 
@@ -74,7 +78,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:

@@ -44,22 +44,33 @@ def lasts(setting):
     yield gpu.Row("before", here=2.0)
     time.sleep(60)
 
-gpu.PARTS = {"fails": (fails, 9), "lasts": (lasts, 9)}
+def drops_the_signal(setting):
+    yield gpu.Row("before", here=3.0)
+    try:
+        time.sleep(60)
+    except gpu.OutOfTime:
+        pass
+    time.sleep(60)
+
+gpu.AGAIN = 0.5
+gpu.PARTS = {"fails": (fails, 9), PART: (globals()[PART], 9)}
 # Without the imports
 gpu.STARTED = time.monotonic()
 gpu.main()
 """
 
 
-def test_a_part_that_fails_or_lasts_loses_nothing(tmp_path):
-    command = [sys.executable, "-c", PARTS, "--device", "cpu", "--output", str(tmp_path / "gpu"), "--seconds", "8"]
+@pytest.mark.parametrize("name", ["lasts", "drops_the_signal"])
+def test_a_part_that_fails_or_lasts_loses_nothing(tmp_path, name):
+    script = f"PART = {name!r}\n{PARTS}"
+    command = [sys.executable, "-c", script, "--device", "cpu", "--output", str(tmp_path / "gpu"), "--seconds", "8"]
     process = subprocess.run(command, cwd=REPOSITORY / "benchmarks", capture_output=True, text=True)
     assert process.returncode == 1, process.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     before, failure = parts["fails"]["rows"]
     assert before["here"] == 1.0 and failure["passed"] is False
     assert failure["note"] == "ValueError: something is wrong" and "in fails" in failure["traceback"]
-    assert [row["note"] for row in parts["lasts"]["rows"]] == ["", "skipped: out of time"]
+    assert [row["note"] for row in parts[name]["rows"]] == ["", "skipped: out of time"]
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ class DeviceReads(TorchDispatchMode):
             self._warnings.__exit__(*error)
 
     def _hear(self, message, *_):
-        if "synchronizing" in str(message):
+        # Not what torch says of the mode itself, which has the word "synchronizing" too
+        if "called a synchronizing" in str(message):
             self.reads.append(Read(*_place(), "synchronize", self.products))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -3,6 +3,8 @@ A GPU works through a queue, and a program that reads a value of a tensor waits 
 read at the beginning of a step, before there is work in the queue.
 """
 
+import warnings
+
 import pytest
 import torch
 from device_reads import DeviceReads
@@ -37,6 +39,17 @@ def test_the_recorder_finds_reads():
         ("nonzero", 1),
         ("_local_scalar_dense", 1),
     ]
+
+
+def test_the_recorder_hears_what_torch_says_of_a_gpu(monkeypatch):
+    """The mode is on for a GPU alone, and first warns of itself."""
+    about_itself = "Synchronization debug mode is a prototype and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: warnings.warn(about_itself, stacklevel=1))
+    with DeviceReads() as record:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    assert [read.operation for read in record.reads] == ["synchronize"] * 2
 
 
 @pytest.mark.parametrize("images", ["pixel_values", "image_embeds"])
