@@ -90,6 +90,20 @@ def test_stage_2(device, name, skip_logits):
     assert_same(actual, expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("elsewhere", [None, "lm_head", "model.decoder.layers.1"])
+def test_an_index_of_labels_serves_a_language_model_on_several_devices(device, elsewhere):
+    """The head alone does not tell where the hidden states are: it may share its weight with the embeddings."""
+    model = copy_to(make_model("opt"), device)
+    if elsewhere is not None:
+        part = model.language_model.get_submodule(elsewhere)
+        part.load_state_dict({name: weight.cpu() for name, weight in part.state_dict().items()}, assign=True)
+    labels = torch.tensor([[-100, 5, 6]]).to(device)
+    shifted, of_head = model._shift_labels(labels, None, skip_logits=True)
+    assert shifted.device.type == device and shifted.tolist() == [[5, 6]]
+    assert of_head["logits_to_keep"].tolist() == [-3, -2]
+    assert of_head["logits_to_keep"].device.type == (device if elsewhere is None else "cpu")
+
+
 @pytest.mark.parametrize("name", ["opt", "t5"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generation(device, name, num_beams):

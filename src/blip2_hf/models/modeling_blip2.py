@@ -470,8 +470,8 @@ class Blip2HfForConditionalGeneration(
         positions = shift_labels.ne(-100).any(dim=0).nonzero().squeeze(1)
         # Counted from the end, because images and a cache may come first
         from_end = positions - shift_labels.shape[1]
-        if self.get_output_embeddings().weight.device != shift_labels.device:
-            # An index on the CPU serves hidden states on any device
+        if any(weight.device != shift_labels.device for weight in self.language_model.parameters()):
+            # The hidden states may be on another device than the labels, and an index on the CPU serves any
             from_end = from_end.cpu()
         return shift_labels[:, positions], {"logits_to_keep": from_end}
 
