@@ -302,6 +302,14 @@ def test_forward_with_a_cache_and_a_mask_of_the_whole_length(name):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_features_of_no_image_change_nothing():
+    model, input_ids = make_model(), torch.tensor([[2, 5, 6]])
+    none = torch.empty(0, NUM_QUERIES, model.get_input_embeddings().embedding_dim)
+    with torch.no_grad():
+        actual, expected = model(input_ids=input_ids, image_features=none), model(input_ids=input_ids)
+    torch.testing.assert_close(actual.logits, expected.logits)
+
+
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_frozen_parts_are_in_eval_mode_from_the_start(name):
     model = Blip2ForConditionalGeneration(make_config(name))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from .text_inputs import check_attention_mask
 
@@ -87,11 +88,12 @@ class Blip2ImageTextMergingMixin:
                 f"{inputs_embeds.shape[2]}: give what get_image_features(...).pooler_output returned."
             )
         attention_mask = prompt["attention_mask"]
-        # The feature of each place by its number, because the backward pass of masked_scatter reads the mask
+        # The feature of each place by its number, because the backward pass of masked_scatter reads the mask. Places
+        # before an image have number 0, of zeros
         is_image = is_image.to(inputs_embeds.device)
-        number = (is_image.flatten().cumsum(0) - 1).clamp(min=0)
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype).flatten(0, 1)
-        image_features = image_features.index_select(0, number).view_as(inputs_embeds)
+        image_features = nn.functional.pad(image_features, (0, 0, 1, 0))
+        image_features = image_features.index_select(0, is_image.flatten().cumsum(0)).view_as(inputs_embeds)
         inputs_embeds = torch.where(is_image[..., None], image_features, inputs_embeds)
         if self.config.is_encoder_decoder:
             # Positions are relative, and padding between image and text would move them apart
