@@ -29,7 +29,6 @@ from blip2_hf.models._compat import CACHE_NAME
 
 
 ROOT = Path(__file__).parents[1]
-HELPERS = str(ROOT / "tests" / "helpers")
 
 
 def stage1_arguments(setting: Setting, dtype: str = "float32", compiled: bool = False) -> argparse.Namespace:
@@ -86,9 +85,9 @@ def make_training_inputs(setting: Setting, count: int, pixels: bool) -> dict[str
 
 
 def learn(model: nn.Module, inputs: dict, forward: Callable | None = None) -> dict[str, torch.Tensor]:
-    """Return the loss and the gradients, with the likeliest negatives; dropout is off in eval mode."""
+    """Return the loss and the gradients, with the first negatives; dropout is off in eval mode."""
     model.zero_grad()
-    with stage1.likeliest_negatives():
+    with stage1.first_negatives():
         loss = (model if forward is None else forward)(**inputs).loss
         loss.backward()
     # Without the gradient of a key's bias, which is zero but for rounding
@@ -202,7 +201,7 @@ def _write_in_half(setting: Setting, name: str, dtype: str) -> Iterator[Row]:
 
 def waiting(setting: Setting) -> Iterator[Row]:
     """Tell whether a training step or a step of writing waits for the device while that has work."""
-    sys.path.insert(0, HELPERS)
+    # Of tests/helpers, which stage1.py has put behind this folder
     from device_reads import DeviceReads
     from pretend_device import NAME, pretend_device
 
@@ -435,6 +434,6 @@ def pinned(setting: Setting) -> Iterator[Row]:
         for batch in DataLoader(rows, batch_size=8, collate_fn=collate, num_workers=2, pin_memory=pin):
             assert all(tensor.is_pinned() == pin for tensor in batch.values())
             batch = {key: tensor.to(setting.device, non_blocking=True) for key, tensor in batch.items()}
-            with torch.no_grad(), stage1.likeliest_negatives():
+            with torch.no_grad(), stage1.first_negatives():
                 losses.append(float(model(**batch).loss))
     yield check(name, max(abs(a - b) for a, b in zip(losses[:2], losses[2:], strict=True)), 1e-5)

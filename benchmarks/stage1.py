@@ -107,14 +107,14 @@ def peak_memory_of(step: Step) -> int:
     return peak_memory(lambda: step(set_to_none=False), step.device)
 
 
-def _take_likeliest(weights: torch.Tensor, *args) -> torch.Tensor:
-    return weights.argmax(-1, keepdim=True)
+def _take_first(weights: torch.Tensor, *args) -> torch.Tensor:
+    return weights.ne(0).int().argmax(-1, keepdim=True)
 
 
 @contextmanager
-def likeliest_negatives() -> Iterator[None]:
-    """Draw hard negatives without chance: the likeliest is taken."""
-    draw, torch.multinomial = torch.multinomial, _take_likeliest
+def first_negatives() -> Iterator[None]:
+    """Draw hard negatives without chance: the first is taken. Rounding changes which is the likeliest."""
+    draw, torch.multinomial = torch.multinomial, _take_first
     try:
         yield
     finally:
@@ -125,12 +125,12 @@ def largest_difference(two: Step, four: Step) -> dict[str, float]:
     """
     Compute the largest relative difference of losses, and of gradients by their norms.
 
-    Without dropout, and with the most likely negatives. The gradient of a key's bias is left out because it is zero
+    Without dropout, and with the first negatives. The gradient of a key's bias is left out because it is zero
     but for rounding.
     """
     model = two.model.eval()
     losses, gradients = [], []
-    with likeliest_negatives():
+    with first_negatives():
         for step in (two, four):
             step.optimizer.zero_grad()
             losses.append(step.loss())
