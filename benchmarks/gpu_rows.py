@@ -3,6 +3,7 @@
 import gc
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -83,4 +84,6 @@ def free_memory():
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        # After some errors a GPU refuses everything, and the rows before them are to be kept
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
