@@ -19,6 +19,7 @@ from saved_models import save_captioner, save_stage1
 from stage1 import Processor
 from tiny import make_image, make_image_processor
 
+from blip2_hf.capfilt.result import ResultFiles
 from blip2_hf.captioning.caption_output import CaptionOutput
 from blip2_hf.cli import main
 from blip2_hf.data import load_cached_features
@@ -136,6 +137,22 @@ def test_a_machine_that_does_not_see_the_output_yet(world, tmp_path):
     first, _ = run(caption_blindly, caption(world, output), folder=tmp_path, processes=2, machines=2)
     assert "Captions written: 5." in first.stderr
     assert output.read_text() == "".join(lines)
+
+
+def capfilt_blindly(command: list[str]):
+    """Run a command on a machine that does not see what others wrote, unless it is the first."""
+    if os.environ["RANK"] == "1":
+        ResultFiles.report = lambda self: pytest.fail("the files of others are not there")
+        ResultFiles.check_own = ResultFiles.report
+    main(command)
+
+
+def test_a_machine_that_does_not_see_the_filtered_rows_at_the_end(world, tmp_path):
+    models = ["--captioner", str(world / "captioner"), "--filter", str(world / "stage1"), "--num-captions", "2"]
+    options = ["--rows-per-shard", "4", "--num-workers", "0", "--output", str(tmp_path / "filtered")]
+    command = ["capfilt", str(world / "photos"), *models, *options]
+    first, second = run(capfilt_blindly, command, folder=tmp_path, processes=2, machines=2)
+    assert "13 of 13 rows are in the result" in first.stderr and "in the result" not in second.stderr
 
 
 @pytest.mark.slow

@@ -148,6 +148,15 @@ def test_recall_by_the_number_of_each_text_s_image(model, collection):
     assert len(recall) == 10 and 0 < recall["image_to_text_r2"] < 1
 
 
+def test_recall_of_texts_without_an_image(model, collection):
+    image_embeds, tokenizer, *_ = collection
+    owners = torch.tensor([0, -1, 1, 1, 2, 2, -1])
+    rankings = TwoStageRetrieval(model, tokenizer, k=3, show_progress=False)(image_embeds, TEXTS)
+    recall = rankings.recall(owners, (1, 2, 3))
+    assert recall == rankings.recall(torch.arange(5)[:, None] == owners, (1, 2, 3))
+    assert recall["image_to_text_r3"] > 0 and recall["text_to_image_r3"] > 0
+
+
 def test_contrast_does_not_hold_all_cosines(model, collection, monkeypatch):
     """The best of blocks of images are the best of all, and a block is as large as memory allows."""
     retrieval = TwoStageRetrieval(model, collection[1], k=3, batch_size=4, show_progress=False)
@@ -165,6 +174,23 @@ def test_contrast_does_not_hold_all_cosines(model, collection, monkeypatch):
             expected = scores.topk(3, dim=1)
             assert torch.equal(ranking.index, expected.indices)
             close(ranking.scores, expected.values)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2**25, 4), (200, 2), (1, 1)])
+def test_contrast_does_not_hold_the_cosines_of_many_queries(model, collection, monkeypatch, limit, expected):
+    """An image has as many cosines with a text as it has queries."""
+    sizes = []
+
+    def compare(images, texts):
+        sizes.append(len(images))
+        return (images @ texts.T).amax(dim=1)
+
+    monkeypatch.setattr(two_stage, "_COSINES", limit)
+    monkeypatch.setattr(two_stage, "image_text_similarity", compare)
+    retrieval = TwoStageRetrieval(model, collection[1], k=3, batch_size=4, show_progress=False)
+    found = retrieval.compare(torch.randn(12, 5, 16), torch.randn(20, 16))
+    assert max(sizes) == expected and sum(sizes) == 12
+    assert found.image_to_text.index.shape == (12, 3) and found.text_to_image.index.shape == (20, 3)
 
 
 def test_the_model_is_left_as_it_was(model, collection):

@@ -6,6 +6,7 @@ import shutil
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -190,6 +191,25 @@ def test_only_what_is_new_or_changed_is_computed(build, loaded, pictures):
     index, num_seen = build(rows_per_shard=4)
     assert (num_seen, index.broken()) == (1, {})
     assert pictures / "broken.JPG" in [result.path for result in index.search(TEXT)]
+
+
+def test_pictures_with_impossible_dates(build, loaded, pictures):
+    """Clocks that were wrong, and file systems, have years that 64 bits of nanoseconds do not."""
+    late = 2**63 + 1000
+    os.utime(pictures / "0.png", ns=(late, late))
+    if (pictures / "0.png").stat().st_mtime_ns != late:
+        pytest.skip("the file system has no such dates")
+    os.utime(pictures / "1.png", ns=(-(10**18), -(10**18)))
+    index, num_seen = build()
+    assert num_seen == len(index) == 10
+    # As earlier versions wrote it
+    path = index.directory / "pictures-000000.json"
+    columns = json.loads(path.read_text())
+    columns["stats"][columns["paths"].index("0.png")][1] = late
+    path.write_text(json.dumps(columns))
+    again, num_seen = build()
+    assert (len(again), num_seen) == (10, 0)
+    assert_ranked(again.search(TEXT), all_pairs(*loaded, pictures), 10)
 
 
 def test_broken_pictures_are_not_read_again(build, monkeypatch):
@@ -496,6 +516,24 @@ def test_the_approximate_index_lags_behind(tmp_path, monkeypatch):
     assert up_to == covered + 1
     assert [file.name for file in index.directory.glob("approximate*")] == [newer.name]
     assert newer != path
+
+
+def test_an_open_index_passes_over_what_another_process_has_added(tmp_path):
+    """The approximate index of the other process has pictures that this one does not know."""
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    index, texts = clustered_index(tmp_path)
+    index._approximate.update(True, show_progress=False)
+    other = SearchIndex(
+        index.directory,
+        index.model,
+        SimpleNamespace(image_processor=index.image_processor, qformer_tokenizer=index.tokenizer),
+    )
+    features = texts[0].half().numpy()[None, None].repeat(4, axis=1).repeat(600, axis=0)
+    other._store.add([f"new{number}.png" for number in range(600)], [[0, 0]] * 600, [{"features": features}])
+    other._approximate.update(None, show_progress=False)
+    assert other._store.approximate_file()[1] == index._store.next_id() + 600
+    assert len(index._approximate.propose(texts[:1], 10)) >= 100
+    assert recall(index, texts) >= 0.95
 
 
 def test_as_many_are_found_approximately_as_are_wanted(tmp_path):

@@ -1,6 +1,7 @@
 """The store of an index: what a step costs does not depend on how many pictures are there already."""
 
 import gc
+import json
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,34 @@ def test_small_shards_are_counted_once(tmp_path, monkeypatch):
     store.gather_small_shards(60)
     assert len(store.shards) == 1 and sorted(store.shards[0].paths) == sorted(names)
     assert len(calls) <= 6 * len(names)
+
+
+def test_an_index_of_an_earlier_version(tmp_path):
+    """Its files, as text: three pictures in two shards, of which one is gone, and a broken one."""
+    description = {"version": 1, "folder": "..", "model": "", "store_embeds": False, "precision": "", "weights": ""}
+    description |= {"num_query_tokens": 2, "image_text_hidden_size": 4}
+    (tmp_path / "index.json").write_text(json.dumps(description, indent=2) + "\n")
+    (tmp_path / "broken.json").write_text('{\n  "x.png": [\n    5,\n    6,\n    "no image"\n  ]\n}\n')
+    lists = ['{"ids": [0, 1], "paths": ["a", null], "stats": [[10, 1752000000123456789], [11, 12]]}']
+    lists += ['{"ids": [3], "paths": ["d"], "stats": [[13, 14]]}']
+    for number, text in enumerate(lists, 1):
+        (tmp_path / f"pictures-{number:06d}.json").write_text(text + "\n")
+        np.save(tmp_path / f"features-{number:06d}.npy", np.full((3 - number, 2, 4), number, np.float16))
+    (tmp_path / "approximate-000000007.faiss").write_bytes(b"")
+    store = Store(tmp_path)
+    assert store.rows.tolist() == [[0, 0, 0], [3, 1, 0]] and store.next_id() == 7
+    assert store.stats() == {"a": [10, 1752000000123456789], "d": [13, 14]}
+    assert store.read_broken() == {"x.png": (5, 6, "no image")}
+    add(store, ["e"])
+    store.drop({"d"})
+    store.gather_small_shards(8)
+    for each in (store, Store(tmp_path)):
+        assert each.rows.tolist() == [[0, 0, 0], [7, 0, 1]] and each.next_id() == 8
+        assert each.stats() == {"a": [10, 1752000000123456789], "e": [0, 0]}
+        assert each.read("features", 0, [0, 1])[:, 0, 0].tolist() == [1, 1]
+    # An earlier version reads it, too
+    written = '{"ids": [0, 7], "paths": ["a", "e"], "stats": [[10, 1752000000123456789], [0, 0]]}\n'
+    assert (tmp_path / "pictures-000004.json").read_text() == written
 
 
 class Rows(np.ndarray):

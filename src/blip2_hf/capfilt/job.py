@@ -143,13 +143,16 @@ def capfilt_dataset(
     files = ResultFiles(Path(folder), features, len(dataset), rows_per_shard, settings)
     ranking = _Ranking(pictures, captioner, caption_filter, keep, min_score, seed, files.schema)
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with only_writer(files.folder / ".lock", files.folder, state):
+
+    def begin():
         files.check_own()
-        if overwrite and state.is_main_process:
+        if overwrite:
             files.clear()
-        state.wait_for_everyone()
+
+    with only_writer(files.folder / ".lock", files.folder, state):
+        of_first(begin, state)
         _rank_missing(files, ranking, batch_size, num_workers, state)
-        return files.report().counts
+        return of_first(lambda: files.report().counts, state)
 
 
 def _rank_missing(files: ResultFiles, ranking: "_Ranking", batch_size: int, num_workers: int, state: PartialState):

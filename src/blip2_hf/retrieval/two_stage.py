@@ -71,8 +71,8 @@ class TwoStageRankings:
         Args:
             is_match (`torch.BoolTensor` of shape `(num_images, num_texts)`, or `torch.LongTensor` of shape \
 `(num_texts,)`):
-                Which belong together, or the number of each text's image. Images without any text, and texts without
-                any image, do not count.
+                Which belong together, or the number of each text's image (-1: none). Images without any text, and
+                texts without any image, do not count.
             k (`tuple[int, ...]`, *optional*, defaults to `(1, 5, 10)`):
                 How many of the first count. A number is left out where fewer were ranked, unless these are all.
 
@@ -87,9 +87,10 @@ class TwoStageRankings:
                 "text_to_image": is_match.T.gather(1, images)[is_match.any(dim=0)],
             }
         else:
+            has_image = is_match >= 0
             right = {
-                "image_to_text": (is_match[texts] == torch.arange(len(texts))[:, None])[is_match.unique()],
-                "text_to_image": images == is_match[:, None],
+                "image_to_text": (is_match[texts] == torch.arange(len(texts))[:, None])[is_match[has_image].unique()],
+                "text_to_image": (images == is_match[:, None])[has_image],
             }
         for (name, found), num_candidates in zip(right.items(), (len(images), len(texts)), strict=True):
             for count in k:
@@ -394,6 +395,8 @@ def rank_by_contrast(
     of_image, of_text = (min(k or count, count) for count in (num_texts, num_images))
     # Cosines of some images at a time. These are no fewer than a text keeps, so that merging costs little
     block = max(of_text, _COSINES // num_texts)
+    # Each query of an image has cosines of its own, of which the highest is kept
+    batch_size = min(batch_size, max(1, _COSINES // (num_texts * image_features.shape[1])))
     found: list[Ranking] = []
     best = Ranking(torch.empty(num_texts, 0, dtype=torch.long), torch.empty(num_texts, 0, dtype=text_features.dtype))
     for start in range(0, num_images, block):

@@ -110,7 +110,8 @@ class ApproximateIndex:
             return None
         index = _map_index(faiss, path)
         parameters = faiss.SearchParametersIVF(nprobe=min(index.nlist, max(32, index.nlist // 8)))
-        is_gone = np.ones(self.store.next_id(), bool)
+        # Another process may have added pictures that this one has not read
+        is_gone = np.ones(max(covered, self.store.next_id()), bool)
         is_gone[self.store.rows[:, 0]] = False
         gone = np.flatnonzero(is_gone[:covered])
         if len(gone):

@@ -23,6 +23,7 @@ from ..jobs.state_files import read_json, read_whole
 
 DESCRIPTION = "index.json"
 LOCK = ".lock"
+LATEST = 2**63 - 1  # nanoseconds of a file's mtime, which an array holds: in the year 2262
 UNREADABLE = "Delete it, and build the index again, which computes anew what is missing."
 
 _VERSION = 1
@@ -79,7 +80,11 @@ def _map_rows(path: Path, count: int) -> np.ndarray:
 
 
 def _as_array(stats: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.array(stats, np.int64).reshape(-1, 2)
+    """Return sizes and mtimes as an array, of shape `(num_pictures, 2)`."""
+    try:
+        return np.array(stats, np.int64).reshape(-1, 2)
+    except OverflowError:  # of an index that was written before times were limited
+        return np.array([[size, min(mtime, LATEST)] for size, mtime in stats], np.int64)
 
 
 @dataclass(eq=False)  # the same object, which lists of shards find without a look at the paths

@@ -20,7 +20,7 @@ from ..jobs.output import format_size
 from ..jobs.picture_files import find_picture_files
 from ..jobs.picture_inputs import PictureInputs, load_ahead
 from ..models.modeling_image_text import Blip2ImageTextPreTrainedModel
-from .store import Store
+from .store import LATEST, Store
 
 
 def find_pictures(folder: str | os.PathLike, directory: str | os.PathLike | None = None) -> dict[str, list[int]]:
@@ -43,7 +43,7 @@ def find_pictures(folder: str | os.PathLike, directory: str | os.PathLike | None
     found = find_picture_files(folder, directory)
     if not found:
         raise ValueError(f"{folder} has no pictures: no file has an ending such as .jpg or .png.")
-    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+    return {name: [status.st_size, min(status.st_mtime_ns, LATEST)] for name, status in found.items()}
 
 
 @dataclass
