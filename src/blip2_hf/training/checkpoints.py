@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
@@ -17,6 +16,7 @@ from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, lo
 from ..data.pairs import ImageTextPairs
 from ..jobs.atomic_files import write_json
 from ..jobs.fingerprints import check_settings_file, fingerprint
+from ..jobs.output import of_first
 from ..jobs.state_files import read_json
 
 
@@ -138,16 +138,7 @@ def checkpoint_to_resume(
     >>> checkpoint = checkpoint_to_resume(trainer, {"model": "stage2", "data": "train.parquet"}, models=["model"])
     >>> trainer.train(resume_from_checkpoint=checkpoint)
     ```"""
-    answer: list[str | None] = [None, None]
-    if trainer.is_world_process_zero():
-        try:
-            answer[0] = _find_checkpoint(trainer, _settings(trainer, options, models))
-        except ValueError as error:
-            answer[1] = str(error)
-    checkpoint, problem = broadcast_object_list(answer)
-    if problem is not None:
-        raise ValueError(problem)
-    return checkpoint
+    return of_first(lambda: _find_checkpoint(trainer, _settings(trainer, options, models)), trainer.accelerator.state)
 
 
 def _find_checkpoint(trainer: "Blip2Trainer", settings: dict[str, Any]) -> str | None:
