@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny models and batches; always on a CPU")
     parser.add_argument("--seconds", type=float, default=480, help="after which no part begins or goes on")
     parser.add_argument("--output", type=Path, default=Path("gpu"), help="name of the files, without .json and .md")
-    parser.add_argument("--add", action="store_true", help="keep the other parts that the files have already")
+    parser.add_argument("--add", action="store_true", help="keep other parts that the files have, if they are there")
     return parser.parse_args()
 
 
@@ -164,8 +164,8 @@ def main():
         torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     report = {"environment": environment(setting), "parts": {}}
-    if arguments.add:
-        path = arguments.output.with_name(arguments.output.name + ".json")
+    path = arguments.output.with_name(arguments.output.name + ".json")
+    if arguments.add and path.exists():
         before = json.loads(path.read_text())
         if before["environment"] != report["environment"]:
             sys.exit(f"{path} was made with {before['environment']}, and this is {report['environment']}.")
