@@ -63,12 +63,12 @@ def cache_features(world: Path, output: Path) -> list[str]:
     return ["cache-features", str(world / "photos"), *model, "--output", str(output)]
 
 
-def pretrain(world: Path, output: Path, batch_size: int) -> list[str]:
+def pretrain(world: Path, features: Path, output: Path, batch_size: int) -> list[str]:
     """Stage 1 without chance: features are not cropped, and there is no dropout."""
     parts = ["--vision-model", str(world / "tower"), "--text-encoder", str(world / "bert"), "--image-size", "28"]
     steps = ["--max-steps", "3", "--learning-rate", "0.01", "--optim", "sgd", "--logging-steps", "1"]
     rest = ["--held-out", "4", "--batch-size", str(batch_size), "--num-query-tokens", "4", "--output", str(output)]
-    return ["pretrain", str(world / "features"), "--stage", "1", *parts, *steps, *rest]
+    return ["pretrain", str(features), "--stage", "1", *parts, *steps, *rest]
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -156,19 +156,24 @@ def test_a_machine_that_does_not_see_the_filtered_rows_at_the_end(world, tmp_pat
 
 
 @pytest.mark.slow
-def test_stage1_on_two_machines_is_that_of_one_process_with_both_batches(world, tmp_path):
-    if not (world / "features").exists():
-        main(cache_features(world, world / "features"))
+def test_stage1_on_two_machines_is_that_of_one_process_with_both_batches(world, tmp_path, capsys):
+    """From features that the machines have stored, and on to a search by what they have trained."""
     folders = {"one": (1, 8), "two": (2, 4)}
     for name, (count, batch_size) in folders.items():
-        command = pretrain(world, tmp_path / name, batch_size)
-        run(without_chance, [command], folder=tmp_path, processes=count, machines=count)
+        features = tmp_path / f"features-{name}"
+        commands = [cache_features(world, features), pretrain(world, features, tmp_path / name, batch_size)]
+        run(without_chance, commands, folder=tmp_path, processes=count, machines=count)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in folders)
     assert len(logged(tmp_path / "one")) == 3
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
     assert one.keys() == two.keys()
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    index = ["--index", str(tmp_path / "index")]
+    main(["index", str(world / "photos"), "--model", str(tmp_path / "two"), "--num-workers", "0", *index])
+    capsys.readouterr()
+    main(["search", "a dog", *index, "--json"])
+    assert len(json.loads(capsys.readouterr().out)) == 12
 
 
 def test_index_runs_in_one_process(world, monkeypatch):

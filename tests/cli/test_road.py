@@ -89,3 +89,34 @@ def test_from_a_folder_to_captions_search_training_data_and_scores(photos, tmp_p
     main([*caption, "--num-workers", "0", "--overwrite"])
     again = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
     assert [row["file"] for row in again] == NAMES and again != captions
+
+
+def test_a_picture_that_comes_later_is_found_among_those_of_an_approximate_index(tmp_path, monkeypatch, capsys):
+    """It is compared exactly until it is added to the approximate index, which is then copied as a whole."""
+    pytest.importorskip("faiss", reason="approximate search needs faiss-cpu")
+    monkeypatch.chdir(tmp_path)
+    save_stage1(tmp_path / "stage1")
+    Path("photos").mkdir()
+    for number in range(120):
+        make_image(number).save(f"photos/{number:03d}.png")
+    index = ["index", "photos", "--model", "stage1", "--num-workers", "0", "--batch-size", "40"]
+
+    def search(*options: str) -> list[dict]:
+        capsys.readouterr()
+        main(["search", "--image", "photos/later.png", "--index", "photos", "--top", "3", "--json", *options])
+        return json.loads(capsys.readouterr().out)
+
+    main([*index, "--approximate"])
+    (clusters,) = Path("photos/.blip2-index").glob("*.faiss")
+    before = clusters.stat().st_mtime_ns
+    make_image(500).save("photos/later.png")
+    main([*index, "--approximate"])
+    assert clusters.stat().st_mtime_ns == before
+    found, exact = search(), search("--exact")
+    assert Path(found[0]["path"]).name == "later.png" and found[0] == exact[0]
+    for number in range(200, 203):
+        make_image(number).save(f"photos/{number}.png")
+    main([*index, "--approximate"])
+    (clusters,) = Path("photos/.blip2-index").glob("*.faiss")
+    assert clusters.stat().st_mtime_ns > before
+    assert search()[0] == exact[0]

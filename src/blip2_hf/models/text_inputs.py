@@ -16,7 +16,10 @@ def check_one_image_input(pixel_values: torch.Tensor | None, image_embeds: torch
 
 
 def count_images(pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None) -> int:
-    """Return the number of images, of which a row of a batch may have several, such as the frames of a video."""
+    """
+    Return the number of images in `pixel_values` of shape `(..., channels, height, width)` or `image_embeds` of shape
+    `(..., features, hidden_size)`. A row of a batch may have several, such as the frames of a video.
+    """
     given, of_one = (pixel_values, 3) if image_embeds is None else (image_embeds, 2)
     return given.shape[:-of_one].numel()
 

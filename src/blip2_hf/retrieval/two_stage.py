@@ -390,7 +390,22 @@ sequence of `torch.Tensor`):
 def rank_by_contrast(
     image_features: torch.Tensor, text_features: torch.Tensor, k: int, batch_size: int
 ) -> TwoStageRankings:
-    """Return the first `k` of each (0: all) by the cosine, of which only some are in memory at a time."""
+    r"""
+    Rank by contrast (section 3.2, ITC), with some of the cosines in memory at a time.
+
+    Args:
+        image_features (`torch.Tensor` of shape `(num_images, num_query_tokens, image_text_hidden_size)`):
+            Projected queries, of length 1, on any device.
+        text_features (`torch.Tensor` of shape `(num_texts, image_text_hidden_size)`):
+            Projected [CLS] of the texts, of length 1, on the device that computes.
+        k (`int`):
+            How many of the first are kept, 0 for all.
+        batch_size (`int`):
+            Most images that are compared at a time.
+
+    Returns:
+        [`TwoStageRankings`]: the first `k` of each, by the cosine, on the CPU.
+    """
     num_images, num_texts = len(image_features), len(text_features)
     of_image, of_text = (min(k or count, count) for count in (num_texts, num_images))
     # Cosines of some images at a time. These are no fewer than a text keeps, so that merging costs little
